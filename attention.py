@@ -1,0 +1,138 @@
+"""Attention: the one place where text reaches the picture, and where the paper changes Stable Diffusion (section 3.2).
+
+Read from the top: scaled dot-product attention, the cross-attention layer CA of Eq. 2, its mask-guided form of Eq. 3,
+and the transformer block that every attention level of the UNet and of the ControlNet branches is made of.
+Parameters are named as in the public diffusers folders, so weights load without renaming.
+
+Shapes: B pictures, h x w positions of a feature map, C channels, L prompt tokens, D text width.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> Tensor:
+    """softmax(q kᵀ / √d) v in each of `heads` heads of d = C / heads channels.
+
+    q (B, N, C); k, v (B, L, C) -> (B, N, C). With `causal`, position n sees positions 0..n only.
+    """
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, N or L, d)
+    x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)  # (B, heads, N, d)
+    return x.transpose(1, 2).flatten(2)  # (B, N, C)
+
+
+def mask_at(mask: Tensor, h: int, w: int) -> Tensor:
+    """M (B, 1, H, W), area-averaged to a feature map's (B, 1, h, w): edges stay soft, so Eq. 3 and 4 blend there."""
+    return F.interpolate(mask, size=(h, w), mode="area")
+
+
+class Attention(nn.Module):
+    """Multi-head attention of x on a context; of x on itself where there is none.
+
+    x (B, N, C); context (B, L, D) or None -> (B, N, C). With the prompt's encoding P as context this is CA(x, P).
+    """
+
+    def __init__(self, channels: int, heads: int, context_channels: int | None = None):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(context_channels or channels, channels, bias=False)
+        self.to_v = nn.Linear(context_channels or channels, channels, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        context = x if context is None else context
+        return self.to_out[0](attend(self.to_q(x), self.to_k(context), self.to_v(context), self.heads))
+
+    def mask_guided(self, x: Tensor, P_fg: Tensor, P_bg: Tensor, M: Tensor) -> Tensor:
+        """CA(x, P_fg) ⊗ M + CA(x, P_bg) ⊗ (1 − M): the two terms that Eq. 3 adds to x.
+
+        x (B, N, C); P_fg, P_bg (B, L, D); M (B, N, 1), 1 on the product -> (B, N, C).
+        The product's positions read the product's prompt only, the background's the background's only, with one set
+        of weights. The output layer is affine and M + (1 − M) = 1, so it is applied once, to the blend.
+        """
+        q = self.to_q(x)
+        fg = attend(q, self.to_k(P_fg), self.to_v(P_fg), self.heads)
+        bg = attend(q, self.to_k(P_bg), self.to_v(P_bg), self.heads)
+        return self.to_out[0](fg * M + bg * (1 - M))
+
+
+class GEGLU(nn.Module):
+    """(B, N, C) -> (B, N, C_out): a linear layer gated by the exact GELU of another, both in one matrix."""
+
+    def __init__(self, channels: int, out_channels: int):
+        super().__init__()
+        self.proj = nn.Linear(channels, 2 * out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """(B, N, C) -> (B, N, C) through 4C hidden channels. `net` keeps the public numbering: 0 and 2."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[2](self.net[0](x))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention, feed-forward, each added to its input."""
+
+    def __init__(self, channels: int, heads: int, context_channels: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels)
+        self.attn1 = Attention(channels, heads)
+        self.norm2 = nn.LayerNorm(channels)
+        self.attn2 = Attention(channels, heads, context_channels)
+        self.norm3 = nn.LayerNorm(channels)
+        self.ff = FeedForward(channels)
+
+    def forward(self, x: Tensor, context: Tensor | tuple[Tensor, Tensor], M: Tensor | None = None) -> Tensor:
+        """x (B, N, C); context P (B, L, D), or with M (B, N, 1) the pair (P_fg, P_bg) -> (B, N, C)."""
+        x = x + self.attn1(self.norm1(x))
+        if M is None:
+            x = x + self.attn2(self.norm2(x), context)  # Eq. 2
+        else:
+            x = x + self.attn2.mask_guided(self.norm2(x), *context, M)  # Eq. 3
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the positions of a feature map, added to it. (B, C, h, w) -> (B, C, h, w).
+
+    SD 1.x projects in and out with 1x1 convolutions, SD 2.x (`linear_projection`) with the same matrices as linear
+    layers.
+    """
+
+    def __init__(self, channels: int, heads: int, context_channels: int, groups: int, linear_projection: bool = False):
+        super().__init__()
+        projection = nn.Linear if linear_projection else lambda i, o: nn.Conv2d(i, o, kernel_size=1)
+        self.linear_projection = linear_projection
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.proj_in = projection(channels, channels)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, heads, context_channels)])
+        self.proj_out = projection(channels, channels)
+
+    def forward(self, x: Tensor, context: Tensor | tuple[Tensor, Tensor], mask: Tensor | None = None) -> Tensor:
+        """context as in TransformerBlock; mask (B, 1, H, W) or None, at any resolution."""
+        residual, (h, w) = x, x.shape[2:]
+        M = None if mask is None else mask_at(mask, h, w).flatten(2).transpose(1, 2)  # (B, hw, 1)
+        x = self.norm(x)
+        if not self.linear_projection:
+            x = self.proj_in(x)
+        x = x.flatten(2).transpose(1, 2)  # (B, hw, C)
+        if self.linear_projection:
+            x = self.proj_in(x)
+        for block in self.transformer_blocks:
+            x = block(x, context, M)
+        if self.linear_projection:
+            x = self.proj_out(x)
+        x = x.transpose(1, 2).unflatten(2, (h, w))  # (B, C, h, w)
+        if not self.linear_projection:
+            x = self.proj_out(x)
+        return x + residual

@@ -1,0 +1,464 @@
+"""data.py: Eq. 5 and 6 written out, cut-outs without halos, fitting without stretching, formats and errors."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+from data import BadInput, Item
+
+SIZE = 24  # pixels of the test images
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def disc(h, w, radius, soft=1.0):
+    """(1, h, w): 1 in a disc in the middle, falling to 0 over `soft` pixels."""
+    y, x = torch.arange(h)[:, None] - (h - 1) / 2, torch.arange(w)[None] - (w - 1) / 2
+    return ((radius - (y**2 + x**2).sqrt()) / soft + 0.5).clamp(0, 1)[None]
+
+
+def flat(colour, h, w):
+    return torch.tensor(colour).view(3, 1, 1).expand(3, h, w)
+
+
+@pytest.fixture
+def photo(tmp_path):
+    """An RGB photo and its mask, as files of SIZE x SIZE."""
+    data.save_image(torch.rand(3, SIZE, SIZE, generator=generator()), tmp_path / "photo.png")
+    data.save_image(disc(SIZE, SIZE, 6), tmp_path / "mask.png")
+    return tmp_path / "photo.png", tmp_path / "mask.png"
+
+
+# ------------------------------------------------------------------------------------------------ Eq. 5 and 6
+
+
+@pytest.mark.parametrize("theta", [1, 2, 5, 8])
+def test_dilate_equals_eq5_written_out(theta):
+    M = torch.rand(1, 13, 17, generator=generator())
+    expected = torch.zeros_like(M)
+    for i in range(13):
+        for j in range(17):
+            for di in range(-(theta // 2), (theta + 1) // 2):
+                for dj in range(-(theta // 2), (theta + 1) // 2):
+                    if 0 <= i + di < 13 and 0 <= j + dj < 17:
+                        expected[0, i, j] = max(expected[0, i, j], M[0, i + di, j + dj])
+    assert torch.equal(data.dilate(M, theta), expected)
+    assert (data.dilate(M, theta) >= M).all()
+
+
+def test_mixup_equals_eq6_written_out():
+    I, I_rand, M = torch.rand(3, 16, 16), torch.rand(3, 16, 16), disc(16, 16, 4)
+    hint = data.perturb(I, M, I_rand, generator(), dilation=False)
+    sigma = 0.75 + 0.2 * torch.rand((), generator=generator())
+    assert torch.allclose(hint, (sigma * I + (1 - sigma) * I_rand) * (1 - M), atol=1e-6)
+
+
+def test_without_perturbation_the_hint_is_the_background():
+    I, M = torch.rand(3, 16, 16), disc(16, 16, 4)
+    hint = data.perturb(I, M, I, generator(), dilation=False, mixup=False)
+    assert torch.equal(hint, data.background_hint(I, M))
+    assert torch.allclose(hint + data.product_hint(I, M), I)
+
+
+def test_perturbed_hint_hides_the_product_and_theta_around_it_whatever_is_drawn():
+    white, M = torch.ones(3, 128, 128), disc(128, 128, 20)
+    M_dilated = data.dilate(M, round(50 * 128 / 512))  # θ scales with the image
+    for seed in range(30):
+        hint = data.perturb(white, M, white, generator(seed))
+        assert (hint <= 1 - M_dilated + 1e-6).all()
+        assert hint.mean() > 0.1, "some background is left"
+
+
+def test_same_generator_state_gives_the_same_perturbation_and_the_next_state_another():
+    I, I_rand, M = torch.rand(3, 64, 64), torch.rand(3, 64, 64), disc(64, 64, 10)
+    random = generator(3)
+    state = random.get_state()
+    first, second = data.perturb(I, M, I_rand, random), data.perturb(I, M, I_rand, random)
+    random.set_state(state)
+    assert torch.equal(data.perturb(I, M, I_rand, random), first)
+    assert not torch.equal(first, second)
+
+
+# --------------------------------------------------------------------------------------------------- cut-outs
+
+
+def test_unmix_edges_removes_the_old_background_from_soft_edges():
+    red, green, blue = flat([0.9, 0.1, 0.1], 64, 64), flat([0.0, 1.0, 0.0], 64, 64), flat([0.0, 0.0, 1.0], 64, 64)
+    M = disc(64, 64, 20, soft=5)
+    photo = red * M + green * (1 - M)
+    assert ((photo * M + blue * (1 - M))[1] > 0.2).any(), "the naive paste has a green halo"
+    pasted = data.unmix_edges(photo, M) * M + blue * (1 - M)
+    assert torch.allclose(pasted, red * M + blue * (1 - M), atol=1 - data.SOLID)
+
+
+def test_unmix_edges_leaves_solid_pixels_bit_exact():
+    photo, M = torch.rand(3, 50, 61, generator=generator()), disc(50, 61, 15, soft=4)
+    solid = (M == 1).expand_as(photo)
+    assert torch.equal(data.unmix_edges(photo, M)[solid], photo[solid])
+
+
+def test_unmix_edges_keeps_the_texture_of_a_translucent_product():
+    M = disc(64, 64, 24) * 0.9
+    M[:, 28:36, 28:36] = 1
+    texture = torch.rand(3, 64, 64, generator=generator())
+    photo = texture * M + (1 - M)  # on white
+    inside = (M == 0.9).expand_as(photo)
+    error = (data.unmix_edges(photo, M) - texture)[inside]
+    assert error.std() < 0.2 * texture[inside].std()
+
+
+def test_extend_gives_every_pixel_a_known_colour_and_changes_no_known_one():
+    for shape in [(1, 7), (5, 1), (33, 47)]:
+        rgb, known = torch.rand(3, *shape), torch.zeros(1, *shape, dtype=torch.bool)
+        known[0, 0, 0] = True
+        assert torch.allclose(data.extend(rgb, known), rgb[:, :1, :1].expand_as(rgb))
+
+
+def test_cutout_with_a_mask_file_and_with_alpha_agree_on_solid_pixels(photo, tmp_path):
+    image, mask = photo
+    rgba = Image.open(image)
+    rgba.putalpha(Image.open(mask))
+    rgba.save(tmp_path / "cut.png")
+    (rgb, M), (rgb_alpha, M_alpha) = data.load_cutout(image, mask), data.load_cutout(tmp_path / "cut.png")
+    assert rgb.shape == (3, SIZE, SIZE) and torch.equal(M, M_alpha)
+    solid = (M == 1).expand_as(rgb)
+    assert torch.equal(rgb[solid], rgb_alpha[solid])
+
+
+def test_alpha_cutout_keeps_visible_colours_and_hides_those_under_zero_alpha(tmp_path):
+    M = disc(SIZE, SIZE, 6, soft=3)
+    stored = flat([0.8, 0.2, 0.2], SIZE, SIZE) * (M > 0)  # black where invisible, as most programs save it
+    Image.fromarray((torch.cat([stored, M]) * 255).round().byte().permute(1, 2, 0).numpy()).save(tmp_path / "cut.png")
+    rgb, M = data.load_cutout(tmp_path / "cut.png")
+    assert torch.allclose(rgb, flat([0.8, 0.2, 0.2], SIZE, SIZE), atol=0.01)
+
+
+def test_mask_file_may_be_grey_rgb_alpha_palette_or_16_bit(photo, tmp_path):
+    image, mask = photo
+    grey = Image.open(mask)
+    alpha = Image.new("RGBA", grey.size, "black")
+    alpha.putalpha(grey)
+    sixteen = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    expected = data.load_masked(image, mask)[1]
+    for i, variant in enumerate([grey, grey.convert("RGB"), alpha, grey.quantize(256), sixteen]):
+        variant.save(tmp_path / f"{i}.png")
+        assert torch.allclose(data.load_masked(image, tmp_path / f"{i}.png")[1], expected, atol=0.02), variant.mode
+
+
+def test_inverted_mask_file_is_turned(photo, tmp_path):
+    image, mask = photo
+    data.save_image(1 - data.load_mask(mask), tmp_path / "inverse.png")
+    assert torch.allclose(data.load_masked(image, tmp_path / "inverse.png", inverted=True)[1], data.load_mask(mask))
+
+
+# ------------------------------------------------------------------------------------------------------ files
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    image = Image.new("RGB", (40, 20), "white")
+    image.paste("black", (0, 0, 20, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees, clockwise
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    upright = data.open_image(tmp_path / "turned.jpg")
+    assert upright.size == (20, 40) and upright.getpixel((10, 5))[0] < 9 and upright.getpixel((10, 35))[0] > 246
+
+
+@pytest.mark.parametrize("mode, opened", [("1", "RGB"), ("L", "RGB"), ("LA", "RGBA"), ("P", "RGB"), ("RGBA", "RGBA"),
+                                          ("I;16", "RGB")])
+def test_every_mode_opens_as_rgb_or_rgba(mode, opened, tmp_path):
+    Image.new(mode, (4, 4)).save(tmp_path / "x.png")  # colour 0: transparent where the mode has alpha
+    assert data.open_image(tmp_path / "x.png").mode == opened
+
+
+def test_palette_transparency_is_alpha_and_opaque_alpha_is_none(tmp_path):
+    image = Image.new("P", (4, 4))
+    image.putpixel((0, 0), 1)
+    image.save(tmp_path / "palette.png", transparency=0)
+    assert data.open_image(tmp_path / "palette.png").getchannel("A").getextrema() == (0, 255)
+    Image.new("RGBA", (4, 4), (1, 2, 3, 255)).save(tmp_path / "opaque.png")
+    assert data.open_image(tmp_path / "opaque.png").mode == "RGB"
+
+
+def test_tensor_and_file_round_trip_bit_exact(tmp_path):
+    x = torch.randint(0, 256, (3, 9, 7)) / 255
+    data.save_image(x, tmp_path / "new" / "folder" / "x.png")
+    assert torch.equal(data.to_tensor(data.open_image(tmp_path / "new" / "folder" / "x.png")), x)
+
+
+def test_failed_write_leaves_the_old_file_and_no_temporary_one(tmp_path):
+    (tmp_path / "x").write_text("old")
+
+    def fail(temporary):
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        data.write_atomic(tmp_path / "x", fail)
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("x", "old")]
+
+
+def test_bad_files_are_refused_in_one_line_that_names_them(tmp_path, monkeypatch):
+    data.save_image(torch.rand(3, 64, 64), tmp_path / "big.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "big.png").read_bytes()[:3000])
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "text.jpg").write_text("not an image")
+    (tmp_path / "file").write_text("in the way of a folder")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64 - 1)  # Pillow itself would only warn
+    for name in ["big.png", "cut.png", "empty.png", "text.jpg", "missing.png", ""]:
+        with pytest.raises(BadInput) as error:
+            data.open_image(tmp_path / name)
+        assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(BadInput, match="can.t be written"):
+        data.save_image(torch.rand(3, 4, 4), tmp_path / "file" / "x.png")
+
+
+def test_bad_masks_are_refused_and_the_option_is_named(photo, tmp_path):
+    image, mask = photo
+    data.save_image(torch.zeros(1, SIZE, SIZE), tmp_path / "empty.png")
+    data.save_image(torch.ones(1, SIZE, SIZE), tmp_path / "full.png")
+    data.save_image(torch.ones(1, SIZE, 9), tmp_path / "narrow.png")
+    for path, message in [(None, "reference .* no alpha"), (tmp_path / "empty.png", "is empty"),
+                          (tmp_path / "full.png", "covers the whole"), (tmp_path / "narrow.png", "9 x 24 .* 24 x 24")]:
+        with pytest.raises(BadInput, match=f"{message}.*--reference-mask"):
+            data.load_cutout(image, path, "reference", "--reference-mask")
+
+
+# ---------------------------------------------------------------------------------------------------- fitting
+
+
+@pytest.mark.parametrize("mode", ["contain", "cover"])
+@pytest.mark.parametrize("h, w", [(40, 80), (80, 40), (200, 90), (64, 64)])
+def test_fit_keeps_circles_circles(mode, h, w):
+    M, _ = data.fit(disc(h, w, 12), 64, 96, mode)
+    scale = (min if mode == "contain" else max)(64 / h, 96 / w)
+    assert M.shape == (1, 64, 96) and 0 <= M.min() and M.max() <= 1
+    rows, columns = M[0].amax(1).sum(), M[0].amax(0).sum()  # the disc's height and width
+    assert rows == pytest.approx(24 * scale, abs=2) and columns == pytest.approx(24 * scale, abs=2)
+
+
+def test_fit_contain_pads_pictures_with_their_edge_and_masks_with_zero_and_boxes_what_it_kept():
+    picture, (top, left, h, w) = data.fit(torch.full((3, 30, 60), 0.7), 64, 64, "contain")
+    assert (top, left, h, w) == (16, 0, 32, 64) and torch.allclose(picture, torch.tensor(0.7))
+    mask, box = data.fit(torch.ones(1, 30, 60), 64, 64, "contain")
+    assert box == (16, 0, 32, 64) and mask[:, top : top + h, left : left + w].min() > 0.999
+    assert mask.sum() == pytest.approx(h * w, rel=1e-3)
+
+
+def test_fit_contain_cropped_to_its_box_and_scaled_back_is_the_picture():
+    picture = data.resize(torch.rand(3, 5, 8, generator=generator()), 50, 80)  # smooth
+    canvas, (top, left, h, w) = data.fit(picture, 128, 128, "contain")
+    back = data.resize(canvas[:, top : top + h, left : left + w], 50, 80)
+    assert (back - picture).abs().max() < 0.05
+
+
+def test_fit_cover_keeps_the_centre_asked_for_within_the_picture():
+    x = torch.arange(100.0).expand(1, 50, 100) / 100
+    for centre, left in [(None, 25), ((25, 60), 35), ((25, 99), 50), ((25, 0), 0)]:
+        cropped, box = data.fit(x, 50, 50, "cover", centre)
+        assert box == (0, left, 50, 50) and torch.equal(cropped, x[:, :, left : left + 50])
+
+
+def test_canvas_holds_the_picture_with_less_than_one_multiple_of_padding():
+    for h, w in [(100, 100), (300, 400), (1000, 333), (1, 2000), (511, 512)]:
+        H, W = data.canvas_size(h, w, 512, 64)
+        assert max(H, W) == 512 and H % 64 == W % 64 == 0
+        assert 0 <= H - h * 512 / max(h, w) < 64 and 0 <= W - w * 512 / max(h, w) < 64
+    for size in [0, -64, 32, 500]:
+        with pytest.raises(BadInput, match="--size"):
+            data.canvas_size(100, 100, size, 64)
+
+
+# -------------------------------------------------------------------------------------------------- data sets
+
+
+def write_bg60k(root, rows, delimiter, split="bg60k", folder="bg60k", inverted=False):
+    """A data set in BG60k's format: rows of (image file, ..., category), the n-th image in folder n % 2."""
+    names = dict.fromkeys(name for *images, _ in rows for name in images)
+    mask = disc(SIZE, SIZE, 6)
+    for i, name in enumerate(names):
+        data.save_image(torch.rand(3, SIZE, SIZE), root / f"{folder}_imgs_{i % 2}" / name)
+        stem = name.rpartition(".")[0]
+        data.save_image(1 - mask if inverted else mask, root / f"{folder}_masks_{i % 2}" / f"{stem}.webp")
+    (root / f"{split}_info.txt").write_text("\n".join(map(delimiter.join, rows)), encoding="utf-8-sig")
+
+
+@pytest.mark.parametrize("delimiter", ["\t", ",", ", ", " ", "   "])
+def test_bg60k_is_read_with_any_delimiter_and_categories_with_spaces(delimiter, tmp_path):
+    rows = [("1.jpg", "电饭煲"), ("2.png", "rice cooker"), ("a.b.jpg", "笔记本 电脑"), ("3.jpg", "mug, tall")]
+    write_bg60k(tmp_path, rows, delimiter)
+    items, notes = data.read_items(tmp_path)
+    assert [(item.image.name, item.category) for item in items] == rows
+    assert [item.image.parent.name for item in items] == ["bg60k_imgs_0", "bg60k_imgs_1"] * 2
+    assert [item.mask.name for item in items] == ["1.webp", "2.webp", "a.b.webp", "3.webp"]
+    assert not items[0].inverted and "4 images in 4 categories" in notes[0]
+    assert data.categories_of(items) == sorted(category for _, category in rows)
+
+
+def test_bg60k_names_may_hold_the_folder_and_lack_the_suffix(tmp_path):
+    write_bg60k(tmp_path, [("1.jpg", "mug"), ("2.jpg", "mug")], "\t")
+    (tmp_path / "bg60k_info.txt").write_text("bg60k_imgs_0/1\tmug\n./bg60k_imgs_1/2.jpg\tmug\n1\tmug\n")
+    assert [item.image.stem for item in data.read_items(tmp_path)[0]] == ["1", "2", "1"]
+
+
+def test_bg60k_name_in_two_folders_is_found_by_its_folder_and_refused_without(tmp_path):
+    write_bg60k(tmp_path, [("1.jpg", "mug"), ("2.jpg", "mug")], "\t")
+    for kind, suffix in ("imgs", "jpg"), ("masks", "webp"):
+        (tmp_path / f"bg60k_{kind}_1" / f"1.{suffix}").write_bytes(b"another")
+    (tmp_path / "bg60k_info.txt").write_text("bg60k_imgs_0/1.jpg\tmug\n")
+    item = data.read_items(tmp_path)[0][0]
+    assert item.image.parent.name == "bg60k_imgs_0" and item.mask.parent.name == "bg60k_masks_0"
+    for name, message in [("1.jpg", "no single image 1.jpg"), ("gone.jpg", "no single image gone.jpg")]:
+        (tmp_path / "bg60k_info.txt").write_text(f"{name}\tmug\n")
+        with pytest.raises(BadInput, match=message):
+            data.read_items(tmp_path)
+    (tmp_path / "bg60k_masks_1" / "2.webp").unlink()
+    (tmp_path / "bg60k_info.txt").write_text("2.jpg\tmug\n")
+    with pytest.raises(BadInput, match="no single mask for 2.jpg"):
+        data.read_items(tmp_path)
+
+
+def test_bgpair_reads_references_and_their_masks_from_bg1k_folders(tmp_path):
+    write_bg60k(tmp_path, [("1.jpg", "2.jpg", "rice cooker"), ("2.jpg", "1.jpg", "mug")], " ", "bgpair", "bg1k")
+    items, _ = data.read_items(tmp_path, "bgpair")
+    assert [(item.image.stem, item.reference.stem, item.reference_mask.stem, item.category) for item in items] == [
+        ("1", "2", "2", "rice cooker"), ("2", "1", "1", "mug")]
+
+
+def test_inverted_masks_are_noticed_said_and_honoured(tmp_path):
+    write_bg60k(tmp_path, [(f"{i}.jpg", "mug") for i in range(6)], "\t", inverted=True)
+    items, notes = data.read_items(tmp_path)
+    assert items[0].inverted and any("inverted" in note for note in notes)
+    mask = data.load_ad(items[0], SIZE)[1]
+    assert mask[0, 0, 0] == 0 and mask[0, SIZE // 2, SIZE // 2] == 1
+
+
+def test_long_tail_is_told_in_three_numbers(tmp_path):
+    write_bg60k(tmp_path, [("1.jpg", "mug"), ("2.jpg", "pot")], "\t")
+    (tmp_path / "bg60k_info.txt").write_text("1\tmug\n" * 101 + "2\tpot\n" * 10 + "1\tpan\n2\tcup\n")
+    note = next(note for note in data.read_items(tmp_path)[1] if "long tail" in note)
+    assert "2 categories with fewer than 10" in note and "1 with more than 100" in note and "mug, with 101" in note
+
+
+def test_one_percent_may_be_missing_and_is_named_and_counted(tmp_path):
+    write_bg60k(tmp_path, [("1.jpg", "mug")], "\t")
+    (tmp_path / "bg60k_info.txt").write_text("1.jpg\tmug\n" * 99 + "gone.jpg\tmug\n")
+    items, notes = data.read_items(tmp_path)
+    assert len(items) == 99 and any("info.txt:100" in note and "gone.jpg" in note for note in notes)
+    assert notes[-1] == "skipped in all: 1"
+    (tmp_path / "bg60k_info.txt").write_text("1.jpg\tmug\n" * 98 + "gone.jpg\tmug\n")
+    with pytest.raises(BadInput, match="1 of 99 .* gone.jpg"):
+        data.read_items(tmp_path)
+
+
+def write_imagefolder(root, entries):
+    for name in "mug.png", "pot.png":
+        data.save_image(torch.rand(3, SIZE, SIZE), root / "images" / name)
+        data.save_image(disc(SIZE, SIZE, 6), root / "masks" / name)
+    lines = [entry if isinstance(entry, str) else json.dumps(entry) for entry in entries]
+    (root / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+
+
+MUG = {"file_name": "images/mug.png", "mask": "masks/mug.png", "category": "mug"}
+POT = {"file_name": "images/pot.png", "mask": "masks/pot.png", "category": "pot", "product": "a red pot",
+       "reference": "images/mug.png", "reference_mask": "masks/mug.png", "scene": "on a table"}
+
+
+def test_imagefolder_is_read(tmp_path):
+    write_imagefolder(tmp_path, [MUG, "", POT])
+    (mug, pot), _ = data.read_items(tmp_path)
+    assert mug == Item(tmp_path / "images/mug.png", tmp_path / "masks/mug.png", "mug")
+    assert pot.reference == mug.image and pot.reference_mask == mug.mask
+    assert (pot.product, pot.scene) == ("a red pot", "on a table")
+
+
+@pytest.mark.parametrize("entry, message", [
+    ("{not json", ":2: not a JSON object"), ("[1, 2]", ":2: not a JSON object"),
+    ({**MUG, "mask": 7}, ":2: not a JSON object of strings"), ({"file_name": "images/mug.png"}, ":2: needs"),
+    ({**MUG, "mask": "../secret.png"}, ":2: mask ../secret.png leaves"),
+    ({**MUG, "reference": "/etc/hostname"}, ":2: reference /etc/hostname leaves"),
+    ({**MUG, "file_name": "link.png"}, ":2: file_name link.png leaves"),
+    ({**MUG, "file_name": "gone.png"}, "1 of 2 .*:2: no file gone.png"),
+])
+def test_bad_imagefolder_line_is_named(entry, message, tmp_path):
+    write_imagefolder(tmp_path / "set", [MUG, entry])
+    data.save_image(torch.rand(3, 4, 4), tmp_path / "secret.png")
+    (tmp_path / "set" / "link.png").symlink_to(tmp_path / "secret.png")
+    with pytest.raises(BadInput, match=message):
+        data.read_items(tmp_path / "set")
+
+
+def test_folders_that_are_no_data_set_say_what_was_expected(tmp_path):
+    for root in tmp_path / "missing", tmp_path:
+        with pytest.raises(BadInput, match="metadata.jsonl.*bg60k_info.txt"):
+            data.read_items(root)
+    with pytest.raises(BadInput, match="--split bg2k.*bg60k, bg1k, bgpair"):
+        data.read_items(tmp_path, "bg2k")
+    (tmp_path / "bg60k_info.txt").write_bytes("电饭煲".encode("gb18030"))
+    with pytest.raises(BadInput, match="folders bg60k_imgs_0"):
+        data.read_items(tmp_path)
+    write_bg60k(tmp_path / "set", [("1.jpg", "mug")], "\t")
+    for content, message in [("电饭煲".encode("gb18030"), "UTF-8"), (b"", "empty"), (b"one-column", "2 columns")]:
+        (tmp_path / "set" / "bg60k_info.txt").write_bytes(content)
+        with pytest.raises(BadInput, match=message):
+            data.read_items(tmp_path / "set")
+
+
+# ------------------------------------------------------------------------------------------- training samples
+
+
+def test_load_ad_keeps_the_background_and_crops_around_the_product(tmp_path):
+    picture, mask = torch.rand(3, 20, 60), torch.zeros(1, 20, 60)
+    mask[:, 5:15, 40:46] = 1  # its centroid is at x = 43
+    data.save_image(picture, tmp_path / "x.png")
+    data.save_image(mask, tmp_path / "m.png")
+    image, cropped = data.load_ad(Item(tmp_path / "x.png", tmp_path / "m.png", "mug"), 20)
+    assert torch.allclose(image, picture[:, :, 33:53], atol=1 / 500) and torch.equal(cropped, mask[:, :, 33:53])
+
+
+def test_ads_replace_a_broken_item_name_it_once_and_stop_above_one_percent(photo, tmp_path, capsys):
+    good, bad = Item(*photo, "mug"), Item(tmp_path / "gone.png", photo[1], "mug")
+    ads = data.Ads([bad] + [good] * 99, SIZE)
+    assert [ads[0]["index"], ads[0]["index"], ads[1]["index"]] == [1, 1, 1] and list(ads.broken) == [0]
+    assert capsys.readouterr().err.count("gone.png") == 1
+    with pytest.raises(BadInput, match="2 of 100"):
+        ads = data.Ads([bad, bad] + [good] * 98, SIZE)
+        ads[0]
+
+
+# --------------------------------------------------------------------------------------------- sheet, command
+
+
+def test_sheet_has_equal_cells_and_room_for_labels():
+    picture = torch.zeros(3, 32, 48)
+    plain = data.sheet([[picture, None], [torch.zeros(1, 10, 10), picture]])
+    assert plain.size == (2 * (48 + 4) + 4, 2 * (32 + 4) + 4) and plain.getpixel((80, 20)) == (255, 255, 255)
+    labelled = data.sheet([[picture], [picture]], ["image"], ["mug", "电饭煲"])
+    assert labelled.width > 48 + 8 and labelled.height > 2 * (32 + 4) + 4
+
+
+def test_command_checks_a_data_set_and_draws_it(tmp_path, capsys):
+    write_imagefolder(tmp_path, [MUG, POT])
+    data.main([str(tmp_path), "--sheet", str(tmp_path / "sheet.png"), "--size", "32"])
+    assert "3 images load, 0 are broken" in capsys.readouterr().out  # two items and a reference
+    assert Image.open(tmp_path / "sheet.png").width > 4 * 32
+
+
+def test_command_ends_with_one_line_and_status_2_even_where_a_worker_finds_the_error(tmp_path, capfd):
+    with pytest.raises(SystemExit) as end, data.one_line_errors():
+        data.main([str(tmp_path / "gone")])
+    assert end.value.code == 2 and capfd.readouterr().err.startswith(f"error: {tmp_path / 'gone'}: no such data set")
+    write_imagefolder(tmp_path, [MUG, POT])
+    (tmp_path / "images" / "pot.png").write_text("broken")
+    result = subprocess.run([sys.executable, data.__file__, str(tmp_path)], capture_output=True, text=True)
+    last = result.stderr.splitlines()[-1]
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert last.startswith("error: ") and "pot.png: not a readable image" in last

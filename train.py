@@ -1,0 +1,558 @@
+"""Training: Eq. 1 for CG and PG, and the stages that make the toy's own tiny Stable Diffusion.
+
+    python train.py cg                                  # the toy: its shipped base, its ads
+    python train.py pg --cg runs/cg/cg
+    python train.py cg --data BG60k --weights SD15      # the paper's settings (section 5.1)
+    python train.py cg --resume                         # goes on exactly where it stopped
+
+Stages: vae, clip, unet make a base from pictures with captions; cg, then pg with CG frozen, or joint, train the paper's
+branches on a frozen base. One loop serves all; a stage is what is trained, on which samples, and its loss.
+Everything random in a step is drawn from the run's seed and the step's number, so that resuming needs no more state
+than weights, optimiser and step.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from data import (Ads, BadInput, categories_of, one_line_errors, perturb, product_hint, read_items, save_image, sheet,
+                  write_atomic)
+from generate import IDENTIFIER, encode_prompts, paint, prompt_texts
+from model import CLIP, VAE, CategoryGenerator, ControlNet, PersonalityGenerator, Prompts, TextEncoder, UNet, predict_noise
+from sampler import Schedule, seeded
+from weights import (CONTROL_FILES, TEXT_FILES, UNET_FILES, StableDiffusion, control_config, load_control, load_module,
+                     load_stable_diffusion, load_tokenizer, save_control, save_module, train_tokenizer)
+
+HERE = Path(__file__).resolve().parent
+TOY_BASE, TOY_DATA = HERE / "toy" / "base", HERE / "toy" / "data"
+
+# Section 5.1; what it does not say is as in ControlNet: AdamW, no schedule, half of the prompts dropped.
+PAPER = dict(lr=1e-5, batch=128, epochs=300, size=512, ema=0.0, warmup=0, decay=0.0)
+PROMPT_DROPOUT = 0.5
+# The toy's own settings, found by trying.
+TOY = {
+    "vae": dict(lr=2e-3, batch=12, steps=5000, size=128, ema=0.995, warmup=50, decay=0.5),
+    "clip": dict(lr=1e-3, batch=64, steps=1500, size=128, ema=0.0, warmup=100, decay=0.5),
+    "unet": dict(lr=1e-3, batch=32, steps=8000, size=128, ema=0.999, warmup=100, decay=0.3),
+    "cg": dict(lr=7e-4, batch=16, steps=1500, size=128, ema=0.99, warmup=50, decay=0.3),
+    "pg": dict(lr=7e-4, batch=16, steps=1500, size=128, ema=0.99, warmup=50, decay=0.3),
+    "joint": dict(lr=7e-4, batch=16, steps=1500, size=128, ema=0.99, warmup=50, decay=0.3),
+}  # fmt: skip
+
+# The tiny Stable Diffusion: f = 4, so that 128-px pictures keep their edges; all else is SD 1.5's shape made small.
+TOY_VAE = {"_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "latent_channels": 4,
+           "block_out_channels": [16, 32, 64], "layers_per_block": 1, "norm_num_groups": 8, "act_fn": "silu",
+           "down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3}
+TOY_UNET = {"_class_name": "UNet2DConditionModel", "in_channels": 4, "out_channels": 4, "act_fn": "silu",
+            "block_out_channels": [32, 64, 96, 128], "layers_per_block": 1, "attention_head_dim": 2,
+            "cross_attention_dim": 128, "norm_num_groups": 8, "norm_eps": 1e-5, "flip_sin_to_cos": True, "freq_shift": 0,
+            "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 3,
+            "up_block_types": ["CrossAttnUpBlock2D"] * 3 + ["UpBlock2D"]}
+TOY_HINT = [16, 24, 48]  # channels of the branches' hint encoder
+TOY_TEXT = {"model_type": "clip_text_model", "architectures": ["CLIPTextModel"], "hidden_size": 128,
+            "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 32,
+            "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": 128}
+TOY_VISION = {"model_type": "clip_vision_model", "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4,
+              "num_attention_heads": 4, "image_size": 128, "patch_size": 16, "num_channels": 3,
+              "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": 128}
+TOY_VOCABULARY = 1024  # 512 for single bytes, the rest grown from the captions
+
+
+# ---------------------------------------------------------------- the loop
+
+
+@dataclass
+class Task:
+    """What a stage trains."""
+
+    modules: dict[str, nn.Module]  # trained, by name
+    samples: Dataset  # samples[(index, seed)] -> dict of tensors
+    loss: Callable[[dict, torch.Generator], Tensor]  # a batch -> scalar
+    draw: Callable  # () -> PIL sheet of what the model does now
+    save: Callable[[Path], None]  # writes the public folders
+    frozen: list[nn.Module] = field(default_factory=list)
+
+
+def learning_rate(step: int, args) -> float:
+    """Linear warm-up, constant, linear decay over the last part of the run. The paper's is constant throughout."""
+    up = min(1.0, (step + 1) / args.warmup) if args.warmup else 1.0
+    down = min(1.0, (args.steps - step) / (args.decay * args.steps)) if args.decay else 1.0
+    return args.lr * up * down
+
+
+class Batches:
+    """Sampler: every index once an epoch in random order, each with a seed of its own, from step `start` on."""
+
+    def __init__(self, count: int, batch: int, seed: int, start: int, steps: int):
+        self.count, self.batch, self.seed, self.start, self.steps = count, batch, seed, start, steps
+
+    def __len__(self) -> int:
+        return self.steps - self.start
+
+    def __iter__(self):
+        epoch, order = -1, None
+        for step in range(self.start, self.steps):
+            keys = []
+            for position in range(step * self.batch, (step + 1) * self.batch):
+                if position // self.count != epoch:
+                    epoch = position // self.count
+                    order = torch.randperm(self.count, generator=torch.Generator().manual_seed(self.seed + epoch)).tolist()
+                keys.append((order[position % self.count], (self.seed << 40) + position))
+            yield keys
+
+
+def run(task: Task, args) -> None:
+    """Trains a task to args.steps, with log, sheets and checkpoints in args.out/training/<stage>."""
+    folder = args.out / "training" / args.stage
+    parameters = {f"{m}.{n}": p for m, module in task.modules.items() for n, p in module.named_parameters()}
+    optimizer = torch.optim.AdamW(parameters.values(), args.lr, weight_decay=args.weight_decay)
+    ema = {n: p.detach().clone() for n, p in parameters.items()} if args.ema else {}
+    start = load_checkpoint(folder, parameters, ema, optimizer) if args.resume else 0
+    if start >= args.steps:
+        raise BadInput(f"{folder} is already at step {start}; to train further give --steps above {start}")
+    folder.mkdir(parents=True, exist_ok=True)
+
+    micro = args.batch // args.accumulate
+    loader = DataLoader(task.samples, num_workers=args.workers, persistent_workers=args.workers > 0,
+                        batch_sampler=Batches(len(task.samples), args.batch, args.seed, start, args.steps))
+    bar = tqdm(loader, initial=start, total=args.steps, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty())
+    log = open(folder / "log.jsonl", "a", encoding="utf-8")
+    average, clock, seen = None, time.perf_counter(), 0
+    for step, batch in enumerate(bar, start):
+        lr = learning_rate(step, args)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        generator = torch.Generator().manual_seed((args.seed << 32) + step)
+        total = 0.0
+        for i in range(args.accumulate):
+            part = {k: v[i * micro : (i + 1) * micro].to(args.device) for k, v in batch.items()}
+            loss = task.loss(part, generator) / args.accumulate
+            loss.backward()
+            total += loss.item()
+        if not math.isfinite(total):
+            raise BadInput(f"the loss is {total} at step {step}; the last checkpoint in {folder} is good: "
+                           "resume from it with a lower --lr")
+        nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if ema:
+            rate = min(args.ema, (1 + step) / (10 + step))
+            torch._foreach_lerp_(list(ema.values()), [p.detach() for p in parameters.values()], 1 - rate)
+
+        done, seen = step + 1, seen + args.batch
+        average = total if average is None else 0.98 * average + 0.02 * total
+        if done % args.log_every == 0 or done == args.steps:
+            speed = seen / (time.perf_counter() - clock)
+            clock, seen = time.perf_counter(), 0
+            bar.set_postfix_str(f"loss {average:.4f}, lr {lr:.1e}, {speed:.1f} images/s")
+            log.write(json.dumps({"step": done, "loss": round(average, 6), "lr": lr, "images_per_second": round(speed, 2),
+                                  "time": round(time.time(), 1)}) + "\n")
+            log.flush()
+        if done % args.save_every == 0 or done == args.steps:
+            save_checkpoint(folder, done, parameters, ema, optimizer)
+        if done % args.sample_every == 0 or done == args.steps:
+            with averaged(parameters, ema), torch.no_grad():
+                save_image(task.draw(), folder / f"sheet_{done:06}.png")
+                task.save(args.out)
+            clock, seen = time.perf_counter(), 0
+    log.close()
+
+
+class averaged:
+    """Within this context the parameters hold their moving averages (EMA)."""
+
+    def __init__(self, parameters: dict[str, Tensor], ema: dict[str, Tensor]):
+        self.parameters, self.ema = parameters, ema
+
+    def swap(self, *_):
+        for name, average in self.ema.items():
+            p = self.parameters[name]
+            p.data, self.ema[name] = average, p.data
+
+    __enter__ = __exit__ = swap
+
+
+def save_checkpoint(folder: Path, step: int, parameters: dict, ema: dict, optimizer) -> None:
+    """Weights, averages and Adam's moments in one safetensors file, the step in its header."""
+    tensors = {f"weights.{n}": p.detach() for n, p in parameters.items()} | {f"ema.{n}": p for n, p in ema.items()}
+    for name, p in parameters.items():
+        for moment in ("exp_avg", "exp_avg_sq"):
+            if p in optimizer.state:
+                tensors[f"{moment}.{name}"] = optimizer.state[p][moment]
+    write_atomic(folder / "checkpoint.safetensors",
+                 lambda path: save_file({n: t.contiguous() for n, t in tensors.items()}, path, {"step": str(step)}))
+
+
+def load_checkpoint(folder: Path, parameters: dict, ema: dict, optimizer) -> int:
+    """Fills everything from a checkpoint; returns its step. Raises BadInput where there is none, or of another model."""
+    path = folder / "checkpoint.safetensors"
+    if not path.is_file():
+        raise BadInput(f"nothing to resume: {path} does not exist; leave out --resume, or give the run's --out")
+    with safe_open(path, framework="pt") as file, torch.no_grad():
+        step, names = int(file.metadata()["step"]), set(file.keys())
+        try:
+            for name, p in parameters.items():
+                p.copy_(file.get_tensor(f"weights.{name}"))
+                if name in ema:
+                    ema[name].copy_(file.get_tensor(f"ema.{name}"))
+                if f"exp_avg.{name}" in names:
+                    optimizer.state[p] = {"step": torch.tensor(float(step)), **{
+                        moment: file.get_tensor(f"{moment}.{name}").to(p.device) for moment in ("exp_avg", "exp_avg_sq")}}
+        except (RuntimeError, KeyError) as error:
+            raise BadInput(f"{path} is of another model or other settings ({str(error).splitlines()[0]})") from None
+    return step
+
+
+# ---------------------------------------------------------------- samples
+
+
+class Samples(Dataset):
+    """Ads by (index, seed); all randomness of a sample comes from its seed. `perturbed` adds PG's hint (Eq. 5, 6)."""
+
+    def __init__(self, items: list, size: int, perturbed: bool = False):
+        self.ads, self.perturbed = Ads(items, size), perturbed
+
+    def __len__(self) -> int:
+        return len(self.ads)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        index, seed = key
+        sample = self.ads[index]
+        if self.perturbed:
+            generator = torch.Generator().manual_seed(seed)
+            other = self.ads[int(torch.randint(len(self), (), generator=generator))]["image"]
+            sample["background"] = perturb(sample["image"], sample["mask"], other, generator)
+        return sample
+
+
+class Indices(Dataset):
+    """Nothing but the index, for a stage that trains on cached latents alone."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        return {"index": key[0]}
+
+
+@torch.inference_mode()
+def encode_latents(sd: StableDiffusion, items: list, size: int, device, batch: int = 32) -> tuple[Tensor, Tensor]:
+    """The frozen VAE, once over the data set -> mean and standard deviation of every latent, (N, 4, h, w), scaled."""
+    count, shape = len(items), sd.latent_shape(size, size)
+    mean, std = torch.empty(count, *shape), torch.empty(count, *shape)
+    loader = DataLoader(Ads(items, size), batch_size=batch)
+    start = 0
+    for images in tqdm(loader, desc="encoding", unit="batch", disable=not sys.stderr.isatty()):
+        m, logvar = sd.vae.encode(2 * images["image"].to(device) - 1)
+        mean[start : start + len(m)] = m * sd.vae.scaling_factor
+        std[start : start + len(m)] = (logvar / 2).exp() * sd.vae.scaling_factor
+        start += len(m)
+    return mean.clone(), std.clone()
+
+
+def diffuse(schedule: Schedule, mean: Tensor, std: Tensor, generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A draw of z_0, a timestep each, and noise -> z_t, t, ε, z_0. Drawn on the CPU, so that no device changes a run."""
+    draw = torch.randn(2, *mean.shape, generator=generator).to(mean)
+    z_0, eps = mean + std * draw[0], draw[1]
+    t = torch.randint(schedule.T, (len(mean),), generator=generator).to(mean.device)
+    return schedule.add_noise(z_0, eps, t), t, eps, z_0
+
+
+# ---------------------------------------------------------------- the paper's branches
+
+
+def branch_task(args) -> Task:
+    """Stages cg, pg and joint: Eq. 1 over the parameters of CG, of PG beside a frozen CG, or of both."""
+    sd = load_stable_diffusion(args.weights, args.device)
+    items, notes = read_items(args.data)
+    print(*notes, sep="\n", file=sys.stderr)
+    if args.stage == "pg":
+        if not (Path(args.cg) / "categories.json").is_file():
+            raise BadInput(f"--cg {args.cg} holds no categories.json; give the folder that train.py cg wrote")
+        categories = json.loads((Path(args.cg) / "categories.json").read_text(encoding="utf-8"))
+    else:
+        categories = categories_of(items)
+    unknown = sorted({item.category for item in items} - set(categories))
+    if unknown:
+        raise BadInput(f"{args.data}: category {unknown[0]} was not in CG's training set; train CG on this data first")
+    texts = [prompt_texts(item.category, IDENTIFIER.format(categories.index(item.category))) for item in items]
+
+    config = control_config(sd.unet.config, sd.vae.factor, TOY_HINT if args.toy_base else None)
+    cg = load_control(args.cg, "category", args.device) if args.stage == "pg" else None
+    modules: dict[str, ControlNet] = {}
+    torch.manual_seed(args.seed)
+    if args.stage in ("cg", "joint"):
+        modules["cg"] = cg = CategoryGenerator(config).to(args.device)
+    if args.stage in ("pg", "joint"):
+        modules["pg"] = PersonalityGenerator(config).to(args.device)
+    pg = modules.get("pg")
+    for module in modules.values():
+        module.init_from_unet(sd.unet)
+
+    mean, std = encode_latents(sd, items, args.size, args.device)
+    encoded: dict[tuple, Prompts] = {}
+
+    def prompts(indices: list[int], dropped: list[bool]) -> Prompts:
+        wanted = [("", "", "") if drop else texts[i] for i, drop in zip(indices, dropped)]
+        for triple in set(wanted) - set(encoded):
+            encoded[triple] = encode_prompts(sd, [triple])
+        return Prompts(*(torch.cat(parts) for parts in zip(*(encoded[triple] for triple in wanted))))
+
+    def loss(batch: dict, generator) -> Tensor:
+        indices, image, mask = batch["index"].tolist(), batch["image"], batch["mask"]
+        z_t, t, eps, z_0 = diffuse(sd.schedule, mean[indices].to(args.device), std[indices].to(args.device), generator)
+        dropped = (torch.rand(len(indices), generator=generator) < PROMPT_DROPOUT).tolist()
+        branches = [(cg, product_hint(image, mask))] + ([(pg, batch["background"])] if pg else [])
+        output = predict_noise(sd.unet, z_t, t, prompts(indices, dropped), branches, mask)
+        return F.mse_loss(output, sd.schedule.target(z_0, eps, t))  # Eq. 1
+
+    return Task(modules, Samples(items, args.size, perturbed=pg is not None), loss,
+                lambda: draw_branches(sd, cg, pg, items, categories, args),
+                lambda out: [save_control(m, out / n, args.save_dtype, categories) for n, m in modules.items()])
+
+
+def draw_branches(sd: StableDiffusion, cg, pg, items: list, categories: list[str], args):
+    """Eight held-out products (the last of the training set where there is no test split): product, picture, ad."""
+    try:
+        items = read_items(args.data, "bgpair" if pg else "bg1k")[0]
+    except BadInput:
+        items = items[-8:]
+    items = [item for item in items if item.category in categories][:8]
+    ads = [Ads(items, args.size)[i] for i in range(len(items))]
+    rgb, mask = (torch.stack([ad[k] for ad in ads]).to(args.device) for k in ("image", "mask"))
+    texts = [prompt_texts(i.category, IDENTIFIER.format(categories.index(i.category))) for i in items]
+    references = None
+    if pg:
+        pairs = [i.__class__(i.reference or i.image, i.reference_mask if i.reference else i.mask, i.category,
+                             inverted=i.inverted) for i in items]
+        references = [Ads(pairs, args.size)[i] for i in range(len(pairs))]
+    result = paint(sd, rgb, mask, texts, seeded(args.seed, len(items)), cg, pg,
+                   *((torch.stack([r[k] for r in references]) for k in ("image", "mask")) if pg else (None, None)), steps=25)
+    rows = [list(product_hint(rgb, mask)), *([[r["image"] for r in references]] if pg else []), list(result), list(rgb)]
+    return sheet(rows, row_labels=["product", *(["reference"] if pg else []), "painted", "original"])
+
+
+# ---------------------------------------------------------------- the toy base
+
+
+def captions_of(items: list) -> list[tuple[str, str]]:
+    """The two halves of each picture's caption, in the form of the paper's prompt."""
+    if any(item.product is None or item.scene is None for item in items):
+        raise BadInput("this stage trains on captions: metadata.jsonl with 'product' and 'scene' on each line")
+    return [(f"A photo of {item.product}", f"in the background of {item.scene}") for item in items]
+
+
+def vae_task(args) -> Task:
+    """Stage vae: reconstruction through a 4-channel latent."""
+    items = read_items(args.data)[0]
+    torch.manual_seed(args.seed)
+    vae = VAE(dict(TOY_VAE)).to(args.device)
+    ads = Ads(items, args.size)
+    some = torch.stack([ads[i]["image"] for i in range(0, len(items), max(1, len(items) // 256))])
+    # Errors are measured along the colours' principal axes, each scaled by its spread: in plain RGB the brightness
+    # outweighs the hues, which then wash out.
+    values, axes = torch.linalg.eigh(torch.cov(2 * some.transpose(0, 1).flatten(1)[:, ::16]))
+    whiten = (axes / values.sqrt()).T.to(args.device)  # (3, 3)
+    crop = args.size // 2
+
+    def loss(batch: dict, generator) -> Tensor:
+        x = 2 * batch["image"] - 1
+        y0, x0 = torch.randint(args.size - crop + 1, (2,), generator=generator).tolist()
+        x = x[:, :, y0 : y0 + crop, x0 : x0 + crop]
+        mean, logvar = vae.encode(x)
+        z = mean + (logvar / 2).exp() * torch.randn(mean.shape, generator=generator).to(mean)
+        error = torch.einsum("ij,bjhw->bihw", whiten, vae.decode(z) - x)
+        kl = (mean.square() + logvar.exp() - 1 - logvar).mean() / 2
+        return F.avg_pool2d(error, 4).square().mean() + 0.2 * error.abs().mean() + args.kl * kl
+
+    def draw():
+        x = some[:8].to(args.device)
+        return sheet([list(x), list(vae.decode(vae.encode(2 * x - 1)[0]) / 2 + 0.5)], row_labels=["original", "decoded"])
+
+    def save(out: Path) -> None:
+        # the UNet wants latents of unit variance
+        z = torch.cat([vae.encode(2 * x.to(args.device) - 1)[0] for x in some.split(32)])
+        vae.scaling_factor = vae.config["scaling_factor"] = round(1 / z.std().item(), 5)
+        vae.config["sample_size"] = args.size
+        save_module(vae, out / "vae", UNET_FILES[0], args.save_dtype)
+
+    return Task({"vae": vae}, Samples(items, args.size), loss, draw, save)
+
+
+def clip_task(args) -> Task:
+    """Stage clip: pictures and their captions into one space (contrastive). The text tower becomes SD's encoder."""
+    items = read_items(args.data)[0]
+    captions = [", ".join(pair) for pair in captions_of(items)]
+    if args.resume:
+        tokenizer = load_tokenizer(args.out / "tokenizer")
+    else:  # the identifiers' words belong to the vocabulary, though no caption holds them
+        words = [IDENTIFIER.format(" ".join("0123456789"))] * len(captions)
+        train_tokenizer(captions + words, TOY_VOCABULARY, TOY_TEXT["max_position_embeddings"], args.out / "tokenizer")
+        tokenizer = load_tokenizer(args.out / "tokenizer")
+    text = TOY_TEXT | {"vocab_size": tokenizer.bpe.get_vocab_size(), "eos_token_id": tokenizer.end}
+    torch.manual_seed(args.seed)
+    clip = CLIP({"model_type": "clip", "architectures": ["CLIPModel"], "projection_dim": TOY_TEXT["projection_dim"],
+                 "text_config": text, "vision_config": TOY_VISION}).to(args.device)
+    # Tokens that no caption holds, the identifiers among them, keep these values: wide enough to be told apart.
+    nn.init.normal_(clip.text_model.embeddings.token_embedding.weight, std=0.3)
+    for embedding in (clip.text_model.embeddings.position_embedding, clip.vision_model.embeddings.position_embedding):
+        nn.init.normal_(embedding.weight, std=0.02)
+    ids = tokenizer(captions)
+    parts = [tokenizer([pair[k] for pair in captions_of(items)]) for k in (0, 1)]
+
+    def loss(batch: dict, generator) -> Tensor:
+        indices = batch["index"].cpu()
+        # Half of the texts are one half of a caption: mask-guided attention will read either half alone.
+        which = torch.randint(4, (len(indices),), generator=generator)
+        tokens = torch.stack([(ids, ids, parts[0], parts[1])[w][i] for w, i in zip(which.tolist(), indices.tolist())])
+        image = F.normalize(clip.encode_image(batch["image"]), dim=-1)
+        text = F.normalize(clip.encode_text(tokens.to(args.device)), dim=-1)
+        logits = clip.logit_scale.clamp(max=math.log(100)).exp() * image @ text.T
+        target = torch.arange(len(logits), device=logits.device)
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+    ads = Ads(items, args.size)
+
+    def draw():
+        """The pictures of sixteen captions; below each the one, of those sixteen, that its caption finds."""
+        images = torch.stack([ads[i]["image"] for i in range(16)]).to(args.device)
+        similarity = F.normalize(clip.encode_text(ids[:16].to(args.device)), dim=-1) @ F.normalize(clip.encode_image(images), dim=-1).T
+        return sheet([list(images), list(images[similarity.argmax(dim=1)])], row_labels=["captioned", "found"])
+
+    def save(out: Path) -> None:
+        save_module(clip, out / "clip", TEXT_FILES[0], args.save_dtype)
+        encoder = TextEncoder(text)
+        encoder.text_model = clip.text_model
+        save_module(encoder, out / "text_encoder", TEXT_FILES[0], args.save_dtype)
+
+    return Task({"clip": clip}, Samples(items, args.size), loss, draw, save)
+
+
+def unet_task(args) -> Task:
+    """Stage unet: text to image on the base set, where product and scene are independent."""
+    items = read_items(args.data)[0]
+    base = args.weights
+    torch.manual_seed(args.seed)
+    config = TOY_UNET | {"sample_size": args.size // 4}
+    if args.init:
+        unet = load_module(UNet, Path(args.init), UNET_FILES, args.device, torch.float32).train().requires_grad_(True)
+        unet.config = config
+    else:
+        unet = UNet(config).to(args.device)
+        for name, parameter in unet.named_parameters():  # each residual branch starts at nothing
+            if name.endswith(("conv2.weight", "proj_out.weight", "conv_out.weight")):
+                nn.init.zeros_(parameter)
+    sd = StableDiffusion(load_tokenizer(base / "tokenizer"), load_module(TextEncoder, base / "text_encoder", TEXT_FILES, args.device, torch.float32),
+                         unet, load_module(VAE, base / "vae", UNET_FILES, args.device, torch.float32), Schedule())
+    captions = captions_of(items)
+    mean, std = encode_latents(sd, items, args.size, args.device)
+    snr = sd.schedule.alpha_bar / (1 - sd.schedule.alpha_bar)
+    weight = (snr.clamp(max=5) / snr).to(args.device)  # min-SNR, gamma 5 (Hang et al. 2023): easy steps count less
+
+    def loss(batch: dict, generator) -> Tensor:
+        indices = batch["index"].tolist()
+        z_t, t, eps, z_0 = diffuse(sd.schedule, mean[indices].to(args.device), std[indices].to(args.device), generator)
+        # Whole captions, either half alone as mask-guided attention will ask for, and none for the guidance.
+        kinds = torch.multinomial(torch.tensor([0.60, 0.12, 0.18, 0.10]), len(indices), True, generator=generator)
+        texts = [(", ".join(captions[i]), *captions[i], "")[k] for i, k in zip(indices, kinds.tolist())]
+        with torch.no_grad():
+            P = sd.prompts(texts)
+        error = (unet(z_t, t, P) - eps).square().mean(dim=(1, 2, 3))
+        return (error * weight[t]).mean()
+
+    def draw():
+        pictures = [", ".join(captions[i]) for i in range(16)]
+        triples = [(text, text, text) for text in pictures]
+        blank = torch.zeros(16, 3, args.size, args.size, device=args.device)
+        painted = paint(sd, blank, blank[:, :1], triples, seeded(0, 16), steps=25)
+        ads = Ads(items, args.size)
+        return sheet([list(painted[:8]), [ads[i]["image"] for i in range(8)],
+                      list(painted[8:]), [ads[i]["image"] for i in range(8, 16)]],
+                     row_labels=["painted", "captioned"] * 2)
+
+    def save(out: Path) -> None:
+        save_module(unet, out / "unet", UNET_FILES[0], args.save_dtype)
+        names = {"scheduler": ["diffusers", "DDIMScheduler"], "text_encoder": ["transformers", "CLIPTextModel"],
+                 "tokenizer": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"],
+                 "vae": ["diffusers", "AutoencoderKL"], "safety_checker": [None, None], "feature_extractor": [None, None]}
+        scheduler = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "clip_sample": False} | sd.schedule.config
+        for path, content in (("model_index.json", {"_class_name": "StableDiffusionPipeline"} | names),
+                              ("scheduler/scheduler_config.json", scheduler)):
+            text = json.dumps(content, indent=2) + "\n"
+            write_atomic(out / path, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))
+
+    return Task({"unet": unet}, Indices(len(items)), loss, draw, save)
+
+
+STAGES = {"vae": vae_task, "clip": clip_task, "unet": unet_task, "cg": branch_task, "pg": branch_task, "joint": branch_task}
+
+
+def parse(arguments: list[str] | None = None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", help="vae, clip, unet, cg, pg or joint")
+    parser.add_argument("--data", type=Path, help="data set, as released (BG60k) or with metadata.jsonl [the toy's, drawn on first use]")
+    parser.add_argument("--weights", type=Path, help="frozen Stable Diffusion folder [the toy's]")
+    parser.add_argument("--cg", type=Path, help="stage pg: the trained CG [the toy's]")
+    parser.add_argument("--init", type=Path, help="stage unet: start from this UNet folder [from scratch]")
+    parser.add_argument("--out", type=Path, help="where models, log, sheets and checkpoints go [runs/STAGE]")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    parser.add_argument("--steps", type=int, help="steps in all [toy: 1500 to 8000; else from --epochs]")
+    parser.add_argument("--epochs", type=int, help="passes over the data set, where --steps is not given [paper: 300, section 5.1]")
+    parser.add_argument("--batch", type=int, help="pictures a step, in all [toy: 12 to 64; paper: 128]")
+    parser.add_argument("--accumulate", type=int, default=1, help="parts in which a batch is computed, to save memory [1]")
+    parser.add_argument("--lr", type=float, help="learning rate of AdamW [toy: 7e-4 to 2e-3; paper: 1e-5]")
+    parser.add_argument("--size", type=int, help="side of the training pictures in pixels [toy: 128; paper: 512]")
+    parser.add_argument("--ema", type=float, help="decay of the moving average of the weights, 0 for none [toy: 0 to 0.999; paper: 0]")
+    parser.add_argument("--weight-decay", type=float, default=1e-2, help="of AdamW [0.01, PyTorch's and ControlNet's]")
+    parser.add_argument("--kl", type=float, default=1e-3, help="stage vae: weight of the KL term [0.001]")
+    parser.add_argument("--seed", type=int, default=0, help="decides everything random [0]")
+    parser.add_argument("--workers", type=int, default=0, help="processes that load samples beside the computation [0]")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... [auto]")
+    parser.add_argument("--log-every", type=int, default=20, help="steps between lines of the log [20]")
+    parser.add_argument("--save-every", type=int, default=250, help="steps between checkpoints [250]")
+    parser.add_argument("--sample-every", type=int, default=500, help="steps between sample sheets [500]")
+    parser.add_argument("--save-dtype", choices=["float32", "float16"], default="float32", help="of the saved models [float32]")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    if args.stage not in STAGES:
+        raise BadInput(f"stage {args.stage} does not exist; the stages are {', '.join(STAGES)}")
+    own = args.data is None and args.weights is None or args.stage in ("vae", "clip", "unet")
+    args.toy_base = args.weights is None
+    args.out = args.out or Path("runs") / args.stage
+    for name, value in (TOY[args.stage] if own else PAPER).items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+    if args.data is None:
+        args.data = TOY_DATA / ("base" if args.stage in ("vae", "clip", "unet") else "ads")
+    args.weights = args.weights or TOY_BASE
+    args.cg = args.cg or HERE / "toy" / "cg"
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.save_dtype = getattr(torch, args.save_dtype)
+    if args.steps is None:
+        args.steps = math.ceil(args.epochs * len(read_items(args.data)[0]) / args.batch)
+    run(STAGES[args.stage](args), args)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
