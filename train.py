@@ -30,9 +30,10 @@ from tqdm import tqdm
 
 from data import (Ads, BadInput, categories_of, one_line_errors, perturb, product_hint, read_items, save_image, sheet,
                   write_atomic)
-from generate import IDENTIFIER, encode_prompts, paint, prompt_texts
+from generate import IDENTIFIER, encode_prompts, paint, pick_device, prompt_texts
 from model import CLIP, VAE, CategoryGenerator, ControlNet, PersonalityGenerator, Prompts, TextEncoder, UNet, predict_noise
 from sampler import Schedule, seeded
+from toy.world import write_world
 from weights import (CONTROL_FILES, TEXT_FILES, UNET_FILES, StableDiffusion, control_config, load_control, load_module,
                      load_stable_diffusion, load_tokenizer, save_control, save_module, train_tokenizer)
 
@@ -45,7 +46,7 @@ PROMPT_DROPOUT = 0.5
 # The toy's own settings, found by trying.
 TOY = {
     "vae": dict(lr=2e-3, batch=12, steps=5000, size=128, ema=0.995, warmup=50, decay=0.5),
-    "clip": dict(lr=1e-3, batch=64, steps=1500, size=128, ema=0.0, warmup=100, decay=0.5),
+    "clip": dict(lr=1e-3, batch=64, steps=1000, size=128, ema=0.0, warmup=100, decay=0.5),
     "unet": dict(lr=1e-3, batch=32, steps=8000, size=128, ema=0.999, warmup=100, decay=0.3),
     "cg": dict(lr=7e-4, batch=16, steps=1500, size=128, ema=0.99, warmup=50, decay=0.3),
     "pg": dict(lr=7e-4, batch=16, steps=1500, size=128, ema=0.99, warmup=50, decay=0.3),
@@ -66,7 +67,7 @@ TOY_TEXT = {"model_type": "clip_text_model", "architectures": ["CLIPTextModel"],
             "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 32,
             "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": 128}
 TOY_VISION = {"model_type": "clip_vision_model", "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4,
-              "num_attention_heads": 4, "image_size": 128, "patch_size": 16, "num_channels": 3,
+              "num_attention_heads": 4, "image_size": 128, "patch_size": 32, "num_channels": 3,
               "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": 128}
 TOY_VOCABULARY = 1024  # 512 for single bytes, the rest grown from the captions
 
@@ -358,11 +359,19 @@ def captions_of(items: list) -> list[tuple[str, str]]:
     return [(f"A photo of {item.product}", f"in the background of {item.scene}") for item in items]
 
 
+def initial(args, kind: type, config: dict) -> nn.Module:
+    """A module to train: random, or with the weights of the folder --init."""
+    module = kind(config).to(args.device)
+    if args.init:
+        module.load_state_dict(load_module(kind, args.init, UNET_FILES, args.device, torch.float32).state_dict())
+    return module
+
+
 def vae_task(args) -> Task:
     """Stage vae: reconstruction through a 4-channel latent."""
     items = read_items(args.data)[0]
     torch.manual_seed(args.seed)
-    vae = VAE(dict(TOY_VAE)).to(args.device)
+    vae = initial(args, VAE, dict(TOY_VAE))
     ads = Ads(items, args.size)
     some = torch.stack([ads[i]["image"] for i in range(0, len(items), max(1, len(items) // 256))])
     # Errors are measured along the colours' principal axes, each scaled by its spread: in plain RGB the brightness
@@ -377,9 +386,12 @@ def vae_task(args) -> Task:
         x = x[:, :, y0 : y0 + crop, x0 : x0 + crop]
         mean, logvar = vae.encode(x)
         z = mean + (logvar / 2).exp() * torch.randn(mean.shape, generator=generator).to(mean)
-        error = torch.einsum("ij,bjhw->bihw", whiten, vae.decode(z) - x)
+        error = vae.decode(z) - x
+        white = torch.einsum("ij,bjhw->bihw", whiten, error)
+        colour = F.avg_pool2d(white, 4).square().mean() + 0.2 * white.abs().mean()
+        edges = sum(error.diff(dim=axis).abs().mean() for axis in (2, 3))
         kl = (mean.square() + logvar.exp() - 1 - logvar).mean() / 2
-        return F.avg_pool2d(error, 4).square().mean() + 0.2 * error.abs().mean() + args.kl * kl
+        return colour + args.detail * (error.abs().mean() + edges) + args.kl * kl
 
     def draw():
         x = some[:8].to(args.device)
@@ -450,11 +462,8 @@ def unet_task(args) -> Task:
     base = args.weights
     torch.manual_seed(args.seed)
     config = TOY_UNET | {"sample_size": args.size // 4}
-    if args.init:
-        unet = load_module(UNet, Path(args.init), UNET_FILES, args.device, torch.float32).train().requires_grad_(True)
-        unet.config = config
-    else:
-        unet = UNet(config).to(args.device)
+    unet = initial(args, UNet, config)
+    if not args.init:
         for name, parameter in unet.named_parameters():  # each residual branch starts at nothing
             if name.endswith(("conv2.weight", "proj_out.weight", "conv_out.weight")):
                 nn.init.zeros_(parameter)
@@ -503,13 +512,20 @@ def unet_task(args) -> Task:
 STAGES = {"vae": vae_task, "clip": clip_task, "unet": unet_task, "cg": branch_task, "pg": branch_task, "joint": branch_task}
 
 
+def toy_data(wanted: Path) -> None:
+    """Draws the toy ad world on first use (minutes)."""
+    if wanted.parent == TOY_DATA and not TOY_DATA.exists():
+        print(f"drawing the toy ad world to {TOY_DATA} (once, a few minutes)", file=sys.stderr)
+        write_world(TOY_DATA)
+
+
 def parse(arguments: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", help="vae, clip, unet, cg, pg or joint")
     parser.add_argument("--data", type=Path, help="data set, as released (BG60k) or with metadata.jsonl [the toy's, drawn on first use]")
     parser.add_argument("--weights", type=Path, help="frozen Stable Diffusion folder [the toy's]")
     parser.add_argument("--cg", type=Path, help="stage pg: the trained CG [the toy's]")
-    parser.add_argument("--init", type=Path, help="stage unet: start from this UNet folder [from scratch]")
+    parser.add_argument("--init", type=Path, help="stages vae and unet: start from the weights of this folder [from scratch]")
     parser.add_argument("--out", type=Path, help="where models, log, sheets and checkpoints go [runs/STAGE]")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
     parser.add_argument("--steps", type=int, help="steps in all [toy: 1500 to 8000; else from --epochs]")
@@ -521,6 +537,7 @@ def parse(arguments: list[str] | None = None):
     parser.add_argument("--ema", type=float, help="decay of the moving average of the weights, 0 for none [toy: 0 to 0.999; paper: 0]")
     parser.add_argument("--weight-decay", type=float, default=1e-2, help="of AdamW [0.01, PyTorch's and ControlNet's]")
     parser.add_argument("--kl", type=float, default=1e-3, help="stage vae: weight of the KL term [0.001]")
+    parser.add_argument("--detail", type=float, default=0.0, help="stage vae: weight of the error of pixels and edges [0]")
     parser.add_argument("--seed", type=int, default=0, help="decides everything random [0]")
     parser.add_argument("--workers", type=int, default=0, help="processes that load samples beside the computation [0]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... [auto]")
@@ -529,6 +546,23 @@ def parse(arguments: list[str] | None = None):
     parser.add_argument("--sample-every", type=int, default=500, help="steps between sample sheets [500]")
     parser.add_argument("--save-dtype", choices=["float32", "float16"], default="float32", help="of the saved models [float32]")
     return parser.parse_args(arguments)
+
+
+def check(args) -> None:
+    """Raises BadInput for what can be told to be wrong before anything is loaded."""
+    for name, least in (("steps", 1), ("epochs", 1), ("batch", 1), ("accumulate", 1), ("size", 32), ("workers", 0),
+                        ("log_every", 1), ("save_every", 1), ("sample_every", 1)):
+        if (value := getattr(args, name)) is not None and value < least:
+            raise BadInput(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+    if args.batch % args.accumulate:
+        raise BadInput(f"--accumulate {args.accumulate}: must divide --batch {args.batch}")
+    if not 0 < args.lr < math.inf:
+        raise BadInput(f"--lr {args.lr}: must be above 0")
+    if not 0 <= args.ema < 1:
+        raise BadInput(f"--ema {args.ema}: must be from 0, for none, to below 1")
+    for path in (args.out, *args.out.parents):
+        if path.exists() and not path.is_dir():
+            raise BadInput(f"--out {args.out}: {path} is a file; name a folder")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -545,8 +579,9 @@ def main(arguments: list[str] | None = None) -> None:
         args.data = TOY_DATA / ("base" if args.stage in ("vae", "clip", "unet") else "ads")
     args.weights = args.weights or TOY_BASE
     args.cg = args.cg or HERE / "toy" / "cg"
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    check(args)
+    args.device = pick_device(args.device)
+    toy_data(args.data)
     args.save_dtype = getattr(torch, args.save_dtype)
     if args.steps is None:
         args.steps = math.ceil(args.epochs * len(read_items(args.data)[0]) / args.batch)

@@ -874,11 +874,10 @@ def scene_caption(scene: str, brand: Brand) -> str:
     return f"{phrase}, {first} and {second}, {layouts[brand.layout]}, {elements[brand.elements]}"
 
 
-def draw(category: str, scene: str, brand_seed: int, seed: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """A product in a brand's scene -> RGB (size, size, 3) and product mask (size, size), both 0..255.
+def layers(category: str, scene: str, brand_seed: int, seed: int, size: int) -> tuple[Image.Image, Image.Image]:
+    """A brand's scene with the product's shadow, RGB, and the product alone in its place, RGBA; both supersampled.
 
-    `seed` chooses the product, its place and a slight camera pan; the brand alone decides all the rest. Within
-    mask == 255 the picture is the product's pixels and nothing else.
+    `seed` chooses the product, its place and a slight camera pan; the brand alone decides all the rest.
     """
     rng = random.Random(f"picture {category} {scene} {seed}")
     side = size * SUPERSAMPLE
@@ -900,11 +899,19 @@ def draw(category: str, scene: str, brand_seed: int, seed: int, size: int) -> tu
     cutout = fine.image
     cutout.putalpha(fine.cover)
     cutout = cutout.reduce(2)
-    corner = (round(left * side), round(foot * side) - cutout.height)
-    canvas.image.paste(cutout, corner, cutout)
-    mask = Image.new("L", (side, side))
-    mask.paste(cutout.getchannel("A"), corner)
-    return np.asarray(canvas.image.reduce(SUPERSAMPLE)), np.asarray(mask.reduce(SUPERSAMPLE))
+    product = Image.new("RGBA", (side, side))
+    product.paste(cutout, (round(left * side), round(foot * side) - cutout.height))
+    return canvas.image, product
+
+
+def draw(category: str, scene: str, brand_seed: int, seed: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """A product in a brand's scene -> RGB (size, size, 3) and product mask (size, size), both 0..255.
+
+    Arguments are those of layers. Within mask == 255 the picture is the product's pixels and nothing else.
+    """
+    image, product = layers(category, scene, brand_seed, seed, size)
+    image.paste(product, (0, 0), product)
+    return np.asarray(image.reduce(SUPERSAMPLE)), np.asarray(product.getchannel("A").reduce(SUPERSAMPLE))
 
 
 # ---------------------------------------------------------------- data sets

@@ -1,0 +1,150 @@
+"""Training: every stage runs, an interrupted run resumes bit for bit, and bad use ends in one line."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from data import BadInput
+from toy.world import write_world
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("world") / "data"
+    write_world(root, size=64, base=24, ads=24, bg1k=8, pairs=8, workers=1)
+    return root
+
+
+@pytest.fixture(scope="session")
+def base(world, tmp_path_factory):
+    """A Stable Diffusion folder made by two steps of each of the base's stages, through the real command line."""
+    out = tmp_path_factory.mktemp("base")
+    common = ["--data", world / "base", "--out", out, "--steps", 2, "--batch", 4]
+    command("vae", *common, "--size", 64)
+    command("clip", *common)
+    command("unet", *common, "--weights", out, "--size", 64)
+    return out
+
+
+@pytest.fixture(scope="session")
+def cg(world, base, tmp_path_factory):
+    out = tmp_path_factory.mktemp("cg")
+    command(*branch("cg", world, base, out), "--steps", 2)
+    return out / "cg"
+
+
+def command(*arguments):
+    train.main([str(a) for a in arguments])
+
+
+def branch(stage, world, base, out):
+    return stage, "--data", world / "ads", "--weights", base, "--out", out, "--batch", 4, "--size", 64, "--lr", 1e-3
+
+
+def test_base_stages_write_a_folder_in_the_public_layout(base):
+    for file in ("model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "vae/config.json",
+                 "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors", "tokenizer/vocab.json",
+                 "tokenizer/merges.txt", "scheduler/scheduler_config.json"):
+        assert (base / file).is_file(), file
+    assert 0 < json.loads((base / "vae" / "config.json").read_text())["scaling_factor"] < 10
+
+
+def test_every_stage_leaves_a_log_a_sheet_and_a_checkpoint(base, cg):
+    for folder in [base / "training" / stage for stage in ("vae", "clip", "unet")] + [cg.parent / "training" / "cg"]:
+        lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        assert lines[-1]["step"] == 2 and {"loss", "lr", "images_per_second"} <= lines[-1].keys()
+        assert (folder / "sheet_000002.png").is_file() and (folder / "checkpoint.safetensors").is_file()
+        assert not [p for p in folder.iterdir() if p.name.startswith(".")], "a temporary file is left"
+
+
+@pytest.mark.parametrize("stage", ["pg", "joint"])
+def test_pg_and_joint_train(stage, world, base, cg, tmp_path):
+    command(*branch(stage, world, base, tmp_path), "--cg", cg, "--steps", 2)
+    assert (tmp_path / "pg" / "diffusion_pytorch_model.safetensors").is_file()
+    assert (tmp_path / "cg").exists() == (stage == "joint")
+
+
+@pytest.mark.parametrize("stage", ["pg", "unet"])
+def test_an_interrupted_run_resumes_bit_for_bit(stage, world, base, cg, tmp_path, monkeypatch):
+    """pg has the most randomness (mixup partners, masks, dropout, noise), unet the moving average."""
+    def arguments(out):
+        data = ("--data", world / "base") if stage == "unet" else ("--cg", cg)
+        return *branch(stage, world, base, out), *data, "--steps", 5, "--save-every", 2, "--ema", 0.9
+
+    command(*arguments(tmp_path / "whole"))
+    save = train.save_checkpoint
+
+    def save_and_die(folder, step, *rest):
+        save(folder, step, *rest)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "save_checkpoint", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        command(*arguments(tmp_path / "broken"))
+    monkeypatch.undo()
+    command(*arguments(tmp_path / "broken"), "--resume")
+
+    whole, resumed = (load_file(tmp_path / run / "training" / stage / "checkpoint.safetensors") for run in ("whole", "broken"))
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_batches_hold_each_index_once_an_epoch_and_can_be_entered_anywhere():
+    batches = list(train.Batches(count=10, batch=4, seed=0, start=0, steps=5))
+    assert sorted(i for keys in batches for i, _ in keys) == sorted(2 * list(range(10))), "each index once an epoch"
+    assert len({seed for keys in batches for _, seed in keys}) == 20, "every sample has a seed of its own"
+    assert list(train.Batches(10, 4, 0, start=3, steps=5)) == batches[3:], "starting later is the same walk"
+
+
+def test_learning_rate_warms_up_stays_and_decays_and_the_papers_is_constant():
+    args = train.argparse.Namespace(lr=1.0, warmup=10, decay=0.5, steps=100)
+    assert [train.learning_rate(s, args) for s in (0, 9, 49, 75)] == pytest.approx([0.1, 1.0, 1.0, 0.5])
+    paper = train.argparse.Namespace(**train.PAPER, steps=100)
+    assert {train.learning_rate(s, paper) for s in range(100)} == {1e-5}
+
+
+def test_moving_average_is_swapped_in_and_out():
+    p = torch.nn.Parameter(torch.ones(2))
+    ema = {"p": torch.zeros(2)}
+    with train.averaged({"p": p}, ema):
+        assert p.eq(0).all()
+    assert p.eq(1).all() and ema["p"].eq(0).all()
+
+
+def test_diffuse_is_the_forward_process_written_out(world):
+    schedule = train.Schedule()
+    mean, std = torch.randn(3, 4, 2, 2), torch.rand(3, 4, 2, 2)
+    z_t, t, eps, z_0 = train.diffuse(schedule, mean, std, torch.Generator().manual_seed(0))
+    beta = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    for i in range(3):
+        kept = torch.prod(1 - beta[: t[i] + 1])
+        assert torch.allclose(z_t[i].double(), kept.sqrt() * z_0[i] + (1 - kept).sqrt() * eps[i], atol=1e-5)
+    assert not torch.equal(z_0, mean), "z_0 is a draw from the VAE's posterior"
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["paint"], "stage paint does not exist; the stages are vae, clip, unet, cg, pg, joint"),
+    (["cg", "--resume", "--out", "{tmp}/none"], "nothing to resume"),
+    (["cg", "--data", "{tmp}/none"], "no such data set"),
+    (["cg", "--weights", "{tmp}/none"], "missing"),
+    (["cg", "--batch", "0"], "--batch"),
+    (["cg", "--steps", "-1"], "--steps"),
+    (["cg", "--size", "100"], "--size"),
+    (["cg", "--batch", "4", "--accumulate", "3"], "--accumulate"),
+    (["cg", "--device", "gpu"], "--device"),
+    (["cg", "--out", "{tmp}/file"], "file"),
+])
+def test_bad_use_ends_in_one_line(arguments, message, world, base, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    arguments = [a.format(tmp=tmp_path) for a in arguments]
+    if arguments[0] == "cg":
+        arguments += [] if "--data" in arguments else ["--data", str(world / "ads")]
+        arguments += [] if "--weights" in arguments else ["--weights", str(base)]
+        arguments += [] if "--size" in arguments else ["--size", "64"]
+        arguments += [] if "--steps" in arguments else ["--steps", "2"]
+    with pytest.raises(BadInput, match=message) as error:
+        train.main(arguments)
+    assert "\n" not in str(error.value)
