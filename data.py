@@ -57,6 +57,13 @@ def one_line_errors() -> Iterator[None]:
         raise SystemExit(2) from None
 
 
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are BadInput, without the usage."""
+
+    def error(self, message: str) -> None:
+        raise BadInput(message)
+
+
 # ---------------------------------------------------------------------------------------------------- files and tensors
 
 

@@ -1,14 +1,40 @@
-"""From a product photo to an ad image: CG alone, or CG and PG after a reference (Fig. 2, inference)."""
+"""From a product photo to an ad image: CG alone, or CG and PG after a reference (Fig. 2, inference; section 5.1).
+
+    python generate.py                                                        # a sample product and reference
+    python generate.py --product mug.png --category mug                       # CG: the common style of the category
+    python generate.py --product mug.png --category mug --reference ad.png    # CG + PG: the style of a reference ad
+    python generate.py --data BG60K --split bgpair --out results              # every item of a data set
+    python generate.py --prompt "a photo of a mug"                            # the base alone
+
+A product comes with its mask: an image with an alpha channel, or --mask FILE, white on the product. The result has the
+product's frame, and the product's own pixels where the mask is 1.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections import defaultdict
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from data import background_hint, product_hint
+from data import (BadInput, Item, Parser, background_hint, canvas_size, fit, load_cutout, load_masked, one_line_errors,
+                  product_hint, read_items, resize, save_image, sheet)
 from model import ControlNet, Prompts
-from sampler import GUIDANCE, STEPS, sample
-from weights import StableDiffusion
+from sampler import GUIDANCE, STEPS, sample, seeded
+from weights import StableDiffusion, load_control, load_stable_diffusion, pick_device, read_json
 
+TOY = Path(__file__).resolve().parent / "toy"
+SAMPLE = "perfume"  # of toy/samples, painted where no product is given
 IDENTIFIER = "sks {}"  # [D], section 5.1: 'sks' and the category's id
+
+# ---------------------------------------------------------------- a batch on its canvas
 
 
 def prompt_texts(category: str, identifier: str | None) -> tuple[str, str, str]:
@@ -49,3 +75,297 @@ def paint(sd: StableDiffusion, rgb: Tensor, mask: Tensor, texts: list[tuple[str,
     z = sample(sd.unet, sd.schedule, encode_prompts(sd, texts), encode_prompts(sd, [("", "", "")] * len(texts)),
                generators, sd.latent_shape(*rgb.shape[2:]), branches, mask, z_ref, steps, guidance, on_step=on_step)
     return sd.decode(z)
+
+
+# ---------------------------------------------------------------- any pictures, in their own frames
+
+
+class Ad(NamedTuple):
+    """What one ad is painted from. Sizes are the files' own; without a reference CG works alone."""
+
+    rgb: Tensor  # (3, H, W), the product, without its old background at soft edges (data.load_cutout)
+    mask: Tensor  # (1, H, W), M
+    texts: tuple[str, str, str]  # of P, P_fg, P_bg
+    seed: int
+    reference: tuple[Tensor, Tensor] | None = None  # I_ref (3, H', W') and M_ref (1, H', W')
+
+
+def paste_back(painted: Tensor, box: tuple[int, int, int, int], rgb: Tensor, mask: Tensor) -> Tensor:
+    """The product over the painted canvas (3, h, w), in the product's own frame (3, H, W); box as `fit` returned it.
+
+    Where M = 1 the result is the product's pixels, exactly: the product must stay unchanged (section 1).
+    """
+    top, left, h, w = box
+    painted = resize(painted[:, top : top + h, left : left + w], *rgb.shape[1:])
+    return rgb * mask + painted * (1 - mask)
+
+
+def steps_bar(args, text: str) -> tqdm:
+    """A bar over the denoising steps on stderr, where that is a terminal."""
+    return tqdm(total=args.steps, desc=text, unit="step", leave=False, disable=not sys.stderr.isatty())
+
+
+def paint_ads(ads: list[Ad], sd: StableDiffusion, cg: ControlNet, pg: ControlNet | None, args) -> list[Tensor]:
+    """Finished ads, each (3, H, W) in its product's frame. Those of one canvas, with or without PG, make a batch."""
+    batches = defaultdict(list)
+    for i, ad in enumerate(ads):
+        batches[canvas_size(*ad.mask.shape[1:], args.size, sd.multiple), ad.reference is not None].append(i)
+    results = [None] * len(ads)
+    for ((h, w), with_pg), batch in batches.items():
+        chosen = [ads[i] for i in batch]
+        rgb, boxes = zip(*(fit(ad.rgb, h, w, "contain") for ad in chosen))
+        inputs = [torch.stack(rgb), torch.stack([fit(ad.mask, h, w, "contain")[0] for ad in chosen])]
+        if with_pg:
+            inputs += [torch.stack([fit(ad.reference[k], h, w, "cover")[0] for ad in chosen]) for k in (0, 1)]
+        with steps_bar(args, f"{'CG + PG' if with_pg else 'CG'}, {len(batch)} at once") as bar:
+            painted = paint(sd, *inputs[:2], [ad.texts for ad in chosen], [seeded(ad.seed)[0] for ad in chosen],
+                            cg, pg if with_pg else None, *inputs[2:], from_reference=args.start == "reference",
+                            steps=args.steps, guidance=args.guidance, on_step=lambda *_: bar.update()).cpu()
+        for i, ad, picture, box in zip(batch, chosen, painted, boxes):
+            results[i] = paste_back(picture, box, ad.rgb, ad.mask)
+    return results
+
+
+# ---------------------------------------------------------------- models and categories
+
+
+def load_base(args) -> StableDiffusion:
+    """The frozen base; also settles args.size: by default, what the base was trained at. Raises BadInput."""
+    sd = load_stable_diffusion(args.weights or TOY / "base", args.device, args.dtype, args.tokenizer)
+    args.size = args.size or sd.unet.config.get("sample_size", 512 // sd.vae.factor) * sd.vae.factor
+    canvas_size(1, 1, args.size, sd.multiple)  # says so where the size does not fit the base
+    return sd
+
+
+def branch_folder(option: str, args) -> Path:
+    """The folder of "cg" or "pg": by default the toy's. Raises BadInput where the base is another."""
+    folder = getattr(args, option)
+    if folder is None and args.weights:
+        raise BadInput(f"--{option} is missing: the base {args.weights} needs a {option.upper()} trained on it; "
+                       f"train one by train.py {option} --weights {args.weights}")
+    return folder or TOY / option
+
+
+def load_branch(kind: str, folder: Path, sd: StableDiffusion, args) -> ControlNet:
+    """CG ("category") or PG ("personality"). Raises BadInput where its weights are broken, or made for another base."""
+    branch = load_control(folder, kind, args.device, args.dtype)
+    same = ("in_channels", "block_out_channels", "layers_per_block", "cross_attention_dim")
+    hint_factor = 2 ** (len(branch.config["conditioning_embedding_out_channels"]) - 1)
+    if any(branch.config[key] != sd.unet.config[key] for key in same) or hint_factor != sd.vae.factor:
+        raise BadInput(f"{folder} was trained on another base than {args.weights or TOY / 'base'}: "
+                       "give --weights, --cg and --pg that belong together")
+    return branch
+
+
+def texts_of(names: set[str], cg_folder: Path, plain_prompt: bool) -> dict[str, tuple[str, str, str]]:
+    """The prompts of each category in `names`. Its identifier is its position in the list saved with CG.
+
+    Raises BadInput for a name that is not in the list, unless the plain prompt is asked for instead.
+    """
+    file = cg_folder / "categories.json"
+    known = [] if plain_prompt and not file.exists() else read_json(file)
+    if (unknown := sorted(names - set(known))) and not plain_prompt:
+        some = ", ".join(known[:20]) + (f", ... ({len(known):,} in all, see {file})" if len(known) > 20 else "")
+        raise BadInput(f"CG was not trained on the category {unknown[0]!r}; choose one of {some}, or add --plain-prompt")
+    identifiers = {name: IDENTIFIER.format(i) for i, name in enumerate(known)}
+    return {name: prompt_texts(name, identifiers.get(name)) for name in names}
+
+
+# ---------------------------------------------------------------- the three commands
+
+
+def generate_text(args) -> None:
+    """--prompt: the base alone."""
+    sd = load_base(args)
+    for seed in range(args.seed, args.seed + args.num):
+        blank = torch.zeros(1, 3, args.size, args.size)
+        with steps_bar(args, "base") as bar:
+            picture = paint(sd, blank, blank[:, :1], [(args.prompt,) * 3], seeded(seed), steps=args.steps,
+                            guidance=args.guidance, on_step=lambda *_: bar.update())[0]
+        save(picture, args.out / f"prompt_{seed}.png")
+
+
+def generate_product(args) -> None:
+    """--product, or without it the samples: there CG alone is painted too, and all is shown side by side on a sheet."""
+    demo = args.product is None
+    if demo:
+        args.product, args.category = TOY / "samples" / f"{SAMPLE}.png", SAMPLE
+        args.reference = TOY / "samples" / f"{SAMPLE}_reference.png"
+    cg_folder, pg_folder = branch_folder("cg", args), args.reference and branch_folder("pg", args)
+    rgb, mask = load_cutout(args.product, args.mask)
+    reference = args.reference and load_masked(args.reference, args.reference_mask, "reference", "--reference-mask")
+    texts = texts_of({args.category}, cg_folder, args.plain_prompt)[args.category]
+    sd = load_base(args)
+    cg = load_branch("category", cg_folder, sd, args)
+    pg = load_branch("personality", pg_folder, sd, args) if reference else None
+
+    rows = []
+    for seed in range(args.seed, args.seed + args.num, args.batch):
+        seeds = range(seed, min(seed + args.batch, args.seed + args.num))
+        alone = [Ad(rgb, mask, texts, s) for s in seeds] if demo or not reference else []
+        after = [Ad(rgb, mask, texts, s, reference) for s in seeds] if reference else []
+        pictures = paint_ads(alone + after, sd, cg, pg, args)
+        for ad, picture in zip(alone + after, pictures):
+            stem = f"{args.product.stem}_like_{args.reference.stem}" if ad.reference else args.product.stem
+            save(picture, args.out / f"{stem}_{ad.seed}.png")
+        if demo:
+            rows += [[rgb * mask + 1 - mask, a, reference[0], b] for a, b in zip(pictures, pictures[len(seeds) :])]
+    if demo:
+        save(sheet(rows, ["product", "CG alone", "reference", "CG + PG"]), args.out / "sheet.png")
+
+
+def save(image, path: Path) -> None:
+    save_image(image, path)
+    print(path)
+
+
+def result_path(out: Path, index: int, item: Item) -> Path:
+    """Where the picture painted for item `index` of a data set lies."""
+    return out / f"{index:06}_{item.image.stem}.png"
+
+
+def generate_data(args) -> None:
+    """--data: every item not yet painted, item i with seed + i; with PG where the item has a reference.
+
+    A line of manifest.jsonl for each picture. A broken item is named, skipped and counted.
+    """
+    cg_folder = branch_folder("cg", args)
+    items, notes = read_items(args.data, args.split or "bg1k")
+    print("\n".join(notes), file=sys.stderr)
+    pg_folder = branch_folder("pg", args) if any(item.reference for item in items) else None
+    texts = texts_of({item.category for item in items}, cg_folder, args.plain_prompt)
+    todo = [i for i, item in enumerate(items) if not result_path(args.out, i, item).exists()]
+    sd = load_base(args)
+    cg = load_branch("category", cg_folder, sd, args)
+    pg = load_branch("personality", pg_folder, sd, args) if pg_folder else None
+
+    broken = 0
+    for start in tqdm(range(0, len(todo), args.batch), unit="batch", disable=not sys.stderr.isatty()):
+        ads, clock = {}, time.perf_counter()
+        for i in todo[start : start + args.batch]:
+            item, reference = items[i], None
+            try:
+                cutout = load_cutout(item.image, item.mask, "image", "'mask' in metadata.jsonl", item.inverted)
+                if item.reference:
+                    reference = load_masked(item.reference, item.reference_mask, "reference",
+                                            "'reference_mask' in metadata.jsonl", item.inverted)
+                ads[i] = Ad(*cutout, texts[item.category], args.seed + i, reference)
+            except BadInput as error:
+                broken += 1
+                tqdm.write(f"skipped: {error}", file=sys.stderr)
+        pictures = paint_ads(list(ads.values()), sd, cg, pg, args)
+        seconds = (time.perf_counter() - clock) / max(1, len(ads))
+        for (i, ad), picture in zip(ads.items(), pictures):
+            path = result_path(args.out, i, items[i])
+            save_image(picture, path)
+            line = {"item": i, "image": str(items[i].image), "category": items[i].category,
+                    "reference": str(items[i].reference) if ad.reference else None, "seed": ad.seed,
+                    "file": path.name, "seconds": round(seconds, 3)}
+            with open(args.out / "manifest.jsonl", "a", encoding="utf-8") as manifest:
+                manifest.write(json.dumps(line, ensure_ascii=False) + "\n")
+    print(f"{args.out}: {len(todo) - broken:,} painted, {len(items) - len(todo):,} were there, {broken:,} broken")
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def number(kind: type, low: float, high: float, text: str):
+    """An option's value within [low, high]."""
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not low <= value <= high:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a {'whole ' * (kind is int)}number from {low} to {high}")
+    return value
+
+
+def whole(low: int, high: int):
+    return partial(number, int, low, high)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=partial(
+        argparse.RawDescriptionHelpFormatter, max_help_position=32, width=120))
+    add = parser.add_argument_group("what to paint [a sample of the toy]").add_argument
+    add("--product", metavar="FILE", type=Path, help="photo (JPEG, PNG, WebP, ...); its alpha channel is its mask")
+    add("--mask", metavar="FILE", type=Path, help="the product's mask, white on the product")
+    add("--category", metavar="NAME", help="the product's category, one that CG was trained on")
+    add("--reference", metavar="FILE", type=Path, help="ad whose style the background follows (PG) [none: CG alone]")
+    add("--reference-mask", metavar="FILE", type=Path, help="mask of the product in the reference [its alpha channel]")
+    add("--data", metavar="DIR", type=Path, help="BG60k as released, or metadata.jsonl; goes on where it stopped")
+    add("--split", metavar="NAME", help="of the data set as released: bg60k, bg1k or bgpair [bg1k]")
+    add("--prompt", metavar="TEXT", help="plain text-to-image with the base alone")
+    add = parser.add_argument_group("how").add_argument
+    add("--num", metavar="N", type=whole(1, 9999), default=1, help="pictures, with seeds SEED, SEED + 1, ... [1]")
+    add("--seed", metavar="N", type=whole(0, 2**32), default=0, help="of the noise; SEED + i for item i of --data [0]")
+    add("--steps", metavar="N", type=whole(1, 999), default=STEPS, help=f"steps of DDIM [{STEPS}, the paper's]")
+    add("--guidance", metavar="X", type=partial(number, float, 1, 30), default=GUIDANCE,
+        help=f"weight of the prompt, 1: without guidance [{GUIDANCE}, the paper's]")
+    add("--size", metavar="N", type=whole(8, 4096),
+        help="longer side of the painted canvas in pixels [the base's: toy 128, SD 1.5 and the paper 512]")
+    add("--start", metavar="FROM", choices=["reference", "noise"], default="reference",
+        help="z_T: the reference's latent, noised, or pure noise [reference, the paper's; noise without a reference]")
+    add("--plain-prompt", action="store_true",
+        help="a category that CG was not trained on gets the plain prompt 'A photo of NAME' [an error]")
+    add = parser.add_argument_group("models and machine").add_argument
+    add("--weights", metavar="DIR", type=Path, help="Stable Diffusion folder [toy/base; the paper's: SD 1.5]")
+    add("--tokenizer", metavar="DIR", type=Path, help="folder with vocab.json and merges.txt [tokenizer/ in --weights]")
+    add("--cg", metavar="DIR", type=Path, help="Category-Wise Generator, trained on the base [toy/cg]")
+    add("--pg", metavar="DIR", type=Path, help="Personality-Wise Generator, trained on the base [toy/pg]")
+    add("--batch", metavar="N", type=whole(1, 1024), default=4, help="pictures painted at once [4]")
+    add("--device", metavar="NAME", default="auto", help="cpu, cuda, cuda:1, ... [auto: cuda where there is one]")
+    add("--dtype", metavar="NAME", choices=["auto", "float32", "float16", "bfloat16"], default="auto",
+        help="float32, float16, bfloat16 [auto: float16 on CUDA, bfloat16 on CPUs that have it, else float32]")
+    add("--out", metavar="DIR", type=Path, default=Path("out"), help="where the pictures go [out]")
+    return parser.parse_args(arguments)
+
+
+def check(args) -> None:
+    """Raises BadInput for options that do not go together and for an --out that can't be written."""
+    goals = [o for o in ("product", "data", "prompt") if getattr(args, o) is not None]
+    if len(goals) > 1:
+        raise BadInput(f"--{goals[0]} and --{goals[1]} exclude each other; leave one out")
+    for option, needed in (("mask", "product"), ("category", "product"), ("reference", "product"),
+                           ("reference_mask", "reference"), ("split", "data")):
+        if getattr(args, option) is not None and getattr(args, needed) is None:
+            raise BadInput(f"--{option.replace('_', '-')} goes with --{needed}; add that one")
+    if args.product and not args.category:
+        raise BadInput("--product goes with --category; add the product's category")
+    if args.data and args.num != 1:
+        raise BadInput("--num: a data set gets one picture an item; leave it out, or run again with another --out")
+    nearest = next(path for path in (args.out.absolute(), *args.out.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        what = "read-only" if nearest.is_dir() else "a file"
+        raise BadInput(f"--out {args.out}: {nearest} is {what}; choose another folder")
+
+
+def pick_dtype(name: str, device: str) -> torch.dtype:
+    """--dtype, with "auto" settled for the device: half precision where the hardware multiplies it."""
+    if name == "auto":
+        name = "float16" if device.startswith("cuda") else "float32"
+        if device == "cpu" and native_bfloat16():
+            name = "bfloat16"
+            print("computing in bfloat16, native on this CPU; for more precision: --dtype float32", file=sys.stderr)
+    return getattr(torch, name)
+
+
+def native_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 in hardware, by Linux's list of its features."""
+    try:
+        return not {"avx512_bf16", "amx_bf16"}.isdisjoint(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return False
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    check(args)
+    args.device = pick_device(args.device)
+    args.dtype = pick_dtype(args.dtype, args.device)
+    (generate_text if args.prompt is not None else generate_data if args.data else generate_product)(args)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

@@ -28,14 +28,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data import (Ads, BadInput, categories_of, one_line_errors, perturb, product_hint, read_items, save_image, sheet,
+from data import (Ads, BadInput, canvas_size, categories_of, one_line_errors, perturb, product_hint, read_items, save_image, sheet,
                   write_atomic)
-from generate import IDENTIFIER, encode_prompts, paint, pick_device, prompt_texts
+from generate import IDENTIFIER, encode_prompts, paint, prompt_texts
 from model import CLIP, VAE, CategoryGenerator, ControlNet, PersonalityGenerator, Prompts, TextEncoder, UNet, predict_noise
 from sampler import Schedule, seeded
 from toy.world import write_world
 from weights import (CONTROL_FILES, TEXT_FILES, UNET_FILES, StableDiffusion, control_config, load_control, load_module,
-                     load_stable_diffusion, load_tokenizer, save_control, save_module, train_tokenizer)
+                     load_stable_diffusion, load_tokenizer, pick_device, save_control, save_module,
+                     train_tokenizer)
 
 HERE = Path(__file__).resolve().parent
 TOY_BASE, TOY_DATA = HERE / "toy" / "base", HERE / "toy" / "data"
@@ -62,7 +63,6 @@ TOY_UNET = {"_class_name": "UNet2DConditionModel", "in_channels": 4, "out_channe
             "cross_attention_dim": 128, "norm_num_groups": 8, "norm_eps": 1e-5, "flip_sin_to_cos": True, "freq_shift": 0,
             "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 3,
             "up_block_types": ["CrossAttnUpBlock2D"] * 3 + ["UpBlock2D"]}
-TOY_HINT = [16, 24, 48]  # channels of the branches' hint encoder
 TOY_TEXT = {"model_type": "clip_text_model", "architectures": ["CLIPTextModel"], "hidden_size": 128,
             "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 32,
             "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": 128}
@@ -281,6 +281,7 @@ def diffuse(schedule: Schedule, mean: Tensor, std: Tensor, generator) -> tuple[T
 def branch_task(args) -> Task:
     """Stages cg, pg and joint: Eq. 1 over the parameters of CG, of PG beside a frozen CG, or of both."""
     sd = load_stable_diffusion(args.weights, args.device)
+    canvas_size(1, 1, args.size, sd.multiple)  # says so where the size does not fit the base
     items, notes = read_items(args.data)
     print(*notes, sep="\n", file=sys.stderr)
     if args.stage == "pg":
@@ -294,7 +295,7 @@ def branch_task(args) -> Task:
         raise BadInput(f"{args.data}: category {unknown[0]} was not in CG's training set; train CG on this data first")
     texts = [prompt_texts(item.category, IDENTIFIER.format(categories.index(item.category))) for item in items]
 
-    config = control_config(sd.unet.config, sd.vae.factor, TOY_HINT if args.toy_base else None)
+    config = control_config(sd.unet.config, sd.vae.factor)
     cg = load_control(args.cg, "category", args.device) if args.stage == "pg" else None
     modules: dict[str, ControlNet] = {}
     torch.manual_seed(args.seed)
@@ -469,6 +470,7 @@ def unet_task(args) -> Task:
                 nn.init.zeros_(parameter)
     sd = StableDiffusion(load_tokenizer(base / "tokenizer"), load_module(TextEncoder, base / "text_encoder", TEXT_FILES, args.device, torch.float32),
                          unet, load_module(VAE, base / "vae", UNET_FILES, args.device, torch.float32), Schedule())
+    canvas_size(1, 1, args.size, sd.multiple)
     captions = captions_of(items)
     mean, std = encode_latents(sd, items, args.size, args.device)
     snr = sd.schedule.alpha_bar / (1 - sd.schedule.alpha_bar)
@@ -569,10 +571,9 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     if args.stage not in STAGES:
         raise BadInput(f"stage {args.stage} does not exist; the stages are {', '.join(STAGES)}")
-    own = args.data is None and args.weights is None or args.stage in ("vae", "clip", "unet")
-    args.toy_base = args.weights is None
+    toy = args.data is None or args.stage in ("vae", "clip", "unet")
     args.out = args.out or Path("runs") / args.stage
-    for name, value in (TOY[args.stage] if own else PAPER).items():
+    for name, value in (TOY[args.stage] if toy else PAPER).items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
     if args.data is None:

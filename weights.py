@@ -54,6 +54,18 @@ def write_atomic(path: Path | str, write: Callable[[Path], None]) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def pick_device(name: str) -> str:
+    """A device that is here; 'auto' is cuda where there is one. Raises BadInput for one that isn't."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.ones(1, device=name).item()  # "meta" has no values
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise BadInput(f"--device {name}: no such device here; choose auto, cpu"
+                       f"{', cuda' * torch.cuda.is_available()}") from None
+    return name
+
+
 # ---------------------------------------------------------------- files
 
 
@@ -110,15 +122,14 @@ RENAMES = [
 
 def fill(module: nn.Module, tensors: dict[str, Tensor], source: Path, device, dtype) -> nn.Module:
     """Puts tensors into a module built on the meta device, by name. Raises BadInput naming what does not fit."""
-    named = {}
+    wanted, named = module.state_dict(), {}
     for name, tensor in tensors.items():
         if IGNORED.match(name):
             continue
-        if name not in module.state_dict():
+        if name not in wanted:
             for pattern, replacement in RENAMES:
                 name = pattern.sub(replacement, name)
         named[name] = tensor
-    wanted = module.state_dict()
     problems = [f"{n} is missing" for n in wanted if n not in named]
     problems += [f"{n} is not part of this model" for n in named if n not in wanted]
     problems += [f"{n} has shape {list(named[n].shape)}, expected {list(wanted[n].shape)}"
@@ -269,8 +280,10 @@ class StableDiffusion:
         return self.vae.factor * 2 ** (len(self.unet.config["block_out_channels"]) - 1)
 
 
-def load_stable_diffusion(path: Path | str, device="cpu", dtype=torch.float32) -> StableDiffusion:
-    """A Stable Diffusion folder. Raises BadInput where a file is missing, broken or does not fit."""
+def load_stable_diffusion(path: Path | str, device="cpu", dtype=torch.float32,
+                          tokenizer: Path | str | None = None) -> StableDiffusion:
+    """A Stable Diffusion folder, its tokenizer from elsewhere if given. Raises BadInput where a file is missing, broken or
+    does not fit."""
     path = Path(path)
     if path.suffix in PICKLES:
         read_tensors(path)  # says why not
@@ -279,7 +292,7 @@ def load_stable_diffusion(path: Path | str, device="cpu", dtype=torch.float32) -
                        "--weights takes a Stable Diffusion folder with unet/, vae/, text_encoder/ and tokenizer/")
     scheduler = path / "scheduler" / "scheduler_config.json"
     return StableDiffusion(
-        load_tokenizer(path / "tokenizer"),
+        load_tokenizer(tokenizer or path / "tokenizer"),
         load_module(TextEncoder, path / "text_encoder", TEXT_FILES, device, dtype),
         load_module(UNet, path / "unet", UNET_FILES, device, dtype),
         load_module(VAE, path / "vae", VAE_FILES, device, dtype),
@@ -301,11 +314,10 @@ def load_clip(path: Path | str, device="cpu", dtype=torch.float32) -> CLIP:
     return load_module(CLIP, Path(path), TEXT_FILES, device, dtype)
 
 
-def control_config(unet_config: dict, factor: int, hint_channels: list[int] | None = None) -> dict:
+def control_config(unet_config: dict, factor: int) -> dict:
     """The config.json of a branch for a UNet. Its hint encoder halves as often as the base's VAE: thrice for f = 8."""
     same = ("in_channels", "block_out_channels", "down_block_types", "layers_per_block", "attention_head_dim",
             "cross_attention_dim", "norm_num_groups", "norm_eps", "use_linear_projection")
-    halvings = factor.bit_length() - 1
     return {"_class_name": "ControlNetModel", **{k: unet_config[k] for k in same if k in unet_config},
-            "conditioning_embedding_out_channels": hint_channels or [16, 32, 96, 256][: halvings + 1],
+            "conditioning_embedding_out_channels": [16, 32, 96, 256][: factor.bit_length()],
             "flip_sin_to_cos": True, "freq_shift": 0}

@@ -121,7 +121,7 @@ def test_diffuse_is_the_forward_process_written_out(world):
     beta = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     for i in range(3):
         kept = torch.prod(1 - beta[: t[i] + 1])
-        assert torch.allclose(z_t[i].double(), kept.sqrt() * z_0[i] + (1 - kept).sqrt() * eps[i], atol=1e-5)
+        assert torch.allclose(z_t[i].double(), kept.sqrt() * z_0[i].double() + (1 - kept).sqrt() * eps[i].double(), atol=1e-5)
     assert not torch.equal(z_0, mean), "z_0 is a draw from the VAE's posterior"
 
 

@@ -5,6 +5,7 @@ set of elements, shared by all of its ads: what the Personality-Wise Generator m
 
     python toy/world.py --sheet sheet.png      # look at it: a row per category, a column per brand
     python toy/world.py --out data/toy         # write the base set, BG60k, BG1k and BG-pair
+    python toy/world.py --samples toy/samples --size 512
 """
 
 import argparse
@@ -26,6 +27,8 @@ SUPERSAMPLE = 2  # Pillow draws hard edges: pictures are drawn this much larger,
 FOLDER_SIZE = 2000  # images in each numbered folder of BG60k
 BRANDS_PER_CATEGORY = 400  # training brands: seeds 0 .. 3199; each category's ads have their own 400
 HELD_OUT_BRANDS = 1_000_000  # the first brand seed of BG1k and BG-pair
+# generate.py's sample pictures: a product's seed, its reference's, and the reference's brand, in no data set
+SAMPLES = {"perfume": (108, 101, 1_000_501), "sneaker": (105, 107, 1_001_507), "watch": (103, 108, 1_002_508)}
 WHITE, SHADOW = (255, 255, 255), (12, 8, 20)
 
 HUES = {
@@ -1028,6 +1031,17 @@ def write_sheet(path: str | Path, size: int = 128, columns: int = 10):
     Image.fromarray(np.vstack(rows)).save(path)
 
 
+def write_samples(folder: str | Path, size: int = 512):
+    """Products cut out, `name.png`, and `name_reference.png`: ads with their product's mask as the alpha channel."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for category, (seed, reference_seed, brand) in SAMPLES.items():
+        _, product = layers(category, CATEGORIES[category], brand, seed, size)
+        product.reduce(SUPERSAMPLE).save(folder / f"{category}.png", optimize=True)
+        image, mask = draw(category, CATEGORIES[category], brand, reference_seed, size)
+        Image.fromarray(np.dstack([image, mask])).save(folder / f"{category}_reference.png", optimize=True)
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")
@@ -1047,6 +1061,7 @@ def main():
     goal = parser.add_mutually_exclusive_group(required=True)
     goal.add_argument("--out", metavar="DIR", default=argparse.SUPPRESS, help="write the data sets to this new folder")
     goal.add_argument("--sheet", metavar="FILE", default=argparse.SUPPRESS, help="write 80 ads as one picture")
+    goal.add_argument("--samples", metavar="DIR", default=argparse.SUPPRESS, help="write sample products and references")
     for name, smallest, default, text in (
         ("--size", 64, 128, "height and width of a picture, in pixels"),
         ("--base", 0, 16000, "pictures of any category in any scene"),
@@ -1061,6 +1076,8 @@ def main():
     try:
         if "sheet" in args:
             write_sheet(args["sheet"], args["size"])
+        elif "samples" in args:
+            write_samples(args["samples"], args["size"])
         else:
             write_world(args.pop("out"), **args)
     except (OSError, ValueError) as error:

@@ -1,0 +1,361 @@
+"""generate.py through its command line, on a tiny random model: frames, pixels, seeds, data sets, bad input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import generate
+from model import VAE, CategoryGenerator, PersonalityGenerator, TextEncoder, UNet
+from train import TOY_TEXT, TOY_UNET, TOY_VAE
+from weights import control_config, load_tokenizer, save_control, save_module, train_tokenizer
+
+ROOT = Path(generate.__file__).parent
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+CATEGORIES = ["mug", "running shoe", "watch"]
+STEPS = 2
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    """A folder like toy/: base, cg and pg of random weights, at 64 pixels and a quarter of the toy's channels."""
+    folder = tmp_path_factory.mktemp("toy")
+    torch.manual_seed(0)
+    train_tokenizer(["a photo of mug, in the background of sks 0 1 2"] * 9, 600, 32, folder / "base" / "tokenizer")
+    tokenizer = load_tokenizer(folder / "base" / "tokenizer")
+    text = TOY_TEXT | {"vocab_size": tokenizer.bpe.get_vocab_size(), "eos_token_id": tokenizer.end, "hidden_size": 32}
+    unet = TOY_UNET | {"sample_size": 16, "block_out_channels": [8, 16, 16, 16], "cross_attention_dim": 32}
+    save_module(TextEncoder(text), folder / "base" / "text_encoder", "model.safetensors")
+    save_module(VAE(TOY_VAE | {"block_out_channels": [8, 8, 16]}), folder / "base" / "vae", WEIGHTS)
+    save_module(UNet(unet), folder / "base" / "unet", WEIGHTS)
+    for name, branch in (("cg", CategoryGenerator), ("pg", PersonalityGenerator)):
+        save_control(branch(control_config(unet, 4)), folder / name, categories=CATEGORIES)
+    return folder
+
+
+@pytest.fixture
+def run(toy, tmp_path, monkeypatch, capsys):
+    """Runs a command line in an empty folder on the tiny model -> (the paths it printed, stderr)."""
+    monkeypatch.setattr(generate, "TOY", toy)
+    monkeypatch.chdir(tmp_path)
+
+    def main(*arguments):
+        capsys.readouterr()
+        with data.one_line_errors():
+            generate.main(["--steps", str(STEPS), "--device", "cpu", "--dtype", "float32", *map(str, arguments)])
+        out, err = capsys.readouterr()
+        return [Path(line) for line in out.splitlines()], err
+
+    return main
+
+
+def disc(h, w, soft=2.0):
+    """A soft mask (h, w) uint8: 255 in a disc, 0 outside."""
+    y, x = np.mgrid[:h, :w] + 0.5
+    distance = np.hypot((y - h / 2) / h, (x - w / 2) / w) * min(h, w)
+    return (((min(h, w) * 0.3 - distance) / soft + 0.5).clip(0, 1) * 255).round().astype(np.uint8)
+
+
+def noisy(h, w, channels=3, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (h, w, channels), dtype=np.uint8)
+
+
+def cutout(path, h=48, w=48, seed=0):
+    """An RGBA file -> its pixels and mask."""
+    rgb, mask = noisy(h, w, seed=seed), disc(h, w)
+    Image.fromarray(np.dstack([rgb, mask])).save(path, lossless=True)
+    return rgb, mask
+
+
+def pixels(path):
+    return np.asarray(Image.open(path))
+
+
+def mug(path="mug.png", *arguments):
+    """The options for one product."""
+    return "--product", path, "--category", "mug", *arguments
+
+
+# ---------------------------------------------------------------- the product stays unchanged
+
+
+@pytest.mark.parametrize("h, w", [(48, 48), (30, 150), (150, 31), (200, 200)])
+@pytest.mark.parametrize("suffix", ["png", "webp"])
+def test_cutout_keeps_frame_and_pixels(run, h, w, suffix):
+    rgb, mask = cutout(f"mug.{suffix}", h, w)
+    [path], _ = run(*mug(f"mug.{suffix}"))
+    result = pixels(path)
+    assert result.shape == (h, w, 3)
+    assert (result[mask == 255] == rgb[mask == 255]).all()
+    assert (result[mask == 0] != rgb[mask == 0]).mean() > 0.9
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_photo_with_mask_file_keeps_pixels(run, suffix):
+    Image.fromarray(noisy(40, 70)).save(f"mug.{suffix}")
+    Image.fromarray(disc(40, 70)).save("mask.png")
+    [path], _ = run(*mug(f"mug.{suffix}", "--mask", "mask.png"))
+    solid = disc(40, 70) == 255
+    assert (pixels(path)[solid] == pixels(f"mug.{suffix}")[solid]).all()
+
+
+@pytest.mark.parametrize("with_reference", [False, True])
+def test_exif_rotation_is_applied_once(run, with_reference):
+    exif = Image.Exif()
+    exif[274] = 6  # stored on its side
+    Image.fromarray(noisy(40, 70)).save("mug.jpg", exif=exif)
+    upright = np.rot90(pixels("mug.jpg"), -1)  # (70, 40)
+    Image.fromarray(disc(70, 40)).save("mask.png")
+    cutout("ad.png", 33, 90, seed=1)
+    [path], _ = run(*mug("mug.jpg", "--mask", "mask.png", *(["--reference", "ad.png"] if with_reference else [])))
+    assert pixels(path).shape == (70, 40, 3)
+    assert (pixels(path)[disc(70, 40) == 255] == upright[disc(70, 40) == 255]).all()
+
+
+def test_no_halo_of_the_old_background(run):
+    """A grey product photographed on white and on black: the same ad, for soft edges keep nothing of either."""
+    mask = disc(64, 64, soft=8)
+    results = []
+    for name, background in (("white", 255), ("black", 0)):
+        photo = mask / 255 * 128 + (1 - mask / 255) * background
+        Image.fromarray(photo.round().astype(np.uint8)).convert("RGB").save(f"{name}.png")
+        Image.fromarray(mask).save("mask.png")
+        [path], _ = run(*mug(f"{name}.png", "--mask", "mask.png"))
+        results.append(pixels(path).astype(int))
+    assert np.abs(results[0] - results[1]).max() <= 3
+
+
+# ---------------------------------------------------------------- reproducible pictures
+
+
+def test_seeds_decide_and_num_counts_on(run):
+    cutout("mug.png")
+    [a], _ = run(*mug(), "--seed", 5, "--out", "a")
+    (b, c), _ = run(*mug(), "--seed", 4, "--num", 2, "--out", "b")
+    (d, e), _ = run(*mug(), "--seed", 4, "--num", 2, "--batch", 1, "--out", "d")
+    assert [p.name for p in (a, b, c)] == ["mug_5.png", "mug_4.png", "mug_5.png"]
+    assert (pixels(a) == pixels(e)).all()
+    for one, of_two in ((d, b), (e, c)):  # painted alone or in a batch: equal up to rounding
+        assert np.abs(pixels(one).astype(int) - pixels(of_two)).max() <= 1
+    assert (pixels(b) != pixels(c)).any()
+
+
+def test_category_reference_and_start_matter(run):
+    cutout("mug.png")
+    for name in ("ad", "other"):
+        cutout(f"{name}.png", seed=len(name))
+    results = [pixels(run(*mug(), *more)[0][0]) for more in (
+        (), ("--category", "watch"), ("--reference", "ad.png"), ("--reference", "other.png"),
+        ("--reference", "ad.png", "--start", "noise"), ("--plain-prompt", "--category", "teapot"))]
+    for i, a in enumerate(results):
+        for b in results[:i]:
+            assert (a != b).any()
+
+
+def test_reference_mask_file_equals_alpha(run):
+    cutout("mug.png")
+    rgb, mask = cutout("ad.png", 50, 60, seed=1)
+    Image.fromarray(rgb).save("rgb.png"), Image.fromarray(mask).save("mask.png")
+    [a], _ = run(*mug(), "--reference", "ad.png", "--out", "a")
+    [b], _ = run(*mug(), "--reference", "rgb.png", "--reference-mask", "mask.png", "--out", "b")
+    assert (pixels(a) == pixels(b)).all()
+
+
+def test_prompt_paints_at_the_base_size_or_the_given(run):
+    [path], _ = run("--prompt", "a photo of a mug")
+    assert pixels(path).shape == (64, 64, 3)
+    paths, _ = run("--prompt", "a photo of a mug", "--size", 96, "--num", 2)
+    assert [pixels(p).shape for p in paths] == [(96, 96, 3)] * 2
+
+
+def test_plain_prompt_knows_the_known_categories():
+    assert generate.prompt_texts("mug", None) == ("A photo of mug",) * 3
+    assert generate.prompt_texts("mug", "sks 0") == (
+        "A photo of mug, in the background of sks 0", "A photo of mug", "in the background of sks 0")
+
+
+# ---------------------------------------------------------------- data sets
+
+
+@pytest.fixture
+def items(tmp_path):
+    """Five items: two frames, one with a reference, one broken; the fifth's category is another."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for i in range(5):
+        cutout(folder / f"{i}.png", 48 if i < 3 else 40, 48 if i < 3 else 90, seed=i)
+    (folder / "1.png").write_bytes(b"no image")
+    lines = [{"file_name": f"{i}.png", "category": "watch" if i == 4 else "mug"} for i in range(5)]
+    lines[2]["reference"] = "4.png"
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_data_equals_single_pictures_and_goes_on(run, items):
+    out, err = run("--data", items, "--seed", 7, "--out", "all")
+    assert str(out[-1]) == "all: 4 painted, 0 were there, 1 broken" and "1.png" in err
+    lines = [json.loads(line) for line in Path("all/manifest.jsonl").read_text().splitlines()]
+    assert [(line["item"], line["seed"], line["file"], line["category"]) for line in lines] == [
+        (i, 7 + i, f"{i:06}_{i}.png", "watch" if i == 4 else "mug") for i in (0, 2, 3, 4)]
+    for i in (0, 2, 4):
+        more = ("--reference", items / "4.png") if i == 2 else ()
+        [path], _ = run(*mug(items / f"{i}.png"), "--category", "watch" if i == 4 else "mug", "--seed", 7 + i, *more)
+        assert np.abs(pixels(path).astype(int) - pixels(f"all/{i:06}_{i}.png")).max() <= 1
+
+    before = {p: p.stat().st_mtime_ns for p in Path("all").iterdir()}
+    Path("all/000003_3.png").unlink()
+    cutout(items / "1.png")
+    out, _ = run("--data", items, "--seed", 7, "--out", "all", "--batch", 1)
+    assert str(out[-1]) == "all: 2 painted, 3 were there, 0 broken"
+    for name in ("000000_0.png", "000002_2.png", "000004_4.png"):
+        assert Path("all", name).stat().st_mtime_ns == before[Path("all", name)]
+
+
+def test_data_with_an_unknown_category_stops_before_painting(run, items, capsys):
+    text = (items / "metadata.jsonl").read_text().replace("watch", "teapot")
+    (items / "metadata.jsonl").write_text(text)
+    with pytest.raises(SystemExit):
+        run("--data", items)
+    assert "teapot" in capsys.readouterr().err and not Path("out").exists()
+    assert str(run("--data", items, "--plain-prompt")[0][-1]).startswith("out: 4 painted")
+
+
+# ---------------------------------------------------------------- the whole command
+
+
+def command(*arguments, cwd):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, ROOT / "generate.py", *map(str, arguments)], cwd=cwd, env=environment,
+                          capture_output=True, text=True)
+
+
+def test_no_arguments_paint_the_sample(run, toy):
+    if not (toy / "samples").exists():
+        (toy / "samples").symlink_to(ROOT / "toy" / "samples")
+    (toy / "cg" / "categories.json").write_text(json.dumps([*CATEGORIES, generate.SAMPLE]))
+    paths, _ = run()
+    assert [str(p) for p in paths] == ["out/perfume_0.png", "out/perfume_like_perfume_reference_0.png", "out/sheet.png"]
+    product = pixels(ROOT / "toy" / "samples" / "perfume.png")
+    solid = product[..., 3] == 255
+    for path in paths[:2]:
+        assert (pixels(path)[solid] == product[solid, :3]).all()
+    assert pixels(paths[2]).shape[1] > 4 * 512
+    (toy / "cg" / "categories.json").write_text(json.dumps(CATEGORIES))
+
+
+def test_the_script_itself(toy, tmp_path):
+    cutout(tmp_path / "mug.png")
+    models = ("--weights", toy / "base", "--cg", toy / "cg", "--pg", toy / "pg")
+    done = command(*mug("mug.png", *models, "--steps", 1), cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "out/mug_0.png\n")
+    assert "\r" not in done.stderr  # no bar where stderr is no terminal
+    failed = command("--steps", 0, cwd=tmp_path)
+    assert failed.returncode == 2 and failed.stdout == ""
+    assert failed.stderr == "error: argument --steps: '0' must be a whole number from 1 to 999\n"
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Good files, and one of each kind of bad one."""
+    cutout(tmp_path / "mug.png")
+    Image.fromarray(noisy(48, 48)).save(tmp_path / "rgb.png")
+    Image.fromarray(disc(48, 48)).save(tmp_path / "mask.png")
+    Image.fromarray(disc(40, 48)).save(tmp_path / "small.png")
+    for name, level in (("black", 0), ("white", 255)):
+        Image.fromarray(np.full((48, 48), level, np.uint8)).save(tmp_path / f"{name}.png")
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "text.png").write_text("not an image")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "mug.png").read_bytes()[:999])
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "nothing" / "metadata.jsonl").write_text("")
+
+
+BAD = {  # options: what the line says
+    "--product gone.png --category mug": "gone.png: no such file",
+    "--product empty.png --category mug": "empty.png: not a readable image",
+    "--product text.png --category mug": "text.png: not a readable image",
+    "--product cut.png --category mug": "cut.png: not a readable image",
+    "--product folder --category mug": "folder: not a readable image",
+    "--product rgb.png --category mug": "by --mask",
+    "--product rgb.png --category mug --mask gone.png": "gone.png: no such file",
+    "--product rgb.png --category mug --mask small.png": "small.png is 48 x 40",
+    "--product rgb.png --category mug --mask black.png": "black.png is empty",
+    "--product rgb.png --category mug --mask white.png": "white.png covers the whole picture",
+    "--product mug.png --category teapot": "choose one of mug, running shoe, watch, or add --plain-prompt",
+    "--product mug.png": "add the product's category",
+    "--category mug": "--category goes with --product",
+    "--mask mask.png": "--mask goes with --product",
+    "--reference mug.png": "--reference goes with --product",
+    "--product mug.png --category mug --reference rgb.png": "by --reference-mask",
+    "--product mug.png --category mug --reference text.png": "text.png: not a readable image",
+    "--product mug.png --category mug --reference rgb.png --reference-mask small.png": "by --reference-mask",
+    "--product mug.png --category mug --reference-mask mask.png": "--reference-mask goes with --reference",
+    "--product mug.png --category mug --prompt mug": "--product and --prompt exclude each other",
+    "--product mug.png --category mug --split bg1k": "--split goes with --data",
+    "--data gone": "gone: no such data set",
+    "--data folder": "folder: no such data set",
+    "--data nothing": "nothing: the data set is empty",
+    "--data folder --split bg2k": "--split bg2k",
+    "--data folder --num 2": "--num",
+    "--steps 0": "--steps: '0' must be a whole number from 1 to 999",
+    "--steps 1000": "--steps",
+    "--steps many": "--steps",
+    "--size 65": "--size 65: must be a multiple of 32, such as 64",
+    "--size -64": "--size",
+    "--size 1000000": "--size",
+    "--guidance 0": "--guidance",
+    "--guidance nan": "--guidance",
+    "--num 0": "--num",
+    "--batch 0": "--batch",
+    "--seed -1": "--seed",
+    "--start middle": "--start",
+    "--dtype float8": "--dtype",
+    "--device toaster": "--device toaster: no such device here",
+    "--device cuda:77": "--device cuda:77: no such device here",
+    "--device meta": "--device meta: no such device here",
+    "--out mug.png": "--out mug.png:",
+    "--out mug.png/below": "--out mug.png/below:",
+    "--colour red": "--colour",
+    "--weights gone --prompt mug": "gone is missing",
+    "--weights folder --prompt mug": "folder",
+    "--weights model.ckpt --prompt mug": "model.ckpt is a pickle",
+    "--weights {toy}/base --product mug.png --category mug": "--cg is missing",
+    "--weights {toy}/base --cg {toy}/cg --product mug.png --category mug --reference mug.png": "--pg is missing",
+    "--cg folder --product mug.png --category mug": "categories.json is missing",
+    "--cg other --product mug.png --category mug": "belong together",
+    "--pg garbage --product mug.png --category mug --reference mug.png": "is not a whole safetensors file",
+    "--pg pickled --product mug.png --category mug --reference mug.png": "is a pickle",
+    "--tokenizer folder --prompt mug": "folder holds no tokenizer",
+}
+
+
+@pytest.mark.parametrize("options", BAD)
+def test_bad_input_is_one_line_and_writes_nothing(run, files, toy, tmp_path, options, capsys):
+    for name, kept in (("garbage", WEIGHTS), ("pickled", "model.bin")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / kept).write_bytes(b"garbage")
+        (tmp_path / name / "config.json").write_bytes((toy / "pg" / "config.json").read_bytes())
+    if "other" in options:
+        unet = TOY_UNET | {"block_out_channels": [8, 16, 16, 24], "cross_attention_dim": 32}
+        save_control(CategoryGenerator(control_config(unet, 4)), tmp_path / "other", categories=CATEGORIES)
+    arguments = options.format(toy=toy).split()
+    if not {"--product", "--prompt", "--data"} & set(arguments):
+        arguments += ["--prompt", "mug"] if "--category" not in options and "--mask" not in options else []
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        run(*arguments)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1 and BAD[options] in err
+    assert sorted(tmp_path.rglob("*")) == before
