@@ -166,7 +166,7 @@ def texts_of(names: set[str], cg_folder: Path, plain_prompt: bool) -> dict[str, 
     known = [] if plain_prompt and not file.exists() else read_json(file)
     if (unknown := sorted(names - set(known))) and not plain_prompt:
         some = ", ".join(known[:20]) + (f", ... ({len(known):,} in all, see {file})" if len(known) > 20 else "")
-        raise BadInput(f"CG was not trained on the category {unknown[0]!r}; choose one of {some}, or add --plain-prompt")
+        raise BadInput(f"CG was not trained on category {unknown[0]!r}; choose one of {some}; or add --plain-prompt")
     identifiers = {name: IDENTIFIER.format(i) for i, name in enumerate(known)}
     return {name: prompt_texts(name, identifiers.get(name)) for name in names}
 
@@ -231,7 +231,6 @@ def generate_data(args) -> None:
     """
     cg_folder = branch_folder("cg", args)
     items, notes = read_items(args.data, args.split or "bg1k")
-    print("\n".join(notes), file=sys.stderr)
     pg_folder = branch_folder("pg", args) if any(item.reference for item in items) else None
     texts = texts_of({item.category for item in items}, cg_folder, args.plain_prompt)
     todo = [i for i, item in enumerate(items) if not result_path(args.out, i, item).exists()]
@@ -239,6 +238,7 @@ def generate_data(args) -> None:
     cg = load_branch("category", cg_folder, sd, args)
     pg = load_branch("personality", pg_folder, sd, args) if pg_folder else None
 
+    print("\n".join(notes), file=sys.stderr)
     broken = 0
     for start in tqdm(range(0, len(todo), args.batch), unit="batch", disable=not sys.stderr.isatty()):
         ads, clock = {}, time.perf_counter()
@@ -344,9 +344,7 @@ def pick_dtype(name: str, device: str) -> torch.dtype:
     """--dtype, with "auto" settled for the device: half precision where the hardware multiplies it."""
     if name == "auto":
         name = "float16" if device.startswith("cuda") else "float32"
-        if device == "cpu" and native_bfloat16():
-            name = "bfloat16"
-            print("computing in bfloat16, native on this CPU; for more precision: --dtype float32", file=sys.stderr)
+        name = "bfloat16" if device == "cpu" and native_bfloat16() else name
     return getattr(torch, name)
 
 
@@ -364,6 +362,8 @@ def main(arguments: list[str] | None = None) -> None:
     args.device = pick_device(args.device)
     args.dtype = pick_dtype(args.dtype, args.device)
     (generate_text if args.prompt is not None else generate_data if args.data else generate_product)(args)
+    if args.dtype == torch.bfloat16:
+        print("computed in bfloat16; for more precision: --dtype float32", file=sys.stderr)
 
 
 if __name__ == "__main__":

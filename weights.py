@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer as BPETokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from model import BRANCHES, CLIP, VAE, ControlNet, TextEncoder, UNet
 from sampler import Schedule
@@ -141,12 +142,19 @@ def fill(module: nn.Module, tensors: dict[str, Tensor], source: Path, device, dt
     return module.eval().requires_grad_(False)
 
 
+class NoInit(TorchFunctionMode):
+    """Within this context torch.nn.init does nothing: on meta, nn.Embedding's would import PyTorch's compiler (1.5 s)."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return None if getattr(func, "__module__", None) == "torch.nn.init" else func(*args, **(kwargs or {}))
+
+
 def load_module(build: Callable[[dict], nn.Module], folder: Path, names: tuple[str, ...], device, dtype) -> nn.Module:
     """A module from a folder's config.json and weights."""
     path = find_weights(folder, *names)
     config = read_json(folder / "config.json")
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), NoInit():
             module = build(config)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadInput(f"{folder / 'config.json'} is not the configuration of such a model "

@@ -106,6 +106,14 @@ def test_photo_with_mask_file_keeps_pixels(run, suffix):
     assert (pixels(path)[solid] == pixels(f"mug.{suffix}")[solid]).all()
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_keeps_pixels(run, dtype):
+    rgb, mask = cutout("mug.png")
+    [path], err = run(*mug(), "--reference", "mug.png", "--dtype", dtype)
+    assert (pixels(path)[mask == 255] == rgb[mask == 255]).all()
+    assert ("computed in bfloat16" in err) == (dtype == "bfloat16")
+
+
 @pytest.mark.parametrize("with_reference", [False, True])
 def test_exif_rotation_is_applied_once(run, with_reference):
     exif = Image.Exif()
@@ -223,7 +231,9 @@ def test_data_with_an_unknown_category_stops_before_painting(run, items, capsys)
     (items / "metadata.jsonl").write_text(text)
     with pytest.raises(SystemExit):
         run("--data", items)
-    assert "teapot" in capsys.readouterr().err and not Path("out").exists()
+    assert capsys.readouterr().err == ("error: CG was not trained on category 'teapot'; choose one of mug, running shoe, "
+                                       "watch; or add --plain-prompt\n")
+    assert not Path("out").exists()
     assert str(run("--data", items, "--plain-prompt")[0][-1]).startswith("out: 4 painted")
 
 
@@ -292,7 +302,7 @@ BAD = {  # options: what the line says
     "--product rgb.png --category mug --mask small.png": "small.png is 48 x 40",
     "--product rgb.png --category mug --mask black.png": "black.png is empty",
     "--product rgb.png --category mug --mask white.png": "white.png covers the whole picture",
-    "--product mug.png --category teapot": "choose one of mug, running shoe, watch, or add --plain-prompt",
+    "--product mug.png --category teapot": "choose one of mug, running shoe, watch; or add --plain-prompt",
     "--product mug.png": "add the product's category",
     "--category mug": "--category goes with --product",
     "--mask mask.png": "--mask goes with --product",
