@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import (BadInput, Item, Parser, background_hint, canvas_size, fit, load_cutout, load_masked, one_line_errors,
-                  product_hint, read_items, resize, save_image, sheet)
+                  open_image, product_hint, read_items, resize, save_image, sheet)
 from model import ControlNet, Prompts
 from sampler import GUIDANCE, STEPS, sample, seeded
 from weights import StableDiffusion, load_control, load_stable_diffusion, pick_device, read_json
@@ -263,7 +263,27 @@ def generate_data(args) -> None:
                     "file": path.name, "seconds": round(seconds, 3)}
             with open(args.out / "manifest.jsonl", "a", encoding="utf-8") as manifest:
                 manifest.write(json.dumps(line, ensure_ascii=False) + "\n")
+    save_data_sheet(items, args.out)
     print(f"{args.out}: {len(todo) - broken:,} painted, {len(items) - len(todo):,} were there, {broken:,} broken")
+
+
+def save_data_sheet(items: list[Item], out: Path, columns: int = 8, cells: int = 32, side: int = 256) -> None:
+    """OUT/sheet.png: the pictures of the first items, beneath each its reference where it has one, reduced to `side`."""
+    def small(path: Path):
+        if not path.exists():
+            return None  # broken
+        picture = open_image(path).convert("RGB")
+        picture.thumbnail((side, side))
+        return picture
+
+    rows = []
+    for start in range(0, min(len(items), cells), columns):
+        row = list(enumerate(items))[start : start + columns]
+        rows.append([small(result_path(out, i, item)) for i, item in row])
+        if any(item.reference for _, item in row):
+            rows.append([small(item.reference) if item.reference else None for _, item in row])
+    if any(cell for row in rows for cell in row):
+        save_image(sheet(rows), out / "sheet.png")
 
 
 # ---------------------------------------------------------------- the command line
@@ -295,6 +315,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--reference-mask", metavar="FILE", type=Path, help="mask of the product in the reference [its alpha channel]")
     add("--data", metavar="DIR", type=Path, help="BG60k as released, or metadata.jsonl; goes on where it stopped")
     add("--split", metavar="NAME", help="of the data set as released: bg60k, bg1k or bgpair [bg1k]")
+    add("--limit", metavar="N", type=partial(number, int, 1, 10**9), help="only the first N items of the data set [all]")
     add("--prompt", metavar="TEXT", help="plain text-to-image with the base alone")
     add = parser.add_argument_group("how").add_argument
     add("--num", metavar="N", type=whole(1, 9999), default=1, help="pictures, with seeds SEED, SEED + 1, ... [1]")

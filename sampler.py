@@ -99,25 +99,25 @@ def sample(unet: UNet, schedule: Schedule, prompts: Prompts, unconditional: Prom
            shape: tuple[int, int, int], branches=(), mask: Tensor | None = None, z_ref: Tensor | None = None,
            steps: int = STEPS, guidance: float = GUIDANCE, eta: float = 0.0,
            on_step: Callable[[int, Tensor, Tensor], None] | None = None) -> Tensor:
-    """Denoises a batch of B = len(generators) pictures -> z_0 (B, *shape), scaled as the UNet's latents are.
+    """Denoises a batch of B = len(generators) pictures -> z_0 (B, *shape) float32, scaled as the UNet's latents are.
 
     prompts, unconditional: encodings with and without the prompt, B rows each; branches and mask as in
     `predict_noise`; z_ref (B, *shape): where given, z_T is this latent noised to the first timestep, not pure noise
     (section 3.3). Both passes of the guidance run as one batch of 2B; guidance 1 runs the conditional one alone.
     """
     weight = unet.conv_in.weight
-    z_T = torch.cat([draw_noise(shape, g) for g in generators]).to(weight)
+    z_T = torch.cat([draw_noise(shape, g) for g in generators]).to(weight.device)  # float32 whatever the weights are
     if z_ref is not None:
         first = torch.full((len(z_T),), schedule.timesteps(steps)[0], device=z_T.device)
-        z_T = schedule.add_noise(z_ref.to(weight), z_T, first)
+        z_T = schedule.add_noise(z_ref.to(z_T), z_T, first)
     if guidance != 1:
         prompts = Prompts(*(torch.cat([u, c]) for u, c in zip(unconditional, prompts)))
         branches = [(branch, torch.cat([hint, hint])) for branch, hint in branches]
         mask = None if mask is None else torch.cat([mask, mask])
 
     def eps_model(z: Tensor, t: int) -> Tensor:
-        z_in = z if guidance == 1 else torch.cat([z, z])
-        output = predict_noise(unet, z_in, torch.full((len(z_in),), t, device=z.device), prompts, branches, mask)
+        z_in = (z if guidance == 1 else torch.cat([z, z])).to(weight.dtype)
+        output = predict_noise(unet, z_in, torch.full((len(z_in),), t, device=z.device), prompts, branches, mask).float()
         if guidance != 1:
             without, with_prompt = output.chunk(2)
             output = without + guidance * (with_prompt - without)  # classifier-free guidance

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data import (Ads, BadInput, canvas_size, categories_of, one_line_errors, perturb, product_hint, read_items, save_image, sheet,
+from data import (Ads, BadInput, Parser, canvas_size, categories_of, one_line_errors, perturb, product_hint, read_items, save_image, sheet,
                   write_atomic)
 from generate import IDENTIFIER, encode_prompts, paint, prompt_texts
 from model import CLIP, VAE, CategoryGenerator, ControlNet, PersonalityGenerator, Prompts, TextEncoder, UNet, predict_noise
@@ -522,7 +522,7 @@ def toy_data(wanted: Path) -> None:
 
 
 def parse(arguments: list[str] | None = None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", help="vae, clip, unet, cg, pg or joint")
     parser.add_argument("--data", type=Path, help="data set, as released (BG60k) or with metadata.jsonl [the toy's, drawn on first use]")
     parser.add_argument("--weights", type=Path, help="frozen Stable Diffusion folder [the toy's]")
@@ -535,6 +535,8 @@ def parse(arguments: list[str] | None = None):
     parser.add_argument("--batch", type=int, help="pictures a step, in all [toy: 12 to 64; paper: 128]")
     parser.add_argument("--accumulate", type=int, default=1, help="parts in which a batch is computed, to save memory [1]")
     parser.add_argument("--lr", type=float, help="learning rate of AdamW [toy: 7e-4 to 2e-3; paper: 1e-5]")
+    parser.add_argument("--warmup", type=int, help="steps in which the learning rate rises [toy: 50 or 100; paper: 0]")
+    parser.add_argument("--decay", type=float, help="last part of the run in which it falls to 0 [toy: 0.3 or 0.5; paper: 0]")
     parser.add_argument("--size", type=int, help="side of the training pictures in pixels [toy: 128; paper: 512]")
     parser.add_argument("--ema", type=float, help="decay of the moving average of the weights, 0 for none [toy: 0 to 0.999; paper: 0]")
     parser.add_argument("--weight-decay", type=float, default=1e-2, help="of AdamW [0.01, PyTorch's and ControlNet's]")
@@ -552,7 +554,7 @@ def parse(arguments: list[str] | None = None):
 
 def check(args) -> None:
     """Raises BadInput for what can be told to be wrong before anything is loaded."""
-    for name, least in (("steps", 1), ("epochs", 1), ("batch", 1), ("accumulate", 1), ("size", 32), ("workers", 0),
+    for name, least in (("steps", 1), ("epochs", 1), ("batch", 1), ("accumulate", 1), ("size", 32), ("workers", 0), ("warmup", 0),
                         ("log_every", 1), ("save_every", 1), ("sample_every", 1)):
         if (value := getattr(args, name)) is not None and value < least:
             raise BadInput(f"--{name.replace('_', '-')} {value}: must be at least {least}")
@@ -560,6 +562,8 @@ def check(args) -> None:
         raise BadInput(f"--accumulate {args.accumulate}: must divide --batch {args.batch}")
     if not 0 < args.lr < math.inf:
         raise BadInput(f"--lr {args.lr}: must be above 0")
+    if not 0 <= args.decay <= 1:
+        raise BadInput(f"--decay {args.decay}: must be from 0, for none, to 1")
     if not 0 <= args.ema < 1:
         raise BadInput(f"--ema {args.ema}: must be from 0, for none, to below 1")
     for path in (args.out, *args.out.parents):

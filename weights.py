@@ -276,7 +276,7 @@ class StableDiffusion:
 
     def decode(self, z: Tensor) -> Tensor:
         """z (B, 4, h, w) -> images (B, 3, H, W) float32 in [0, 1]."""
-        return (self.vae.decode(z / self.vae.scaling_factor).float() / 2 + 0.5).clamp(0, 1)
+        return (self.vae.decode(z.to(self.vae.quant_conv.weight) / self.vae.scaling_factor).float() / 2 + 0.5).clamp(0, 1)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Of one picture's z."""
