@@ -231,6 +231,7 @@ def generate_data(args) -> None:
     """
     cg_folder = branch_folder("cg", args)
     items, notes = read_items(args.data, args.split or "bg1k")
+    items = items[: args.limit]
     pg_folder = branch_folder("pg", args) if any(item.reference for item in items) else None
     texts = texts_of({item.category for item in items}, cg_folder, args.plain_prompt)
     todo = [i for i, item in enumerate(items) if not result_path(args.out, i, item).exists()]
@@ -315,7 +316,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--reference-mask", metavar="FILE", type=Path, help="mask of the product in the reference [its alpha channel]")
     add("--data", metavar="DIR", type=Path, help="BG60k as released, or metadata.jsonl; goes on where it stopped")
     add("--split", metavar="NAME", help="of the data set as released: bg60k, bg1k or bgpair [bg1k]")
-    add("--limit", metavar="N", type=partial(number, int, 1, 10**9), help="only the first N items of the data set [all]")
+    add("--limit", metavar="N", type=whole(1, 10**9), help="only the first N items of the data set [all]")
     add("--prompt", metavar="TEXT", help="plain text-to-image with the base alone")
     add = parser.add_argument_group("how").add_argument
     add("--num", metavar="N", type=whole(1, 9999), default=1, help="pictures, with seeds SEED, SEED + 1, ... [1]")
@@ -348,7 +349,7 @@ def check(args) -> None:
     if len(goals) > 1:
         raise BadInput(f"--{goals[0]} and --{goals[1]} exclude each other; leave one out")
     for option, needed in (("mask", "product"), ("category", "product"), ("reference", "product"),
-                           ("reference_mask", "reference"), ("split", "data")):
+                           ("reference_mask", "reference"), ("split", "data"), ("limit", "data")):
         if getattr(args, option) is not None and getattr(args, needed) is None:
             raise BadInput(f"--{option.replace('_', '-')} goes with --{needed}; add that one")
     if args.product and not args.category:
