@@ -269,7 +269,7 @@ def generate_data(args) -> None:
 
 
 def save_data_sheet(items: list[Item], out: Path, columns: int = 8, cells: int = 32, side: int = 256) -> None:
-    """OUT/sheet.png: the pictures of the first items, beneath each its reference where it has one, reduced to `side`."""
+    """OUT/sheet.png: the first items' pictures, beneath each its reference if it has one, reduced to `side`."""
     def small(path: Path):
         if not path.exists():
             return None  # broken

@@ -329,7 +329,8 @@ class Prompts(NamedTuple):
     P_bg: Tensor  # 'in the background of [D]'
 
 
-def predict_noise(unet: UNet, z: Tensor, t: Tensor, prompts: Prompts, branches=(), mask: Tensor | None = None) -> Tensor:
+def predict_noise(unet: UNet, z: Tensor, t: Tensor, prompts: Prompts, branches=(),
+                  mask: Tensor | None = None) -> Tensor:
     """Fig. 2: SD, CG and PG in parallel, the branches' outputs summed into SD's decoder -> eps (B, 4, h, w).
 
     branches: pairs of a branch and its hint (B, 3, H, W); mask M (B, 1, H, W) of the product generated for.
@@ -402,7 +403,8 @@ class VAEEncoder(nn.Module):
 
     def __init__(self, config: dict):
         super().__init__()
-        channels, groups, last = config["block_out_channels"], config["norm_num_groups"], len(config["block_out_channels"]) - 1
+        channels, groups = config["block_out_channels"], config["norm_num_groups"]
+        last = len(channels) - 1
         self.conv_in = nn.Conv2d(config["in_channels"], channels[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
             VAELevel(config["layers_per_block"], channels[max(i - 1, 0)], c, groups, "down" if i < last else None)
@@ -423,7 +425,8 @@ class VAEDecoder(nn.Module):
 
     def __init__(self, config: dict):
         super().__init__()
-        channels, groups, last = config["block_out_channels"][::-1], config["norm_num_groups"], len(config["block_out_channels"]) - 1
+        channels, groups = config["block_out_channels"][::-1], config["norm_num_groups"]
+        last = len(channels) - 1
         self.conv_in = nn.Conv2d(config["latent_channels"], channels[0], 3, padding=1)
         self.mid_block = VAEMidBlock(channels[0], groups)
         self.up_blocks = nn.ModuleList(

@@ -117,7 +117,8 @@ def sample(unet: UNet, schedule: Schedule, prompts: Prompts, unconditional: Prom
 
     def eps_model(z: Tensor, t: int) -> Tensor:
         z_in = (z if guidance == 1 else torch.cat([z, z])).to(weight.dtype)
-        output = predict_noise(unet, z_in, torch.full((len(z_in),), t, device=z.device), prompts, branches, mask).float()
+        ts = torch.full((len(z_in),), t, device=z.device)
+        output = predict_noise(unet, z_in, ts, prompts, branches, mask).float()
         if guidance != 1:
             without, with_prompt = output.chunk(2)
             output = without + guidance * (with_prompt - without)  # classifier-free guidance

@@ -17,7 +17,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,15 +28,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data import (Ads, BadInput, Parser, canvas_size, categories_of, one_line_errors, perturb, product_hint, read_items, save_image, sheet,
-                  write_atomic)
+from data import (Ads, BadInput, Parser, canvas_size, categories_of, load_ad, one_line_errors, perturb, product_hint,
+                  read_items, save_image, sheet)
 from generate import IDENTIFIER, encode_prompts, paint, prompt_texts
-from model import CLIP, VAE, CategoryGenerator, ControlNet, PersonalityGenerator, Prompts, TextEncoder, UNet, predict_noise
+from model import (CLIP, VAE, CategoryGenerator, ControlNet, PersonalityGenerator, Prompts, TextEncoder, UNet,
+                   predict_noise)
 from sampler import Schedule, seeded
 from toy.world import write_world
-from weights import (CONTROL_FILES, TEXT_FILES, UNET_FILES, StableDiffusion, control_config, load_control, load_module,
+from weights import (TEXT_FILES, UNET_FILES, StableDiffusion, control_config, load_control, load_module,
                      load_stable_diffusion, load_tokenizer, pick_device, save_control, save_module,
-                     train_tokenizer)
+                     train_tokenizer, write_atomic, write_json)
 
 HERE = Path(__file__).resolve().parent
 TOY_BASE, TOY_DATA = HERE / "toy" / "base", HERE / "toy" / "data"
@@ -60,7 +61,8 @@ TOY_VAE = {"_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, 
            "down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3}
 TOY_UNET = {"_class_name": "UNet2DConditionModel", "in_channels": 4, "out_channels": 4, "act_fn": "silu",
             "block_out_channels": [32, 64, 96, 128], "layers_per_block": 1, "attention_head_dim": 2,
-            "cross_attention_dim": 128, "norm_num_groups": 8, "norm_eps": 1e-5, "flip_sin_to_cos": True, "freq_shift": 0,
+            "cross_attention_dim": 128, "norm_num_groups": 8, "norm_eps": 1e-5,
+            "flip_sin_to_cos": True, "freq_shift": 0,
             "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 3,
             "up_block_types": ["CrossAttnUpBlock2D"] * 3 + ["UpBlock2D"]}
 TOY_TEXT = {"model_type": "clip_text_model", "architectures": ["CLIPTextModel"], "hidden_size": 128,
@@ -84,7 +86,6 @@ class Task:
     loss: Callable[[dict, torch.Generator], Tensor]  # a batch -> scalar
     draw: Callable  # () -> PIL sheet of what the model does now
     save: Callable[[Path], None]  # writes the public folders
-    frozen: list[nn.Module] = field(default_factory=list)
 
 
 def learning_rate(step: int, args) -> float:
@@ -110,7 +111,8 @@ class Batches:
             for position in range(step * self.batch, (step + 1) * self.batch):
                 if position // self.count != epoch:
                     epoch = position // self.count
-                    order = torch.randperm(self.count, generator=torch.Generator().manual_seed(self.seed + epoch)).tolist()
+                    generator = torch.Generator().manual_seed(self.seed + epoch)
+                    order = torch.randperm(self.count, generator=generator).tolist()
                 keys.append((order[position % self.count], (self.seed << 40) + position))
             yield keys
 
@@ -129,7 +131,7 @@ def run(task: Task, args) -> None:
     micro = args.batch // args.accumulate
     loader = DataLoader(task.samples, num_workers=args.workers, persistent_workers=args.workers > 0,
                         batch_sampler=Batches(len(task.samples), args.batch, args.seed, start, args.steps))
-    bar = tqdm(loader, initial=start, total=args.steps, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty())
+    bar = tqdm(loader, initial=start, total=args.steps, unit="step", disable=not sys.stderr.isatty())
     log = open(folder / "log.jsonl", "a", encoding="utf-8")
     average, clock, seen = None, time.perf_counter(), 0
     for step, batch in enumerate(bar, start):
@@ -159,8 +161,8 @@ def run(task: Task, args) -> None:
             speed = seen / (time.perf_counter() - clock)
             clock, seen = time.perf_counter(), 0
             bar.set_postfix_str(f"loss {average:.4f}, lr {lr:.1e}, {speed:.1f} images/s")
-            log.write(json.dumps({"step": done, "loss": round(average, 6), "lr": lr, "images_per_second": round(speed, 2),
-                                  "time": round(time.time(), 1)}) + "\n")
+            line = {"step": done, "loss": round(average, 6), "lr": lr, "images_per_second": round(speed, 2)}
+            log.write(json.dumps(line | {"time": round(time.time(), 1)}) + "\n")
             log.flush()
         if done % args.save_every == 0 or done == args.steps:
             save_checkpoint(folder, done, parameters, ema, optimizer)
@@ -198,7 +200,7 @@ def save_checkpoint(folder: Path, step: int, parameters: dict, ema: dict, optimi
 
 
 def load_checkpoint(folder: Path, parameters: dict, ema: dict, optimizer) -> int:
-    """Fills everything from a checkpoint; returns its step. Raises BadInput where there is none, or of another model."""
+    """Fills everything from a checkpoint -> its step. Raises BadInput where there is none, or of another model."""
     path = folder / "checkpoint.safetensors"
     if not path.is_file():
         raise BadInput(f"nothing to resume: {path} does not exist; leave out --resume, or give the run's --out")
@@ -210,8 +212,8 @@ def load_checkpoint(folder: Path, parameters: dict, ema: dict, optimizer) -> int
                 if name in ema:
                     ema[name].copy_(file.get_tensor(f"ema.{name}"))
                 if f"exp_avg.{name}" in names:
-                    optimizer.state[p] = {"step": torch.tensor(float(step)), **{
-                        moment: file.get_tensor(f"{moment}.{name}").to(p.device) for moment in ("exp_avg", "exp_avg_sq")}}
+                    moments = {m: file.get_tensor(f"{m}.{name}").to(p.device) for m in ("exp_avg", "exp_avg_sq")}
+                    optimizer.state[p] = {"step": torch.tensor(float(step)), **moments}
         except (RuntimeError, KeyError) as error:
             raise BadInput(f"{path} is of another model or other settings ({str(error).splitlines()[0]})") from None
     return step
@@ -268,7 +270,7 @@ def encode_latents(sd: StableDiffusion, items: list, size: int, device, batch: i
 
 
 def diffuse(schedule: Schedule, mean: Tensor, std: Tensor, generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A draw of z_0, a timestep each, and noise -> z_t, t, ε, z_0. Drawn on the CPU, so that no device changes a run."""
+    """A draw of z_0, a timestep each, and noise -> z_t, t, ε, z_0. Drawn on the CPU: no device changes a run."""
     draw = torch.randn(2, *mean.shape, generator=generator).to(mean)
     z_0, eps = mean + std * draw[0], draw[1]
     t = torch.randint(schedule.T, (len(mean),), generator=generator).to(mean.device)
@@ -336,18 +338,20 @@ def draw_branches(sd: StableDiffusion, cg, pg, items: list, categories: list[str
     except BadInput:
         items = items[-8:]
     items = [item for item in items if item.category in categories][:8]
-    ads = [Ads(items, args.size)[i] for i in range(len(items))]
-    rgb, mask = (torch.stack([ad[k] for ad in ads]).to(args.device) for k in ("image", "mask"))
+    rgb, mask = (torch.stack(parts).to(args.device) for parts in zip(*(load_ad(item, args.size) for item in items)))
     texts = [prompt_texts(i.category, IDENTIFIER.format(categories.index(i.category))) for i in items]
     references = None
     if pg:
-        pairs = [i.__class__(i.reference or i.image, i.reference_mask if i.reference else i.mask, i.category,
-                             inverted=i.inverted) for i in items]
-        references = [Ads(pairs, args.size)[i] for i in range(len(pairs))]
-    result = paint(sd, rgb, mask, texts, seeded(args.seed, len(items)), cg, pg,
-                   *((torch.stack([r[k] for r in references]) for k in ("image", "mask")) if pg else (None, None)), steps=25)
-    rows = [list(product_hint(rgb, mask)), *([[r["image"] for r in references]] if pg else []), list(result), list(rgb)]
-    return sheet(rows, row_labels=["product", *(["reference"] if pg else []), "painted", "original"])
+        # an item without a reference is its own
+        pairs = [replace(i, image=i.reference, mask=i.reference_mask) if i.reference else i for i in items]
+        references = [load_ad(pair, args.size) for pair in pairs]
+        references = [torch.stack(parts).to(args.device) for parts in zip(*references)]
+    generators = seeded(args.seed, len(items))
+    painted = paint(sd, rgb, mask, texts, generators, cg, pg, *(references or (None, None)), steps=25)
+    rows = {"product": product_hint(rgb, mask), "reference": references and references[0], "painted": painted}
+    rows |= {"ad": rgb}
+    rows = {name: list(row) for name, row in rows.items() if row is not None}
+    return sheet(list(rows.values()), row_labels=list(rows))
 
 
 # ---------------------------------------------------------------- the toy base
@@ -396,7 +400,8 @@ def vae_task(args) -> Task:
 
     def draw():
         x = some[:8].to(args.device)
-        return sheet([list(x), list(vae.decode(vae.encode(2 * x - 1)[0]) / 2 + 0.5)], row_labels=["original", "decoded"])
+        decoded = vae.decode(vae.encode(2 * x - 1)[0]) / 2 + 0.5
+        return sheet([list(x), list(decoded)], row_labels=["original", "decoded"])
 
     def save(out: Path) -> None:
         # the UNet wants latents of unit variance
@@ -445,8 +450,8 @@ def clip_task(args) -> Task:
     def draw():
         """The pictures of sixteen captions; below each the one, of those sixteen, that its caption finds."""
         images = torch.stack([ads[i]["image"] for i in range(16)]).to(args.device)
-        similarity = F.normalize(clip.encode_text(ids[:16].to(args.device)), dim=-1) @ F.normalize(clip.encode_image(images), dim=-1).T
-        return sheet([list(images), list(images[similarity.argmax(dim=1)])], row_labels=["captioned", "found"])
+        text, image = clip.encode_text(ids[:16].to(args.device)), F.normalize(clip.encode_image(images), dim=-1)
+        return sheet([list(images), list(images[(text @ image.T).argmax(dim=1)])], row_labels=["captioned", "found"])
 
     def save(out: Path) -> None:
         save_module(clip, out / "clip", TEXT_FILES[0], args.save_dtype)
@@ -468,8 +473,9 @@ def unet_task(args) -> Task:
         for name, parameter in unet.named_parameters():  # each residual branch starts at nothing
             if name.endswith(("conv2.weight", "proj_out.weight", "conv_out.weight")):
                 nn.init.zeros_(parameter)
-    sd = StableDiffusion(load_tokenizer(base / "tokenizer"), load_module(TextEncoder, base / "text_encoder", TEXT_FILES, args.device, torch.float32),
-                         unet, load_module(VAE, base / "vae", UNET_FILES, args.device, torch.float32), Schedule())
+    text_encoder = load_module(TextEncoder, base / "text_encoder", TEXT_FILES, args.device, torch.float32)
+    vae = load_module(VAE, base / "vae", UNET_FILES, args.device, torch.float32)
+    sd = StableDiffusion(load_tokenizer(base / "tokenizer"), text_encoder, unet, vae, Schedule())
     canvas_size(1, 1, args.size, sd.multiple)
     captions = captions_of(items)
     mean, std = encode_latents(sd, items, args.size, args.device)
@@ -499,63 +505,69 @@ def unet_task(args) -> Task:
 
     def save(out: Path) -> None:
         save_module(unet, out / "unet", UNET_FILES[0], args.save_dtype)
-        names = {"scheduler": ["diffusers", "DDIMScheduler"], "text_encoder": ["transformers", "CLIPTextModel"],
-                 "tokenizer": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"],
-                 "vae": ["diffusers", "AutoencoderKL"], "safety_checker": [None, None], "feature_extractor": [None, None]}
-        scheduler = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "clip_sample": False} | sd.schedule.config
-        for path, content in (("model_index.json", {"_class_name": "StableDiffusionPipeline"} | names),
-                              ("scheduler/scheduler_config.json", scheduler)):
-            text = json.dumps(content, indent=2) + "\n"
-            write_atomic(out / path, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))
+        # what makes the folder a Stable Diffusion for other tools
+        index = {"_class_name": "StableDiffusionPipeline", "scheduler": ["diffusers", "DDIMScheduler"],
+                 "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
+                 "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
+                 "safety_checker": [None, None], "feature_extractor": [None, None]}
+        scheduler = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "clip_sample": False}
+        write_json(index, out / "model_index.json")
+        write_json(scheduler | sd.schedule.config, out / "scheduler" / "scheduler_config.json")
 
     return Task({"unet": unet}, Indices(len(items)), loss, draw, save)
 
 
-STAGES = {"vae": vae_task, "clip": clip_task, "unet": unet_task, "cg": branch_task, "pg": branch_task, "joint": branch_task}
+STAGES = {"vae": vae_task, "clip": clip_task, "unet": unet_task,
+          "cg": branch_task, "pg": branch_task, "joint": branch_task}
 
 
 def toy_data(wanted: Path) -> None:
     """Draws the toy ad world on first use (minutes)."""
     if wanted.parent == TOY_DATA and not TOY_DATA.exists():
-        print(f"drawing the toy ad world to {TOY_DATA} (once, a few minutes)", file=sys.stderr)
+        print(f"drawing the toy ad world to {TOY_DATA}: once, a few minutes", file=sys.stderr)
         write_world(TOY_DATA)
 
 
 def parse(arguments: list[str] | None = None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+        prog, max_help_position=24, width=120))
     parser.add_argument("stage", help="vae, clip, unet, cg, pg or joint")
-    parser.add_argument("--data", type=Path, help="data set, as released (BG60k) or with metadata.jsonl [the toy's, drawn on first use]")
-    parser.add_argument("--weights", type=Path, help="frozen Stable Diffusion folder [the toy's]")
-    parser.add_argument("--cg", type=Path, help="stage pg: the trained CG [the toy's]")
-    parser.add_argument("--init", type=Path, help="stages vae and unet: start from the weights of this folder [from scratch]")
-    parser.add_argument("--out", type=Path, help="where models, log, sheets and checkpoints go [runs/STAGE]")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
-    parser.add_argument("--steps", type=int, help="steps in all [toy: 1500 to 8000; else from --epochs]")
-    parser.add_argument("--epochs", type=int, help="passes over the data set, where --steps is not given [paper: 300, section 5.1]")
-    parser.add_argument("--batch", type=int, help="pictures a step, in all [toy: 12 to 64; paper: 128]")
-    parser.add_argument("--accumulate", type=int, default=1, help="parts in which a batch is computed, to save memory [1]")
-    parser.add_argument("--lr", type=float, help="learning rate of AdamW [toy: 7e-4 to 2e-3; paper: 1e-5]")
-    parser.add_argument("--warmup", type=int, help="steps in which the learning rate rises [toy: 50 or 100; paper: 0]")
-    parser.add_argument("--decay", type=float, help="last part of the run in which it falls to 0 [toy: 0.3 or 0.5; paper: 0]")
-    parser.add_argument("--size", type=int, help="side of the training pictures in pixels [toy: 128; paper: 512]")
-    parser.add_argument("--ema", type=float, help="decay of the moving average of the weights, 0 for none [toy: 0 to 0.999; paper: 0]")
-    parser.add_argument("--weight-decay", type=float, default=1e-2, help="of AdamW [0.01, PyTorch's and ControlNet's]")
-    parser.add_argument("--kl", type=float, default=1e-3, help="stage vae: weight of the KL term [0.001]")
-    parser.add_argument("--detail", type=float, default=0.0, help="stage vae: weight of the error of pixels and edges [0]")
-    parser.add_argument("--seed", type=int, default=0, help="decides everything random [0]")
-    parser.add_argument("--workers", type=int, default=0, help="processes that load samples beside the computation [0]")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... [auto]")
-    parser.add_argument("--log-every", type=int, default=20, help="steps between lines of the log [20]")
-    parser.add_argument("--save-every", type=int, default=250, help="steps between checkpoints [250]")
-    parser.add_argument("--sample-every", type=int, default=500, help="steps between sample sheets [500]")
-    parser.add_argument("--save-dtype", choices=["float32", "float16"], default="float32", help="of the saved models [float32]")
+    add = parser.add_argument_group("what is trained, on what").add_argument
+    add("--data", metavar="DIR", type=Path, help="BG60k as released, or with metadata.jsonl [the toy's]")
+    add("--weights", metavar="DIR", type=Path, help="frozen Stable Diffusion [toy/base; the paper's: SD 1.5]")
+    add("--cg", metavar="DIR", type=Path, help="stage pg: the trained CG [toy/cg]")
+    add("--init", metavar="DIR", type=Path, help="stages vae and unet: start from these weights [from scratch]")
+    add("--out", metavar="DIR", type=Path, help="where models, log, sheets and checkpoints go [runs/STAGE]")
+    add("--resume", action="store_true", help="go on from the checkpoint in --out")
+    add = parser.add_argument_group("settings [without --data the toy's, else the paper's]").add_argument
+    add("--size", metavar="N", type=int, help="side of the training pictures in pixels [toy 128; paper 512]")
+    add("--batch", metavar="N", type=int, help="pictures a step [toy 12 to 64; paper 128]")
+    add("--accumulate", metavar="N", type=int, default=1, help="parts in which a batch is computed, to save memory [1]")
+    add("--epochs", metavar="N", type=int, help="passes over the data, unless --steps is given [paper 300]")
+    add("--steps", metavar="N", type=int, help="steps in all [toy 1000 to 8000; else from --epochs]")
+    add("--lr", metavar="X", type=float, help="learning rate of AdamW [toy 7e-4 to 2e-3; paper 1e-5]")
+    add("--warmup", metavar="N", type=int, help="steps in which it rises [toy 50 or 100; paper 0]")
+    add("--decay", metavar="X", type=float, help="last part of the run in which it falls to 0 [toy 0.3 to 0.5; paper 0]")
+    add("--weight-decay", metavar="X", type=float, default=1e-2, help="of AdamW [0.01, as ControlNet]")
+    add("--ema", metavar="X", type=float, help="decay of the weights' moving average [toy 0 to 0.999; paper 0]")
+    add("--kl", metavar="X", type=float, default=1e-3, help="stage vae: weight of the KL term [0.001]")
+    add("--detail", metavar="X", type=float, default=0.0, help="stage vae: weight of the error of pixels and edges [0]")
+    add("--seed", metavar="N", type=int, default=0, help="decides everything random [0]")
+    add = parser.add_argument_group("machine and records").add_argument
+    add("--device", metavar="NAME", default="auto", help="cpu, cuda, cuda:1, ... [auto: cuda where there is one]")
+    add("--workers", metavar="N", type=int, default=0, help="processes that load samples beside the computation [0]")
+    add("--log-every", metavar="N", type=int, default=20, help="steps between lines of the log [20]")
+    add("--save-every", metavar="N", type=int, default=250, help="steps between checkpoints [250]")
+    add("--sample-every", metavar="N", type=int, default=500, help="steps between sheets and saved models [500]")
+    add("--save-dtype", metavar="NAME", choices=["float32", "float16"], default="float32",
+        help="float32 or float16, of the saved models [float32]")
     return parser.parse_args(arguments)
 
 
 def check(args) -> None:
     """Raises BadInput for what can be told to be wrong before anything is loaded."""
-    for name, least in (("steps", 1), ("epochs", 1), ("batch", 1), ("accumulate", 1), ("size", 32), ("workers", 0), ("warmup", 0),
-                        ("log_every", 1), ("save_every", 1), ("sample_every", 1)):
+    for name, least in (("steps", 1), ("epochs", 1), ("batch", 1), ("accumulate", 1), ("size", 32), ("workers", 0),
+                        ("warmup", 0), ("log_every", 1), ("save_every", 1), ("sample_every", 1)):
         if (value := getattr(args, name)) is not None and value < least:
             raise BadInput(f"--{name.replace('_', '-')} {value}: must be at least {least}")
     if args.batch % args.accumulate:

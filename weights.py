@@ -80,6 +80,12 @@ def read_json(path: Path) -> dict | list:
         raise BadInput(f"{path} can't be read as JSON ({error}); download it again") from None
 
 
+def write_json(content: object, path: Path) -> None:
+    """Writes a JSON file, atomically."""
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    write_atomic(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Memory-mapped tensors of a safetensors file. Raises BadInput for a pickle, or a broken or missing file."""
     if path.suffix in PICKLES:
@@ -112,7 +118,7 @@ def find_weights(folder: Path, *names: str) -> Path:
 # Older and newer spellings of the public folders: (pattern, what it is here). First the tensors that carry no weights.
 IGNORED = re.compile(r".*\.position_ids$")  # counts 0, 1, 2, …
 RENAMES = [
-    (re.compile(r"^((?:encoder|decoder)\.mid_block\.attentions\.0)\.query\."), r"\1.to_q."),  # VAE attention before 2023
+    (re.compile(r"^((?:encoder|decoder)\.mid_block\.attentions\.0)\.query\."), r"\1.to_q."),  # VAEs before 2023
     (re.compile(r"^((?:encoder|decoder)\.mid_block\.attentions\.0)\.key\."), r"\1.to_k."),
     (re.compile(r"^((?:encoder|decoder)\.mid_block\.attentions\.0)\.value\."), r"\1.to_v."),
     (re.compile(r"^((?:encoder|decoder)\.mid_block\.attentions\.0)\.proj_attn\."), r"\1.to_out.0."),
@@ -143,7 +149,7 @@ def fill(module: nn.Module, tensors: dict[str, Tensor], source: Path, device, dt
 
 
 class NoInit(TorchFunctionMode):
-    """Within this context torch.nn.init does nothing: on meta, nn.Embedding's would import PyTorch's compiler (1.5 s)."""
+    """Within this context torch.nn.init does nothing: on meta, nn.Embedding's imports a compiler (1.5 s)."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return None if getattr(func, "__module__", None) == "torch.nn.init" else func(*args, **(kwargs or {}))
@@ -179,7 +185,7 @@ def save_module(module: nn.Module, folder: Path, name: str, dtype=None, extra: d
 
 
 class Tokenizer:
-    """CLIP's byte-pair encoding: lower case, words and single digits apart, start and end tokens, padded to `length`."""
+    """CLIP's byte-pair encoding: lower case, words and digits apart, start and end tokens, padded to `length`."""
 
     def __init__(self, bpe: BPETokenizer, length: int = 77, pad: str = "<|endoftext|>"):
         self.bpe, self.length = bpe, length
@@ -200,8 +206,8 @@ def clip_bpe(model: models.BPE) -> BPETokenizer:
     bpe.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
     words = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(words, behavior="removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(words, behavior="removed", invert=True),
+                                                 pre_tokenizers.ByteLevel(add_prefix_space=False)])
     bpe.add_special_tokens(["<|startoftext|>", "<|endoftext|>"])
     return bpe
 
@@ -209,7 +215,8 @@ def clip_bpe(model: models.BPE) -> BPETokenizer:
 def train_tokenizer(texts: list[str], size: int, length: int, folder: Path) -> None:
     """Grows a byte-pair vocabulary on texts and writes it as CLIP's files are: vocab.json, merges.txt, config."""
     bpe = clip_bpe(models.BPE(end_of_word_suffix="</w>"))
-    single = [c + end for end in ("", "</w>") for c in sorted(pre_tokenizers.ByteLevel.alphabet())]  # any text can be spelt
+    # single bytes, within words and at their ends: any text can be spelt
+    single = [c + end for end in ("", "</w>") for c in sorted(pre_tokenizers.ByteLevel.alphabet())]
     bpe.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=size - len(single) - 2, end_of_word_suffix="</w>", show_progress=False, special_tokens=[]))
     grown = json.loads(bpe.to_str())["model"]
@@ -221,16 +228,18 @@ def train_tokenizer(texts: list[str], size: int, length: int, folder: Path) -> N
         scratch.mkdir()
         vocabulary = {token: i for i, token in enumerate(tokens)}
         (scratch / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
-        (scratch / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), encoding="utf-8")
-        special = {k: "<|endoftext|>" for k in ("eos_token", "pad_token", "unk_token")} | {"bos_token": "<|startoftext|>"}
-        settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": length, "do_lower_case": True} | special
+        lines = ["#version: 0.2", *(f"{a} {b}" for a, b in merges)]
+        (scratch / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": length, "do_lower_case": True,
+                    "bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>",
+                    "unk_token": "<|endoftext|>"}
         (scratch / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
     write_atomic(folder, write)
 
 
 def load_tokenizer(folder: Path | str) -> Tokenizer:
-    """From vocab.json and merges.txt, or tokenizer.json; length and padding from tokenizer_config.json where present."""
+    """From vocab.json and merges.txt, or tokenizer.json; length and padding from tokenizer_config.json if there."""
     folder = Path(folder)
     settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
     try:
@@ -276,7 +285,8 @@ class StableDiffusion:
 
     def decode(self, z: Tensor) -> Tensor:
         """z (B, 4, h, w) -> images (B, 3, H, W) float32 in [0, 1]."""
-        return (self.vae.decode(z.to(self.vae.quant_conv.weight) / self.vae.scaling_factor).float() / 2 + 0.5).clamp(0, 1)
+        x = self.vae.decode(z.to(self.vae.quant_conv.weight) / self.vae.scaling_factor)
+        return (x.float() / 2 + 0.5).clamp(0, 1)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Of one picture's z."""
@@ -290,8 +300,10 @@ class StableDiffusion:
 
 def load_stable_diffusion(path: Path | str, device="cpu", dtype=torch.float32,
                           tokenizer: Path | str | None = None) -> StableDiffusion:
-    """A Stable Diffusion folder, its tokenizer from elsewhere if given. Raises BadInput where a file is missing, broken or
-    does not fit."""
+    """A Stable Diffusion folder; its tokenizer from another one if given.
+
+    Raises BadInput where a file is missing, broken or does not fit.
+    """
     path = Path(path)
     if path.suffix in PICKLES:
         read_tensors(path)  # says why not
