@@ -142,7 +142,8 @@ def run(task: Task, args) -> None:
         total = 0.0
         for i in range(args.accumulate):
             part = {k: v[i * micro : (i + 1) * micro].to(args.device) for k, v in batch.items()}
-            loss = task.loss(part, generator) / args.accumulate
+            with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.amp):
+                loss = task.loss(part, generator) / args.accumulate
             loss.backward()
             total += loss.item()
         if not math.isfinite(total):
@@ -555,6 +556,7 @@ def parse(arguments: list[str] | None = None):
     add("--seed", metavar="N", type=int, default=0, help="decides everything random [0]")
     add = parser.add_argument_group("machine and records").add_argument
     add("--device", metavar="NAME", default="auto", help="cpu, cuda, cuda:1, ... [auto: cuda where there is one]")
+    add("--amp", action="store_true", help="mixed precision: bfloat16 matrix products, float32 weights")
     add("--workers", metavar="N", type=int, default=0, help="processes that load samples beside the computation [0]")
     add("--log-every", metavar="N", type=int, default=20, help="steps between lines of the log [20]")
     add("--save-every", metavar="N", type=int, default=250, help="steps between checkpoints [250]")

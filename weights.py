@@ -129,15 +129,17 @@ RENAMES = [
 
 def fill(module: nn.Module, tensors: dict[str, Tensor], source: Path, device, dtype) -> nn.Module:
     """Puts tensors into a module built on the meta device, by name. Raises BadInput naming what does not fit."""
-    wanted, named = module.state_dict(), {}
+    wanted, named, problems = module.state_dict(), {}, []
     for name, tensor in tensors.items():
         if IGNORED.match(name):
             continue
         if name not in wanted:
             for pattern, replacement in RENAMES:
                 name = pattern.sub(replacement, name)
+        if name in named:
+            problems.append(f"{name} is there twice, by an older and a newer name")
         named[name] = tensor
-    problems = [f"{n} is missing" for n in wanted if n not in named]
+    problems += [f"{n} is missing" for n in wanted if n not in named]
     problems += [f"{n} is not part of this model" for n in named if n not in wanted]
     problems += [f"{n} has shape {list(named[n].shape)}, expected {list(wanted[n].shape)}"
                  for n in wanted if n in named and named[n].shape != wanted[n].shape]

@@ -1,0 +1,92 @@
+"""Tiny networks in the shapes of Stable Diffusion 1.x and 2.x, with random weights, and inputs for them.
+
+They have SD's four levels (attention in three) and two layers a level, hence its 12 skip connections, and differ in the
+width of every level, so that a tensor that goes the wrong way does not fit.
+"""
+
+import os
+from types import SimpleNamespace
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the oracles read local files only
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from model import VAE, CategoryGenerator, PersonalityGenerator, Prompts, TextEncoder, UNet
+from weights import control_config
+
+SD1 = {"_class_name": "UNet2DConditionModel", "in_channels": 4, "out_channels": 4, "act_fn": "silu", "sample_size": 16,
+       "block_out_channels": [16, 24, 32, 48], "layers_per_block": 2, "attention_head_dim": 2,
+       "cross_attention_dim": 24, "norm_num_groups": 8, "norm_eps": 1e-5, "flip_sin_to_cos": True, "freq_shift": 0,
+       "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+       "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3}
+UNETS = {"sd1": SD1, "sd2": SD1 | {"attention_head_dim": [1, 2, 4, 8], "use_linear_projection": True}}
+VAE_CONFIG = {"_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "latent_channels": 4,
+              "block_out_channels": [8, 16, 16, 24], "layers_per_block": 2, "norm_num_groups": 8, "act_fn": "silu",
+              "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
+              "scaling_factor": 0.18215}
+TEXT_CONFIG = {"model_type": "clip_text_model", "architectures": ["CLIPTextModel"], "vocab_size": 600,
+               "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+               "max_position_embeddings": 77, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
+               "bos_token_id": 598, "eos_token_id": 599, "pad_token_id": 599}
+
+
+@torch.no_grad()
+def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Random weights for every parameter, zero convolutions, biases and norms included; activations stay about 1."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in module.named_parameters():
+        noise = torch.randn(p.shape, generator=generator)
+        if p.dim() > 1:
+            p.copy_(noise / p[0].numel() ** 0.5)
+        else:
+            p.copy_(0.2 * noise + name.endswith("weight"))  # a norm's scale is about 1, a bias about 0
+    return module.eval().requires_grad_(False)
+
+
+def random(*shape: int, seed: int = 0, dtype=torch.float32) -> Tensor:
+    """N(0, 1)."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference over the largest value."""
+    assert ours.shape == theirs.shape, f"shapes {list(ours.shape)} and {list(theirs.shape)}"
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+@pytest.fixture(scope="session")
+def unet() -> UNet:
+    return randomise(UNet(SD1))
+
+
+@pytest.fixture(scope="session")
+def cg() -> CategoryGenerator:
+    return randomise(CategoryGenerator(control_config(SD1, factor=8)), seed=1)
+
+
+@pytest.fixture(scope="session")
+def pg() -> PersonalityGenerator:
+    return randomise(PersonalityGenerator(control_config(SD1, factor=8)), seed=2)
+
+
+@pytest.fixture(scope="session")
+def vae() -> VAE:
+    return randomise(VAE(VAE_CONFIG), seed=3)
+
+
+@pytest.fixture(scope="session")
+def text_encoder() -> TextEncoder:
+    return randomise(TextEncoder(TEXT_CONFIG), seed=4)
+
+
+def inputs(batch: int = 2) -> SimpleNamespace:
+    """What the networks read at 128 pixels: z_t, t, prompts, the two hints, a soft mask. For the fixtures above."""
+    ramp = torch.linspace(0, 1, 128)
+    return SimpleNamespace(
+        z=random(batch, 4, 16, 16, seed=10), t=torch.tensor([981, 21, 1, 500])[:batch],
+        prompts=Prompts(*(random(batch, 7, 24, seed=11 + i) for i in range(3))),
+        hint=random(batch, 3, 128, 128, seed=14).sigmoid(), hint_ref=random(batch, 3, 128, 128, seed=15).sigmoid(),
+        mask=(3 * ramp - 1).clamp(0, 1).expand(batch, 1, 128, 128).clone())  # 0, then a ramp, then 1

@@ -1,0 +1,275 @@
+"""Parity with the reference implementations, diffusers and transformers, through files and in both directions.
+
+Each network is tiny, in the real one's shape, with random weights. One writes the public folder, the other reads it, and
+both must compute the same: within 1e-4 of the largest value, in float32. Skipped where the references aren't installed.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conftest import TEXT_CONFIG, UNETS, VAE_CONFIG, inputs, random, randomise, relative_error
+from model import CLIP, VAE, CategoryGenerator, ControlNet, PersonalityGenerator, TextEncoder, UNet, predict_noise
+from sampler import Schedule, ddim, ddim_step
+from weights import (CONTROL_FILES, TEXT_FILES, UNET_FILES, control_config, load_module, load_tokenizer, save_control,
+                     save_module, train_tokenizer)
+
+diffusers = pytest.importorskip("diffusers")
+transformers = pytest.importorskip("transformers")
+
+TOLERANCE = 1e-4
+VISION_CONFIG = {"model_type": "clip_vision_model", "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
+                 "num_attention_heads": 3, "image_size": 32, "patch_size": 8, "num_channels": 3,
+                 "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": 20}
+CLIP_CONFIG = {"model_type": "clip", "architectures": ["CLIPModel"], "projection_dim": 20,
+               "text_config": TEXT_CONFIG | {"projection_dim": 20}, "vision_config": VISION_CONFIG}
+
+
+def config_of(theirs) -> dict:
+    return json.loads(theirs.config.to_json_string() if hasattr(theirs.config, "to_json_string")
+                      else json.dumps(dict(theirs.config)))
+
+
+@pytest.fixture(params=["ours to theirs", "theirs to ours"])
+def pair(request, tmp_path):
+    """pair(kind, config, their class, file names) -> (ours, theirs), where one has loaded what the other has saved."""
+
+    def make(kind, config, their_kind, files):
+        if request.param == "ours to theirs":
+            ours = randomise(kind(config), seed=5)
+            save_module(ours, tmp_path / "model", files[0])
+            theirs, report = their_kind.from_pretrained(tmp_path / "model", output_loading_info=True)
+            assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+        else:
+            if hasattr(their_kind, "config_class") and their_kind.config_class:
+                theirs = their_kind(their_kind.config_class.from_dict(config))
+            else:
+                theirs = their_kind.from_config(config)
+            randomise(theirs, seed=5).save_pretrained(tmp_path / "model")
+            ours = load_module(kind, tmp_path / "model", files, "cpu", torch.float32)
+        return ours, theirs.eval()
+
+    return make
+
+
+@pytest.mark.parametrize("config", UNETS.values(), ids=UNETS.keys())
+@torch.no_grad()
+def test_unet(pair, config):
+    ours, theirs = pair(UNet, config, diffusers.UNet2DConditionModel, UNET_FILES)
+    given = inputs()
+    expected = theirs(given.z, given.t, given.prompts.P).sample
+    assert relative_error(ours(given.z, given.t, given.prompts.P), expected) < TOLERANCE
+
+
+@torch.no_grad()
+def test_unet_of_an_odd_number_of_levels_and_another_latent_shape(pair):
+    config = UNETS["sd1"] | {"block_out_channels": [16, 32, 24], "layers_per_block": 1,
+                             "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2,
+                             "up_block_types": ["CrossAttnUpBlock2D"] * 2 + ["UpBlock2D"]}
+    ours, theirs = pair(UNet, config, diffusers.UNet2DConditionModel, UNET_FILES)
+    z, P, t = random(2, 4, 12, 20), random(2, 5, 24, seed=1), torch.tensor([7, 999])
+    assert relative_error(ours(z, t, P), theirs(z, t, P).sample) < TOLERANCE
+
+
+@pytest.mark.parametrize("config", UNETS.values(), ids=UNETS.keys())
+@torch.no_grad()
+def test_controlnet_and_the_unet_under_its_residuals(pair, config, unet):
+    ours, theirs = pair(ControlNet, control_config(config, 8), diffusers.ControlNetModel, CONTROL_FILES)
+    given = inputs()
+    down, middle = theirs(given.z, given.t, given.prompts.P, controlnet_cond=given.hint, return_dict=False)
+    residuals = ours(given.z, given.t, given.prompts.P, given.hint)
+    assert len(residuals) == 13
+    for residual, expected in zip(residuals, [*down, middle]):
+        assert relative_error(residual, expected) < TOLERANCE
+
+    their_unet = diffusers.UNet2DConditionModel.from_config(UNETS["sd1"])
+    their_unet.load_state_dict(unet.state_dict())
+    expected = their_unet.eval()(given.z, given.t, given.prompts.P, down_block_additional_residuals=down,
+                                 mid_block_additional_residual=middle).sample
+    assert relative_error(unet(given.z, given.t, given.prompts.P, residuals), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", [CategoryGenerator, PersonalityGenerator])
+@torch.no_grad()
+def test_cg_and_pg_open_as_controlnets(kind, tmp_path):
+    """With equal prompts and an all-background mask CG and PG are plain ControlNets: that much diffusers can check."""
+    branch = randomise(kind(control_config(UNETS["sd1"], 8)))
+    save_control(branch, tmp_path / "branch", categories=["perfume", "sneaker"])
+    theirs = diffusers.ControlNetModel.from_pretrained(tmp_path / "branch").eval()
+    given = inputs()
+    P = given.prompts.P
+    context = (P, P) if kind is CategoryGenerator else P
+    residuals = branch(given.z, given.t, context, given.hint, torch.zeros_like(given.mask))
+    down, middle = theirs(given.z, given.t, P, controlnet_cond=given.hint, return_dict=False)
+    assert max(relative_error(a, b) for a, b in zip(residuals, [*down, middle])) < TOLERANCE
+
+
+@torch.no_grad()
+def test_two_branches_sum_as_multi_controlnet_does(unet):
+    """predict_noise with two plain ControlNets is diffusers' MultiControlNetModel under the same UNet."""
+    given = inputs()
+    branches = [randomise(ControlNet(control_config(UNETS["sd1"], 8)), seed=i) for i in (1, 2)]
+    theirs = []
+    for branch in branches:
+        theirs.append(diffusers.ControlNetModel.from_config(branch.config))
+        theirs[-1].load_state_dict(branch.state_dict())
+    multi = diffusers.MultiControlNetModel([net.eval() for net in theirs])
+    their_unet = diffusers.UNet2DConditionModel.from_config(UNETS["sd1"])
+    their_unet.load_state_dict(unet.state_dict())
+    down, middle = multi(given.z, given.t, given.prompts.P, [given.hint, given.hint_ref], [1.0, 1.0], return_dict=False)
+    expected = their_unet.eval()(given.z, given.t, given.prompts.P, down_block_additional_residuals=down,
+                                 mid_block_additional_residual=middle).sample
+    ours = predict_noise(unet, given.z, given.t, given.prompts,
+                         [(branches[0], given.hint), (branches[1], given.hint_ref)], given.mask)
+    assert relative_error(ours, expected) < TOLERANCE
+
+
+# ---------------------------------------------------------------- VAE
+
+
+@torch.no_grad()
+def check_vae(ours, theirs):
+    x, z = random(2, 3, 64, 48), random(2, 4, 8, 6)
+    distribution = theirs.encode(x).latent_dist
+    mean, logvar = ours.encode(x)
+    assert relative_error(mean, distribution.mean) < TOLERANCE
+    assert relative_error(logvar, distribution.logvar) < TOLERANCE
+    assert relative_error(ours.decode(z), theirs.decode(z).sample) < TOLERANCE
+
+
+def test_vae(pair):
+    ours, theirs = pair(VAE, VAE_CONFIG, diffusers.AutoencoderKL, UNET_FILES)
+    check_vae(ours, theirs)
+    assert ours.scaling_factor == theirs.config.scaling_factor == 0.18215
+
+
+def test_vae_with_the_attention_names_of_before_2023(vae, tmp_path):
+    save_module(vae, tmp_path / "vae", UNET_FILES[0])
+    file = tmp_path / "vae" / UNET_FILES[0]
+    old, tensors = {"to_q.": "query.", "to_k.": "key.", "to_v.": "value.", "to_out.0.": "proj_attn."}, load_file(file)
+    for new_part, old_part in old.items():
+        tensors = {name.replace(new_part, old_part): tensor for name, tensor in tensors.items()}
+    assert sum("proj_attn" in name for name in tensors) == 4
+    save_file(tensors, file)
+    check_vae(load_module(VAE, tmp_path / "vae", UNET_FILES, "cpu", torch.float32),
+              diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae").eval())
+
+
+# ---------------------------------------------------------------- CLIP
+
+
+def ids(vocabulary: int = 600) -> torch.Tensor:
+    """Prompts of two lengths: start, words, end, padding."""
+    rows = torch.full((2, 77), vocabulary - 1)
+    rows[:, 0] = vocabulary - 2
+    rows[0, 1:6] = torch.tensor([5, 9, 200, 3, 77])
+    rows[1, 1:76] = torch.arange(1, 76)
+    return rows
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+@torch.no_grad()
+def test_text_encoder(pair, activation):
+    ours, theirs = pair(TextEncoder, TEXT_CONFIG | {"hidden_act": activation}, transformers.CLIPTextModel, TEXT_FILES)
+    assert relative_error(ours(ids()), theirs(ids()).last_hidden_state) < TOLERANCE
+
+
+@pytest.mark.parametrize("prefix", ["text_model.", ""])
+@torch.no_grad()
+def test_text_encoder_file_with_and_without_its_prefix(text_encoder, tmp_path, prefix):
+    """SD 1.5's own file has text_model. before every name, and position_ids beside; files saved lately have neither."""
+    save_module(text_encoder, tmp_path / "t", TEXT_FILES[0])
+    tensors = {n.replace("text_model.", prefix): t for n, t in load_file(tmp_path / "t" / TEXT_FILES[0]).items()}
+    if prefix:
+        tensors["text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    save_file(tensors, tmp_path / "t" / TEXT_FILES[0])
+    ours = load_module(TextEncoder, tmp_path / "t", TEXT_FILES, "cpu", torch.float32)
+    assert torch.equal(ours(ids()), text_encoder(ids()))
+
+
+@torch.no_grad()
+def test_clip_image_and_text_encoders(pair):
+    ours, theirs = pair(CLIP, CLIP_CONFIG, transformers.CLIPModel, TEXT_FILES)
+    images = random(2, 3, 32, 32, seed=6)
+    expected = theirs(input_ids=ids(), pixel_values=((images - MEAN) / STD))
+    text, image = (torch.nn.functional.normalize(e, dim=-1) for e in (ours.encode_text(ids()),
+                                                                      ours.encode_image(images)))
+    assert relative_error(text, expected.text_embeds) < TOLERANCE
+    assert relative_error(image, expected.image_embeds) < TOLERANCE
+
+
+MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)  # CLIP's normalisation, as it is published
+STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+
+
+# ---------------------------------------------------------------- DDIM
+
+SD_SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
+               "steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False}
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("steps", [50, 20, 7])
+def test_ddim_goes_the_same_way_as_ddim_scheduler(steps, prediction):
+    config = SD_SCHEDULE | {"prediction_type": prediction}
+    theirs = diffusers.DDIMScheduler.from_config(config)
+    theirs.set_timesteps(steps)
+    schedule = Schedule(config)
+    assert schedule.timesteps(steps) == theirs.timesteps.tolist()
+
+    def model(z, t):
+        return torch.tanh(z) * (1 + t / 1000)
+
+    z = z_T = random(2, 4, 8, 8)
+    for t in theirs.timesteps.tolist():
+        z = theirs.step(model(z, t), t, z).prev_sample
+    walk = list(ddim(lambda z, t: schedule.eps_from(model(z, t), z, t), z_T, schedule, steps))
+    assert relative_error(walk[-1][1], z) < TOLERANCE
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_ddim_step_with_noise(eta):
+    theirs, schedule = diffusers.DDIMScheduler.from_config(SD_SCHEDULE), Schedule(SD_SCHEDULE)
+    theirs.set_timesteps(50)
+    z, eps, noise = (random(2, 4, 8, 8, seed=i) for i in range(3))
+    expected = theirs.step(eps, 501, z, eta=eta, variance_noise=noise if eta else None).prev_sample
+    alpha_bar, previous = schedule.alpha_bar_at(501), schedule.alpha_bar_at(481)
+    assert relative_error(ddim_step(eps, z, alpha_bar, previous, eta, noise)[0], expected) < TOLERANCE
+
+
+def test_add_noise_and_v_targets():
+    theirs = diffusers.DDIMScheduler.from_config(SD_SCHEDULE | {"prediction_type": "v_prediction"})
+    schedule = Schedule(SD_SCHEDULE | {"prediction_type": "v_prediction"})
+    z, eps, t = random(3, 4, 8, 8), random(3, 4, 8, 8, seed=1), torch.tensor([0, 500, 999])
+    assert relative_error(schedule.add_noise(z, eps, t), theirs.add_noise(z, eps, t)) < TOLERANCE
+    assert relative_error(schedule.target(z, eps, t), theirs.get_velocity(z, eps, t)) < TOLERANCE
+
+
+# ---------------------------------------------------------------- tokenizer
+
+PROMPTS = ["", " \u00a0 ", "a photo of perfume, in the background of sks D7", "A Photo of   a\tRED\nsneaker!!",
+           "it's the dog's, isn't it", "crème brûlée", "naïve e\u0301", "护肤品 的 背景", "👟🔥 sale", "1234 567.89€",
+           "x" * 300, "word " * 120]
+CLIP_VOCABULARY = Path(__file__).resolve().parents[2] / "shared" / "clip_tokenizer"
+
+
+def test_a_grown_vocabulary_reads_the_same_in_transformers(tmp_path):
+    texts = ["A photo of a red sneaker, in the background of a sunny beach", "sks D0123456789"] * 4
+    train_tokenizer(texts, 640, 77, tmp_path / "tokenizer")
+    ours = load_tokenizer(tmp_path / "tokenizer")
+    theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path / "tokenizer")
+    prompts = [*texts[:2], *PROMPTS]
+    expected = theirs(prompts, padding="max_length", truncation=True, max_length=77, return_tensors="pt").input_ids
+    for prompt, row, wanted in zip(prompts, ours(prompts).tolist(), expected.tolist()):
+        assert row == wanted, prompt
+
+
+@pytest.mark.skipif(not CLIP_VOCABULARY.is_dir(), reason="CLIP's vocabulary is not at hand")
+def test_clips_own_vocabulary_gives_the_token_ids_of_transformers():
+    ours, theirs = load_tokenizer(CLIP_VOCABULARY), transformers.CLIPTokenizer.from_pretrained(CLIP_VOCABULARY)
+    expected = theirs(PROMPTS, padding="max_length", truncation=True, max_length=77, return_tensors="pt").input_ids
+    for prompt, row, wanted in zip(PROMPTS, ours(PROMPTS).tolist(), expected.tolist()):
+        assert row == wanted, prompt
