@@ -186,32 +186,56 @@ def generate_text(args) -> None:
 
 
 def generate_product(args) -> None:
-    """--product, or without it the samples: there CG alone is painted too, and all is shown side by side on a sheet."""
+    """--product: every product, after every reference if any, each --num times; several pictures come with a sheet.
+
+    Without --product the samples, CG alone beside CG + PG.
+    """
     demo = args.product is None
     if demo:
-        args.product, args.category = TOY / "samples" / f"{SAMPLE}.png", SAMPLE
-        args.reference = TOY / "samples" / f"{SAMPLE}_reference.png"
+        args.product, args.category = [TOY / "samples" / f"{SAMPLE}.png"], [SAMPLE]
+        args.reference = [TOY / "samples" / f"{SAMPLE}_reference.png"]
     cg_folder, pg_folder = branch_folder("cg", args), args.reference and branch_folder("pg", args)
-    rgb, mask = load_cutout(args.product, args.mask)
-    reference = args.reference and load_masked(args.reference, args.reference_mask, "reference", "--reference-mask")
-    texts = texts_of({args.category}, cg_folder, args.plain_prompt)[args.category]
+    products = [load_cutout(*pair) for pair in zip(args.product, each("mask", "product", args))]
+    references = [load_masked(*pair, "reference", "--reference-mask")
+                  for pair in zip(args.reference or (), each("reference_mask", "reference", args))]
+    categories = each("category", "product", args)
+    texts = texts_of(set(categories), cg_folder, args.plain_prompt)
     sd = load_base(args)
     cg = load_branch("category", cg_folder, sd, args)
-    pg = load_branch("personality", pg_folder, sd, args) if reference else None
+    pg = load_branch("personality", pg_folder, sd, args) if references else None
 
-    rows = []
-    for seed in range(args.seed, args.seed + args.num, args.batch):
-        seeds = range(seed, min(seed + args.batch, args.seed + args.num))
-        alone = [Ad(rgb, mask, texts, s) for s in seeds] if demo or not reference else []
-        after = [Ad(rgb, mask, texts, s, reference) for s in seeds] if reference else []
-        pictures = paint_ads(alone + after, sd, cg, pg, args)
-        for ad, picture in zip(alone + after, pictures):
-            stem = f"{args.product.stem}_like_{args.reference.stem}" if ad.reference else args.product.stem
-            save(picture, args.out / f"{stem}_{ad.seed}.png")
-        if demo:
-            rows += [[rgb * mask + 1 - mask, a, reference[0], b] for a, b in zip(pictures, pictures[len(seeds) :])]
+    ads: dict[str, Ad] = {}  # by file name, in the order of the sheet
+    rows = [(i, seed) for i in range(len(products)) for seed in range(args.seed, args.seed + args.num)]
+    for i, seed in rows:
+        stem, ad = args.product[i].stem, Ad(*products[i], texts[categories[i]], seed)
+        if demo or not references:
+            ads[f"{stem}_{seed}.png"] = ad
+        for path, reference in zip(args.reference or (), references):
+            ads[f"{stem}_like_{path.stem}_{seed}.png"] = ad._replace(reference=reference)
+    names, pictures = list(ads), []
+    for start in range(0, len(names), args.batch):
+        chunk = names[start : start + args.batch]
+        for name, picture in zip(chunk, paint_ads([ads[name] for name in chunk], sd, cg, pg, args)):
+            save(picture, args.out / name)
+            pictures.append(picture)
+
+    columns = len(pictures) // len(rows)
+    cells = [[rgb * mask + 1 - mask, *pictures[k * columns : (k + 1) * columns]]
+             for k, (rgb, mask) in enumerate(products[i] for i, _ in rows)]
     if demo:
-        save(sheet(rows, ["product", "CG alone", "reference", "CG + PG"]), args.out / "sheet.png")
+        cells = [[product, alone, references[0][0], after] for product, alone, after in cells]
+        save(sheet(cells, ["product", "CG alone", "reference", "CG + PG"]), args.out / "sheet.png")
+    elif len(pictures) > 1:
+        heads = [[None, *(rgb for rgb, _ in references)]] if references else []
+        save(sheet(heads + cells), args.out / "sheet.png")
+
+
+def each(option: str, of: str, args) -> list:
+    """One value of an option for each of another's. Raises BadInput unless as many were given, or one, or none."""
+    values, count = getattr(args, option) or [None], len(getattr(args, of) or ())
+    if len(values) not in (1, count) or (option.endswith("mask") and values[0] and len(values) != count):
+        raise BadInput(f"--{option.replace('_', '-')}: {len(values)} given for {count} of --{of}; give one for each")
+    return values * count if len(values) == 1 else values
 
 
 def save(image, path: Path) -> None:
@@ -309,11 +333,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=partial(
         argparse.RawDescriptionHelpFormatter, max_help_position=32, width=120))
     add = parser.add_argument_group("what to paint [a sample of the toy]").add_argument
-    add("--product", metavar="FILE", type=Path, help="photo (JPEG, PNG, WebP, ...); its alpha channel is its mask")
-    add("--mask", metavar="FILE", type=Path, help="the product's mask, white on the product")
-    add("--category", metavar="NAME", help="the product's category, one that CG was trained on")
-    add("--reference", metavar="FILE", type=Path, help="ad whose style the background follows (PG) [none: CG alone]")
-    add("--reference-mask", metavar="FILE", type=Path, help="mask of the product in the reference [its alpha channel]")
+    files = dict(metavar="FILE", type=Path, nargs="+")
+    add("--product", **files, help="photo, or several (JPEG, PNG, WebP, ...); its alpha channel is its mask")
+    add("--mask", **files, help="the product's mask, white on the product; one for each product")
+    add("--category", metavar="NAME", nargs="+", help="the product's category, known to CG; one for all or one for each")
+    add("--reference", **files, help="ad whose style the background follows (PG), or several [none: CG alone]")
+    add("--reference-mask", **files, help="mask of the product in the reference [its alpha channel]; one for each")
     add("--data", metavar="DIR", type=Path, help="BG60k as released, or metadata.jsonl; goes on where it stopped")
     add("--split", metavar="NAME", help="of the data set as released: bg60k, bg1k or bgpair [bg1k]")
     add("--limit", metavar="N", type=whole(1, 10**9), help="only the first N items of the data set [all]")
@@ -354,6 +379,10 @@ def check(args) -> None:
             raise BadInput(f"--{option.replace('_', '-')} goes with --{needed}; add that one")
     if args.product and not args.category:
         raise BadInput("--product goes with --category; add the product's category")
+    for option in ("product", "reference"):
+        stems = [path.stem for path in getattr(args, option) or ()]
+        if twice := {stem for stem in stems if stems.count(stem) > 1}:
+            raise BadInput(f"--{option}: two files are named {min(twice)}, as the results would be; rename one")
     if args.data and args.num != 1:
         raise BadInput("--num: a data set gets one picture an item; leave it out, or run again with another --out")
     nearest = next(path for path in (args.out.absolute(), *args.out.absolute().parents) if path.exists())

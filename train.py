@@ -57,10 +57,10 @@ TOY = {
 
 # The tiny Stable Diffusion: f = 4, so that 128-px pictures keep their edges; all else is SD 1.5's shape made small.
 TOY_VAE = {"_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "latent_channels": 4,
-           "block_out_channels": [16, 32, 64], "layers_per_block": 1, "norm_num_groups": 8, "act_fn": "silu",
+           "block_out_channels": [32, 64, 96], "layers_per_block": 1, "norm_num_groups": 8, "act_fn": "silu",
            "down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3}
 TOY_UNET = {"_class_name": "UNet2DConditionModel", "in_channels": 4, "out_channels": 4, "act_fn": "silu",
-            "block_out_channels": [32, 64, 96, 128], "layers_per_block": 1, "attention_head_dim": 2,
+            "block_out_channels": [48, 64, 96, 112], "layers_per_block": 1, "attention_head_dim": [1, 1, 2, 4],
             "cross_attention_dim": 128, "norm_num_groups": 8, "norm_eps": 1e-5,
             "flip_sin_to_cos": True, "freq_shift": 0,
             "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 3,
@@ -68,8 +68,8 @@ TOY_UNET = {"_class_name": "UNet2DConditionModel", "in_channels": 4, "out_channe
 TOY_TEXT = {"model_type": "clip_text_model", "architectures": ["CLIPTextModel"], "hidden_size": 128,
             "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 32,
             "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": 128}
-TOY_VISION = {"model_type": "clip_vision_model", "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4,
-              "num_attention_heads": 4, "image_size": 128, "patch_size": 32, "num_channels": 3,
+TOY_VISION = {"model_type": "clip_vision_model", "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3,
+              "num_attention_heads": 4, "image_size": 128, "patch_size": 16, "num_channels": 3,
               "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": 128}
 TOY_VOCABULARY = 1024  # 512 for single bytes, the rest grown from the captions
 

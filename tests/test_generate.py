@@ -146,9 +146,9 @@ def test_no_halo_of_the_old_background(run):
 def test_seeds_decide_and_num_counts_on(run):
     cutout("mug.png")
     [a], _ = run(*mug(), "--seed", 5, "--out", "a")
-    (b, c), _ = run(*mug(), "--seed", 4, "--num", 2, "--out", "b")
-    (d, e), _ = run(*mug(), "--seed", 4, "--num", 2, "--batch", 1, "--out", "d")
-    assert [p.name for p in (a, b, c)] == ["mug_5.png", "mug_4.png", "mug_5.png"]
+    (b, c, together), _ = run(*mug(), "--seed", 4, "--num", 2, "--out", "b")
+    (d, e, _), _ = run(*mug(), "--seed", 4, "--num", 2, "--batch", 1, "--out", "d")
+    assert [p.name for p in (a, b, c, together)] == ["mug_5.png", "mug_4.png", "mug_5.png", "sheet.png"]
     assert (pixels(a) == pixels(e)).all()
     for one, of_two in ((d, b), (e, c)):  # painted alone or in a batch: equal up to rounding
         assert np.abs(pixels(one).astype(int) - pixels(of_two)).max() <= 1
@@ -174,6 +174,17 @@ def test_reference_mask_file_equals_alpha(run):
     [a], _ = run(*mug(), "--reference", "ad.png", "--out", "a")
     [b], _ = run(*mug(), "--reference", "rgb.png", "--reference-mask", "mask.png", "--out", "b")
     assert (pixels(a) == pixels(b)).all()
+
+
+def test_every_product_after_every_reference_and_a_sheet_of_all(run):
+    for name, seed in (("mug", 0), ("cup", 1), ("ad", 2), ("banner", 3)):
+        cutout(f"{name}.png", seed=seed)
+    paths, _ = run("--product", "mug.png", "cup.png", "--category", "mug", "watch", "--reference", "ad.png", "banner.png",
+                   "--out", "all", "--batch", 3)
+    assert [p.name for p in paths] == ["mug_like_ad_0.png", "mug_like_banner_0.png", "cup_like_ad_0.png",
+                                       "cup_like_banner_0.png", "sheet.png"]
+    [one], _ = run("--product", "cup.png", "--category", "watch", "--reference", "ad.png", "--out", "one")
+    assert np.abs(pixels(one).astype(int) - pixels(paths[2])).max() <= 1
 
 
 def test_prompt_paints_at_the_base_size_or_the_given(run):
@@ -306,6 +317,9 @@ BAD = {  # options: what the line says
     "--product mug.png": "add the product's category",
     "--category mug": "--category goes with --product",
     "--mask mask.png": "--mask goes with --product",
+    "--product mug.png --category rice cooker": "--category: 2 given for 1 of --product",
+    "--product mug.png mug2.png --category mug --mask mask.png": "--mask: 1 given for 2 of --product",
+    "--product mug.png folder/mug.png --category mug": "two files are named mug",
     "--reference mug.png": "--reference goes with --product",
     "--product mug.png --category mug --reference rgb.png": "by --reference-mask",
     "--product mug.png --category mug --reference text.png": "text.png: not a readable image",

@@ -1,0 +1,89 @@
+"""The toy ad world keeps its promises: what the base may learn, what is left to CG, and what the tests must not have seen."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+import toy.world
+from data import load_ad, read_items
+from toy.world import CATEGORIES, HELD_OUT_BRANDS, SCENES, Brand, draw, layers, write_world
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("world") / "data"
+    write_world(root, size=64, base=64, ads=16, bg1k=8, pairs=8, workers=1)
+    return root
+
+
+def test_the_same_seed_draws_the_same_files(world, tmp_path):
+    write_world(tmp_path / "again", size=64, base=64, ads=16, bg1k=8, pairs=8, workers=2)
+    files = sorted(p.relative_to(world) for p in world.rglob("*") if p.is_file())
+    assert files == sorted(p.relative_to(tmp_path / "again") for p in (tmp_path / "again").rglob("*") if p.is_file())
+    assert all((world / f).read_bytes() == (tmp_path / "again" / f).read_bytes() for f in files)
+
+
+def test_the_real_reader_reads_every_split(world):
+    for split, count in (("bg60k", 16), ("bg1k", 8), ("bgpair", 8)):
+        items, notes = read_items(world / "ads", split)
+        assert len(items) == count and not items[0].inverted and {i.category for i in items} == set(CATEGORIES), notes
+        assert all((item.reference is not None) == (split == "bgpair") for item in items)
+        image, mask = load_ad(items[0], 64)
+        assert image.shape == (3, 64, 64) and mask.min() == 0 and mask.max() == 1
+
+
+def test_there_are_8_categories_each_with_a_scene_of_its_own():
+    assert len(CATEGORIES) >= 8 and len(set(CATEGORIES.values())) == len(CATEGORIES) == len(SCENES)
+
+
+def test_in_the_base_set_category_and_scene_are_independent_and_captions_tell_both(world):
+    items = read_items(world / "base")[0]
+    pairs = Counter((item.category, next(s for s in SCENES.values() if item.scene.startswith(s.phrase)).phrase)
+                    for item in items)
+    own = sum(n for (category, phrase), n in pairs.items() if SCENES[CATEGORIES[category]].phrase == phrase)
+    assert own < len(items) / 2 and len(pairs) > len(items) / 3
+    assert all(item.product.endswith(item.category) for item in items)
+
+
+@pytest.mark.parametrize("scene", SCENES)
+def test_two_ads_of_a_brand_are_closer_than_ads_of_two_brands(scene):
+    """Behind other products and up to a slight pan of the camera, a brand's scene is one picture."""
+    a, b, other = (np.asarray(layers("watch", scene, brand, seed, 64)[0]).astype(float)
+                   for brand, seed in ((7, 0), (7, 1), (8, 0)))
+    assert np.abs(a - b).mean() < np.abs(a - other).mean() / 2
+
+
+def test_test_brands_are_held_out():
+    train = {Brand(seed).__dict__.__repr__() for seed in range(3200)}
+    test = {Brand(HELD_OUT_BRANDS + seed).__dict__.__repr__() for seed in range(256)}
+    assert not train & test
+
+
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_within_the_mask_is_the_product_alone_and_edges_are_soft(category):
+    image, mask = draw(category, CATEGORIES[category], 3, 5, 64)
+    assert (mask[0] == 0).all() and (mask > 0).mean() > 0.03
+    assert ((mask > 0) & (mask < 255)).any(), "edges are anti-aliased"
+    _, product = layers(category, CATEGORIES[category], 3, 5, 64)
+    solid = mask == 255
+    colours = np.asarray(product.convert("RGB").reduce(2)).astype(int)
+    assert np.abs(image[solid].astype(int) - colours[solid]).max() <= 1
+
+
+@pytest.mark.parametrize("size", [64, 96, 256])
+def test_any_resolution_shows_the_same_picture(size):
+    """The world at another size, reduced to 32 pixels, is the world at 128, reduced."""
+    pictures = []
+    for s in (128, size):
+        image = torch.tensor(draw("perfume", "podium", 1, 1, s)[0]).permute(2, 0, 1)[None].float()
+        pictures.append(torch.nn.functional.interpolate(image, size=(32, 32), mode="area"))
+    assert (pictures[0] - pictures[1]).abs().mean() < 6
+
+
+def test_an_interrupted_drawing_is_never_taken_for_a_whole_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy.world, "ProcessPoolExecutor", lambda workers: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        write_world(tmp_path / "data", size=64, base=2, ads=2, bg1k=1, pairs=1)
+    assert not (tmp_path / "data").exists()
