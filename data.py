@@ -64,7 +64,7 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(message)
 
 
-# ---------------------------------------------------------------------------------------------------- files and tensors
+# ---------------------------------------------------------------- files and tensors
 
 
 def open_image(path: AnyPath) -> Image.Image:
@@ -110,7 +110,7 @@ def save_image(image: Tensor | Image.Image, path: AnyPath) -> None:
     write_atomic(path, lambda temporary: image.save(temporary, format="PNG"))
 
 
-# ------------------------------------------------------------------------------------------------------------- cut-outs
+# ---------------------------------------------------------------- cut-outs
 
 
 def load_mask(path: AnyPath) -> Tensor:
@@ -188,7 +188,7 @@ def unmix_edges(rgb: Tensor, mask: Tensor) -> Tensor:
     return torch.where(solid, rgb, (foreground + mask * unexplained).clamp(0, 1))
 
 
-# -------------------------------------------------------------------------------------------------------------- fitting
+# ---------------------------------------------------------------- fitting
 
 
 def resize(x: Tensor, height: int, width: int) -> Tensor:
@@ -237,7 +237,7 @@ def canvas_size(height: int, width: int, size: int, multiple: int) -> tuple[int,
     return -(-height * size // longer) * multiple, -(-width * size // longer) * multiple  # -(-a // b): a / b rounded up
 
 
-# ------------------------------------------------------------------------------------------------------------ data sets
+# ---------------------------------------------------------------- data sets
 
 
 @dataclass(frozen=True)
@@ -405,7 +405,7 @@ def categories_of(items: list[Item]) -> list[str]:
     return sorted({item.category for item in items})
 
 
-# ------------------------------------------------------------------------------------------------------ training sample
+# ---------------------------------------------------------------- training sample
 
 
 def load_ad(item: Item, size: int) -> tuple[Tensor, Tensor]:
@@ -457,7 +457,7 @@ def background_hint(image: Tensor, mask: Tensor) -> Tensor:
     return image * (1 - mask)
 
 
-# --------------------------------------------------------------------------- background perturbation, for PG's training
+# ---------------------------------------------------------------- background perturbation, for PG's training
 
 
 def dilate(mask: Tensor, theta: int) -> Tensor:
@@ -507,17 +507,20 @@ def random_masks(h: int, w: int, generator: Generator) -> Tensor:
     return union[None].float()
 
 
-# -------------------------------------------------------------------------------------------------------- contact sheet
+# ---------------------------------------------------------------- contact sheet
 
 
 def sheet(
-    rows: list[list[Tensor | Image.Image | None]], labels: list[str] | None = None, row_labels: list[str] | None = None
+    rows: list[list[Tensor | Image.Image | None]], labels: list[str] | None = None, row_labels: list[str] | None = None,
+    side: int = 256,
 ) -> Image.Image:
     """Pictures side by side in cells of one size, the largest picture's, with white gaps. None leaves a cell empty.
 
-    labels stand above the columns, row_labels to the left of the rows.
+    labels stand above the columns, row_labels to the left of the rows. Pictures larger than `side` are reduced to it.
     """
     rows = [[to_image(cell) if isinstance(cell, Tensor) else cell for cell in row] for row in rows]
+    rows = [[ImageOps.contain(cell, (side, side)) if cell and max(cell.size) > side else cell for cell in row]
+            for row in rows]
     w, h = (max(cell.size[axis] for row in rows for cell in row if cell) for axis in (0, 1))
     gap, text = 4, max(12, h // 16)
     font = ImageFont.load_default(text)

@@ -292,22 +292,18 @@ def generate_data(args) -> None:
     print(f"{args.out}: {len(todo) - broken:,} painted, {len(items) - len(todo):,} were there, {broken:,} broken")
 
 
-def save_data_sheet(items: list[Item], out: Path, columns: int = 8, cells: int = 32, side: int = 256) -> None:
-    """OUT/sheet.png: the first items' pictures, beneath each its reference if it has one, reduced to `side`."""
-    def small(path: Path):
-        if not path.exists():
-            return None  # broken
-        picture = open_image(path).convert("RGB")
-        picture.thumbnail((side, side))
-        return picture
+def save_data_sheet(items: list[Item], out: Path, columns: int = 8, cells: int = 32) -> None:
+    """OUT/sheet.png: the first items' pictures, beneath each its reference if it has one."""
+    def cell(path: Path | None):
+        return open_image(path).convert("RGB") if path and path.exists() else None  # a broken item has no picture
 
     rows = []
     for start in range(0, min(len(items), cells), columns):
         row = list(enumerate(items))[start : start + columns]
-        rows.append([small(result_path(out, i, item)) for i, item in row])
+        rows.append([cell(result_path(out, i, item)) for i, item in row])
         if any(item.reference for _, item in row):
-            rows.append([small(item.reference) if item.reference else None for _, item in row])
-    if any(cell for row in rows for cell in row):
+            rows.append([cell(item.reference) for _, item in row])
+    if any(picture for row in rows for picture in row):
         save_image(sheet(rows), out / "sheet.png")
 
 

@@ -17,7 +17,9 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,6 +27,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -88,6 +91,11 @@ class Task:
     save: Callable[[Path], None]  # writes the public folders
 
 
+def mixed_precision(args) -> torch.autocast:
+    """With --amp, a context in which matrix products and convolutions are computed in bfloat16."""
+    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.amp)
+
+
 def learning_rate(step: int, args) -> float:
     """Linear warm-up, constant, linear decay over the last part of the run. The paper's is constant throughout."""
     up = min(1.0, (step + 1) / args.warmup) if args.warmup else 1.0
@@ -120,6 +128,11 @@ class Batches:
 def run(task: Task, args) -> None:
     """Trains a task to args.steps, with log, sheets and checkpoints in args.out/training/<stage>."""
     folder = args.out / "training" / args.stage
+    for module in task.modules.values():
+        module.to(memory_format=torch.channels_last)  # the order of numbers in memory that convolutions like best
+    # On a CPU the fused attention's backward pass is slow: at the toy's size plain matrix products train faster
+    small = args.device == "cpu" and args.size <= 128
+    attention = partial(sdpa_kernel, SDPBackend.MATH) if small else nullcontext
     parameters = {f"{m}.{n}": p for m, module in task.modules.items() for n, p in module.named_parameters()}
     optimizer = torch.optim.AdamW(parameters.values(), args.lr, weight_decay=args.weight_decay)
     ema = {n: p.detach().clone() for n, p in parameters.items()} if args.ema else {}
@@ -142,7 +155,7 @@ def run(task: Task, args) -> None:
         total = 0.0
         for i in range(args.accumulate):
             part = {k: v[i * micro : (i + 1) * micro].to(args.device) for k, v in batch.items()}
-            with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.amp):
+            with mixed_precision(args), attention():
                 loss = task.loss(part, generator) / args.accumulate
             loss.backward()
             total += loss.item()
@@ -256,14 +269,15 @@ class Indices(Dataset):
 
 
 @torch.inference_mode()
-def encode_latents(sd: StableDiffusion, items: list, size: int, device, batch: int = 32) -> tuple[Tensor, Tensor]:
+def encode_latents(sd: StableDiffusion, items: list, args, batch: int = 32) -> tuple[Tensor, Tensor]:
     """The frozen VAE, once over the data set -> mean and standard deviation of every latent, (N, 4, h, w), scaled."""
-    count, shape = len(items), sd.latent_shape(size, size)
+    count, shape = len(items), sd.latent_shape(args.size, args.size)
     mean, std = torch.empty(count, *shape), torch.empty(count, *shape)
-    loader = DataLoader(Ads(items, size), batch_size=batch)
+    loader = DataLoader(Ads(items, args.size), batch_size=batch)
     start = 0
     for images in tqdm(loader, desc="encoding", unit="batch", disable=not sys.stderr.isatty()):
-        m, logvar = sd.vae.encode(2 * images["image"].to(device) - 1)
+        with mixed_precision(args):
+            m, logvar = sd.vae.encode(2 * images["image"].to(args.device) - 1)
         mean[start : start + len(m)] = m * sd.vae.scaling_factor
         std[start : start + len(m)] = (logvar / 2).exp() * sd.vae.scaling_factor
         start += len(m)
@@ -309,8 +323,10 @@ def branch_task(args) -> Task:
     pg = modules.get("pg")
     for module in modules.values():
         module.init_from_unet(sd.unet)
+    for frozen in {sd.unet, cg} - {*modules.values()}:
+        frozen.to(memory_format=torch.channels_last)  # as `run` does with what is trained
 
-    mean, std = encode_latents(sd, items, args.size, args.device)
+    mean, std = encode_latents(sd, items, args)
     encoded: dict[tuple, Prompts] = {}
 
     def prompts(indices: list[int], dropped: list[bool]) -> Prompts:
@@ -479,7 +495,7 @@ def unet_task(args) -> Task:
     sd = StableDiffusion(load_tokenizer(base / "tokenizer"), text_encoder, unet, vae, Schedule())
     canvas_size(1, 1, args.size, sd.multiple)
     captions = captions_of(items)
-    mean, std = encode_latents(sd, items, args.size, args.device)
+    mean, std = encode_latents(sd, items, args)
     snr = sd.schedule.alpha_bar / (1 - sd.schedule.alpha_bar)
     weight = (snr.clamp(max=5) / snr).to(args.device)  # min-SNR, gamma 5 (Hang et al. 2023): easy steps count less
 

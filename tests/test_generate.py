@@ -267,7 +267,7 @@ def test_no_arguments_paint_the_sample(run, toy):
     solid = product[..., 3] == 255
     for path in paths[:2]:
         assert (pixels(path)[solid] == product[solid, :3]).all()
-    assert pixels(paths[2]).shape[1] > 4 * 512
+    assert pixels(paths[2]).shape[1] > 4 * 256
     (toy / "cg" / "categories.json").write_text(json.dumps(CATEGORIES))
 
 

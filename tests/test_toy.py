@@ -10,7 +10,7 @@ from conftest import relative_error
 from data import load_cutout, load_masked, product_hint
 from generate import TOY, encode_prompts, paint, texts_of
 from sampler import draw_noise, seeded
-from toy.world import CATEGORIES
+from toy.world import CATEGORIES, SAMPLES, SCENES
 from weights import load_clip, load_control, load_stable_diffusion, read_json
 
 WEIGHTS = [path for folder in ("base", "cg", "pg", "clip") for path in sorted((TOY / folder).rglob("*.safetensors"))]
@@ -41,23 +41,21 @@ def test_cg_and_pg_know_the_worlds_categories():
 
 
 def test_samples_are_cutouts_and_references_with_their_masks():
-    for product in ("perfume", "sneaker", "watch"):
-        load_cutout(TOY / "samples" / f"{product}.png")
-        load_masked(TOY / "samples" / f"{product}_reference.png", None, "reference", "--reference-mask")
+    for name in SAMPLES:
+        load_cutout(TOY / "samples" / f"{name}.png")
+        load_masked(TOY / "samples" / f"{name}_reference.png", None, "reference", "--reference-mask")
 
 
 def test_clip_finds_a_pictures_caption(sd):
     """The sample references among all eight scenes' captions."""
-    from toy.world import SCENES
-
     clip = load_clip(TOY / "clip")
     names = list(CATEGORIES)
     captions = [f"A photo of {name}, in the background of {SCENES[CATEGORIES[name]].phrase}" for name in names]
     text = torch.nn.functional.normalize(clip.encode_text(sd.tokenizer(captions)), dim=-1)
-    for product in ("perfume", "sneaker", "watch"):
-        image = load_masked(TOY / "samples" / f"{product}_reference.png")[0][None]
+    for sample, (category, *_) in SAMPLES.items():
+        image = load_masked(TOY / "samples" / f"{sample}_reference.png")[0][None]
         image = torch.nn.functional.interpolate(image, size=(128, 128), mode="area")
-        assert names[(clip.encode_image(image) @ text.T).argmax()] == product
+        assert names[(clip.encode_image(image) @ text.T).argmax()] == category
 
 
 @torch.inference_mode()

@@ -27,8 +27,15 @@ SUPERSAMPLE = 2  # Pillow draws hard edges: pictures are drawn this much larger,
 FOLDER_SIZE = 2000  # images in each numbered folder of BG60k
 BRANDS_PER_CATEGORY = 400  # training brands: seeds 0 .. 3199; each category's ads have their own 400
 HELD_OUT_BRANDS = 1_000_000  # the first brand seed of BG1k and BG-pair
-# generate.py's sample pictures: a product's seed, its reference's, and the reference's brand, in no data set
-SAMPLES = {"perfume": (108, 101, 1_000_501), "sneaker": (105, 107, 1_001_507), "watch": (103, 108, 1_002_508)}
+# Sample pictures, by file name: category, a product's seed, its reference's, the reference's brand (in no data set)
+SAMPLES = {
+    "laptop": ("laptop", 103, 107, 1_000_507), "rice_cooker": ("rice cooker", 104, 103, 1_000_603),
+    "refrigerator": ("refrigerator", 104, 105, 1_000_705), "sneaker": ("sneaker", 105, 102, 1_000_902),
+    "watch": ("watch", 103, 107, 1_001_007), "sunscreen": ("sunscreen", 101, 103, 1_001_103),
+    "toy_car": ("toy car", 108, 109, 1_001_209), "perfume": ("perfume", 106, 108, 1_000_808),
+    "perfume_2": ("perfume", 102, 101, 1_000_801), "perfume_3": ("perfume", 104, 100, 1_000_800),
+    "perfume_4": ("perfume", 108, 104, 1_000_804),
+}
 WHITE, SHADOW = (255, 255, 255), (12, 8, 20)
 
 HUES = {
@@ -1035,11 +1042,11 @@ def write_samples(folder: str | Path, size: int = 512):
     """Products cut out, `name.png`, and `name_reference.png`: ads with their product's mask as the alpha channel."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for category, (seed, reference_seed, brand) in SAMPLES.items():
+    for name, (category, seed, reference_seed, brand) in SAMPLES.items():
         _, product = layers(category, CATEGORIES[category], brand, seed, size)
-        product.reduce(SUPERSAMPLE).save(folder / f"{category}.png", optimize=True)
+        product.reduce(SUPERSAMPLE).save(folder / f"{name}.png", optimize=True)
         image, mask = draw(category, CATEGORIES[category], brand, reference_seed, size)
-        Image.fromarray(np.dstack([image, mask])).save(folder / f"{category}_reference.png", optimize=True)
+        Image.fromarray(np.dstack([image, mask])).save(folder / f"{name}_reference.png", optimize=True)
 
 
 class Parser(argparse.ArgumentParser):
