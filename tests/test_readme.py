@@ -1,0 +1,38 @@
+"""The README's commands do what it says, through the real command line, in a copy of what git holds."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```\n(.*?)^```", README, re.M | re.S)
+COMMANDS = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() if line.startswith("python ")]
+# What makes each program's run short, added to its command; a later option counts
+SHORT = {"generate.py": "--steps 2", "train.py": "--steps 2 --batch 4", "toy/world.py": "--base 8 --ads 8 --bg1k 8 --pairs 8"}
+
+
+@pytest.mark.slow
+def test_every_command_of_the_readme_runs_in_order(tmp_path):
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    shutil.copytree(ROOT / "toy", tmp_path / "toy", ignore=shutil.ignore_patterns("data", "data.partial", "__pycache__"))
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    assert len(COMMANDS) > 5
+    for command in COMMANDS:
+        program = command.split()[1]
+        done = subprocess.run(["bash", "-c", f"{command} {SHORT[program]}"], cwd=tmp_path, env=environment,
+                              capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+        for line in done.stdout.splitlines() if program == "generate.py" else ():
+            assert (tmp_path / line.split(": ")[0]).exists(), f"{command} says that it wrote {line}"
+
+
+def test_every_link_and_picture_of_the_readme_is_there():
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
+    assert links and not [link for link in links if not (ROOT / link).exists()]
