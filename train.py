@@ -46,16 +46,16 @@ HERE = Path(__file__).resolve().parent
 TOY_BASE, TOY_DATA = HERE / "toy" / "base", HERE / "toy" / "data"
 
 # Section 5.1; what it does not say is as in ControlNet: AdamW, no schedule, half of the prompts dropped.
-PAPER = dict(lr=1e-5, batch=128, epochs=300, size=512, ema=0.0, warmup=0, decay=0.0)
+PAPER = dict(lr=1e-5, batch=128, epochs=300, size=512, ema=0.0, warmup=0, decay=0.0, noise_offset=0.0)
 PROMPT_DROPOUT = 0.5
 # The toy's own settings, found by trying.
 TOY = {
     "vae": dict(lr=2e-3, batch=12, steps=5000, size=128, ema=0.995, warmup=50, decay=0.5),
     "clip": dict(lr=1e-3, batch=64, steps=1000, size=128, ema=0.0, warmup=100, decay=0.5),
-    "unet": dict(lr=1e-3, batch=32, steps=8000, size=128, ema=0.999, warmup=100, decay=0.3),
-    "cg": dict(lr=7e-4, batch=16, steps=1500, size=128, ema=0.99, warmup=50, decay=0.3),
-    "pg": dict(lr=7e-4, batch=16, steps=1500, size=128, ema=0.99, warmup=50, decay=0.3),
-    "joint": dict(lr=7e-4, batch=16, steps=1500, size=128, ema=0.99, warmup=50, decay=0.3),
+    "unet": dict(lr=1e-3, batch=32, steps=8000, size=128, ema=0.999, warmup=100, decay=0.3, noise_offset=0.1),
+    "cg": dict(lr=7e-4, batch=16, steps=1500, size=128, ema=0.99, warmup=50, decay=0.3, noise_offset=0.1),
+    "pg": dict(lr=7e-4, batch=16, steps=1500, size=128, ema=0.99, warmup=50, decay=0.3, noise_offset=0.1),
+    "joint": dict(lr=7e-4, batch=16, steps=1500, size=128, ema=0.99, warmup=50, decay=0.3, noise_offset=0.1),
 }  # fmt: skip
 
 # The tiny Stable Diffusion: f = 4, so that 128-px pictures keep their edges; all else is SD 1.5's shape made small.
@@ -226,7 +226,8 @@ def load_checkpoint(folder: Path, parameters: dict, ema: dict, optimizer) -> int
                 if name in ema:
                     ema[name].copy_(file.get_tensor(f"ema.{name}"))
                 if f"exp_avg.{name}" in names:
-                    moments = {m: file.get_tensor(f"{m}.{name}").to(p.device) for m in ("exp_avg", "exp_avg_sq")}
+                    moments = {m: torch.empty_like(p).copy_(file.get_tensor(f"{m}.{name}"))  # in p's memory format
+                               for m in ("exp_avg", "exp_avg_sq")}
                     optimizer.state[p] = {"step": torch.tensor(float(step)), **moments}
         except (RuntimeError, KeyError) as error:
             raise BadInput(f"{path} is of another model or other settings ({str(error).splitlines()[0]})") from None
@@ -284,10 +285,18 @@ def encode_latents(sd: StableDiffusion, items: list, args, batch: int = 32) -> t
     return mean.clone(), std.clone()
 
 
-def diffuse(schedule: Schedule, mean: Tensor, std: Tensor, generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A draw of z_0, a timestep each, and noise -> z_t, t, ε, z_0. Drawn on the CPU: no device changes a run."""
+def diffuse(schedule: Schedule, mean: Tensor, std: Tensor, generator,
+            noise_offset: float = 0.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A draw of z_0, a timestep each, and noise -> z_t, t, ε, z_0. Drawn on the CPU: no device changes a run.
+
+    SD's noisiest z_t still tells the picture's mean, which the pure noise that sampling starts from does not: dark
+    scenes come out grey. With noise_offset > 0 the mean of ε varies too (Guttenberg 2023), and the model relies on the
+    prompt for the brightness.
+    """
     draw = torch.randn(2, *mean.shape, generator=generator).to(mean)
     z_0, eps = mean + std * draw[0], draw[1]
+    if noise_offset:
+        eps = eps + noise_offset * torch.randn(*mean.shape[:2], 1, 1, generator=generator).to(mean)
     t = torch.randint(schedule.T, (len(mean),), generator=generator).to(mean.device)
     return schedule.add_noise(z_0, eps, t), t, eps, z_0
 
@@ -337,7 +346,8 @@ def branch_task(args) -> Task:
 
     def loss(batch: dict, generator) -> Tensor:
         indices, image, mask = batch["index"].tolist(), batch["image"], batch["mask"]
-        z_t, t, eps, z_0 = diffuse(sd.schedule, mean[indices].to(args.device), std[indices].to(args.device), generator)
+        z_t, t, eps, z_0 = diffuse(sd.schedule, mean[indices].to(args.device), std[indices].to(args.device), generator,
+                                   args.noise_offset)
         dropped = (torch.rand(len(indices), generator=generator) < PROMPT_DROPOUT).tolist()
         branches = [(cg, product_hint(image, mask))] + ([(pg, batch["background"])] if pg else [])
         output = predict_noise(sd.unet, z_t, t, prompts(indices, dropped), branches, mask)
@@ -501,7 +511,8 @@ def unet_task(args) -> Task:
 
     def loss(batch: dict, generator) -> Tensor:
         indices = batch["index"].tolist()
-        z_t, t, eps, z_0 = diffuse(sd.schedule, mean[indices].to(args.device), std[indices].to(args.device), generator)
+        z_t, t, eps, z_0 = diffuse(sd.schedule, mean[indices].to(args.device), std[indices].to(args.device), generator,
+                                   args.noise_offset)
         # Whole captions, either half alone as mask-guided attention will ask for, and none for the guidance.
         kinds = torch.multinomial(torch.tensor([0.60, 0.12, 0.18, 0.10]), len(indices), True, generator=generator)
         texts = [(", ".join(captions[i]), *captions[i], "")[k] for i, k in zip(indices, kinds.tolist())]
@@ -567,6 +578,7 @@ def parse(arguments: list[str] | None = None):
     add("--decay", metavar="X", type=float, help="last part of the run in which it falls to 0 [toy 0.3 to 0.5; paper 0]")
     add("--weight-decay", metavar="X", type=float, default=1e-2, help="of AdamW [0.01, as ControlNet]")
     add("--ema", metavar="X", type=float, help="decay of the weights' moving average [toy 0 to 0.999; paper 0]")
+    add("--noise-offset", metavar="X", type=float, help="spread of the noise's mean, from unet on [toy 0.1; paper 0]")
     add("--kl", metavar="X", type=float, default=1e-3, help="stage vae: weight of the KL term [0.001]")
     add("--detail", metavar="X", type=float, default=0.0, help="stage vae: weight of the error of pixels and edges [0]")
     add("--seed", metavar="N", type=int, default=0, help="decides everything random [0]")
@@ -592,6 +604,9 @@ def check(args) -> None:
         raise BadInput(f"--accumulate {args.accumulate}: must divide --batch {args.batch}")
     if not 0 < args.lr < math.inf:
         raise BadInput(f"--lr {args.lr}: must be above 0")
+    for name in ("noise_offset", "kl", "detail", "weight_decay"):
+        if (value := getattr(args, name)) is not None and not 0 <= value < math.inf:
+            raise BadInput(f"--{name.replace('_', '-')} {value}: must be at least 0")
     if not 0 <= args.decay <= 1:
         raise BadInput(f"--decay {args.decay}: must be from 0, for none, to 1")
     if not 0 <= args.ema < 1:

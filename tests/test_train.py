@@ -125,6 +125,15 @@ def test_diffuse_is_the_forward_process_written_out(world):
     assert not torch.equal(z_0, mean), "z_0 is a draw from the VAE's posterior"
 
 
+def test_noise_offset_moves_each_pictures_noise_by_a_constant_a_channel():
+    mean, std = torch.zeros(2, 4, 8, 8), torch.zeros(2, 4, 8, 8)
+    _, _, plain, _ = train.diffuse(train.Schedule(), mean, std, torch.Generator().manual_seed(0))
+    _, _, moved, _ = train.diffuse(train.Schedule(), mean, std, torch.Generator().manual_seed(0), noise_offset=0.5)
+    offset = moved - plain
+    assert torch.allclose(offset, offset[..., :1, :1].expand_as(offset), atol=1e-6)
+    assert len(offset[..., 0, 0].unique()) == 8 and offset.std() > 0.1
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["paint"], "stage paint does not exist; the stages are vae, clip, unet, cg, pg, joint"),
     (["cg", "--resume", "--out", "{tmp}/none"], "nothing to resume"),
@@ -135,6 +144,7 @@ def test_diffuse_is_the_forward_process_written_out(world):
     (["cg", "--size", "100"], "--size"),
     (["cg", "--batch", "4", "--accumulate", "3"], "--accumulate"),
     (["cg", "--device", "gpu"], "--device"),
+    (["cg", "--noise-offset", "-1"], "--noise-offset"),
     (["cg", "--out", "{tmp}/file"], "file"),
 ])
 def test_bad_use_ends_in_one_line(arguments, message, world, base, tmp_path):
