@@ -151,12 +151,14 @@ def load_cutout(
 ) -> tuple[Tensor, Tensor]:
     """The product alone: rgb (3, H, W) and M (1, H, W), such that rgb ⊗ M + scene ⊗ (1 − M) has no old background.
 
-    Arguments and errors are load_masked's. An alpha channel's colours are the product's already; beside a mask file
-    they are mixed with the background at soft edges, see unmix_edges. Colours where M = 0 continue the product's, so
-    that resizing mixes nothing else in.
+    Arguments and errors are load_masked's. Where a background is stored, beside a mask file or hidden under an alpha of
+    0, the colours at soft edges are mixed with it, see unmix_edges; in other cut-outs they are the product's already.
+    Colours where M = 0 continue the product's, so that resizing mixes nothing else in.
     """
     rgb, mask = load_masked(image_path, mask_path, what, option, inverted)
-    return (unmix_edges(rgb, mask) if mask_path else extend(rgb, mask > 0)), mask
+    hidden = rgb[:, mask[0] == 0]  # (3, pixels): one colour in most cut-outs
+    stored = mask_path or (hidden.numel() and (hidden.amax(1) - hidden.amin(1)).max() > 0.02)
+    return (unmix_edges(rgb, mask) if stored else extend(rgb, mask > 0)), mask
 
 
 def extend(rgb: Tensor, known: Tensor) -> Tensor:
@@ -510,17 +512,20 @@ def random_masks(h: int, w: int, generator: Generator) -> Tensor:
 # ---------------------------------------------------------------- contact sheet
 
 
+def thumbnail(picture: Tensor | Image.Image, side: int = 256) -> Image.Image:
+    """A picture as an image, reduced where it is larger than `side` pixels."""
+    image = to_image(picture) if isinstance(picture, Tensor) else picture
+    return ImageOps.contain(image, (side, side)) if max(image.size) > side else image
+
+
 def sheet(
-    rows: list[list[Tensor | Image.Image | None]], labels: list[str] | None = None, row_labels: list[str] | None = None,
-    side: int = 256,
+    rows: list[list[Tensor | Image.Image | None]], labels: list[str] | None = None, row_labels: list[str] | None = None
 ) -> Image.Image:
     """Pictures side by side in cells of one size, the largest picture's, with white gaps. None leaves a cell empty.
 
-    labels stand above the columns, row_labels to the left of the rows. Pictures larger than `side` are reduced to it.
+    labels stand above the columns, row_labels to the left of the rows. Large pictures are reduced, see thumbnail.
     """
-    rows = [[to_image(cell) if isinstance(cell, Tensor) else cell for cell in row] for row in rows]
-    rows = [[ImageOps.contain(cell, (side, side)) if cell and max(cell.size) > side else cell for cell in row]
-            for row in rows]
+    rows = [[cell if cell is None else thumbnail(cell) for cell in row] for row in rows]
     w, h = (max(cell.size[axis] for row in rows for cell in row if cell) for axis in (0, 1))
     gap, text = 4, max(12, h // 16)
     font = ImageFont.load_default(text)
@@ -542,7 +547,7 @@ def sheet(
 
 def main(arguments: list[str] | None = None) -> None:
     """Check a data set: say what is in it, load every picture, draw eight as the generators see them."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser = Parser(description=main.__doc__)
     parser.add_argument("dir", help="BG60k's root, or a folder with metadata.jsonl")
     parser.add_argument("--split", default="bg60k", help="bg60k (default), bg1k or bgpair")
     parser.add_argument("--sheet", metavar="FILE", help="draw eight items here: image, mask, CG's hint, PG's hint")

@@ -25,10 +25,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import (BadInput, Item, Parser, background_hint, canvas_size, fit, load_cutout, load_masked, one_line_errors,
-                  open_image, product_hint, read_items, resize, save_image, sheet)
+                  open_image, product_hint, read_items, resize, save_image, sheet, thumbnail)
 from model import ControlNet, Prompts
 from sampler import GUIDANCE, STEPS, sample, seeded
-from weights import StableDiffusion, load_control, load_stable_diffusion, pick_device, read_json
+from weights import (StableDiffusion, check_folder, load_control, load_stable_diffusion, pick_device,
+                     read_json)
 
 TOY = Path(__file__).resolve().parent / "toy"
 SAMPLE = "perfume"  # of toy/samples, painted where no product is given
@@ -121,6 +122,8 @@ def paint_ads(ads: list[Ad], sd: StableDiffusion, cg: ControlNet, pg: ControlNet
             painted = paint(sd, *inputs[:2], [ad.texts for ad in chosen], [seeded(ad.seed)[0] for ad in chosen],
                             cg, pg if with_pg else None, *inputs[2:], from_reference=args.start == "reference",
                             steps=args.steps, guidance=args.guidance, on_step=lambda *_: bar.update()).cpu()
+        if not painted.isfinite().all():
+            raise BadInput(f"--dtype: the networks overflow in {str(args.dtype)[6:]}; add --dtype float32")
         for i, ad, picture, box in zip(batch, chosen, painted, boxes):
             results[i] = paste_back(picture, box, ad.rgb, ad.mask)
     return results
@@ -217,10 +220,10 @@ def generate_product(args) -> None:
         chunk = names[start : start + args.batch]
         for name, picture in zip(chunk, paint_ads([ads[name] for name in chunk], sd, cg, pg, args)):
             save(picture, args.out / name)
-            pictures.append(picture)
+            pictures.append(thumbnail(picture))
 
     columns = len(pictures) // len(rows)
-    cells = [[rgb * mask + 1 - mask, *pictures[k * columns : (k + 1) * columns]]
+    cells = [[thumbnail(rgb * mask + 1 - mask), *pictures[k * columns : (k + 1) * columns]]
              for k, (rgb, mask) in enumerate(products[i] for i, _ in rows)]
     if demo:
         cells = [[product, alone, references[0][0], after] for product, alone, after in cells]
@@ -258,7 +261,13 @@ def generate_data(args) -> None:
     items = items[: args.limit]
     pg_folder = branch_folder("pg", args) if any(item.reference for item in items) else None
     texts = texts_of({item.category for item in items}, cg_folder, args.plain_prompt)
-    todo = [i for i, item in enumerate(items) if not result_path(args.out, i, item).exists()]
+    manifest = args.out / "manifest.jsonl"
+    listed = {json.loads(line)["file"] for line in manifest.read_text("utf-8").splitlines()} if manifest.exists() else ()
+    paths = [result_path(args.out, i, item) for i, item in enumerate(items)]
+    todo = [i for i, path in enumerate(paths) if path.name not in listed or not path.exists()]
+    there = len(items) - len(todo)
+    rank, processes = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    todo = todo[rank::processes]  # under torchrun each process paints its share
     sd = load_base(args)
     cg = load_branch("category", cg_folder, sd, args)
     pg = load_branch("personality", pg_folder, sd, args) if pg_folder else None
@@ -281,21 +290,25 @@ def generate_data(args) -> None:
         pictures = paint_ads(list(ads.values()), sd, cg, pg, args)
         seconds = (time.perf_counter() - clock) / max(1, len(ads))
         for (i, ad), picture in zip(ads.items(), pictures):
-            path = result_path(args.out, i, items[i])
+            path = paths[i]
             save_image(picture, path)
             line = {"item": i, "image": str(items[i].image), "category": items[i].category,
                     "reference": str(items[i].reference) if ad.reference else None, "seed": ad.seed,
                     "file": path.name, "seconds": round(seconds, 3)}
-            with open(args.out / "manifest.jsonl", "a", encoding="utf-8") as manifest:
-                manifest.write(json.dumps(line, ensure_ascii=False) + "\n")
-    save_data_sheet(items, args.out)
-    print(f"{args.out}: {len(todo) - broken:,} painted, {len(items) - len(todo):,} were there, {broken:,} broken")
+            with open(manifest, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    if rank == 0:
+        save_data_sheet(items, args.out)
+    print(f"{args.out}: {len(todo) - broken:,} painted, {there:,} were there, {broken:,} broken")
 
 
 def save_data_sheet(items: list[Item], out: Path, columns: int = 8, cells: int = 32) -> None:
     """OUT/sheet.png: the first items' pictures, beneath each its reference if it has one."""
     def cell(path: Path | None):
-        return open_image(path).convert("RGB") if path and path.exists() else None  # a broken item has no picture
+        try:
+            return path and thumbnail(open_image(path).convert("RGB"))
+        except BadInput:
+            return None  # of a broken item
 
     rows = []
     for start in range(0, min(len(items), cells), columns):
@@ -325,6 +338,10 @@ def whole(low: int, high: int):
     return partial(number, int, low, high)
 
 
+def real(low: float, high: float):
+    return partial(number, float, low, high)
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=partial(
         argparse.RawDescriptionHelpFormatter, max_help_position=32, width=120))
@@ -341,9 +358,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--prompt", metavar="TEXT", help="plain text-to-image with the base alone")
     add = parser.add_argument_group("how").add_argument
     add("--num", metavar="N", type=whole(1, 9999), default=1, help="pictures, with seeds SEED, SEED + 1, ... [1]")
-    add("--seed", metavar="N", type=whole(0, 2**32), default=0, help="of the noise; SEED + i for item i of --data [0]")
+    add("--seed", metavar="N", type=whole(0, 2**32 - 1), default=0, help="of the noise; SEED + i for item i of --data [0]")
     add("--steps", metavar="N", type=whole(1, 999), default=STEPS, help=f"steps of DDIM [{STEPS}, the paper's]")
-    add("--guidance", metavar="X", type=partial(number, float, 1, 30), default=GUIDANCE,
+    add("--guidance", metavar="X", type=real(1, 30), default=GUIDANCE,
         help=f"weight of the prompt, 1: without guidance [{GUIDANCE}, the paper's]")
     add("--size", metavar="N", type=whole(8, 4096),
         help="longer side of the painted canvas in pixels [the base's: toy 128, SD 1.5 and the paper 512]")
@@ -381,10 +398,7 @@ def check(args) -> None:
             raise BadInput(f"--{option}: two files are named {min(twice)}, as the results would be; rename one")
     if args.data and args.num != 1:
         raise BadInput("--num: a data set gets one picture an item; leave it out, or run again with another --out")
-    nearest = next(path for path in (args.out.absolute(), *args.out.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        what = "read-only" if nearest.is_dir() else "a file"
-        raise BadInput(f"--out {args.out}: {nearest} is {what}; choose another folder")
+    check_folder(args.out)
 
 
 def pick_dtype(name: str, device: str) -> torch.dtype:

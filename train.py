@@ -14,6 +14,7 @@ than weights, optimiser and step.
 import argparse
 import json
 import math
+import random
 import sys
 import time
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -33,30 +34,30 @@ from tqdm import tqdm
 
 from data import (Ads, BadInput, Parser, canvas_size, categories_of, load_ad, one_line_errors, perturb, product_hint,
                   read_items, save_image, sheet)
-from generate import IDENTIFIER, encode_prompts, paint, prompt_texts
+from generate import (IDENTIFIER, TOY, branch_folder, encode_prompts, load_branch, paint, prompt_texts, real, whole)
 from model import (CLIP, VAE, CategoryGenerator, ControlNet, PersonalityGenerator, Prompts, TextEncoder, UNet,
                    predict_noise)
 from sampler import Schedule, seeded
 from toy.world import write_world
-from weights import (TEXT_FILES, UNET_FILES, StableDiffusion, control_config, load_control, load_module,
-                     load_stable_diffusion, load_tokenizer, pick_device, save_control, save_module,
+from weights import (TEXT_FILES, UNET_FILES, StableDiffusion, check_folder, control_config, load_module,
+                     load_stable_diffusion, load_tokenizer, pick_device, read_json, save_control, save_module,
                      train_tokenizer, write_atomic, write_json)
 
-HERE = Path(__file__).resolve().parent
-TOY_BASE, TOY_DATA = HERE / "toy" / "base", HERE / "toy" / "data"
+TOY_DATA = TOY / "data"
 
 # Section 5.1; what it does not say is as in ControlNet: AdamW, no schedule, half of the prompts dropped.
 PAPER = dict(lr=1e-5, batch=128, epochs=300, size=512, ema=0.0, warmup=0, decay=0.0, noise_offset=0.0)
 PROMPT_DROPOUT = 0.5
+CLIP_GRADIENT = 1.0  # gradients longer than this are shortened to it: not in the paper, and rarely at work
 # The toy's own settings, found by trying.
-TOY = {
-    "vae": dict(lr=2e-3, batch=12, steps=5000, size=128, ema=0.995, warmup=50, decay=0.5),
-    "clip": dict(lr=1e-3, batch=64, steps=1000, size=128, ema=0.0, warmup=100, decay=0.5),
-    "unet": dict(lr=1e-3, batch=32, steps=8000, size=128, ema=0.999, warmup=100, decay=0.3, noise_offset=0.1),
-    "cg": dict(lr=7e-4, batch=16, steps=1500, size=128, ema=0.99, warmup=50, decay=0.3, noise_offset=0.1),
-    "pg": dict(lr=7e-4, batch=16, steps=1500, size=128, ema=0.99, warmup=50, decay=0.3, noise_offset=0.1),
-    "joint": dict(lr=7e-4, batch=16, steps=1500, size=128, ema=0.99, warmup=50, decay=0.3, noise_offset=0.1),
+TOY_BRANCH = dict(lr=7e-4, batch=16, steps=3000, size=128, ema=0.99, warmup=50, decay=0.3, noise_offset=0.1)
+TOY_SETTINGS = {
+    "vae": dict(lr=2e-3, batch=12, steps=4800, size=128, ema=0.995, warmup=50, decay=0.5),
+    "clip": dict(lr=1e-3, batch=64, steps=800, size=128, ema=0.0, warmup=100, decay=0.5),
+    "unet": dict(lr=1e-3, batch=32, steps=9400, size=128, ema=0.999, warmup=100, decay=0.3, noise_offset=0.1),
+    "cg": TOY_BRANCH, "pg": TOY_BRANCH, "joint": TOY_BRANCH,
 }  # fmt: skip
+KL = 1e-3  # stage vae: weight of the KL term
 
 # The tiny Stable Diffusion: f = 4, so that 128-px pictures keep their edges; all else is SD 1.5's shape made small.
 TOY_VAE = {"_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "latent_channels": 4,
@@ -103,6 +104,11 @@ def learning_rate(step: int, args) -> float:
     return args.lr * up * down
 
 
+def seed_of(*parts: object) -> int:
+    """A seed that depends on all of `parts`. 32 bits: torch's CPU generator reads no more of a seed."""
+    return random.Random(" ".join(map(str, parts))).getrandbits(32)
+
+
 class Batches:
     """Sampler: every index once an epoch in random order, each with a seed of its own, from step `start` on."""
 
@@ -119,9 +125,9 @@ class Batches:
             for position in range(step * self.batch, (step + 1) * self.batch):
                 if position // self.count != epoch:
                     epoch = position // self.count
-                    generator = torch.Generator().manual_seed(self.seed + epoch)
+                    generator = torch.Generator().manual_seed(seed_of(self.seed, "order", epoch))
                     order = torch.randperm(self.count, generator=generator).tolist()
-                keys.append((order[position % self.count], (self.seed << 40) + position))
+                keys.append((order[position % self.count], seed_of(self.seed, "sample", position)))
             yield keys
 
 
@@ -136,22 +142,25 @@ def run(task: Task, args) -> None:
     parameters = {f"{m}.{n}": p for m, module in task.modules.items() for n, p in module.named_parameters()}
     optimizer = torch.optim.AdamW(parameters.values(), args.lr, weight_decay=args.weight_decay)
     ema = {n: p.detach().clone() for n, p in parameters.items()} if args.ema else {}
-    start = load_checkpoint(folder, parameters, ema, optimizer) if args.resume else 0
+    start = load_checkpoint(args, parameters, ema, optimizer) if args.resume else 0
     if start >= args.steps:
         raise BadInput(f"{folder} is already at step {start}; to train further give --steps above {start}")
     folder.mkdir(parents=True, exist_ok=True)
+    log_file = folder / "log.jsonl"
+    kept = log_file.read_text(encoding="utf-8").splitlines(keepends=True) if args.resume and log_file.exists() else []
+    log_file.write_text("".join(line for line in kept if json.loads(line)["step"] <= start), encoding="utf-8")
 
     micro = args.batch // args.accumulate
-    loader = DataLoader(task.samples, num_workers=args.workers, persistent_workers=args.workers > 0,
+    loader = DataLoader(task.samples, num_workers=args.workers,
                         batch_sampler=Batches(len(task.samples), args.batch, args.seed, start, args.steps))
     bar = tqdm(loader, initial=start, total=args.steps, unit="step", disable=not sys.stderr.isatty())
-    log = open(folder / "log.jsonl", "a", encoding="utf-8")
+    log = open(log_file, "a", encoding="utf-8")
     average, clock, seen = None, time.perf_counter(), 0
     for step, batch in enumerate(bar, start):
         lr = learning_rate(step, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        generator = torch.Generator().manual_seed((args.seed << 32) + step)
+        generator = torch.Generator().manual_seed(seed_of(args.seed, "step", step))
         total = 0.0
         for i in range(args.accumulate):
             part = {k: v[i * micro : (i + 1) * micro].to(args.device) for k, v in batch.items()}
@@ -160,9 +169,9 @@ def run(task: Task, args) -> None:
             loss.backward()
             total += loss.item()
         if not math.isfinite(total):
-            raise BadInput(f"the loss is {total} at step {step}; the last checkpoint in {folder} is good: "
-                           "resume from it with a lower --lr")
-        nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+            raise BadInput(f"the loss is {total} at step {step}; what {folder} holds of earlier steps is good: "
+                           "resume from it, or start again, with a lower --lr")
+        nn.utils.clip_grad_norm_(parameters.values(), CLIP_GRADIENT)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if ema:
@@ -178,13 +187,13 @@ def run(task: Task, args) -> None:
             line = {"step": done, "loss": round(average, 6), "lr": lr, "images_per_second": round(speed, 2)}
             log.write(json.dumps(line | {"time": round(time.time(), 1)}) + "\n")
             log.flush()
-        if done % args.save_every == 0 or done == args.steps:
-            save_checkpoint(folder, done, parameters, ema, optimizer)
         if done % args.sample_every == 0 or done == args.steps:
             with averaged(parameters, ema), torch.no_grad():
-                save_image(task.draw(), folder / f"sheet_{done:06}.png")
                 task.save(args.out)
+                save_image(task.draw(), folder / f"sheet_{done:06}.png")
             clock, seen = time.perf_counter(), 0
+        if done % args.save_every == 0 or done == args.steps:
+            save_checkpoint(args, done, parameters, ema, optimizer)
     log.close()
 
 
@@ -202,25 +211,38 @@ class averaged:
     __enter__ = __exit__ = swap
 
 
-def save_checkpoint(folder: Path, step: int, parameters: dict, ema: dict, optimizer) -> None:
-    """Weights, averages and Adam's moments in one safetensors file, the step in its header."""
+def checkpoint_of(args) -> Path:
+    return args.out / "training" / args.stage / "checkpoint.safetensors"
+
+
+def settings_of(args) -> dict:
+    """What must stay the same for a resumed run to be the run that was interrupted."""
+    names = ("batch", "accumulate", "steps", "size", "lr", "warmup", "decay", "weight_decay", "ema", "noise_offset", "seed")
+    return {name: getattr(args, name) for name in names}
+
+
+def save_checkpoint(args, step: int, parameters: dict, ema: dict, optimizer) -> None:
+    """Weights, averages and Adam's moments in one safetensors file, the step and the settings in its header."""
     tensors = {f"weights.{n}": p.detach() for n, p in parameters.items()} | {f"ema.{n}": p for n, p in ema.items()}
     for name, p in parameters.items():
         for moment in ("exp_avg", "exp_avg_sq"):
             if p in optimizer.state:
                 tensors[f"{moment}.{name}"] = optimizer.state[p][moment]
-    write_atomic(folder / "checkpoint.safetensors",
-                 lambda path: save_file({n: t.contiguous() for n, t in tensors.items()}, path, {"step": str(step)}))
+    header = {"step": str(step), "settings": json.dumps(settings_of(args))}
+    write_atomic(checkpoint_of(args),
+                 lambda path: save_file({n: t.contiguous() for n, t in tensors.items()}, path, header))
 
 
-def load_checkpoint(folder: Path, parameters: dict, ema: dict, optimizer) -> int:
-    """Fills everything from a checkpoint -> its step. Raises BadInput where there is none, or of another model."""
-    path = folder / "checkpoint.safetensors"
-    if not path.is_file():
-        raise BadInput(f"nothing to resume: {path} does not exist; leave out --resume, or give the run's --out")
-    with safe_open(path, framework="pt") as file, torch.no_grad():
-        step, names = int(file.metadata()["step"]), set(file.keys())
-        try:
+def load_checkpoint(args, parameters: dict, ema: dict, optimizer) -> int:
+    """Fills everything from the run's checkpoint -> its step. Says on stderr which settings are not the run's own.
+
+    Raises BadInput where the checkpoint is broken or of another model.
+    """
+    path = checkpoint_of(args)
+    try:
+        with safe_open(path, framework="pt") as file, torch.no_grad():
+            step, settings = int(file.metadata()["step"]), json.loads(file.metadata()["settings"])
+            names = set(file.keys())
             for name, p in parameters.items():
                 p.copy_(file.get_tensor(f"weights.{name}"))
                 if name in ema:
@@ -229,8 +251,13 @@ def load_checkpoint(folder: Path, parameters: dict, ema: dict, optimizer) -> int
                     moments = {m: torch.empty_like(p).copy_(file.get_tensor(f"{m}.{name}"))  # in p's memory format
                                for m in ("exp_avg", "exp_avg_sq")}
                     optimizer.state[p] = {"step": torch.tensor(float(step)), **moments}
-        except (RuntimeError, KeyError) as error:
-            raise BadInput(f"{path} is of another model or other settings ({str(error).splitlines()[0]})") from None
+    except (RuntimeError, KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
+        raise BadInput(f"{path} is broken, or of another model or other settings ({str(error).splitlines()[0]}); "
+                       "give the options of the run, or start anew with another --out") from None
+    changed = [f"{name} {settings.get(name)} -> {value}" for name, value in settings_of(args).items()
+               if settings.get(name) != value]
+    if changed:
+        print(f"resumed with other settings than the run's: {', '.join(changed)}", file=sys.stderr)
     return step
 
 
@@ -269,12 +296,12 @@ class Indices(Dataset):
         return {"index": key[0]}
 
 
-@torch.inference_mode()
-def encode_latents(sd: StableDiffusion, items: list, args, batch: int = 32) -> tuple[Tensor, Tensor]:
+@torch.no_grad()
+def encode_latents(sd: StableDiffusion, items: list, args) -> tuple[Tensor, Tensor]:
     """The frozen VAE, once over the data set -> mean and standard deviation of every latent, (N, 4, h, w), scaled."""
     count, shape = len(items), sd.latent_shape(args.size, args.size)
     mean, std = torch.empty(count, *shape), torch.empty(count, *shape)
-    loader = DataLoader(Ads(items, args.size), batch_size=batch)
+    loader = DataLoader(Ads(items, args.size), batch_size=args.batch // args.accumulate, num_workers=args.workers)
     start = 0
     for images in tqdm(loader, desc="encoding", unit="batch", disable=not sys.stderr.isatty()):
         with mixed_precision(args):
@@ -282,7 +309,7 @@ def encode_latents(sd: StableDiffusion, items: list, args, batch: int = 32) -> t
         mean[start : start + len(m)] = m * sd.vae.scaling_factor
         std[start : start + len(m)] = (logvar / 2).exp() * sd.vae.scaling_factor
         start += len(m)
-    return mean.clone(), std.clone()
+    return mean, std
 
 
 def diffuse(schedule: Schedule, mean: Tensor, std: Tensor, generator,
@@ -310,19 +337,14 @@ def branch_task(args) -> Task:
     canvas_size(1, 1, args.size, sd.multiple)  # says so where the size does not fit the base
     items, notes = read_items(args.data)
     print(*notes, sep="\n", file=sys.stderr)
-    if args.stage == "pg":
-        if not (Path(args.cg) / "categories.json").is_file():
-            raise BadInput(f"--cg {args.cg} holds no categories.json; give the folder that train.py cg wrote")
-        categories = json.loads((Path(args.cg) / "categories.json").read_text(encoding="utf-8"))
-    else:
-        categories = categories_of(items)
+    cg = load_branch("category", args.cg, sd, args) if args.stage == "pg" else None
+    categories = read_json(args.cg / "categories.json") if cg else categories_of(items)
     unknown = sorted({item.category for item in items} - set(categories))
     if unknown:
         raise BadInput(f"{args.data}: category {unknown[0]} was not in CG's training set; train CG on this data first")
     texts = [prompt_texts(item.category, IDENTIFIER.format(categories.index(item.category))) for item in items]
 
     config = control_config(sd.unet.config, sd.vae.factor)
-    cg = load_control(args.cg, "category", args.device) if args.stage == "pg" else None
     modules: dict[str, ControlNet] = {}
     torch.manual_seed(args.seed)
     if args.stage in ("cg", "joint"):
@@ -330,11 +352,14 @@ def branch_task(args) -> Task:
     if args.stage in ("pg", "joint"):
         modules["pg"] = PersonalityGenerator(config).to(args.device)
     pg = modules.get("pg")
-    for module in modules.values():
+    for name, module in modules.items():
         module.init_from_unet(sd.unet)
+        if args.init:  # of the same layout, such as a public ControlNet
+            module.load_state_dict(load_branch("controlnet", args.init, sd, args).state_dict())
     for frozen in {sd.unet, cg} - {*modules.values()}:
         frozen.to(memory_format=torch.channels_last)  # as `run` does with what is trained
 
+    shown = load_shown(items, categories, args)
     mean, std = encode_latents(sd, items, args)
     encoded: dict[tuple, Prompts] = {}
 
@@ -354,31 +379,36 @@ def branch_task(args) -> Task:
         return F.mse_loss(output, sd.schedule.target(z_0, eps, t))  # Eq. 1
 
     return Task(modules, Samples(items, args.size, perturbed=pg is not None), loss,
-                lambda: draw_branches(sd, cg, pg, items, categories, args),
+                lambda: draw_branches(sd, cg, pg, shown, args),
                 lambda out: [save_control(m, out / n, args.save_dtype, categories) for n, m in modules.items()])
 
 
-def draw_branches(sd: StableDiffusion, cg, pg, items: list, categories: list[str], args):
-    """Eight held-out products (the last of the training set where there is no test split): product, picture, ad."""
-    try:
-        items = read_items(args.data, "bgpair" if pg else "bg1k")[0]
-    except BadInput:
-        items = items[-8:]
-    items = [item for item in items if item.category in categories][:8]
-    rgb, mask = (torch.stack(parts).to(args.device) for parts in zip(*(load_ad(item, args.size) for item in items)))
-    texts = [prompt_texts(i.category, IDENTIFIER.format(categories.index(i.category))) for i in items]
-    references = None
-    if pg:
-        # an item without a reference is its own
-        pairs = [replace(i, image=i.reference, mask=i.reference_mask) if i.reference else i for i in items]
-        references = [load_ad(pair, args.size) for pair in pairs]
-        references = [torch.stack(parts).to(args.device) for parts in zip(*references)]
-    generators = seeded(args.seed, len(items))
-    painted = paint(sd, rgb, mask, texts, generators, cg, pg, *(references or (None, None)), steps=25)
-    rows = {"product": product_hint(rgb, mask), "reference": references and references[0], "painted": painted}
-    rows |= {"ad": rgb}
-    rows = {name: list(row) for name, row in rows.items() if row is not None}
-    return sheet(list(rows.values()), row_labels=list(rows))
+def load_shown(items: list, categories: list[str], args, count: int = 8) -> list[tuple]:
+    """For the sheets: (texts, image, mask, reference, its mask) of the first of the test split, held out, where the data
+    set has one, then of the last of the training set. An ad without a reference is its own."""
+    split = "bg1k" if args.stage == "cg" else "bgpair"
+    test = read_items(args.data, split)[0] if (args.data / f"{split}_info.txt").is_file() else []
+    shown = []
+    for item in [i for i in (*test, *items[::-1]) if i.category in categories]:
+        reference = replace(item, image=item.reference, mask=item.reference_mask) if item.reference else item
+        try:
+            pictures = *load_ad(item, args.size), *load_ad(reference, args.size)
+        except BadInput:
+            continue  # named when it is read as part of the data set
+        shown.append((prompt_texts(item.category, IDENTIFIER.format(categories.index(item.category))), *pictures))
+        if len(shown) == count:
+            break
+    return shown
+
+
+def draw_branches(sd: StableDiffusion, cg, pg, shown: list[tuple], args):
+    """A column each: product, with PG the reference, the picture painted, and the ad that the product is from."""
+    texts, *pictures = zip(*shown)
+    rgb, mask, reference, reference_mask = (torch.stack(parts).to(args.device) for parts in pictures)
+    references = (reference, reference_mask) if pg else (None, None)
+    painted = paint(sd, rgb, mask, list(texts), seeded(args.seed, len(texts)), cg, pg, *references, steps=25)
+    rows = {"product": product_hint(rgb, mask), **({"reference": reference} if pg else {}), "painted": painted, "ad": rgb}
+    return sheet([list(row) for row in rows.values()], row_labels=list(rows))
 
 
 # ---------------------------------------------------------------- the toy base
@@ -393,10 +423,9 @@ def captions_of(items: list) -> list[tuple[str, str]]:
 
 def initial(args, kind: type, config: dict) -> nn.Module:
     """A module to train: random, or with the weights of the folder --init."""
-    module = kind(config).to(args.device)
     if args.init:
-        module.load_state_dict(load_module(kind, args.init, UNET_FILES, args.device, torch.float32).state_dict())
-    return module
+        return load_module(kind, args.init, UNET_FILES, args.device, torch.float32).train().requires_grad_(True)
+    return kind(config).to(args.device)
 
 
 def vae_task(args) -> Task:
@@ -404,6 +433,8 @@ def vae_task(args) -> Task:
     items = read_items(args.data)[0]
     torch.manual_seed(args.seed)
     vae = initial(args, VAE, dict(TOY_VAE))
+    if args.size % 8:
+        raise BadInput(f"--size {args.size}: must be a multiple of 8: the VAE is trained on crops of half the side")
     ads = Ads(items, args.size)
     some = torch.stack([ads[i]["image"] for i in range(0, len(items), max(1, len(items) // 256))])
     # Errors are measured along the colours' principal axes, each scaled by its spread: in plain RGB the brightness
@@ -421,9 +452,8 @@ def vae_task(args) -> Task:
         error = vae.decode(z) - x
         white = torch.einsum("ij,bjhw->bihw", whiten, error)
         colour = F.avg_pool2d(white, 4).square().mean() + 0.2 * white.abs().mean()
-        edges = sum(error.diff(dim=axis).abs().mean() for axis in (2, 3))
         kl = (mean.square() + logvar.exp() - 1 - logvar).mean() / 2
-        return colour + args.detail * (error.abs().mean() + edges) + args.kl * kl
+        return colour + KL * kl
 
     def draw():
         x = some[:8].to(args.device)
@@ -444,6 +474,8 @@ def clip_task(args) -> Task:
     """Stage clip: pictures and their captions into one space (contrastive). The text tower becomes SD's encoder."""
     items = read_items(args.data)[0]
     captions = [", ".join(pair) for pair in captions_of(items)]
+    if args.size % TOY_VISION["patch_size"]:
+        raise BadInput(f"--size {args.size}: must be a multiple of {TOY_VISION['patch_size']}")
     if args.resume:
         tokenizer = load_tokenizer(args.out / "tokenizer")
     else:  # the identifiers' words belong to the vocabulary, though no caption holds them
@@ -453,7 +485,7 @@ def clip_task(args) -> Task:
     text = TOY_TEXT | {"vocab_size": tokenizer.bpe.get_vocab_size(), "eos_token_id": tokenizer.end}
     torch.manual_seed(args.seed)
     clip = CLIP({"model_type": "clip", "architectures": ["CLIPModel"], "projection_dim": TOY_TEXT["projection_dim"],
-                 "text_config": text, "vision_config": TOY_VISION}).to(args.device)
+                 "text_config": text, "vision_config": TOY_VISION | {"image_size": args.size}}).to(args.device)
     # Tokens that no caption holds, the identifiers among them, keep these values: wide enough to be told apart.
     nn.init.normal_(clip.text_model.embeddings.token_embedding.weight, std=0.3)
     for embedding in (clip.text_model.embeddings.position_embedding, clip.vision_model.embeddings.position_embedding):
@@ -476,8 +508,8 @@ def clip_task(args) -> Task:
 
     def draw():
         """The pictures of sixteen captions; below each the one, of those sixteen, that its caption finds."""
-        images = torch.stack([ads[i]["image"] for i in range(16)]).to(args.device)
-        text, image = clip.encode_text(ids[:16].to(args.device)), F.normalize(clip.encode_image(images), dim=-1)
+        images = torch.stack([ads[i]["image"] for i in range(min(16, len(items)))]).to(args.device)
+        text, image = clip.encode_text(ids[: len(images)].to(args.device)), F.normalize(clip.encode_image(images), dim=-1)
         return sheet([list(images), list(images[(text @ image.T).argmax(dim=1)])], row_labels=["captioned", "found"])
 
     def save(out: Path) -> None:
@@ -522,14 +554,14 @@ def unet_task(args) -> Task:
         return (error * weight[t]).mean()
 
     def draw():
-        pictures = [", ".join(captions[i]) for i in range(16)]
-        triples = [(text, text, text) for text in pictures]
-        blank = torch.zeros(16, 3, args.size, args.size, device=args.device)
-        painted = paint(sd, blank, blank[:, :1], triples, seeded(0, 16), steps=25)
-        ads = Ads(items, args.size)
-        return sheet([list(painted[:8]), [ads[i]["image"] for i in range(8)],
-                      list(painted[8:]), [ads[i]["image"] for i in range(8, 16)]],
-                     row_labels=["painted", "captioned"] * 2)
+        count, ads = min(16, len(items)), Ads(items, args.size)
+        blank = torch.zeros(count, 3, args.size, args.size, device=args.device)
+        painted = paint(sd, blank, blank[:, :1], [(", ".join(pair),) * 3 for pair in captions[:count]],
+                        seeded(0, count), steps=25)
+        rows = []
+        for start in range(0, count, 8):
+            rows += [list(painted[start : start + 8]), [ads[i]["image"] for i in range(start, min(start + 8, count))]]
+        return sheet(rows, row_labels=["painted", "captioned"] * (len(rows) // 2))
 
     def save(out: Path) -> None:
         save_module(unet, out / "unet", UNET_FILES[0], args.save_dtype)
@@ -550,10 +582,10 @@ STAGES = {"vae": vae_task, "clip": clip_task, "unet": unet_task,
 
 
 def toy_data(wanted: Path) -> None:
-    """Draws the toy ad world on first use (minutes)."""
-    if wanted.parent == TOY_DATA and not TOY_DATA.exists():
-        print(f"drawing the toy ad world to {TOY_DATA}: once, a few minutes", file=sys.stderr)
-        write_world(TOY_DATA)
+    """Draws the part of the toy ad world that a stage needs, on first use (up to minutes)."""
+    if wanted.parent == TOY_DATA and not wanted.exists():
+        print(f"drawing the toy's pictures to {wanted}, once", file=sys.stderr)
+        write_world(TOY_DATA, parts=(wanted.name,))
 
 
 def parse(arguments: list[str] | None = None):
@@ -564,31 +596,32 @@ def parse(arguments: list[str] | None = None):
     add("--data", metavar="DIR", type=Path, help="BG60k as released, or with metadata.jsonl [the toy's]")
     add("--weights", metavar="DIR", type=Path, help="frozen Stable Diffusion [toy/base; the paper's: SD 1.5]")
     add("--cg", metavar="DIR", type=Path, help="stage pg: the trained CG [toy/cg]")
-    add("--init", metavar="DIR", type=Path, help="stages vae and unet: start from these weights [from scratch]")
+    add("--init", metavar="DIR", type=Path,
+        help="start from these weights; a branch also from a public ControlNet [vae, unet: random; branches: SD's encoder]")
     add("--out", metavar="DIR", type=Path, help="where models, log, sheets and checkpoints go [runs/STAGE]")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
     add = parser.add_argument_group("settings [without --data the toy's, else the paper's]").add_argument
-    add("--size", metavar="N", type=int, help="side of the training pictures in pixels [toy 128; paper 512]")
-    add("--batch", metavar="N", type=int, help="pictures a step [toy 12 to 64; paper 128]")
-    add("--accumulate", metavar="N", type=int, default=1, help="parts in which a batch is computed, to save memory [1]")
-    add("--epochs", metavar="N", type=int, help="passes over the data, unless --steps is given [paper 300]")
-    add("--steps", metavar="N", type=int, help="steps in all [toy 1000 to 8000; else from --epochs]")
-    add("--lr", metavar="X", type=float, help="learning rate of AdamW [toy 7e-4 to 2e-3; paper 1e-5]")
-    add("--warmup", metavar="N", type=int, help="steps in which it rises [toy 50 or 100; paper 0]")
-    add("--decay", metavar="X", type=float, help="last part of the run in which it falls to 0 [toy 0.3 to 0.5; paper 0]")
-    add("--weight-decay", metavar="X", type=float, default=1e-2, help="of AdamW [0.01, as ControlNet]")
-    add("--ema", metavar="X", type=float, help="decay of the weights' moving average [toy 0 to 0.999; paper 0]")
-    add("--noise-offset", metavar="X", type=float, help="spread of the noise's mean, from unet on [toy 0.1; paper 0]")
-    add("--kl", metavar="X", type=float, default=1e-3, help="stage vae: weight of the KL term [0.001]")
-    add("--detail", metavar="X", type=float, default=0.0, help="stage vae: weight of the error of pixels and edges [0]")
-    add("--seed", metavar="N", type=int, default=0, help="decides everything random [0]")
+    add("--size", metavar="N", type=whole(32, 4096), help="side of the training pictures in pixels [toy 128; paper 512]")
+    add("--batch", metavar="N", type=whole(1, 65536), help="pictures a step [toy 12 to 64; paper 128]")
+    add("--accumulate", metavar="N", type=whole(1, 65536), default=1,
+        help="parts in which a batch is computed, to save memory [1]")
+    add("--epochs", metavar="N", type=whole(1, 10**6), help="passes over the data, unless --steps is given [paper 300]")
+    add("--steps", metavar="N", type=whole(1, 10**9), help="steps in all [toy 800 to 9400; else from --epochs]")
+    add("--lr", metavar="X", type=real(1e-9, 10), help="learning rate of AdamW [toy 7e-4 to 2e-3; paper 1e-5]")
+    add("--warmup", metavar="N", type=whole(0, 10**9), help="steps in which it rises [toy 50 or 100; paper 0]")
+    add("--decay", metavar="X", type=real(0, 1),
+        help="last part of the run in which it falls to 0 [toy 0.3 or 0.5; paper 0]")
+    add("--weight-decay", metavar="X", type=real(0, 10), default=1e-2, help="of AdamW [0.01, as ControlNet]")
+    add("--ema", metavar="X", type=real(0, 0.99999), help="decay of the weights' moving average [toy 0 to 0.999; paper 0]")
+    add("--noise-offset", metavar="X", type=real(0, 10), help="spread of the noise's mean, from unet on [toy 0.1; paper 0]")
+    add("--seed", metavar="N", type=whole(0, 2**32 - 1), default=0, help="decides everything random [0]")
     add = parser.add_argument_group("machine and records").add_argument
     add("--device", metavar="NAME", default="auto", help="cpu, cuda, cuda:1, ... [auto: cuda where there is one]")
     add("--amp", action="store_true", help="mixed precision: bfloat16 matrix products, float32 weights")
-    add("--workers", metavar="N", type=int, default=0, help="processes that load samples beside the computation [0]")
-    add("--log-every", metavar="N", type=int, default=20, help="steps between lines of the log [20]")
-    add("--save-every", metavar="N", type=int, default=250, help="steps between checkpoints [250]")
-    add("--sample-every", metavar="N", type=int, default=500, help="steps between sheets and saved models [500]")
+    add("--workers", metavar="N", type=whole(0, 256), default=0, help="processes that load samples beside the computation [0]")
+    add("--log-every", metavar="N", type=whole(1, 10**9), default=20, help="steps between lines of the log [20]")
+    add("--save-every", metavar="N", type=whole(1, 10**9), default=250, help="steps between checkpoints [250]")
+    add("--sample-every", metavar="N", type=whole(1, 10**9), default=500, help="steps between sheets and saved models [500]")
     add("--save-dtype", metavar="NAME", choices=["float32", "float16"], default="float32",
         help="float32 or float16, of the saved models [float32]")
     return parser.parse_args(arguments)
@@ -596,24 +629,14 @@ def parse(arguments: list[str] | None = None):
 
 def check(args) -> None:
     """Raises BadInput for what can be told to be wrong before anything is loaded."""
-    for name, least in (("steps", 1), ("epochs", 1), ("batch", 1), ("accumulate", 1), ("size", 32), ("workers", 0),
-                        ("warmup", 0), ("log_every", 1), ("save_every", 1), ("sample_every", 1)):
-        if (value := getattr(args, name)) is not None and value < least:
-            raise BadInput(f"--{name.replace('_', '-')} {value}: must be at least {least}")
     if args.batch % args.accumulate:
         raise BadInput(f"--accumulate {args.accumulate}: must divide --batch {args.batch}")
-    if not 0 < args.lr < math.inf:
-        raise BadInput(f"--lr {args.lr}: must be above 0")
-    for name in ("noise_offset", "kl", "detail", "weight_decay"):
-        if (value := getattr(args, name)) is not None and not 0 <= value < math.inf:
-            raise BadInput(f"--{name.replace('_', '-')} {value}: must be at least 0")
-    if not 0 <= args.decay <= 1:
-        raise BadInput(f"--decay {args.decay}: must be from 0, for none, to 1")
-    if not 0 <= args.ema < 1:
-        raise BadInput(f"--ema {args.ema}: must be from 0, for none, to below 1")
-    for path in (args.out, *args.out.parents):
-        if path.exists() and not path.is_dir():
-            raise BadInput(f"--out {args.out}: {path} is a file; name a folder")
+    check_folder(args.out)
+    path = checkpoint_of(args)
+    if args.resume and not path.is_file():
+        raise BadInput(f"nothing to resume: {path} does not exist; leave out --resume, or give the run's --out")
+    if path.is_file() and not args.resume:
+        raise BadInput(f"--out {args.out} holds a run of this stage; add --resume to go on with it, or name another folder")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -622,15 +645,15 @@ def main(arguments: list[str] | None = None) -> None:
         raise BadInput(f"stage {args.stage} does not exist; the stages are {', '.join(STAGES)}")
     toy = args.data is None or args.stage in ("vae", "clip", "unet")
     args.out = args.out or Path("runs") / args.stage
-    for name, value in (TOY[args.stage] if toy else PAPER).items():
-        if getattr(args, name, None) is None:
+    for name, value in (TOY_SETTINGS[args.stage] if toy else PAPER).items():
+        if getattr(args, name, None) is None and not (name == "steps" and args.epochs):
             setattr(args, name, value)
-    if args.data is None:
-        args.data = TOY_DATA / ("base" if args.stage in ("vae", "clip", "unet") else "ads")
-    args.weights = args.weights or TOY_BASE
-    args.cg = args.cg or HERE / "toy" / "cg"
+    args.data = args.data or TOY_DATA / ("base" if args.stage in ("vae", "clip", "unet") else "ads")
+    if args.stage == "pg":
+        args.cg = branch_folder("cg", args)
+    args.weights = args.weights or TOY / "base"
     check(args)
-    args.device = pick_device(args.device)
+    args.device, args.dtype = pick_device(args.device), torch.float32
     toy_data(args.data)
     args.save_dtype = getattr(torch, args.save_dtype)
     if args.steps is None:

@@ -26,11 +26,21 @@ from torch.overrides import TorchFunctionMode
 from model import BRANCHES, CLIP, VAE, ControlNet, TextEncoder, UNet
 from sampler import Schedule
 
+UMASK = os.umask(0)
+os.umask(UMASK)  # there is no way to read it but to set it
 PICKLES = (".ckpt", ".pth", ".pt", ".bin", ".pkl")
 
 
 class BadInput(ValueError):
     """An error of use. Its message is one line that names the file or option and the remedy; programs exit with 2."""
+
+
+def check_folder(out: Path) -> None:
+    """Raises BadInput where the output folder `--out` can't be made or written to."""
+    nearest = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        what = "read-only" if nearest.is_dir() else "a file"
+        raise BadInput(f"--out {out}: {nearest} is {what}; choose another folder")
 
 
 def write_atomic(path: Path | str, write: Callable[[Path], None]) -> None:
@@ -45,10 +55,19 @@ def write_atomic(path: Path | str, write: Callable[[Path], None]) -> None:
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
         raise BadInput(f"{path}: can't be written ({error.strerror or error}); choose another output path") from None
     try:
-        write(scratch / path.name)
-        if (scratch / path.name).is_dir() and path.is_dir():
-            os.replace(path, scratch / "old")
-        os.replace(scratch / path.name, path)
+        new, old = scratch / path.name, scratch / "old"
+        write(new)
+        for file in (new, *new.rglob("*")):
+            if file.is_file():
+                file.chmod(0o666 & ~UMASK)  # safetensors writes files that only their owner may read
+        if new.is_dir() and path.is_dir():
+            os.replace(path, old)
+        try:
+            os.replace(new, path)
+        except OSError:
+            if old.exists():
+                os.replace(old, path)
+            raise
     except IsADirectoryError:
         raise BadInput(f"{path} is a folder where a file is to be written; choose another output path") from None
     finally:
@@ -257,7 +276,10 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
     except Exception as error:  # the library raises bare Exceptions
         raise BadInput(f"{folder}: the tokenizer can't be read ({error}); download its files again") from None
     pad = settings.get("pad_token", "<|endoftext|>")
-    return Tokenizer(bpe, settings.get("model_max_length", 77), pad["content"] if isinstance(pad, dict) else pad)
+    tokenizer = Tokenizer(bpe, settings.get("model_max_length", 77), pad["content"] if isinstance(pad, dict) else pad)
+    if None in (tokenizer.start, tokenizer.end, tokenizer.pad):
+        raise BadInput(f"{folder} is not CLIP's tokenizer: its vocabulary lacks a start, end or padding token")
+    return tokenizer
 
 
 # ---------------------------------------------------------------- whole models
@@ -313,9 +335,16 @@ def load_stable_diffusion(path: Path | str, device="cpu", dtype=torch.float32,
         raise BadInput(f"{path} is {'not a folder of weights' if path.exists() else 'missing'}; "
                        "--weights takes a Stable Diffusion folder with unet/, vae/, text_encoder/ and tokenizer/")
     scheduler = path / "scheduler" / "scheduler_config.json"
+    text_encoder = load_module(TextEncoder, path / "text_encoder", TEXT_FILES, device, dtype)
+    folder = Path(tokenizer or path / "tokenizer")
+    tokenizer, config = load_tokenizer(folder), text_encoder.config
+    if tokenizer.length > config["max_position_embeddings"] or tokenizer.bpe.get_vocab_size() > config["vocab_size"]:
+        raise BadInput(f"{folder} is not the tokenizer of {path / 'text_encoder'}: it makes {tokenizer.length} tokens out of "
+                       f"{tokenizer.bpe.get_vocab_size():,} different ones, where {config['max_position_embeddings']} out "
+                       f"of {config['vocab_size']:,} are known; give the one that belongs to it by --tokenizer")
     return StableDiffusion(
-        load_tokenizer(tokenizer or path / "tokenizer"),
-        load_module(TextEncoder, path / "text_encoder", TEXT_FILES, device, dtype),
+        tokenizer,
+        text_encoder,
         load_module(UNet, path / "unet", UNET_FILES, device, dtype),
         load_module(VAE, path / "vae", VAE_FILES, device, dtype),
         Schedule(read_json(scheduler) if scheduler.is_file() else None))

@@ -1,9 +1,8 @@
 """The shipped toy: its size and layout, and that the reference implementations paint the same pictures with it."""
 
-from pathlib import Path
-
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 
 from conftest import relative_error
@@ -22,7 +21,37 @@ def sd():
     return load_stable_diffusion(TOY / "base")
 
 
+@pytest.fixture(scope="module")
+def clip():
+    return load_clip(TOY / "clip")
+
+
+@torch.inference_mode()
+def embed(clip, pictures: torch.Tensor) -> torch.Tensor:
+    """(B, 3, H, W) -> (B, n), of length 1."""
+    side = clip.config["vision_config"]["image_size"]
+    return F.normalize(clip.encode_image(F.interpolate(pictures, size=(side, side), mode="area")), dim=-1)
+
+
+def canvas(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """A sample reduced to the toy's canvas: (1, 3, 128, 128) and its mask."""
+    load = load_masked if name.endswith("_reference") else load_cutout
+    rgb, mask = load(TOY / "samples" / f"{name}.png")
+    return tuple(F.interpolate(x[None], size=(128, 128), mode="area") for x in (rgb, mask))
+
+
+def painted(sd, names: list[str], references: list[str] = ()) -> torch.Tensor:
+    """The samples `names` painted by CG, or by CG and PG after `references`."""
+    rgb, mask = (torch.cat(x) for x in zip(*map(canvas, names)))
+    ref = [torch.cat(x) for x in zip(*(canvas(f"{name}_reference") for name in references))] or (None, None)
+    prompts = texts_of(set(CATEGORIES), TOY / "cg", False)
+    cg, pg = load_control(TOY / "cg", "category"), load_control(TOY / "pg", "personality") if references else None
+    return paint(sd, rgb, mask, [prompts[SAMPLES[name][0]] for name in names], seeded(0, len(names)), cg, pg, *ref,
+                 steps=STEPS)
+
+
 def test_it_is_at_most_30_mb():
+    assert len(WEIGHTS) == 6  # text encoder, UNet, VAE, CG, PG, CLIP
     ignored = TOY / "data"  # drawn on demand, not shipped
     files = [p for p in TOY.rglob("*") if p.is_file() and ignored not in p.parents and "__pycache__" not in p.parts]
     assert sum(p.stat().st_size for p in files) <= 30e6
@@ -38,24 +67,6 @@ def test_weights_are_fp16_and_finite(path):
 
 def test_cg_and_pg_know_the_worlds_categories():
     assert read_json(TOY / "cg" / "categories.json") == sorted(CATEGORIES) == read_json(TOY / "pg" / "categories.json")
-
-
-def test_samples_are_cutouts_and_references_with_their_masks():
-    for name in SAMPLES:
-        load_cutout(TOY / "samples" / f"{name}.png")
-        load_masked(TOY / "samples" / f"{name}_reference.png", None, "reference", "--reference-mask")
-
-
-def test_clip_finds_a_pictures_caption(sd):
-    """The sample references among all eight scenes' captions."""
-    clip = load_clip(TOY / "clip")
-    names = list(CATEGORIES)
-    captions = [f"A photo of {name}, in the background of {SCENES[CATEGORIES[name]].phrase}" for name in names]
-    text = torch.nn.functional.normalize(clip.encode_text(sd.tokenizer(captions)), dim=-1)
-    for sample, (category, *_) in SAMPLES.items():
-        image = load_masked(TOY / "samples" / f"{sample}_reference.png")[0][None]
-        image = torch.nn.functional.interpolate(image, size=(128, 128), mode="area")
-        assert names[(clip.encode_image(image) @ text.T).argmax()] == category
 
 
 @torch.inference_mode()
@@ -78,11 +89,35 @@ def test_text_to_image_is_diffusers_picture_for_the_same_noise(sd):
 def test_branches_open_as_diffusers_controlnets_and_agree(sd, kind):
     diffusers = pytest.importorskip("diffusers")
     theirs = diffusers.ControlNetModel.from_pretrained(TOY / kind)
-    rgb, mask = load_cutout(TOY / "samples" / "perfume.png")
-    hint = torch.nn.functional.interpolate(product_hint(rgb, mask)[None], size=(128, 128), mode="area")
-    P = encode_prompts(sd, [texts_of({"perfume"}, Path(TOY / "cg"), False)["perfume"]]).P
+    P = encode_prompts(sd, [texts_of({"perfume"}, TOY / "cg", False)["perfume"]]).P
+    hint = product_hint(*canvas("perfume"))
     z, t = torch.randn(1, 4, 32, 32, generator=seeded(0)[0]), torch.tensor([481])
     ours = load_control(TOY / kind)(z, t, P, hint)
     down, middle = theirs(z, t, P, hint, return_dict=False)
     for a, b in zip(ours, [*down, middle], strict=True):
         assert relative_error(a, b) < 1e-4
+
+
+def test_cg_paints_each_categorys_own_scene(sd, clip):
+    """CLIP, which has seen every product in every scene, names the scene of each sample of CG's."""
+    names = [name for name in SAMPLES if name[-1] not in "234"]
+    phrases = [f"in the background of {SCENES[CATEGORIES[SAMPLES[name][0]]].phrase}" for name in names]
+    text = F.normalize(clip.encode_text(sd.tokenizer(phrases)), dim=-1)
+    assert (embed(clip, painted(sd, names)) @ text.T).argmax(dim=1).tolist() == list(range(8))
+
+
+def test_pg_follows_its_reference(sd, clip):
+    """Each of four perfumes after each of four references: its reference is the one of the four nearest to it."""
+    names = ["perfume", "perfume_2", "perfume_3", "perfume_4"]
+    pictures = painted(sd, [name for name in names for _ in names], names * 4)
+    references = embed(clip, torch.cat([canvas(f"{name}_reference")[0] for name in names]))
+    assert (embed(clip, pictures) @ references.T).argmax(dim=1).tolist() == list(range(4)) * 4
+
+
+def test_clip_finds_a_pictures_caption(sd, clip):
+    """The sample references among the captions of all eight categories in their scenes."""
+    categories = list(CATEGORIES)
+    captions = [f"A photo of {name}, in the background of {SCENES[CATEGORIES[name]].phrase}" for name in categories]
+    text = F.normalize(clip.encode_text(sd.tokenizer(captions)), dim=-1)
+    found = embed(clip, torch.cat([canvas(f"{name}_reference")[0] for name in SAMPLES])) @ text.T
+    assert [categories[i] for i in found.argmax(dim=1)] == [category for category, *_ in SAMPLES.values()]

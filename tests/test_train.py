@@ -72,14 +72,16 @@ def test_an_interrupted_run_resumes_bit_for_bit(stage, world, base, cg, tmp_path
     """pg has the most randomness (mixup partners, masks, dropout, noise), unet the moving average."""
     def arguments(out):
         data = ("--data", world / "base") if stage == "unet" else ("--cg", cg)
-        return *branch(stage, world, base, out), *data, "--steps", 5, "--save-every", 2, "--ema", 0.9
+        return (*branch(stage, world, base, out), *data, "--steps", 8, "--save-every", 2, "--sample-every", 3,
+                "--ema", 0.9, "--device", "cpu")
 
     command(*arguments(tmp_path / "whole"))
     save = train.save_checkpoint
 
-    def save_and_die(folder, step, *rest):
-        save(folder, step, *rest)
-        raise KeyboardInterrupt
+    def save_and_die(args, step, *rest):
+        save(args, step, *rest)
+        if step == 4:
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "save_checkpoint", save_and_die)
     with pytest.raises(KeyboardInterrupt):
@@ -90,6 +92,38 @@ def test_an_interrupted_run_resumes_bit_for_bit(stage, world, base, cg, tmp_path
     whole, resumed = (load_file(tmp_path / run / "training" / stage / "checkpoint.safetensors") for run in ("whole", "broken"))
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    logs = [[json.loads(line)["step"] for line in (tmp_path / run / "training" / stage / "log.jsonl").read_text().splitlines()]
+            for run in ("whole", "broken")]
+    assert logs[0] == logs[1]
+
+
+def test_seeds_decide_everything_random():
+    """All 32 bits that torch's CPU generator reads of a seed differ with the run's seed, and with the step."""
+    draws = [torch.randn(4, generator=torch.Generator().manual_seed(train.seed_of(seed, "step", step)))
+             for seed in (0, 1, 2**32 - 1) for step in (0, 1)]
+    assert len({tuple(d.tolist()) for d in draws}) == 6
+    assert list(train.Batches(10, 4, 0, 0, 5)) != list(train.Batches(10, 4, 1, 0, 5))
+
+
+def test_a_run_is_not_overwritten_and_other_settings_are_told(world, base, tmp_path, capsys):
+    run = (*branch("cg", world, base, tmp_path), "--steps", 1)
+    command(*run)
+    with pytest.raises(BadInput, match="add --resume"):
+        command(*run)
+    with pytest.raises(BadInput, match="already at step 1"):
+        command(*run, "--resume")
+    command(*run, "--steps", 2, "--lr", 1e-4, "--resume")
+    assert "steps 1 -> 2, lr 0.001 -> 0.0001" in capsys.readouterr().err
+    path = tmp_path / "training" / "cg" / "checkpoint.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(BadInput, match="checkpoint.safetensors is broken"):
+        command(*run, "--steps", 3, "--resume")
+
+
+def test_a_branch_starts_from_another_of_its_layout(world, base, cg, tmp_path):
+    command(*branch("pg", world, base, tmp_path), "--cg", cg, "--init", cg, "--steps", 1, "--lr", 1e-9)
+    start, end = (load_file(folder / "diffusion_pytorch_model.safetensors") for folder in (cg, tmp_path / "pg"))
+    assert all(torch.allclose(start[name], end[name], atol=1e-6) for name in start)
 
 
 def test_batches_hold_each_index_once_an_epoch_and_can_be_entered_anywhere():
@@ -137,6 +171,9 @@ def test_noise_offset_moves_each_pictures_noise_by_a_constant_a_channel():
 @pytest.mark.parametrize("arguments, message", [
     (["paint"], "stage paint does not exist; the stages are vae, clip, unet, cg, pg, joint"),
     (["cg", "--resume", "--out", "{tmp}/none"], "nothing to resume"),
+    (["clip", "--resume", "--out", "{tmp}/none"], "nothing to resume"),
+    (["vae", "--size", "100"], "--size 100: must be a multiple of 8"),
+    (["pg", "--weights", "{tmp}/none"], "--cg is missing"),
     (["cg", "--data", "{tmp}/none"], "no such data set"),
     (["cg", "--weights", "{tmp}/none"], "missing"),
     (["cg", "--batch", "0"], "--batch"),
@@ -150,6 +187,8 @@ def test_noise_offset_moves_each_pictures_noise_by_a_constant_a_channel():
 def test_bad_use_ends_in_one_line(arguments, message, world, base, tmp_path):
     (tmp_path / "file").write_text("in the way")
     arguments = [a.format(tmp=tmp_path) for a in arguments]
+    if arguments[0] in ("vae", "clip"):
+        arguments += ["--data", str(world / "base"), "--out", str(tmp_path / "none")]
     if arguments[0] == "cg":
         arguments += [] if "--data" in arguments else ["--data", str(world / "ads")]
         arguments += [] if "--weights" in arguments else ["--weights", str(base)]

@@ -1,5 +1,6 @@
 """The toy ad world keeps its promises: what the base may learn, what is left to CG, and what the tests must not have seen."""
 
+import random
 from collections import Counter
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 
 import toy.world
 from data import load_ad, read_items
-from toy.world import CATEGORIES, HELD_OUT_BRANDS, SCENES, Brand, draw, layers, write_world
+from toy.world import CATEGORIES, SCENES, Brand, draw, layers, write_world
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +56,15 @@ def test_two_ads_of_a_brand_are_closer_than_ads_of_two_brands(scene):
     assert np.abs(a - b).mean() < np.abs(a - other).mean() / 2
 
 
-def test_test_brands_are_held_out():
-    train = {Brand(seed).__dict__.__repr__() for seed in range(3200)}
-    test = {Brand(HELD_OUT_BRANDS + seed).__dict__.__repr__() for seed in range(256)}
-    assert not train & test
+def test_the_brands_of_the_test_splits_are_in_no_training_picture(tmp_path):
+    rng = random.Random(0)
+    base = toy.world.base_jobs(tmp_path / "base", 2000, 64, rng)
+    ads = toy.world.ads_jobs(tmp_path / "ads", 2000, 64, 64, 64, rng)
+    train = {job.brand_seed for job in base + ads[:2000]}
+    test = {job.brand_seed for job in ads[2000:]}
+    assert len(ads[2000:]) == 128 and len(test) == 64 and not train & test
+    look = [tuple(vars(Brand(seed)).values()) for seeds in (train, test) for seed in seeds]
+    assert len(set(look)) == len(look), "no two brands look alike"
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
@@ -86,4 +92,4 @@ def test_an_interrupted_drawing_is_never_taken_for_a_whole_one(tmp_path, monkeyp
     monkeypatch.setattr(toy.world, "ProcessPoolExecutor", lambda workers: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         write_world(tmp_path / "data", size=64, base=2, ads=2, bg1k=1, pairs=1)
-    assert not (tmp_path / "data").exists()
+    assert not (tmp_path / "data" / "base").exists() and not (tmp_path / "data" / "ads").exists()

@@ -4,7 +4,7 @@ It has 8 product categories, each with its common scene, and any number of brand
 set of elements, shared by all of its ads: what the Personality-Wise Generator must carry over from a reference.
 
     python toy/world.py --sheet sheet.png      # look at it: a row per category, a column per brand
-    python toy/world.py --out data/toy         # write the base set, BG60k, BG1k and BG-pair
+    python toy/world.py --out toy/data         # write the base set, BG60k, BG1k and BG-pair
     python toy/world.py --samples toy/samples --size 512
 """
 
@@ -1007,28 +1007,28 @@ def write_world(
     pairs: int = 256,
     seed: int = 0,
     workers: int = 2,
+    parts: tuple = ("base", "ads"),
 ):
-    """Write root/base (to train the tiny Stable Diffusion) and root/ads (BG60k, BG1k and BG-pair).
+    """Write root/base (to train the tiny Stable Diffusion) and root/ads (BG60k, BG1k and BG-pair), or one of the two.
 
-    All is written to root.partial, which becomes root at the end: an interrupted run is never taken for a whole one.
+    Each is written to a folder .partial that is renamed at the end: an interrupted run is never taken for a whole one.
     """
-    root = Path(root)
-    partial = root.with_name(root.name + ".partial")
-    if root.exists():
-        raise FileExistsError(f"{root} exists: remove it first, or name another folder")
     if pairs and not bg1k:
         raise ValueError("pairs are made of BG1k's images: ask for some of these too")
-    if partial.exists():
-        shutil.rmtree(partial)
-    jobs = base_jobs(partial / "base", base, size, random.Random(f"base {seed}"))
-    jobs += ads_jobs(partial / "ads", ads, bg1k, pairs, size, random.Random(f"ads {seed}"))
-    for folder in {path.parent for job in jobs for path in (job.image, job.mask)}:
-        folder.mkdir()
-    with ProcessPoolExecutor(workers) as pool:
-        done = pool.map(render, jobs, chunksize=32)
-        for _ in tqdm(done, total=len(jobs), unit="picture", disable=not sys.stderr.isatty()):
-            pass
-    partial.rename(root)
+    for part in parts:
+        folder, partial = Path(root) / part, Path(root) / f"{part}.partial"
+        if folder.exists():
+            raise FileExistsError(f"{folder} exists: remove it first, or name another folder")
+        shutil.rmtree(partial, ignore_errors=True)
+        rng = random.Random(f"{part} {seed}")
+        jobs = base_jobs(partial, base, size, rng) if part == "base" else ads_jobs(partial, ads, bg1k, pairs, size, rng)
+        for parent in {path.parent for job in jobs for path in (job.image, job.mask)}:
+            parent.mkdir()
+        with ProcessPoolExecutor(workers) as pool:
+            done = pool.map(render, jobs, chunksize=32)
+            for _ in tqdm(done, desc=part, total=len(jobs), unit="picture", disable=not sys.stderr.isatty()):
+                pass
+        partial.rename(folder)
 
 
 def write_sheet(path: str | Path, size: int = 128, columns: int = 10):
