@@ -180,12 +180,14 @@ def texts_of(names: set[str], cg_folder: Path, plain_prompt: bool) -> dict[str, 
 def generate_text(args) -> None:
     """--prompt: the base alone."""
     sd = load_base(args)
-    for seed in range(args.seed, args.seed + args.num):
-        blank = torch.zeros(1, 3, args.size, args.size)
+    for start in range(0, args.num, args.batch):
+        count = min(args.batch, args.num - start)
+        blank = torch.zeros(count, 3, args.size, args.size)
         with steps_bar(args, "base") as bar:
-            picture = paint(sd, blank, blank[:, :1], [(args.prompt,) * 3], seeded(seed), steps=args.steps,
-                            guidance=args.guidance, on_step=lambda *_: bar.update())[0]
-        save(picture, args.out / f"prompt_{seed}.png")
+            pictures = paint(sd, blank, blank[:, :1], [(args.prompt,) * 3] * count, seeded(args.seed + start, count),
+                             steps=args.steps, guidance=args.guidance, on_step=lambda *_: bar.update())
+        for i, picture in enumerate(pictures, args.seed + start):
+            save(picture, args.out / f"prompt_{i}.png")
 
 
 def generate_product(args) -> None:
@@ -264,10 +266,9 @@ def generate_data(args) -> None:
     manifest = args.out / "manifest.jsonl"
     listed = {json.loads(line)["file"] for line in manifest.read_text("utf-8").splitlines()} if manifest.exists() else ()
     paths = [result_path(args.out, i, item) for i, item in enumerate(items)]
-    todo = [i for i, path in enumerate(paths) if path.name not in listed or not path.exists()]
-    there = len(items) - len(todo)
     rank, processes = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-    todo = todo[rank::processes]  # under torchrun each process paints its share
+    share = range(rank, len(items), processes)  # under torchrun, of each process
+    todo = [i for i in share if paths[i].name not in listed or not paths[i].exists()]
     sd = load_base(args)
     cg = load_branch("category", cg_folder, sd, args)
     pg = load_branch("personality", pg_folder, sd, args) if pg_folder else None
@@ -299,7 +300,7 @@ def generate_data(args) -> None:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
     if rank == 0:
         save_data_sheet(items, args.out)
-    print(f"{args.out}: {len(todo) - broken:,} painted, {there:,} were there, {broken:,} broken")
+    print(f"{args.out}: {len(todo) - broken:,} painted, {len(share) - len(todo):,} were there, {broken:,} broken")
 
 
 def save_data_sheet(items: list[Item], out: Path, columns: int = 8, cells: int = 32) -> None:

@@ -248,9 +248,9 @@ class HintEncoder(nn.Module):
     One strided convolution for each step of `channels`: three for SD 1.5, f = 8.
     """
 
-    def __init__(self, channels: list[int], out_channels: int, in_channels: int = 3):
+    def __init__(self, channels: list[int], out_channels: int):
         super().__init__()
-        self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(3, channels[0], 3, padding=1)
         self.blocks = nn.ModuleList()
         for a, b in zip(channels, channels[1:]):
             self.blocks += [nn.Conv2d(a, a, 3, padding=1), nn.Conv2d(a, b, 3, padding=1, stride=2)]

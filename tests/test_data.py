@@ -37,7 +37,7 @@ def photo(tmp_path):
     return tmp_path / "photo.png", tmp_path / "mask.png"
 
 
-# ------------------------------------------------------------------------------------------------ Eq. 5 and 6
+# ---------------------------------------------------------------- Eq. 5 and 6
 
 
 @pytest.mark.parametrize("theta", [1, 2, 5, 8])
@@ -87,7 +87,7 @@ def test_same_generator_state_gives_the_same_perturbation_and_the_next_state_ano
     assert not torch.equal(first, second)
 
 
-# --------------------------------------------------------------------------------------------------- cut-outs
+# ---------------------------------------------------------------- cut-outs
 
 
 def test_unmix_edges_removes_the_old_background_from_soft_edges():
@@ -133,6 +133,17 @@ def test_cutout_with_a_mask_file_and_with_alpha_agree_on_solid_pixels(photo, tmp
     assert torch.equal(rgb[solid], rgb_alpha[solid])
 
 
+def test_a_background_still_stored_under_the_alpha_channel_leaves_no_halo(tmp_path):
+    """A red product on a green and yellow wall, made transparent by a mask alone, as a photo's putalpha does."""
+    M = disc(64, 64, 20, soft=5)
+    wall = flat([0.0, 1.0, 0.0], 64, 64).clone()
+    wall[0, :, 32:] = 1
+    photo = flat([0.8, 0.2, 0.2], 64, 64) * M + wall * (1 - M)
+    Image.fromarray((torch.cat([photo, M]) * 255).round().byte().permute(1, 2, 0).numpy()).save(tmp_path / "cut.png")
+    rgb, M = data.load_cutout(tmp_path / "cut.png")
+    assert ((rgb - flat([0.8, 0.2, 0.2], 64, 64)).abs() * M).max() < 0.03
+
+
 def test_alpha_cutout_keeps_visible_colours_and_hides_those_under_zero_alpha(tmp_path):
     M = disc(SIZE, SIZE, 6, soft=3)
     stored = flat([0.8, 0.2, 0.2], SIZE, SIZE) * (M > 0)  # black where invisible, as most programs save it
@@ -159,7 +170,7 @@ def test_inverted_mask_file_is_turned(photo, tmp_path):
     assert torch.allclose(data.load_masked(image, tmp_path / "inverse.png", inverted=True)[1], data.load_mask(mask))
 
 
-# ------------------------------------------------------------------------------------------------------ files
+# ---------------------------------------------------------------- files
 
 
 def test_exif_rotation_is_applied(tmp_path):
@@ -232,7 +243,7 @@ def test_bad_masks_are_refused_and_the_option_is_named(photo, tmp_path):
             data.load_cutout(image, path, "reference", "--reference-mask")
 
 
-# ---------------------------------------------------------------------------------------------------- fitting
+# ---------------------------------------------------------------- fitting
 
 
 @pytest.mark.parametrize("mode", ["contain", "cover"])
@@ -277,7 +288,7 @@ def test_canvas_holds_the_picture_with_less_than_one_multiple_of_padding():
             data.canvas_size(100, 100, size, 64)
 
 
-# -------------------------------------------------------------------------------------------------- data sets
+# ---------------------------------------------------------------- data sets
 
 
 def write_bg60k(root, rows, delimiter, split="bg60k", folder="bg60k", inverted=False):
@@ -412,7 +423,7 @@ def test_folders_that_are_no_data_set_say_what_was_expected(tmp_path):
             data.read_items(tmp_path / "set")
 
 
-# ------------------------------------------------------------------------------------------- training samples
+# ---------------------------------------------------------------- training samples
 
 
 def test_load_ad_keeps_the_background_and_crops_around_the_product(tmp_path):
@@ -434,7 +445,7 @@ def test_ads_replace_a_broken_item_name_it_once_and_stop_above_one_percent(photo
         ads[0]
 
 
-# --------------------------------------------------------------------------------------------- sheet, command
+# ---------------------------------------------------------------- sheet, command
 
 
 def test_sheet_has_equal_cells_and_room_for_labels():

@@ -194,10 +194,10 @@ def test_prompt_paints_at_the_base_size_or_the_given(run):
     assert [pixels(p).shape for p in paths] == [(96, 96, 3)] * 2
 
 
-def test_plain_prompt_knows_the_known_categories():
-    assert generate.prompt_texts("mug", None) == ("A photo of mug",) * 3
-    assert generate.prompt_texts("mug", "sks 0") == (
-        "A photo of mug, in the background of sks 0", "A photo of mug", "in the background of sks 0")
+def test_with_plain_prompt_known_categories_keep_their_identifier_and_others_do_without(toy):
+    assert generate.texts_of({"mug", "teapot"}, toy / "cg", plain_prompt=True) == {
+        "mug": ("A photo of mug, in the background of sks 0", "A photo of mug", "in the background of sks 0"),
+        "teapot": ("A photo of teapot",) * 3}
 
 
 # ---------------------------------------------------------------- data sets
@@ -235,6 +235,23 @@ def test_data_equals_single_pictures_and_goes_on(run, items):
     assert str(out[-1]) == "all: 2 painted, 3 were there, 0 broken"
     for name in ("000000_0.png", "000002_2.png", "000004_4.png"):
         assert Path("all", name).stat().st_mtime_ns == before[Path("all", name)]
+
+
+def test_two_processes_share_a_data_set(run, items, monkeypatch):
+    """As torchrun starts them; here one after the other."""
+    run("--data", items, "--out", "one")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in "10":
+        monkeypatch.setenv("RANK", rank)
+        run("--data", items, "--out", "two")
+    names = [sorted(p.name for p in Path(out).iterdir()) for out in ("one", "two")]
+    assert names[0] == names[1] and "sheet.png" in names[0]
+    for name in names[0][:4]:
+        if name.endswith(".png"):
+            assert np.abs(pixels(f"one/{name}").astype(int) - pixels(f"two/{name}")).max() <= 1
+    lines = [sorted(json.loads(line)["file"] for line in Path(out, "manifest.jsonl").read_text().splitlines())
+             for out in ("one", "two")]
+    assert lines[0] == lines[1] and len(lines[0]) == 4
 
 
 def test_data_with_an_unknown_category_stops_before_painting(run, items, capsys):

@@ -1,4 +1,4 @@
-"""The README's commands do what it says, through the real command line, in a copy of what git holds."""
+"""The README's commands do what it says, through the real command line, in a copy of the project."""
 
 import os
 import re

@@ -236,4 +236,18 @@ def test_control_files_are_ordinary_controlnet_folders(tmp_path, cg):
 
 
 def test_vae_config_holds_its_scale():
-    assert VAE(VAE_CONFIG).scaling_factor == 0.18215
+    assert VAE(VAE_CONFIG | {"scaling_factor": 0.3}).scaling_factor == 0.3
+    assert VAE({k: v for k, v in VAE_CONFIG.items() if k != "scaling_factor"}).scaling_factor == 0.18215
+
+
+def test_another_bases_tokenizer_is_refused(sd_folder, tmp_path):
+    train_tokenizer(["a mug"] * 9, 520, 99, tmp_path / "tokenizer")  # longer than the text encoder's 77 positions
+    with pytest.raises(BadInput, match="is not the tokenizer of"):
+        load_stable_diffusion(sd_folder, tokenizer=tmp_path / "tokenizer")
+
+
+def test_written_files_have_the_users_usual_mode(tmp_path, cg):
+    (tmp_path / "usual").write_text("")
+    save_control(cg, tmp_path / "cg")
+    for file in (tmp_path / "cg").iterdir():
+        assert file.stat().st_mode == (tmp_path / "usual").stat().st_mode
