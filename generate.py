@@ -24,12 +24,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import (BadInput, Item, Parser, background_hint, canvas_size, fit, load_cutout, load_masked, one_line_errors,
-                  open_image, product_hint, read_items, resize, save_image, sheet, thumbnail)
+from data import (SOLID, BadInput, Item, Parser, background_hint, canvas_size, dilate, extend, fit, load_cutout,
+                  load_masked, one_line_errors, open_image, product_hint, read_items, resize, save_image, sheet, thumbnail)
 from model import ControlNet, Prompts
 from sampler import GUIDANCE, STEPS, sample, seeded
-from weights import (StableDiffusion, check_folder, load_control, load_stable_diffusion, pick_device,
-                     read_json)
+from weights import StableDiffusion, check_folder, load_control, load_stable_diffusion, pick_device, read_json
 
 TOY = Path(__file__).resolve().parent / "toy"
 SAMPLE = "perfume"  # of toy/samples, painted where no product is given
@@ -91,11 +90,15 @@ class Ad(NamedTuple):
     reference: tuple[Tensor, Tensor] | None = None  # I_ref (3, H', W') and M_ref (1, H', W')
 
 
-def paste_back(painted: Tensor, box: tuple[int, int, int, int], rgb: Tensor, mask: Tensor) -> Tensor:
+def paste_back(painted: Tensor, painted_mask: Tensor, box: tuple[int, int, int, int], rgb: Tensor,
+               mask: Tensor) -> Tensor:
     """The product over the painted canvas (3, h, w), in the product's own frame (3, H, W); box as `fit` returned it.
 
-    Where M = 1 the result is the product's pixels, exactly: the product must stay unchanged (section 1).
+    Where M = 1 the result is the product's pixels, exactly: the product must stay unchanged (section 1). The networks
+    paint the product too, blurred over its edge by a pixel of the canvas, where painted_mask (1, h, w) is M: there the
+    scene is continued from further out, so that no glow of the painted product surrounds the real one.
     """
+    painted = extend(painted, dilate(painted_mask, 3) <= 1 - SOLID)
     top, left, h, w = box
     painted = resize(painted[:, top : top + h, left : left + w], *rgb.shape[1:])
     return rgb * mask + painted * (1 - mask)
@@ -124,8 +127,8 @@ def paint_ads(ads: list[Ad], sd: StableDiffusion, cg: ControlNet, pg: ControlNet
                             steps=args.steps, guidance=args.guidance, on_step=lambda *_: bar.update()).cpu()
         if not painted.isfinite().all():
             raise BadInput(f"--dtype: the networks overflow in {str(args.dtype)[6:]}; add --dtype float32")
-        for i, ad, picture, box in zip(batch, chosen, painted, boxes):
-            results[i] = paste_back(picture, box, ad.rgb, ad.mask)
+        for i, ad, picture, painted_mask, box in zip(batch, chosen, painted, inputs[1], boxes):
+            results[i] = paste_back(picture, painted_mask, box, ad.rgb, ad.mask)
     return results
 
 

@@ -1,4 +1,7 @@
-"""Figures for the README: `python tests/bench.py`. Each line is one measurement on this machine; nothing else may run."""
+"""Figures for the README: `python tests/bench.py`, with --all those that take minutes too.
+
+Each line is one measurement on this machine; nothing else may run meanwhile.
+"""
 
 import os
 import platform
@@ -51,6 +54,11 @@ def main() -> None:
     print(f"import generate (torch included)              {process('-c', 'import generate'):6.2f} s")
     print(f"import train (torch included)                 {process('-c', 'import train'):6.2f} s")
     print(f"python generate.py --help                     {process('generate.py', '--help'):6.2f} s")
+    if "--all" in sys.argv:
+        with tempfile.TemporaryDirectory() as out:
+            seconds = process("train.py", "cg", "--steps", "500", "--out", out, repeat=1)
+            print(f"python train.py cg, to its first sheet        {seconds:6.0f} s   (aim: 600)")
+        print(f"python -m pytest                              {process('-m', 'pytest', '-q', repeat=1):6.0f} s   (aim: 600)")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import data
@@ -138,6 +139,18 @@ def test_no_halo_of_the_old_background(run):
         [path], _ = run(*mug(f"{name}.png", "--mask", "mask.png"))
         results.append(pixels(path).astype(int))
     assert np.abs(results[0] - results[1]).max() <= 3
+
+
+def test_no_glow_of_the_painted_product():
+    """The networks paint a red disc, a pixel of the canvas too wide, in a white room; pasted back, the room is white."""
+    small, large = (torch.from_numpy(disc(side, side)).float()[None] / 255 for side in (32, 128))
+    blurred = F.avg_pool2d(small, 3, stride=1, padding=1)
+    painted, red = 1 - torch.tensor([0.0, 1, 1])[:, None, None] * blurred, torch.tensor([1.0, 0, 0])[:, None, None]
+    pasted = generate.paste_back(painted, small, (0, 0, 32, 32), red.expand(3, 128, 128), large)
+    naive = red * large + data.resize(painted, 128, 128) * (1 - large)
+    room = (large == 0).expand_as(pasted)
+    assert naive[room].min() < 0.8 and pasted[room].min() > 0.97
+    assert torch.equal(pasted[(large == 1).expand_as(pasted)], red.expand(3, 128, 128)[(large == 1).expand_as(pasted)])
 
 
 # ---------------------------------------------------------------- reproducible pictures
