@@ -88,6 +88,13 @@ def test_any_resolution_shows_the_same_picture(size):
     assert (pictures[0] - pictures[1]).abs().mean() < 6
 
 
+def test_what_is_there_already_is_left_as_it_is(world, capsys):
+    before = {p: p.stat().st_mtime_ns for p in world.rglob("*")}
+    write_world(world, size=64, base=2, ads=2, bg1k=1, pairs=1, parts=("ads",))
+    assert "ads is there already" in capsys.readouterr().err
+    assert before == {p: p.stat().st_mtime_ns for p in world.rglob("*")}
+
+
 def test_an_interrupted_drawing_is_never_taken_for_a_whole_one(tmp_path, monkeypatch):
     monkeypatch.setattr(toy.world, "ProcessPoolExecutor", lambda workers: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):

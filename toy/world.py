@@ -1011,14 +1011,15 @@ def write_world(
 ):
     """Write root/base (to train the tiny Stable Diffusion) and root/ads (BG60k, BG1k and BG-pair), or one of the two.
 
-    Each is written to a folder .partial that is renamed at the end: an interrupted run is never taken for a whole one.
+    What is there already is left as it is, with a note. Each is written to a folder .partial that is renamed at the end: an interrupted run is never taken for a whole one.
     """
     if pairs and not bg1k:
         raise ValueError("pairs are made of BG1k's images: ask for some of these too")
     for part in parts:
         folder, partial = Path(root) / part, Path(root) / f"{part}.partial"
         if folder.exists():
-            raise FileExistsError(f"{folder} exists: remove it first, or name another folder")
+            print(f"{folder} is there already; remove it to have it drawn again", file=sys.stderr)
+            continue
         shutil.rmtree(partial, ignore_errors=True)
         rng = random.Random(f"{part} {seed}")
         jobs = base_jobs(partial, base, size, rng) if part == "base" else ads_jobs(partial, ads, bg1k, pairs, size, rng)
