@@ -25,7 +25,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import (SOLID, BadInput, Item, Parser, background_hint, canvas_size, dilate, extend, fit, load_cutout,
-                  load_masked, one_line_errors, open_image, product_hint, read_items, resize, save_image, sheet, thumbnail)
+                  load_masked, one_line_errors, open_image, product_hint, read_items, resize, save_image, sheet,
+                  thumbnail)
 from model import ControlNet, Prompts
 from sampler import GUIDANCE, STEPS, sample, seeded
 from weights import StableDiffusion, check_folder, load_control, load_stable_diffusion, pick_device, read_json
@@ -267,7 +268,8 @@ def generate_data(args) -> None:
     pg_folder = branch_folder("pg", args) if any(item.reference for item in items) else None
     texts = texts_of({item.category for item in items}, cg_folder, args.plain_prompt)
     manifest = args.out / "manifest.jsonl"
-    listed = {json.loads(line)["file"] for line in manifest.read_text("utf-8").splitlines()} if manifest.exists() else ()
+    lines = manifest.read_text(encoding="utf-8").splitlines() if manifest.exists() else []
+    listed = {json.loads(line)["file"] for line in lines}
     paths = [result_path(args.out, i, item) for i, item in enumerate(items)]
     rank, processes = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     share = range(rank, len(items), processes)  # under torchrun, of each process
@@ -353,7 +355,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     files = dict(metavar="FILE", type=Path, nargs="+")
     add("--product", **files, help="photo, or several (JPEG, PNG, WebP, ...); its alpha channel is its mask")
     add("--mask", **files, help="the product's mask, white on the product; one for each product")
-    add("--category", metavar="NAME", nargs="+", help="the product's category, known to CG; one for all or one for each")
+    add("--category", metavar="NAME", nargs="+", help="the product's category, of CG's; one for all or one for each")
     add("--reference", **files, help="ad whose style the background follows (PG), or several [none: CG alone]")
     add("--reference-mask", **files, help="mask of the product in the reference [its alpha channel]; one for each")
     add("--data", metavar="DIR", type=Path, help="BG60k as released, or metadata.jsonl; goes on where it stopped")
@@ -362,7 +364,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--prompt", metavar="TEXT", help="plain text-to-image with the base alone")
     add = parser.add_argument_group("how").add_argument
     add("--num", metavar="N", type=whole(1, 9999), default=1, help="pictures, with seeds SEED, SEED + 1, ... [1]")
-    add("--seed", metavar="N", type=whole(0, 2**32 - 1), default=0, help="of the noise; SEED + i for item i of --data [0]")
+    add("--seed", metavar="N", type=whole(0, 2**32 - 1), default=0,
+        help="of the noise; SEED + i for item i of --data [0]")
     add("--steps", metavar="N", type=whole(1, 999), default=STEPS, help=f"steps of DDIM [{STEPS}, the paper's]")
     add("--guidance", metavar="X", type=real(1, 30), default=GUIDANCE,
         help=f"weight of the prompt, 1: without guidance [{GUIDANCE}, the paper's]")

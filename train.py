@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from data import (Ads, BadInput, Parser, canvas_size, categories_of, load_ad, one_line_errors, perturb, product_hint,
                   read_items, save_image, sheet)
-from generate import (IDENTIFIER, TOY, branch_folder, encode_prompts, load_branch, paint, prompt_texts, real, whole)
+from generate import IDENTIFIER, TOY, branch_folder, encode_prompts, load_branch, paint, prompt_texts, real, whole
 from model import (CLIP, VAE, CategoryGenerator, ControlNet, PersonalityGenerator, Prompts, TextEncoder, UNet,
                    predict_noise)
 from sampler import Schedule, seeded
@@ -217,7 +217,8 @@ def checkpoint_of(args) -> Path:
 
 def settings_of(args) -> dict:
     """What must stay the same for a resumed run to be the run that was interrupted."""
-    names = ("batch", "accumulate", "steps", "size", "lr", "warmup", "decay", "weight_decay", "ema", "noise_offset", "seed")
+    names = ("batch", "accumulate", "steps", "size", "lr", "warmup", "decay", "weight_decay", "ema", "noise_offset",
+             "seed")
     return {name: getattr(args, name) for name in names}
 
 
@@ -384,8 +385,9 @@ def branch_task(args) -> Task:
 
 
 def load_shown(items: list, categories: list[str], args, count: int = 8) -> list[tuple]:
-    """For the sheets: (texts, image, mask, reference, its mask) of the first of the test split, held out, where the data
-    set has one, then of the last of the training set. An ad without a reference is its own."""
+    """For the sheets: (texts, image, mask, reference, its mask) of the first ads of the test split, where the data set
+    has one, then of the last ones of the training set. An ad without a reference is its own.
+    """
     split = "bg1k" if args.stage == "cg" else "bgpair"
     test = read_items(args.data, split)[0] if (args.data / f"{split}_info.txt").is_file() else []
     shown = []
@@ -407,7 +409,8 @@ def draw_branches(sd: StableDiffusion, cg, pg, shown: list[tuple], args):
     rgb, mask, reference, reference_mask = (torch.stack(parts).to(args.device) for parts in pictures)
     references = (reference, reference_mask) if pg else (None, None)
     painted = paint(sd, rgb, mask, list(texts), seeded(args.seed, len(texts)), cg, pg, *references, steps=25)
-    rows = {"product": product_hint(rgb, mask), **({"reference": reference} if pg else {}), "painted": painted, "ad": rgb}
+    rows = {"product": product_hint(rgb, mask)} | ({"reference": reference} if pg else {})
+    rows |= {"painted": painted, "ad": rgb}
     return sheet([list(row) for row in rows.values()], row_labels=list(rows))
 
 
@@ -509,7 +512,8 @@ def clip_task(args) -> Task:
     def draw():
         """The pictures of sixteen captions; below each the one, of those sixteen, that its caption finds."""
         images = torch.stack([ads[i]["image"] for i in range(min(16, len(items)))]).to(args.device)
-        text, image = clip.encode_text(ids[: len(images)].to(args.device)), F.normalize(clip.encode_image(images), dim=-1)
+        text = clip.encode_text(ids[: len(images)].to(args.device))
+        image = F.normalize(clip.encode_image(images), dim=-1)
         return sheet([list(images), list(images[(text @ image.T).argmax(dim=1)])], row_labels=["captioned", "found"])
 
     def save(out: Path) -> None:
@@ -597,11 +601,11 @@ def parse(arguments: list[str] | None = None):
     add("--weights", metavar="DIR", type=Path, help="frozen Stable Diffusion [toy/base; the paper's: SD 1.5]")
     add("--cg", metavar="DIR", type=Path, help="stage pg: the trained CG [toy/cg]")
     add("--init", metavar="DIR", type=Path,
-        help="start from these weights; a branch also from a public ControlNet [vae, unet: random; branches: SD's encoder]")
+        help="start from these weights; branches: of a ControlNet too [vae, unet: random; branches: SD's encoder]")
     add("--out", metavar="DIR", type=Path, help="where models, log, sheets and checkpoints go [runs/STAGE]")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
     add = parser.add_argument_group("settings [without --data the toy's, else the paper's]").add_argument
-    add("--size", metavar="N", type=whole(32, 4096), help="side of the training pictures in pixels [toy 128; paper 512]")
+    add("--size", metavar="N", type=whole(32, 4096), help="side of the training pictures, pixels [toy 128; paper 512]")
     add("--batch", metavar="N", type=whole(1, 65536), help="pictures a step [toy 12 to 64; paper 128]")
     add("--accumulate", metavar="N", type=whole(1, 65536), default=1,
         help="parts in which a batch is computed, to save memory [1]")
@@ -612,16 +616,20 @@ def parse(arguments: list[str] | None = None):
     add("--decay", metavar="X", type=real(0, 1),
         help="last part of the run in which it falls to 0 [toy 0.3 or 0.5; paper 0]")
     add("--weight-decay", metavar="X", type=real(0, 10), default=1e-2, help="of AdamW [0.01, as ControlNet]")
-    add("--ema", metavar="X", type=real(0, 0.99999), help="decay of the weights' moving average [toy 0 to 0.999; paper 0]")
-    add("--noise-offset", metavar="X", type=real(0, 10), help="spread of the noise's mean, from unet on [toy 0.1; paper 0]")
+    add("--ema", metavar="X", type=real(0, 0.99999),
+        help="decay of the weights' moving average [toy 0 to 0.999; paper 0]")
+    add("--noise-offset", metavar="X", type=real(0, 10),
+        help="spread of the noise's mean, stages unet to joint [toy 0.1; paper 0]")
     add("--seed", metavar="N", type=whole(0, 2**32 - 1), default=0, help="decides everything random [0]")
     add = parser.add_argument_group("machine and records").add_argument
     add("--device", metavar="NAME", default="auto", help="cpu, cuda, cuda:1, ... [auto: cuda where there is one]")
     add("--amp", action="store_true", help="mixed precision: bfloat16 matrix products, float32 weights")
-    add("--workers", metavar="N", type=whole(0, 256), default=0, help="processes that load samples beside the computation [0]")
+    add("--workers", metavar="N", type=whole(0, 256), default=0,
+        help="processes that load samples beside the computation [0]")
     add("--log-every", metavar="N", type=whole(1, 10**9), default=20, help="steps between lines of the log [20]")
     add("--save-every", metavar="N", type=whole(1, 10**9), default=250, help="steps between checkpoints [250]")
-    add("--sample-every", metavar="N", type=whole(1, 10**9), default=500, help="steps between sheets and saved models [500]")
+    add("--sample-every", metavar="N", type=whole(1, 10**9), default=500,
+        help="steps between sheets and saved models [500]")
     add("--save-dtype", metavar="NAME", choices=["float32", "float16"], default="float32",
         help="float32 or float16, of the saved models [float32]")
     return parser.parse_args(arguments)
@@ -636,7 +644,7 @@ def check(args) -> None:
     if args.resume and not path.is_file():
         raise BadInput(f"nothing to resume: {path} does not exist; leave out --resume, or give the run's --out")
     if path.is_file() and not args.resume:
-        raise BadInput(f"--out {args.out} holds a run of this stage; add --resume to go on with it, or name another folder")
+        raise BadInput(f"--out {args.out} holds a run of this stage; add --resume to go on, or name another folder")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -339,9 +339,9 @@ def load_stable_diffusion(path: Path | str, device="cpu", dtype=torch.float32,
     folder = Path(tokenizer or path / "tokenizer")
     tokenizer, config = load_tokenizer(folder), text_encoder.config
     if tokenizer.length > config["max_position_embeddings"] or tokenizer.bpe.get_vocab_size() > config["vocab_size"]:
-        raise BadInput(f"{folder} is not the tokenizer of {path / 'text_encoder'}: it makes {tokenizer.length} tokens out of "
-                       f"{tokenizer.bpe.get_vocab_size():,} different ones, where {config['max_position_embeddings']} out "
-                       f"of {config['vocab_size']:,} are known; give the one that belongs to it by --tokenizer")
+        raise BadInput(f"{folder} is not the tokenizer of {path / 'text_encoder'}: it makes {tokenizer.length} tokens of a "
+                       f"vocabulary of {tokenizer.bpe.get_vocab_size():,}, the encoder reads "
+                       f"{config['max_position_embeddings']} of {config['vocab_size']:,}; give its own by --tokenizer")
     return StableDiffusion(
         tokenizer,
         text_encoder,

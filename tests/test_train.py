@@ -89,11 +89,11 @@ def test_an_interrupted_run_resumes_bit_for_bit(stage, world, base, cg, tmp_path
     monkeypatch.undo()
     command(*arguments(tmp_path / "broken"), "--resume")
 
-    whole, resumed = (load_file(tmp_path / run / "training" / stage / "checkpoint.safetensors") for run in ("whole", "broken"))
+    folders = [tmp_path / run / "training" / stage for run in ("whole", "broken")]
+    whole, resumed = (load_file(folder / "checkpoint.safetensors") for folder in folders)
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    logs = [[json.loads(line)["step"] for line in (tmp_path / run / "training" / stage / "log.jsonl").read_text().splitlines()]
-            for run in ("whole", "broken")]
+    logs = [[json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()] for folder in folders]
     assert logs[0] == logs[1]
 
 

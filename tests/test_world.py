@@ -1,4 +1,4 @@
-"""The toy ad world keeps its promises: what the base may learn, what is left to CG, and what the tests must not have seen."""
+"""The toy ad world keeps its promises: what the base may learn, what is left to CG, what the tests have not seen."""
 
 import random
 from collections import Counter

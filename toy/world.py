@@ -1011,8 +1011,8 @@ def write_world(
 ):
     """Write root/base (to train the tiny Stable Diffusion) and root/ads (BG60k, BG1k and BG-pair), or one of the two.
 
-    What is there already is left as it is, with a note. Each is written to a folder .partial that is renamed at the end:
-    an interrupted run is never taken for a whole one.
+    What is there already is left as it is, with a note. Each is written to a folder .partial, renamed at the end: an
+    interrupted run is never taken for a whole one.
     """
     if pairs and not bg1k:
         raise ValueError("pairs are made of BG1k's images: ask for some of these too")
