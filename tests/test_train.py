@@ -159,6 +159,16 @@ def test_diffuse_is_the_forward_process_written_out(world):
     assert not torch.equal(z_0, mean), "z_0 is a draw from the VAE's posterior"
 
 
+def test_timestep_weights_are_1_or_min_snrs_written_out():
+    assert train.timestep_weights(train.Schedule(), 0).eq(1).all()
+    for prediction in ("epsilon", "v_prediction"):
+        schedule = train.Schedule({"prediction_type": prediction})
+        weights = train.timestep_weights(schedule, 5)
+        for t in (0, 100, 500, 999):
+            snr = float(schedule.alpha_bar[t] / (1 - schedule.alpha_bar[t]))
+            assert weights[t].item() == pytest.approx(min(snr, 5) / (snr if prediction == "epsilon" else snr + 1), rel=1e-4)
+
+
 def test_noise_offset_moves_each_pictures_noise_by_a_constant_a_channel():
     mean, std = torch.zeros(2, 4, 8, 8), torch.zeros(2, 4, 8, 8)
     _, _, plain, _ = train.diffuse(train.Schedule(), mean, std, torch.Generator().manual_seed(0))
