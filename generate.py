@@ -222,20 +222,21 @@ def generate_product(args) -> None:
         for path, reference in zip(args.reference or (), references):
             ads[f"{stem}_like_{path.stem}_{seed}.png"] = ad._replace(reference=reference)
     names, pictures = list(ads), []
+    small = partial(thumbnail, side=256 if len(ads) <= 8 else 160)  # for the sheet
     for start in range(0, len(names), args.batch):
         chunk = names[start : start + args.batch]
         for name, picture in zip(chunk, paint_ads([ads[name] for name in chunk], sd, cg, pg, args)):
             save(picture, args.out / name)
-            pictures.append(thumbnail(picture))
+            pictures.append(small(picture))
 
     columns = len(pictures) // len(rows)
-    cells = [[thumbnail(rgb * mask + 1 - mask), *pictures[k * columns : (k + 1) * columns]]
+    cells = [[small(rgb * mask + 1 - mask), *pictures[k * columns : (k + 1) * columns]]
              for k, (rgb, mask) in enumerate(products[i] for i, _ in rows)]
     if demo:
         cells = [[product, alone, references[0][0], after] for product, alone, after in cells]
         save(sheet(cells, ["product", "CG alone", "reference", "CG + PG"]), args.out / "sheet.png")
     elif len(pictures) > 1:
-        heads = [[None, *(rgb for rgb, _ in references)]] if references else []
+        heads = [[None, *(small(rgb) for rgb, _ in references)]] if references else []
         save(sheet(heads + cells), args.out / "sheet.png")
 
 
