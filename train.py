@@ -57,7 +57,7 @@ TOY_SETTINGS = {
     "clip": dict(lr=1e-3, batch=64, steps=800, size=128, ema=0.0, warmup=100, decay=0.5),
     "unet": dict(lr=1e-3, batch=32, steps=9400, size=128, ema=0.999, warmup=100, decay=0.3, noise_offset=0.1,
                  min_snr=5.0),
-    "cg": TOY_BRANCH | {"steps": 3500}, "pg": TOY_BRANCH, "joint": TOY_BRANCH,
+    "cg": TOY_BRANCH, "pg": TOY_BRANCH, "joint": TOY_BRANCH,
 }  # fmt: skip
 KL = 1e-3  # stage vae: weight of the KL term
 
