@@ -48,7 +48,7 @@ TOY_DATA = TOY / "data"
 # Section 5.1; what it does not say is as in ControlNet: AdamW, no schedule, half of the prompts dropped.
 PAPER = dict(lr=1e-5, batch=128, epochs=300, size=512, ema=0.0, warmup=0, decay=0.0, noise_offset=0.0, min_snr=0.0)
 PROMPT_DROPOUT = 0.5
-CLIP_GRADIENT = 1.0  # gradients longer than this are shortened to it: not in the paper, and rarely at work
+CLIP_GRADIENT = 1.0  # gradients longer than this are shortened to it: ours, neither the paper's nor ControlNet's
 # The toy's own settings, found by trying.
 TOY_BRANCH = dict(lr=1e-3, batch=16, steps=2600, size=128, ema=0.99, warmup=50, decay=0.3, noise_offset=0.1,
                   min_snr=1.0)
