@@ -46,18 +46,19 @@ from weights import (TEXT_FILES, UNET_FILES, StableDiffusion, check_folder, cont
 TOY_DATA = TOY / "data"
 
 # Section 5.1; what it does not say is as in ControlNet: AdamW, no schedule, half of the prompts dropped.
-PAPER = dict(lr=1e-5, batch=128, epochs=300, size=512, ema=0.0, warmup=0, decay=0.0, noise_offset=0.0, min_snr=0.0)
+PAPER = dict(lr=1e-5, batch=128, epochs=300, size=512, ema=0.0, warmup=0, decay=0.0, noise_offset=0.0,
+             weighting="uniform")
 PROMPT_DROPOUT = 0.5
 CLIP_GRADIENT = 1.0  # gradients longer than this are shortened to it: ours, neither the paper's nor ControlNet's
 # The toy's own settings, found by trying.
 TOY_BRANCH = dict(lr=1e-3, batch=16, steps=2600, size=128, ema=0.99, warmup=50, decay=0.3, noise_offset=0.1,
-                  min_snr=1.0)
+                  weighting="debias")
 TOY_SETTINGS = {
     "vae": dict(lr=2e-3, batch=12, steps=4800, size=128, ema=0.995, warmup=50, decay=0.5),
     "clip": dict(lr=1e-3, batch=64, steps=800, size=128, ema=0.0, warmup=100, decay=0.5),
     "unet": dict(lr=1e-3, batch=32, steps=9400, size=128, ema=0.999, warmup=100, decay=0.3, noise_offset=0.1,
-                 min_snr=5.0),
-    "cg": TOY_BRANCH, "pg": TOY_BRANCH, "joint": TOY_BRANCH,
+                 weighting="min-snr"),
+    "cg": TOY_BRANCH | dict(steps=4500), "pg": TOY_BRANCH, "joint": TOY_BRANCH,
 }  # fmt: skip
 KL = 1e-3  # stage vae: weight of the KL term
 
@@ -220,7 +221,7 @@ def checkpoint_of(args) -> Path:
 def settings_of(args) -> dict:
     """What must stay the same for a resumed run to be the run that was interrupted."""
     names = ("batch", "accumulate", "steps", "size", "lr", "warmup", "decay", "weight_decay", "ema", "noise_offset",
-             "min_snr", "seed")
+             "weighting", "seed")
     return {name: getattr(args, name) for name in names}
 
 
@@ -331,16 +332,18 @@ def diffuse(schedule: Schedule, mean: Tensor, std: Tensor, generator,
     return schedule.add_noise(z_0, eps, t), t, eps, z_0
 
 
-def timestep_weights(schedule: Schedule, gamma: float) -> Tensor:
-    """The weight of each timestep's error, (T,): 1, or with gamma > 0 min-SNR's (Hang et al. 2023).
+def timestep_weights(schedule: Schedule, kind: str) -> Tensor:
+    """The weight of each timestep's error, (T,): 1 ('uniform', Eq. 1), or by its signal-to-noise ratio.
 
-    The nearly clean z_t above a signal-to-noise ratio of gamma make most of the error, little of which can be learnt;
-    weighted down, they leave room for the noisy ones, where the scene is decided.
+    Nearly clean z_t make most of the error of ε, little of which can be learnt; the noisiest, where the scene is
+    decided, make almost none. 'min-snr' (Hang et al. 2023, γ = 5) weights the former down, 'debias' (Yu et al. 2023)
+    the former down and the latter up.
     """
-    if not gamma:
+    if kind == "uniform":
         return torch.ones(schedule.T)
     snr = schedule.alpha_bar / (1 - schedule.alpha_bar)
-    return snr.clamp(max=gamma) / (snr if schedule.config["prediction_type"] == "epsilon" else snr + 1)
+    weight = snr.clamp(max=5) / snr if kind == "min-snr" else snr.rsqrt()
+    return weight if schedule.config["prediction_type"] == "epsilon" else weight * snr / (snr + 1)
 
 
 # ---------------------------------------------------------------- the paper's branches
@@ -374,7 +377,7 @@ def branch_task(args) -> Task:
     for frozen in {sd.unet, cg} - {*modules.values()}:
         frozen.to(memory_format=torch.channels_last)  # as `run` does with what is trained
 
-    weight = timestep_weights(sd.schedule, args.min_snr).to(args.device)
+    weight = timestep_weights(sd.schedule, args.weighting).to(args.device)
     shown = load_shown(items, categories, args)
     mean, std = encode_latents(sd, items, args)
     encoded: dict[tuple, Prompts] = {}
@@ -558,7 +561,7 @@ def unet_task(args) -> Task:
     canvas_size(1, 1, args.size, sd.multiple)
     captions = captions_of(items)
     mean, std = encode_latents(sd, items, args)
-    weight = timestep_weights(sd.schedule, args.min_snr).to(args.device)
+    weight = timestep_weights(sd.schedule, args.weighting).to(args.device)
 
     def loss(batch: dict, generator) -> Tensor:
         indices = batch["index"].tolist()
@@ -635,8 +638,8 @@ def parse(arguments: list[str] | None = None):
         help="decay of the weights' moving average [toy 0 to 0.999; paper 0]")
     add("--noise-offset", metavar="X", type=real(0, 10),
         help="spread of the noise's mean, stages unet to joint [toy 0.1; paper 0]")
-    add("--min-snr", metavar="X", type=real(0, 10**6),
-        help="signal-to-noise ratio above which errors count less, stages unet to joint [toy 1 or 5; paper 0: never]")
+    add("--weighting", choices=["uniform", "min-snr", "debias"],
+        help="of the error at each timestep, stages unet to joint [toy min-snr or debias; paper uniform]")
     add("--seed", metavar="N", type=whole(0, 2**32 - 1), default=0, help="decides everything random [0]")
     add = parser.add_argument_group("machine and records").add_argument
     add("--device", metavar="NAME", default="auto", help="cpu, cuda, cuda:1, ... [auto: cuda where there is one]")

@@ -159,14 +159,16 @@ def test_diffuse_is_the_forward_process_written_out(world):
     assert not torch.equal(z_0, mean), "z_0 is a draw from the VAE's posterior"
 
 
-def test_timestep_weights_are_1_or_min_snrs_written_out():
-    assert train.timestep_weights(train.Schedule(), 0).eq(1).all()
+def test_timestep_weights_are_1_or_the_papers_of_min_snr_and_debias_written_out():
+    assert train.timestep_weights(train.Schedule(), "uniform").eq(1).all()
     for prediction in ("epsilon", "v_prediction"):
         schedule = train.Schedule({"prediction_type": prediction})
-        weights = train.timestep_weights(schedule, 5)
         for t in (0, 100, 500, 999):
             snr = float(schedule.alpha_bar[t] / (1 - schedule.alpha_bar[t]))
-            assert weights[t].item() == pytest.approx(min(snr, 5) / (snr if prediction == "epsilon" else snr + 1), rel=1e-4)
+            in_eps = 1 if prediction == "epsilon" else snr / (snr + 1)  # an error in v is this much larger than one in ε
+            min_snr, debias = (train.timestep_weights(schedule, kind)[t].item() for kind in ("min-snr", "debias"))
+            assert min_snr == pytest.approx(min(snr, 5) / snr * in_eps, rel=1e-4)
+            assert debias == pytest.approx(snr**-0.5 * in_eps, rel=1e-4)
 
 
 def test_noise_offset_moves_each_pictures_noise_by_a_constant_a_channel():
