@@ -7,8 +7,26 @@ Parameters are named as in the public diffusers folders, so weights load without
 Shapes: B pictures, h x w positions of a feature map, C channels, L prompt tokens, D text width.
 """
 
+from collections.abc import Callable, Hashable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class Reused:
+    """A value that stays the same over many calls, as prompts, hints and mask do over the steps of a picture."""
+
+    def __init__(self, value: Tensor):
+        self.value, self.made = value, {}
+
+
+def once(key: Hashable, make: Callable, value: Tensor | Reused):
+    """make(value); for a Reused value computed at the first call and kept under `key`, the layer that asks."""
+    if not isinstance(value, Reused):
+        return make(value)
+    if key not in value.made:
+        value.made[key] = make(value.value)
+    return value.made[key]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> Tensor:
@@ -21,9 +39,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) ->
     return x.transpose(1, 2).flatten(2)  # (B, N, C)
 
 
-def mask_at(mask: Tensor, h: int, w: int) -> Tensor:
+def mask_at(mask: Tensor | Reused, h: int, w: int) -> Tensor:
     """M (B, 1, H, W), area-averaged to a feature map's (B, 1, h, w): edges stay soft, so Eq. 3 and 4 blend there."""
-    return F.interpolate(mask, size=(h, w), mode="area")
+    return once((h, w), lambda M: F.interpolate(M, size=(h, w), mode="area"), mask)
 
 
 class Attention(nn.Module):
@@ -40,11 +58,15 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_channels or channels, channels, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        context = x if context is None else context
-        return self.to_out[0](attend(self.to_q(x), self.to_k(context), self.to_v(context), self.heads))
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, L, D) -> k, v, each (B, L, C)."""
+        return self.to_k(context), self.to_v(context)
 
-    def mask_guided(self, x: Tensor, P_fg: Tensor, P_bg: Tensor, M: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | Reused | None = None) -> Tensor:
+        k, v = once(self, self.keys_values, x if context is None else context)
+        return self.to_out[0](attend(self.to_q(x), k, v, self.heads))
+
+    def mask_guided(self, x: Tensor, P_fg: Tensor | Reused, P_bg: Tensor | Reused, M: Tensor) -> Tensor:
         """CA(x, P_fg) ⊗ M + CA(x, P_bg) ⊗ (1 − M): the two terms that Eq. 3 adds to x.
 
         x (B, N, C); P_fg, P_bg (B, L, D); M (B, N, 1), 1 on the product -> (B, N, C).
@@ -52,8 +74,8 @@ class Attention(nn.Module):
         of weights. The output layer is affine and M + (1 − M) = 1, so it is applied once, to the blend.
         """
         q = self.to_q(x)
-        fg = attend(q, self.to_k(P_fg), self.to_v(P_fg), self.heads)
-        bg = attend(q, self.to_k(P_bg), self.to_v(P_bg), self.heads)
+        fg = attend(q, *once(self, self.keys_values, P_fg), self.heads)
+        bg = attend(q, *once(self, self.keys_values, P_bg), self.heads)
         return self.to_out[0](fg * M + bg * (1 - M))
 
 
@@ -92,7 +114,7 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, x: Tensor, context: Tensor | tuple[Tensor, Tensor], M: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context, M: Tensor | None = None) -> Tensor:
         """x (B, N, C); context P (B, L, D), or with M (B, N, 1) the pair (P_fg, P_bg) -> (B, N, C)."""
         x = x + self.attn1(self.norm1(x))
         if M is None:
@@ -118,7 +140,7 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, heads, context_channels)])
         self.proj_out = projection(channels, channels)
 
-    def forward(self, x: Tensor, context: Tensor | tuple[Tensor, Tensor], mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context, mask: Tensor | Reused | None = None) -> Tensor:
         """context as in TransformerBlock; mask (B, 1, H, W) or None, at any resolution."""
         residual, (h, w) = x, x.shape[2:]
         M = None if mask is None else mask_at(mask, h, w).flatten(2).transpose(1, 2)  # (B, hw, 1)

@@ -59,22 +59,24 @@ def encode_prompts(sd: StableDiffusion, texts: list[tuple[str, str, str]]) -> Pr
 def paint(sd: StableDiffusion, rgb: Tensor, mask: Tensor, texts: list[tuple[str, str, str]],
           generators: list[torch.Generator], cg: ControlNet | None = None, pg: ControlNet | None = None,
           reference: Tensor | None = None, reference_mask: Tensor | None = None, from_reference: bool = True,
-          steps: int = STEPS, guidance: float = GUIDANCE, on_step=None) -> Tensor:
+          steps: int = STEPS, guidance: float = GUIDANCE, on_step=None, hint_background: float = 0.0) -> Tensor:
     """Paints a batch of backgrounds -> (B, 3, H, W) float32 in [0, 1], the products not yet pasted back.
 
     rgb (B, 3, H, W) and mask (B, 1, H, W): the products on their canvas; reference and reference_mask of the same
-    shapes, for PG. from_reference: z_T is the reference's latent noised, not pure noise (section 3.3).
+    shapes, for PG. from_reference: z_T is the reference's latent noised, not pure noise (section 3.3). In place of CG a
+    plain ControlNet; hint_background is what its hint holds outside of the product.
     """
     weight = sd.unet.conv_in.weight
     rgb, mask = rgb.to(weight), mask.to(weight)
-    branches = [(cg, product_hint(rgb, mask))] if cg else []
+    branches = [(cg, product_hint(rgb, mask) + hint_background * (1 - mask))] if cg else []
     z_ref = None
     if pg:
         reference, reference_mask = reference.to(weight), reference_mask.to(weight)
         branches.append((pg, background_hint(reference, reference_mask)))
         z_ref = sd.encode(reference) if from_reference else None
     z = sample(sd.unet, sd.schedule, encode_prompts(sd, texts), encode_prompts(sd, [("", "", "")] * len(texts)),
-               generators, sd.latent_shape(*rgb.shape[2:]), branches, mask, z_ref, steps, guidance, on_step=on_step)
+               generators, sd.latent_shape(*rgb.shape[2:]), branches, mask, z_ref, steps, guidance,
+               kept=sd.kept(rgb, mask), on_step=on_step)
     return sd.decode(z)
 
 
@@ -125,7 +127,8 @@ def paint_ads(ads: list[Ad], sd: StableDiffusion, cg: ControlNet, pg: ControlNet
         with steps_bar(args, f"{'CG + PG' if with_pg else 'CG'}, {len(batch)} at once") as bar:
             painted = paint(sd, *inputs[:2], [ad.texts for ad in chosen], [seeded(ad.seed)[0] for ad in chosen],
                             cg, pg if with_pg else None, *inputs[2:], from_reference=args.start == "reference",
-                            steps=args.steps, guidance=args.guidance, on_step=lambda *_: bar.update()).cpu()
+                            steps=args.steps, guidance=args.guidance, on_step=lambda *_: bar.update(),
+                            hint_background=-1.0 if args.hint == "inpaint" else 0.0).cpu()
         if not painted.isfinite().all():
             raise BadInput(f"--dtype: the networks overflow in {str(args.dtype)[6:]}; add --dtype float32")
         for i, ad, picture, painted_mask, box in zip(batch, chosen, painted, inputs[1], boxes):
@@ -144,38 +147,59 @@ def load_base(args) -> StableDiffusion:
     return sd
 
 
-def branch_folder(option: str, args) -> Path:
-    """The folder of "cg" or "pg": by default the toy's. Raises BadInput where the base is another."""
-    folder = getattr(args, option)
-    if folder is None and args.weights:
+def branch_path(option: str, args) -> Path:
+    """Folder or file of "cg" or "pg": by default the toy's. Raises BadInput where the base is another."""
+    path = getattr(args, option)
+    if path is None and args.weights:
         raise BadInput(f"--{option} is missing: the base {args.weights} needs a {option.upper()} trained on it; "
                        f"train one by train.py {option} --weights {args.weights}")
-    return folder or TOY / option
+    return path or TOY / option
 
 
-def load_branch(kind: str, folder: Path, sd: StableDiffusion, args) -> ControlNet:
-    """CG ("category") or PG ("personality"). Raises BadInput where its weights are broken, or made for another base."""
-    branch = load_control(folder, kind, args.device, args.dtype)
-    same = ("in_channels", "block_out_channels", "layers_per_block", "cross_attention_dim")
-    hint_factor = 2 ** (len(branch.config["conditioning_embedding_out_channels"]) - 1)
-    if any(branch.config[key] != sd.unet.config[key] for key in same) or hint_factor != sd.vae.factor:
-        raise BadInput(f"{folder} was trained on another base than {args.weights or TOY / 'base'}: "
-                       "give --weights, --cg and --pg that belong together")
+def load_branch(kind: str, path: Path, sd: StableDiffusion, args) -> ControlNet:
+    """CG ("category"), PG ("personality") or a "controlnet". Raises BadInput where its weights are broken, or made for
+    another base.
+    """
+    branch = load_control(path, kind, args.device, args.dtype)
+    ours, base = branch.config, sd.unet.config
+    hint_factor = 2 ** (len(ours["conditioning_embedding_out_channels"]) - 1)
+    if (any(ours[key] != base[key] for key in ("block_out_channels", "layers_per_block", "cross_attention_dim"))
+            or ours["in_channels"] != base["out_channels"] or hint_factor != sd.vae.factor):
+        raise BadInput(f"{path} was trained on another base than {args.weights or TOY / 'base'}: "
+                       "give weights and branches that belong together")
     return branch
 
 
-def texts_of(names: set[str], cg_folder: Path, plain_prompt: bool) -> dict[str, tuple[str, str, str]]:
+def categories_file(cg: Path) -> Path:
+    """Lies in CG's folder, or beside its single file."""
+    return (cg.parent if cg.is_file() else cg) / "categories.json"
+
+
+def texts_of(names: set[str], cg: Path | None, plain_prompt: bool) -> dict[str, tuple[str, str, str]]:
     """The prompts of each category in `names`. Its identifier is its position in the list saved with CG.
 
-    Raises BadInput for a name that is not in the list, unless the plain prompt is asked for instead.
+    Raises BadInput for a name that is not in the list, unless the plain prompt is asked for instead. Without a CG (None)
+    all get the plain one.
     """
-    file = cg_folder / "categories.json"
+    if cg is None:
+        return {name: prompt_texts(name, None) for name in names}
+    file = categories_file(cg)
     known = [] if plain_prompt and not file.exists() else read_json(file)
     if (unknown := sorted(names - set(known))) and not plain_prompt:
         some = ", ".join(known[:20]) + (f", ... ({len(known):,} in all, see {file})" if len(known) > 20 else "")
         raise BadInput(f"CG was not trained on category {unknown[0]!r}; choose one of {some}; or add --plain-prompt")
     identifiers = {name: IDENTIFIER.format(i) for i, name in enumerate(known)}
     return {name: prompt_texts(name, identifiers.get(name)) for name in names}
+
+
+def load_models(names: set[str], with_pg: bool, args):
+    """-> the base, CG (or the plain ControlNet in its place), PG or None, and the prompts of the categories `names`."""
+    cg_path = None if args.controlnet else branch_path("cg", args)
+    pg_path = branch_path("pg", args) if with_pg else None
+    texts = texts_of(names, cg_path, args.plain_prompt)
+    sd = load_base(args)
+    cg = load_branch("category" if cg_path else "controlnet", cg_path or args.controlnet, sd, args)
+    return sd, cg, load_branch("personality", pg_path, sd, args) if with_pg else None, texts
 
 
 # ---------------------------------------------------------------- the three commands
@@ -203,15 +227,11 @@ def generate_product(args) -> None:
     if demo:
         args.product, args.category = [TOY / "samples" / f"{SAMPLE}.png"], [SAMPLE]
         args.reference = [TOY / "samples" / f"{SAMPLE}_reference.png"]
-    cg_folder, pg_folder = branch_folder("cg", args), args.reference and branch_folder("pg", args)
     products = [load_cutout(*pair) for pair in zip(args.product, each("mask", "product", args))]
     references = [load_masked(*pair, "reference", "--reference-mask")
                   for pair in zip(args.reference or (), each("reference_mask", "reference", args))]
     categories = each("category", "product", args)
-    texts = texts_of(set(categories), cg_folder, args.plain_prompt)
-    sd = load_base(args)
-    cg = load_branch("category", cg_folder, sd, args)
-    pg = load_branch("personality", pg_folder, sd, args) if references else None
+    sd, cg, pg, texts = load_models(set(categories), bool(references), args)
 
     ads: dict[str, Ad] = {}  # by file name, in the order of the sheet
     rows = [(i, seed) for i in range(len(products)) for seed in range(args.seed, args.seed + args.num)]
@@ -234,7 +254,8 @@ def generate_product(args) -> None:
              for k, (rgb, mask) in enumerate(products[i] for i, _ in rows)]
     if demo:
         cells = [[product, alone, references[0][0], after] for product, alone, after in cells]
-        save(sheet(cells, ["product", "CG alone", "reference", "CG + PG"]), args.out / "sheet.png")
+        first = "ControlNet" if args.controlnet else "CG"
+        save(sheet(cells, ["product", f"{first} alone", "reference", f"{first} + PG"]), args.out / "sheet.png")
     elif len(pictures) > 1:
         heads = [[None, *(small(rgb) for rgb, _ in references)]] if references else []
         save(sheet(heads + cells), args.out / "sheet.png")
@@ -263,11 +284,8 @@ def generate_data(args) -> None:
 
     A line of manifest.jsonl for each picture. A broken item is named, skipped and counted.
     """
-    cg_folder = branch_folder("cg", args)
     items, notes = read_items(args.data, args.split or "bg1k")
     items = items[: args.limit]
-    pg_folder = branch_folder("pg", args) if any(item.reference for item in items) else None
-    texts = texts_of({item.category for item in items}, cg_folder, args.plain_prompt)
     manifest = args.out / "manifest.jsonl"
     lines = manifest.read_text(encoding="utf-8").splitlines() if manifest.exists() else []
     listed = {json.loads(line)["file"] for line in lines}
@@ -275,9 +293,8 @@ def generate_data(args) -> None:
     rank, processes = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     share = range(rank, len(items), processes)  # under torchrun, of each process
     todo = [i for i in share if paths[i].name not in listed or not paths[i].exists()]
-    sd = load_base(args)
-    cg = load_branch("category", cg_folder, sd, args)
-    pg = load_branch("personality", pg_folder, sd, args) if pg_folder else None
+    with_pg = any(item.reference for item in items)
+    sd, cg, pg, texts = load_models({item.category for item in items}, with_pg, args)
 
     print("\n".join(notes), file=sys.stderr)
     broken = 0
@@ -377,10 +394,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--plain-prompt", action="store_true",
         help="a category that CG was not trained on gets the plain prompt 'A photo of NAME' [an error]")
     add = parser.add_argument_group("models and machine").add_argument
-    add("--weights", metavar="DIR", type=Path, help="Stable Diffusion folder [toy/base; the paper's: SD 1.5]")
-    add("--tokenizer", metavar="DIR", type=Path, help="folder with vocab.json and merges.txt [tokenizer/ in --weights]")
-    add("--cg", metavar="DIR", type=Path, help="Category-Wise Generator, trained on the base [toy/cg]")
-    add("--pg", metavar="DIR", type=Path, help="Personality-Wise Generator, trained on the base [toy/pg]")
+    add("--weights", metavar="PATH", type=Path,
+        help="Stable Diffusion, a folder or a single file [toy/base; the paper's: SD 1.5]")
+    add("--tokenizer", metavar="DIR", type=Path,
+        help="folder with vocab.json and merges.txt [tokenizer/ in --weights; beside a single file]")
+    add("--cg", metavar="PATH", type=Path, help="Category-Wise Generator, trained on the base [toy/cg]")
+    add("--pg", metavar="PATH", type=Path, help="Personality-Wise Generator, trained on the base [toy/pg]")
+    add("--controlnet", metavar="PATH", type=Path,
+        help="a plain ControlNet in place of CG, with the plain prompt 'A photo of NAME': the paper's baseline")
+    add("--hint", choices=["product", "inpaint"], default="product",
+        help="what --controlnet sees around the product: black, or -1 as ControlNet 1.1 inpaint was trained [product]")
     add("--batch", metavar="N", type=whole(1, 1024), default=4, help="pictures painted at once [4]")
     add("--device", metavar="NAME", default="auto", help="cpu, cuda, cuda:1, ... [auto: cuda where there is one]")
     add("--dtype", metavar="NAME", choices=["auto", "float32", "float16", "bfloat16"], default="auto",
@@ -398,6 +421,13 @@ def check(args) -> None:
                            ("reference_mask", "reference"), ("split", "data"), ("limit", "data")):
         if getattr(args, option) is not None and getattr(args, needed) is None:
             raise BadInput(f"--{option.replace('_', '-')} goes with --{needed}; add that one")
+    for option in ("cg", "pg", "controlnet"):
+        if args.prompt is not None and getattr(args, option):
+            raise BadInput(f"--prompt is painted by the base alone, without --{option}; leave one out")
+    if args.controlnet and args.cg:
+        raise BadInput("--controlnet and --cg exclude each other; leave one out")
+    if args.hint == "inpaint" and not args.controlnet:
+        raise BadInput("--hint goes with --controlnet; add that one")
     if args.product and not args.category:
         raise BadInput("--product goes with --category; add the product's category")
     for option in ("product", "reference"):

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention import SpatialTransformer, attend, mask_at
+from attention import Reused, SpatialTransformer, attend, mask_at, once
 
 # ---------------------------------------------------------------- blocks
 
@@ -223,7 +223,7 @@ class UNet(UNetEncoder):
         self.conv_out = nn.Conv2d(channels[0], config["out_channels"], 3, padding=1)
 
     def forward(self, z: Tensor, t: Tensor, context: Tensor, residuals: list[Tensor] | None = None) -> Tensor:
-        """z_t (B, 4, h, w), t (B,) int64, context P (B, L, D) -> eps (B, 4, h, w).
+        """z_t (B, 4, h, w), t (B,) or for all alike (1,) int64, context P (B, L, D) -> eps (B, 4, h, w).
 
         residuals: what the branches add, one tensor a skip connection and, last, one for the middle block (13 for
         SD 1.5); those of several branches are summed by the caller.
@@ -282,19 +282,21 @@ class ControlNet(UNetEncoder):
     @torch.no_grad()
     def init_from_unet(self, unet: UNet) -> None:
         """ControlNet's own initialisation: the encoder is SD's, all that leads in or out of the branch is zero."""
-        result = self.load_state_dict({k: v.clone() for k, v in unet.state_dict().items()
-                                       if not k.startswith(("up_blocks", "conv_norm_out", "conv_out"))}, strict=False)
+        weights = {k: v.clone() for k, v in unet.state_dict().items()
+                   if not k.startswith(("up_blocks", "conv_norm_out", "conv_out"))}
+        weights["conv_in.weight"] = weights["conv_in.weight"][:, : self.conv_in.in_channels]  # z's of an inpainting UNet
+        result = self.load_state_dict(weights, strict=False)
         assert all(name.startswith("controlnet_") for name in result.missing_keys) and not result.unexpected_keys
         for layer in (self.controlnet_cond_embedding.conv_out, self.controlnet_mid_block, *self.controlnet_down_blocks):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
     def forward(self, z, t, context, hint, mask=None):
-        """z_t (B, 4, h, w), t (B,), context P (B, L, D), hint (B, 3, H, W) -> residuals for UNet.forward.
+        """z_t (B, 4, h, w), t (B,) or (1,), context P (B, L, D), hint (B, 3, H, W) -> residuals for UNet.forward.
 
         With mask (B, 1, H, W), every cross-attention is Eq. 3 and context is the pair (P_fg, P_bg).
         """
-        x = self.conv_in(z) + self.controlnet_cond_embedding(hint)
+        x = self.conv_in(z) + once(self, self.controlnet_cond_embedding, hint)
         middle, skips = self.encode(x, self.embed_time(t), context, mask)
         return [conv(s) for conv, s in zip(self.controlnet_down_blocks, skips)] + [self.controlnet_mid_block(middle)]
 
@@ -329,11 +331,13 @@ class Prompts(NamedTuple):
     P_bg: Tensor  # 'in the background of [D]'
 
 
-def predict_noise(unet: UNet, z: Tensor, t: Tensor, prompts: Prompts, branches=(),
-                  mask: Tensor | None = None) -> Tensor:
+def predict_noise(unet: UNet, z: Tensor, t: Tensor, prompts: Prompts, branches=(), mask: Tensor | Reused | None = None,
+                  kept: Tensor | None = None) -> Tensor:
     """Fig. 2: SD, CG and PG in parallel, the branches' outputs summed into SD's decoder -> eps (B, 4, h, w).
 
     branches: pairs of a branch and its hint (B, 3, H, W); mask M (B, 1, H, W) of the product generated for.
+    kept (B, 5, h, w): what an inpainting UNet reads beside z_t, the mask of what it paints and the latent of the rest.
+    What is the same at every step (prompts, hints, mask) may be Reused.
     """
     residuals = None
     for branch, hint in branches:
@@ -344,7 +348,8 @@ def predict_noise(unet: UNet, z: Tensor, t: Tensor, prompts: Prompts, branches=(
         else:
             xs = branch(z, t, prompts.P, hint)
         residuals = xs if residuals is None else [a + b for a, b in zip(residuals, xs)]
-    return unet(z, t, prompts.P, residuals)
+    return unet(z if kept is None else torch.cat([z, kept], dim=1), t, prompts.P, residuals)
+
 
 # ---------------------------------------------------------------- VAE
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from attention import Reused
 from model import Prompts, UNet, predict_noise
 
 STEPS, GUIDANCE = 50, 2.0  # section 5.1
@@ -97,11 +98,11 @@ def draw_noise(shape, generator: torch.Generator) -> Tensor:
 @torch.inference_mode()
 def sample(unet: UNet, schedule: Schedule, prompts: Prompts, unconditional: Prompts, generators: list[torch.Generator],
            shape: tuple[int, int, int], branches=(), mask: Tensor | None = None, z_ref: Tensor | None = None,
-           steps: int = STEPS, guidance: float = GUIDANCE, eta: float = 0.0,
+           steps: int = STEPS, guidance: float = GUIDANCE, eta: float = 0.0, kept: Tensor | None = None,
            on_step: Callable[[int, Tensor, Tensor], None] | None = None) -> Tensor:
     """Denoises a batch of B = len(generators) pictures -> z_0 (B, *shape) float32, scaled as the UNet's latents are.
 
-    prompts, unconditional: encodings with and without the prompt, B rows each; branches and mask as in
+    prompts, unconditional: encodings with and without the prompt, B rows each; branches, mask and kept as in
     `predict_noise`; z_ref (B, *shape): where given, z_T is this latent noised to the first timestep, not pure noise
     (section 3.3). Both passes of the guidance run as one batch of 2B; guidance 1 runs the conditional one alone.
     """
@@ -110,15 +111,23 @@ def sample(unet: UNet, schedule: Schedule, prompts: Prompts, unconditional: Prom
     if z_ref is not None:
         first = torch.full((len(z_T),), schedule.timesteps(steps)[0], device=z_T.device)
         z_T = schedule.add_noise(z_ref.to(z_T), z_T, first)
+
+    def passes(x: Tensor) -> Tensor:
+        """For both passes of the guidance; numbers in the order in memory that convolutions like best."""
+        x = x if guidance == 1 else torch.cat([x, x])
+        return x.to(weight.dtype, memory_format=torch.channels_last)
+
     if guidance != 1:
-        prompts = Prompts(*(torch.cat([u, c]) for u, c in zip(unconditional, prompts)))
-        branches = [(branch, torch.cat([hint, hint])) for branch, hint in branches]
-        mask = None if mask is None else torch.cat([mask, mask])
+        prompts = Prompts(*(torch.cat(pair) for pair in zip(unconditional, prompts)))
+    # All that stays the same over the steps: what the networks make of it is computed at the first one only
+    prompts = Prompts(*map(Reused, prompts))
+    branches = [(branch, Reused(passes(hint))) for branch, hint in branches]
+    mask = None if mask is None else Reused(passes(mask))
+    kept = None if kept is None else passes(kept)
 
     def eps_model(z: Tensor, t: int) -> Tensor:
-        z_in = (z if guidance == 1 else torch.cat([z, z])).to(weight.dtype)
-        ts = torch.full((len(z_in),), t, device=z.device)
-        output = predict_noise(unet, z_in, ts, prompts, branches, mask).float()
+        t_all = torch.full((1,), t, device=z.device)
+        output = predict_noise(unet, passes(z), t_all, prompts, branches, mask, kept).float()
         if guidance != 1:
             without, with_prompt = output.chunk(2)
             output = without + guidance * (with_prompt - without)  # classifier-free guidance

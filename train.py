@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from data import (Ads, BadInput, Parser, canvas_size, categories_of, load_ad, one_line_errors, perturb, product_hint,
                   read_items, save_image, sheet)
-from generate import IDENTIFIER, TOY, branch_folder, encode_prompts, load_branch, paint, prompt_texts, real, whole
+from generate import IDENTIFIER, TOY, branch_path, categories_file, encode_prompts, load_branch, paint, prompt_texts, real, whole
 from model import (CLIP, VAE, CategoryGenerator, ControlNet, PersonalityGenerator, Prompts, TextEncoder, UNet,
                    predict_noise)
 from sampler import Schedule, seeded
@@ -351,12 +351,12 @@ def timestep_weights(schedule: Schedule, kind: str) -> Tensor:
 
 def branch_task(args) -> Task:
     """Stages cg, pg and joint: Eq. 1 over the parameters of CG, of PG beside a frozen CG, or of both."""
-    sd = load_stable_diffusion(args.weights, args.device)
+    sd = load_stable_diffusion(args.weights, args.device, tokenizer=args.tokenizer)
     canvas_size(1, 1, args.size, sd.multiple)  # says so where the size does not fit the base
     items, notes = read_items(args.data)
     print(*notes, sep="\n", file=sys.stderr)
     cg = load_branch("category", args.cg, sd, args) if args.stage == "pg" else None
-    categories = read_json(args.cg / "categories.json") if cg else categories_of(items)
+    categories = read_json(categories_file(args.cg)) if cg else categories_of(items)
     unknown = sorted({item.category for item in items} - set(categories))
     if unknown:
         raise BadInput(f"{args.data}: category {unknown[0]} was not in CG's training set; train CG on this data first")
@@ -372,8 +372,8 @@ def branch_task(args) -> Task:
     pg = modules.get("pg")
     for name, module in modules.items():
         module.init_from_unet(sd.unet)
-        if args.init:  # of the same layout, such as a public ControlNet
-            module.load_state_dict(load_branch("controlnet", args.init, sd, args).state_dict())
+        if args.init_control:
+            module.load_state_dict(load_branch("controlnet", args.init_control, sd, args).state_dict())
     for frozen in {sd.unet, cg} - {*modules.values()}:
         frozen.to(memory_format=torch.channels_last)  # as `run` does with what is trained
 
@@ -394,7 +394,7 @@ def branch_task(args) -> Task:
                                    args.noise_offset)
         dropped = (torch.rand(len(indices), generator=generator) < PROMPT_DROPOUT).tolist()
         branches = [(cg, product_hint(image, mask))] + ([(pg, batch["background"])] if pg else [])
-        output = predict_noise(sd.unet, z_t, t, prompts(indices, dropped), branches, mask)
+        output = predict_noise(sd.unet, z_t, t, prompts(indices, dropped), branches, mask, sd.kept(image, mask))
         error = (output - sd.schedule.target(z_0, eps, t)).square().mean(dim=(1, 2, 3))  # Eq. 1
         return (error * weight[t]).mean()
 
@@ -616,10 +616,13 @@ def parse(arguments: list[str] | None = None):
     parser.add_argument("stage", help="vae, clip, unet, cg, pg or joint")
     add = parser.add_argument_group("what is trained, on what").add_argument
     add("--data", metavar="DIR", type=Path, help="BG60k as released, or with metadata.jsonl [the toy's]")
-    add("--weights", metavar="DIR", type=Path, help="frozen Stable Diffusion [toy/base; the paper's: SD 1.5]")
-    add("--cg", metavar="DIR", type=Path, help="stage pg: the trained CG [toy/cg]")
-    add("--init", metavar="DIR", type=Path,
-        help="start from these weights; branches: of a ControlNet too [vae, unet: random; branches: SD's encoder]")
+    add("--weights", metavar="PATH", type=Path,
+        help="frozen Stable Diffusion, folder or single file [toy/base; the paper's: SD 1.5]")
+    add("--tokenizer", metavar="DIR", type=Path, help="its vocab.json and merges.txt [in --weights; beside a file]")
+    add("--cg", metavar="PATH", type=Path, help="stage pg: the trained CG [toy/cg]")
+    add("--init", metavar="DIR", type=Path, help="stages vae and unet: start from these weights [random]")
+    add("--init-control", metavar="PATH", type=Path,
+        help="stages cg to joint: start from a ControlNet, CG or PG, folder or file [SD's encoder, zero convolutions]")
     add("--out", metavar="DIR", type=Path, help="where models, log, sheets and checkpoints go [runs/STAGE]")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
     add = parser.add_argument_group("settings [without --data the toy's, else the paper's]").add_argument
@@ -659,6 +662,9 @@ def check(args) -> None:
     """Raises BadInput for what can be told to be wrong before anything is loaded."""
     if args.batch % args.accumulate:
         raise BadInput(f"--accumulate {args.accumulate}: must divide --batch {args.batch}")
+    for option, stages in (("init", ("vae", "unet")), ("init_control", ("cg", "pg", "joint"))):
+        if getattr(args, option) and args.stage not in stages:
+            raise BadInput(f"--{option.replace('_', '-')} belongs to the stages {' and '.join(stages)}; leave it out")
     check_folder(args.out)
     path = checkpoint_of(args)
     if args.resume and not path.is_file():
@@ -678,7 +684,7 @@ def main(arguments: list[str] | None = None) -> None:
             setattr(args, name, value)
     args.data = args.data or TOY_DATA / ("base" if args.stage in ("vae", "clip", "unet") else "ads")
     if args.stage == "pg":
-        args.cg = branch_folder("cg", args)
+        args.cg = branch_path("cg", args)
     args.weights = args.weights or TOY / "base"
     check(args)
     args.device, args.dtype = pick_device(args.device), torch.float32

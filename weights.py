@@ -1,10 +1,11 @@
 """Public weights in and out: finds a folder's files, checks every tensor's name and shape, loads and saves safetensors.
 
 A Stable Diffusion folder holds unet/, vae/, text_encoder/, tokenizer/ and scheduler/; a ControlNet folder (CG and PG
-are ones) config.json and one file of weights; a CLIP folder likewise. Models are built on the meta device and filled
-from memory-mapped tensors: nothing is initialised only to be overwritten, and nothing lies in memory twice.
-Loading is strict: a missing, extra or misshapen tensor is an error that names it. Only safetensors are read: a pickle
-runs code when it is opened.
+are ones) config.json and one file of weights; a CLIP folder likewise. Stable Diffusion and ControlNet also come as a
+single file, in the names of the original code: RENAMES tells ours, the tensors' shapes the configuration.
+Models are built on the meta device and filled from memory-mapped tensors: nothing is initialised only to be
+overwritten, and nothing lies in memory twice. Loading is strict: a missing, extra or misshapen tensor is an error that
+names it. Only safetensors are read: a pickle runs code when it is opened.
 """
 
 import json
@@ -12,11 +13,13 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer as BPETokenizer, models, normalizers, pre_tokenizers, trainers
@@ -112,7 +115,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
                        "get the .safetensors version of these weights")
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        # Some public files have a header of odd length, and numbers at odd addresses: these are copied
+        return {n: t.clone() if t.data_ptr() % t.element_size() else t for n, t in tensors.items()}
     except FileNotFoundError:
         raise BadInput(f"{path} is missing; check the path, or download the weights again") from None
     except (SafetensorError, OSError) as error:
@@ -134,37 +139,161 @@ def find_weights(folder: Path, *names: str) -> Path:
 
 # ---------------------------------------------------------------- names
 
-# Older and newer spellings of the public folders: (pattern, what it is here). First the tensors that carry no weights.
-IGNORED = re.compile(r".*\.position_ids$")  # counts 0, 1, 2, …
-RENAMES = [
-    (re.compile(r"^((?:encoder|decoder)\.mid_block\.attentions\.0)\.query\."), r"\1.to_q."),  # VAEs before 2023
-    (re.compile(r"^((?:encoder|decoder)\.mid_block\.attentions\.0)\.key\."), r"\1.to_k."),
-    (re.compile(r"^((?:encoder|decoder)\.mid_block\.attentions\.0)\.value\."), r"\1.to_v."),
-    (re.compile(r"^((?:encoder|decoder)\.mid_block\.attentions\.0)\.proj_attn\."), r"\1.to_out.0."),
-    (re.compile(r"^(embeddings|encoder\.layers|final_layer_norm)\.(?=token|position|\d|weight|bias)"),
-     r"text_model.\1."),  # text encoders saved by recent transformers
-]
+# Where a single file keeps each model. A ControlNet's file may also hold it without any prefix.
+PREFIXES = {
+    "model.diffusion_model.": "unet",
+    "first_stage_model.": "vae",
+    "cond_stage_model.transformer.": "text_encoder",  # CLIP, as transformers names it: SD 1.x
+    "cond_stage_model.model.": "text_encoder",  # OpenCLIP: SD 2.x
+    "control_model.": "control",
+}
+
+# What a single file may hold beside them, and folders of weights.
+IGNORED = re.compile("|".join((
+    r".*\.position_ids",  # counts 0, 1, 2, …
+    r"model_ema\..*",  # moving averages of the weights, in files that are not pruned
+    r"(log_one_minus_|sqrt_one_minus_|sqrt_recip_|sqrt_recipm1_|sqrt_)?alphas_cumprod(_prev)?|betas|logvar|lvlb_weights",
+    r"posterior_(variance|log_variance_clipped|mean_coef[12])|scale_factor",  # the noise schedule: see sampler.py
+    r"cond_stage_model\.model\.transformer\.resblocks\.23\..*",  # SD 2.x reads OpenCLIP before its last layer
+    r"cond_stage_model\.model\.(logit_scale|text_projection|attn_mask)",
+)))
+
+# From the names of public files, without prefix, to ours; numbers in a pattern are the function's arguments.
+# Our own names come through unchanged.
+RENAMES = [(re.compile(pattern), name) for pattern, name in (
+    # The UNet's and ControlNet's levels: three input_blocks each, two layers and what halves the resolution
+    (r"^time_embed\.([02])\.", lambda i: f"time_embedding.linear_{i // 2 + 1}."),
+    (r"^input_blocks\.0\.0\.", "conv_in."),
+    (r"^input_blocks\.(\d+)\.0\.op\.", lambda i: f"down_blocks.{(i - 1) // 3}.downsamplers.0.conv."),
+    (r"^input_blocks\.(\d+)\.0\.", lambda i: f"down_blocks.{(i - 1) // 3}.resnets.{(i - 1) % 3}."),
+    (r"^input_blocks\.(\d+)\.1\.", lambda i: f"down_blocks.{(i - 1) // 3}.attentions.{(i - 1) % 3}."),
+    (r"^middle_block\.([02])\.", lambda i: f"mid_block.resnets.{i // 2}."),
+    (r"^middle_block\.1\.", "mid_block.attentions.0."),
+    # three output_blocks a level, the last of them followed by what doubles the resolution
+    (r"^output_blocks\.(\d+)\.[12]\.conv\.", lambda i: f"up_blocks.{i // 3}.upsamplers.0.conv."),
+    (r"^output_blocks\.(\d+)\.0\.", lambda i: f"up_blocks.{i // 3}.resnets.{i % 3}."),
+    (r"^output_blocks\.(\d+)\.1\.", lambda i: f"up_blocks.{i // 3}.attentions.{i % 3}."),
+    (r"^out\.0\.", "conv_norm_out."),
+    (r"^out\.2\.", "conv_out."),
+    # within a residual block
+    (r"\.in_layers\.0\.", ".norm1."),
+    (r"\.in_layers\.2\.", ".conv1."),
+    (r"\.emb_layers\.1\.", ".time_emb_proj."),
+    (r"\.out_layers\.0\.", ".norm2."),
+    (r"\.out_layers\.3\.", ".conv2."),
+    (r"\.(skip_connection|nin_shortcut)\.", ".conv_shortcut."),
+    # ControlNet: zero convolutions, and the hint encoder, whose odd layers are activations
+    (r"^zero_convs\.(\d+)\.0\.", lambda i: f"controlnet_down_blocks.{i}."),
+    (r"^middle_block_out\.0\.", "controlnet_mid_block."),
+    (r"^input_hint_block\.0\.", "controlnet_cond_embedding.conv_in."),
+    (r"^input_hint_block\.14\.", "controlnet_cond_embedding.conv_out."),
+    (r"^input_hint_block\.(\d+)\.", lambda i: f"controlnet_cond_embedding.blocks.{i // 2 - 1}."),
+    # VAE: the original counts the decoder's levels from the fine end
+    (r"^encoder\.down\.(\d)\.block\.", lambda i: f"encoder.down_blocks.{i}.resnets."),
+    (r"^encoder\.down\.(\d)\.downsample\.", lambda i: f"encoder.down_blocks.{i}.downsamplers.0."),
+    (r"^decoder\.up\.(\d)\.block\.", lambda i: f"decoder.up_blocks.{3 - i}.resnets."),
+    (r"^decoder\.up\.(\d)\.upsample\.", lambda i: f"decoder.up_blocks.{3 - i}.upsamplers.0."),
+    (r"\.mid\.block_([12])\.", lambda i: f".mid_block.resnets.{i - 1}."),
+    (r"\.mid\.attn_1\.", ".mid_block.attentions.0."),
+    (r"^((?:en|de)coder)\.norm_out\.", r"\1.conv_norm_out."),
+    # within its attention; then the public folders' names before 2023
+    (r"^((?:en|de)coder\.mid_block\.attentions\.0)\.norm\.", r"\1.group_norm."),
+    (r"^((?:en|de)coder\.mid_block\.attentions\.0)\.(?:q|query)\.", r"\1.to_q."),
+    (r"^((?:en|de)coder\.mid_block\.attentions\.0)\.(?:k|key)\.", r"\1.to_k."),
+    (r"^((?:en|de)coder\.mid_block\.attentions\.0)\.(?:v|value)\.", r"\1.to_v."),
+    (r"^((?:en|de)coder\.mid_block\.attentions\.0)\.(?:proj_out|proj_attn)\.", r"\1.to_out.0."),
+    # CLIP's text encoder: recent folders leave out its first word
+    (r"^(?=(?:embeddings|encoder\.layers|final_layer_norm)\.)", "text_model."),
+    # OpenCLIP's
+    (r"^transformer\.resblocks\.", "text_model.encoder.layers."),
+    (r"\.ln_([12])\.", lambda i: f".layer_norm{i}."),
+    (r"\.attn\.", ".self_attn."),
+    (r"\.mlp\.c_fc\.", ".mlp.fc1."),
+    (r"\.mlp\.c_proj\.", ".mlp.fc2."),
+    (r"^token_embedding\.", "text_model.embeddings.token_embedding."),
+    (r"^positional_embedding$", "text_model.embeddings.position_embedding.weight"),
+    (r"^ln_final\.", "text_model.final_layer_norm."),
+)]
+
+
+def rename(name: str) -> str:
+    """Our name of a tensor, from that in a public file (without the prefix of a single file)."""
+    for pattern, new in RENAMES:
+        name = pattern.sub(new if isinstance(new, str) else lambda match: new(*map(int, match.groups())), name)
+    return name
+
+
+def renamed(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors under our names. OpenCLIP's queries, keys and values come in one matrix and leave as three."""
+    for name, tensor in tensors.items():
+        name = rename(name)
+        if ".in_proj_" in name:
+            for letter, part in zip("qkv", tensor.chunk(3)):
+                yield name.replace(".in_proj_", f".{letter}_proj."), part
+        else:
+            yield name, tensor
+
+
+def split(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """A single file's tensors by model ("" where no prefix tells), without their prefix and what is ignored."""
+    parts = {part: {} for part in ("", *PREFIXES.values())}
+    for name, tensor in tensors.items():
+        if not IGNORED.fullmatch(name):
+            prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
+            parts[PREFIXES.get(prefix, "")][name[len(prefix) :]] = tensor
+    return parts
+
+
+# What a file is, by the first pattern that one of its names matches.
+SINGLE_FILE = "a whole Stable Diffusion"
+KINDS = [(re.compile(pattern), kind) for pattern, kind in (
+    (r"conditioner\.|add_embedding\.|label_emb\.", "SDXL"),
+    (r"(joint|double)_blocks\.|add_[qkv]_proj", "SD 3 or Flux"),
+    (r"lora_|\.lora[._]|_lora\.", "a LoRA"),
+    (r"^emb_params$|^string_to_param|^clip_[lg]$", "a textual inversion"),
+    (r"^ip_adapter\.|^image_proj\.", "an IP-Adapter"),
+    (r"control_model\.|input_hint_block\.|controlnet_|zero_convs\.", "a ControlNet"),
+    (r"^model\.diffusion_model\.", SINGLE_FILE),
+    (r"vision_model\.|visual\.", "a CLIP model"),
+    (r"text_model\.|resblocks\.", "a text encoder"),
+    (r"^(down_blocks|input_blocks)\.", "a UNet"),
+    (r"^(first_stage_model\.)?(encoder|decoder)\.", "a VAE"),
+)]
+
+
+def looks_like(names: Iterable[str], expected: str) -> str:
+    """The end of a message: what kind of file has these tensors, if another than expected."""
+    kind = next((kind for pattern, kind in KINDS if any(map(pattern.search, names))), expected)
+    return "" if kind == expected else f"; it looks like {kind}"
+
+
+def kind_of(build: type[nn.Module]) -> str:
+    """How KINDS calls the files of a network."""
+    return {UNet: "a UNet", VAE: "a VAE", TextEncoder: "a text encoder", CLIP: "a CLIP model"}.get(build, "a ControlNet")
+
+
+# ---------------------------------------------------------------- models
 
 
 def fill(module: nn.Module, tensors: dict[str, Tensor], source: Path, device, dtype) -> nn.Module:
     """Puts tensors into a module built on the meta device, by name. Raises BadInput naming what does not fit."""
     wanted, named, problems = module.state_dict(), {}, []
-    for name, tensor in tensors.items():
-        if IGNORED.match(name):
+    for name, tensor in renamed(tensors):
+        if IGNORED.fullmatch(name):
             continue
-        if name not in wanted:
-            for pattern, replacement in RENAMES:
-                name = pattern.sub(replacement, name)
         if name in named:
             problems.append(f"{name} is there twice, by an older and a newer name")
-        named[name] = tensor
+        # 1x1 convolutions are linear layers: single files have the former in the VAE's attention
+        flat = name in wanted and tensor.ndim == 4 and wanted[name].shape == tensor.shape[:2] and tensor[0, 0].numel() == 1
+        named[name] = tensor[:, :, 0, 0] if flat else tensor
     problems += [f"{n} is missing" for n in wanted if n not in named]
     problems += [f"{n} is not part of this model" for n in named if n not in wanted]
     problems += [f"{n} has shape {list(named[n].shape)}, expected {list(wanted[n].shape)}"
                  for n in wanted if n in named and named[n].shape != wanted[n].shape]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise BadInput(f"{source} does not fit a {type(module).__name__}: {'; '.join(problems[:3])}{more}")
+        raise BadInput(f"{source} does not fit a {type(module).__name__}: {'; '.join(problems[:3])}{more}"
+                       f"{looks_like(tensors, kind_of(type(module)))}")
     module.load_state_dict({n: t.to(device=device, dtype=dtype) for n, t in named.items()}, assign=True)
     return module.eval().requires_grad_(False)
 
@@ -176,17 +305,22 @@ class NoInit(TorchFunctionMode):
         return None if getattr(func, "__module__", None) == "torch.nn.init" else func(*args, **(kwargs or {}))
 
 
-def load_module(build: Callable[[dict], nn.Module], folder: Path, names: tuple[str, ...], device, dtype) -> nn.Module:
-    """A module from a folder's config.json and weights."""
-    path = find_weights(folder, *names)
-    config = read_json(folder / "config.json")
+def make(build: Callable[[dict], nn.Module], config: dict, tensors: dict[str, Tensor], source: Path, device, dtype,
+         config_source: Path | None = None) -> nn.Module:
+    """A module of a configuration, filled with tensors. Raises BadInput where either does not fit."""
     try:
         with torch.device("meta"), NoInit():
             module = build(config)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise BadInput(f"{folder / 'config.json'} is not the configuration of such a model "
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise BadInput(f"{config_source or source} is not the configuration of such a model "
                        f"({type(error).__name__}: {error})") from None
-    return fill(module, read_tensors(path), path, device, dtype)
+    return fill(module, tensors, source, device, dtype)
+
+
+def load_module(build: Callable[[dict], nn.Module], folder: Path, names: tuple[str, ...], device, dtype) -> nn.Module:
+    """A module from a folder's config.json and weights."""
+    path, config = find_weights(folder, *names), folder / "config.json"
+    return make(build, read_json(config), read_tensors(path), path, device, dtype, config)
 
 
 def save_module(module: nn.Module, folder: Path, name: str, dtype=None, extra: dict[str, object] | None = None) -> None:
@@ -259,10 +393,15 @@ def train_tokenizer(texts: list[str], size: int, length: int, folder: Path) -> N
     write_atomic(folder, write)
 
 
-def load_tokenizer(folder: Path | str) -> Tokenizer:
-    """From vocab.json and merges.txt, or tokenizer.json; length and padding from tokenizer_config.json if there."""
+def load_tokenizer(folder: Path | str, pad: str | None = None) -> Tokenizer:
+    """From vocab.json and merges.txt, or tokenizer.json; length and padding from the folder's settings if there.
+
+    pad: the padding token where the folder does not say; by default the end token.
+    """
     folder = Path(folder)
-    settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    settings = {"pad_token": pad or "<|endoftext|>"}
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):  # SD 2.x: they differ, and the second is right
+        settings |= read_json(folder / name) if (folder / name).is_file() else {}
     try:
         if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
             bpe = clip_bpe(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"),
@@ -270,16 +409,81 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
         elif (folder / "tokenizer.json").is_file():
             bpe = BPETokenizer.from_file(str(folder / "tokenizer.json"))
         else:
-            raise BadInput(f"{folder} holds no tokenizer; put CLIP's vocab.json and merges.txt there")
+            raise BadInput(f"{folder} holds no tokenizer; put CLIP's vocab.json and merges.txt there, or name the "
+                           "folder that holds them by --tokenizer")
     except BadInput:
         raise
     except Exception as error:  # the library raises bare Exceptions
         raise BadInput(f"{folder}: the tokenizer can't be read ({error}); download its files again") from None
-    pad = settings.get("pad_token", "<|endoftext|>")
+    pad = settings["pad_token"]
     tokenizer = Tokenizer(bpe, settings.get("model_max_length", 77), pad["content"] if isinstance(pad, dict) else pad)
     if None in (tokenizer.start, tokenizer.end, tokenizer.pad):
         raise BadInput(f"{folder} is not CLIP's tokenizer: its vocabulary lacks a start, end or padding token")
     return tokenizer
+
+
+# ---------------------------------------------------------------- single files
+
+# What shapes don't tell is the same in all public Stable Diffusions.
+UNET_CONSTANTS = {"norm_num_groups": 32, "norm_eps": 1e-5, "act_fn": "silu", "flip_sin_to_cos": True, "freq_shift": 0}
+
+
+def count(tensors: dict[str, Tensor], prefix: str) -> int:
+    """How many numbered modules there are under a prefix, such as "down_blocks."."""
+    return len({name[len(prefix) :].split(".")[0] for name in tensors if name.startswith(prefix)})
+
+
+def unet_config(tensors: dict[str, Tensor]) -> dict:
+    """The config.json of a UNet or a ControlNet, from its tensors' shapes. Raises KeyError where it is neither."""
+    levels = range(count(tensors, "down_blocks."))
+    channels = [tensors[f"down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in levels]
+    attention = [f"down_blocks.{i}.attentions.0.norm.weight" in tensors for i in levels]
+    first = f"down_blocks.{attention.index(True) if True in attention else 0}.attentions.0"
+    linear = tensors[f"{first}.proj_in.weight"].ndim == 2
+    config = {"in_channels": tensors["conv_in.weight"].shape[1], "block_out_channels": channels,
+              "layers_per_block": count(tensors, "down_blocks.0.resnets."), **UNET_CONSTANTS,
+              "cross_attention_dim": tensors[f"{first}.transformer_blocks.0.attn2.to_k.weight"].shape[1],
+              # SD 1.x has 8 heads, SD 2.x heads of 64 channels
+              "attention_head_dim": [c // 64 for c in channels] if linear else 8, "use_linear_projection": linear,
+              "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attention]}
+    if "controlnet_mid_block.weight" in tensors:
+        hint = "controlnet_cond_embedding."
+        strided = [tensors[f"{hint}blocks.{i}.weight"].shape[0] for i in range(1, count(tensors, f"{hint}blocks."), 2)]
+        return config | {"_class_name": "ControlNetModel", "conditioning_embedding_out_channels":
+                         [tensors[f"{hint}conv_in.weight"].shape[0], *strided]}
+    return config | {"_class_name": "UNet2DConditionModel", "out_channels": tensors["conv_out.weight"].shape[0],
+                     "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)]}
+
+
+def vae_config(tensors: dict[str, Tensor]) -> dict:
+    """The config.json of a VAE, from its tensors' shapes. Raises KeyError where it is none."""
+    levels = range(count(tensors, "encoder.down_blocks."))
+    return {"_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "norm_num_groups": 32, "act_fn": "silu",
+            "latent_channels": tensors["post_quant_conv.weight"].shape[0], "scaling_factor": 0.18215,
+            "block_out_channels": [tensors[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in levels],
+            "layers_per_block": count(tensors, "encoder.down_blocks.0.resnets."),
+            "down_block_types": ["DownEncoderBlock2D" for _ in levels], "up_block_types": ["UpDecoderBlock2D" for _ in levels]}
+
+
+def text_config(tensors: dict[str, Tensor], activation: str) -> dict:
+    """The config.json of a text encoder, from its tensors' shapes. Raises KeyError where it is none."""
+    vocabulary, width = tensors["text_model.embeddings.token_embedding.weight"].shape
+    return {"model_type": "clip_text_model", "architectures": ["CLIPTextModel"], "vocab_size": vocabulary,
+            "hidden_size": width, "num_attention_heads": width // 64, "hidden_act": activation, "layer_norm_eps": 1e-5,
+            "num_hidden_layers": count(tensors, "text_model.encoder.layers."),
+            "intermediate_size": tensors["text_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
+            "max_position_embeddings": tensors["text_model.embeddings.position_embedding.weight"].shape[0]}
+
+
+def make_from_shapes(build, configure: Callable, tensors: dict[str, Tensor], source: Path, device, dtype) -> nn.Module:
+    """A module configured by the shapes of its tensors."""
+    named = dict(renamed(tensors))
+    try:
+        config = configure(named)
+    except (KeyError, IndexError) as error:
+        raise BadInput(f"{source} does not hold a whole {build.__name__} ({error})"
+                       f"{looks_like(tensors, kind_of(build))}") from None
+    return make(build, config, named, source, device, dtype)
 
 
 # ---------------------------------------------------------------- whole models
@@ -316,6 +520,18 @@ class StableDiffusion:
         """Of one picture's z."""
         return self.vae.config["latent_channels"], height // self.vae.factor, width // self.vae.factor
 
+    def kept(self, rgb: Tensor, mask: Tensor) -> Tensor | None:
+        """What an inpainting UNet reads beside z_t, (B, 5, h, w); None for an ordinary one.
+
+        rgb (B, 3, H, W) in [0, 1], mask M (B, 1, H, W) -> the mask of what is to be painted, 1 − M, and the latent of
+        the picture with that part grey. Both without soft edges, as these UNets were trained.
+        """
+        if self.unet.config["in_channels"] == self.vae.config["latent_channels"]:
+            return None
+        M = (mask > 0.5).to(rgb)
+        z = self.encode(rgb * M + 0.5 * (1 - M))
+        return torch.cat([1 - F.interpolate(M, size=z.shape[2:]).to(z), z], dim=1)
+
     @property
     def multiple(self) -> int:
         """What a picture's sides must be multiples of: the VAE's factor times the UNet's (64 for SD 1.5)."""
@@ -324,35 +540,63 @@ class StableDiffusion:
 
 def load_stable_diffusion(path: Path | str, device="cpu", dtype=torch.float32,
                           tokenizer: Path | str | None = None) -> StableDiffusion:
-    """A Stable Diffusion folder; its tokenizer from another one if given.
+    """A Stable Diffusion folder, or a single file of one; its tokenizer from another folder if given.
 
     Raises BadInput where a file is missing, broken or does not fit.
     """
     path = Path(path)
-    if path.suffix in PICKLES:
-        read_tensors(path)  # says why not
-    if not path.is_dir():
-        raise BadInput(f"{path} is {'not a folder of weights' if path.exists() else 'missing'}; "
-                       "--weights takes a Stable Diffusion folder with unet/, vae/, text_encoder/ and tokenizer/")
-    scheduler = path / "scheduler" / "scheduler_config.json"
-    text_encoder = load_module(TextEncoder, path / "text_encoder", TEXT_FILES, device, dtype)
-    folder = Path(tokenizer or path / "tokenizer")
-    tokenizer, config = load_tokenizer(folder), text_encoder.config
-    if tokenizer.length > config["max_position_embeddings"] or tokenizer.bpe.get_vocab_size() > config["vocab_size"]:
-        raise BadInput(f"{folder} is not the tokenizer of {path / 'text_encoder'}: it makes {tokenizer.length} tokens of a "
-                       f"vocabulary of {tokenizer.bpe.get_vocab_size():,}, the encoder reads "
+    if path.is_dir():
+        text_encoder = load_module(TextEncoder, path / "text_encoder", TEXT_FILES, device, dtype)
+        unet = load_module(UNet, path / "unet", UNET_FILES, device, dtype)
+        vae = load_module(VAE, path / "vae", VAE_FILES, device, dtype)
+        scheduler = path / "scheduler" / "scheduler_config.json"
+        schedule = Schedule(read_json(scheduler) if scheduler.is_file() else None)
+        folder, pad = Path(tokenizer or path / "tokenizer"), None
+    else:
+        text_encoder, unet, vae, schedule = load_single_file(path, device, dtype)
+        folder, pad = Path(tokenizer or path.parent), "!" if unet.config["use_linear_projection"] else None
+    tokens, config = load_tokenizer(folder, pad), text_encoder.config
+    if tokens.length > config["max_position_embeddings"] or tokens.bpe.get_vocab_size() > config["vocab_size"]:
+        raise BadInput(f"{folder} is not the tokenizer of {path}: it makes {tokens.length} tokens of a "
+                       f"vocabulary of {tokens.bpe.get_vocab_size():,}, the text encoder reads "
                        f"{config['max_position_embeddings']} of {config['vocab_size']:,}; give its own by --tokenizer")
-    return StableDiffusion(
-        tokenizer,
-        text_encoder,
-        load_module(UNet, path / "unet", UNET_FILES, device, dtype),
-        load_module(VAE, path / "vae", VAE_FILES, device, dtype),
-        Schedule(read_json(scheduler) if scheduler.is_file() else None))
+    return StableDiffusion(tokens, text_encoder, unet, vae, schedule)
+
+
+def load_single_file(path: Path, device, dtype) -> tuple[TextEncoder, UNet, VAE, Schedule]:
+    """Stable Diffusion in one file of the original layout, SD 1.x or 2.x, whole or pruned."""
+    tensors = read_tensors(path)
+    parts = split(tensors)
+    missing = [part for part in ("unet", "vae", "text_encoder") if not parts[part]]
+    if missing or parts[""]:
+        what = f"it holds no {missing[0]}" if missing else f"{', '.join(list(parts[''])[:3])} are not part of one"
+        raise BadInput(f"{path} is not {SINGLE_FILE}: {what}{looks_like(tensors, SINGLE_FILE)}")
+    openclip = any(name.startswith("transformer.resblocks.") for name in parts["text_encoder"])
+    text_encoder, unet, vae = (
+        make_from_shapes(build, configure, parts[part], path, device, dtype) for build, configure, part in (
+            (TextEncoder, partial(text_config, activation="gelu" if openclip else "quick_gelu"), "text_encoder"),
+            (UNet, unet_config, "unet"), (VAE, vae_config, "vae")))
+    schedule = Schedule()
+    if openclip:
+        # Tensors don't tell an SD 2.x that predicts v (2.1, at 768 px) from one that predicts ε (2.1-base, at 512 px)
+        config = path.parent / "scheduler_config.json"
+        if not config.is_file():
+            raise BadInput(f"{path} is an SD 2.x, which may predict ε or v; put its public folder's "
+                           f"scheduler_config.json beside it: {config}")
+        schedule = Schedule(read_json(config))
+    unet.config["sample_size"] = 64 if schedule.config["prediction_type"] == "epsilon" else 96
+    return text_encoder, unet, vae, schedule
 
 
 def load_control(path: Path | str, kind: str = "controlnet", device="cpu", dtype=torch.float32) -> ControlNet:
-    """A ControlNet folder as a plain ControlNet, as CG (kind 'category') or as PG ('personality')."""
-    return load_module(BRANCHES[kind], Path(path), CONTROL_FILES, device, dtype)
+    """A ControlNet folder or single file as a plain ControlNet, as CG (kind 'category') or as PG ('personality')."""
+    path = Path(path)
+    if path.is_file() and path.name.startswith("diffusion_pytorch_model.") and (path.parent / "config.json").is_file():
+        path = path.parent
+    if path.is_dir():
+        return load_module(BRANCHES[kind], path, CONTROL_FILES, device, dtype)
+    parts = split(read_tensors(path))
+    return make_from_shapes(BRANCHES[kind], unet_config, parts["control"] or parts[""], path, device, dtype)
 
 
 def save_control(control: ControlNet, folder: Path | str, dtype=None, categories: list[str] | None = None) -> None:
@@ -367,8 +611,9 @@ def load_clip(path: Path | str, device="cpu", dtype=torch.float32) -> CLIP:
 
 def control_config(unet_config: dict, factor: int) -> dict:
     """The config.json of a branch for a UNet. Its hint encoder halves as often as the base's VAE: thrice for f = 8."""
-    same = ("in_channels", "block_out_channels", "down_block_types", "layers_per_block", "attention_head_dim",
-            "cross_attention_dim", "norm_num_groups", "norm_eps", "use_linear_projection")
+    same = ("block_out_channels", "down_block_types", "layers_per_block", "attention_head_dim", "cross_attention_dim",
+            "norm_num_groups", "norm_eps", "use_linear_projection")
     return {"_class_name": "ControlNetModel", **{k: unet_config[k] for k in same if k in unet_config},
+            "in_channels": unet_config["out_channels"],  # z's alone, also beside an inpainting UNet
             "conditioning_embedding_out_channels": [16, 32, 96, 256][: factor.bit_length()],
             "flip_sin_to_cos": True, "freq_shift": 0}

@@ -121,7 +121,7 @@ def test_a_run_is_not_overwritten_and_other_settings_are_told(world, base, tmp_p
 
 
 def test_a_branch_starts_from_another_of_its_layout(world, base, cg, tmp_path):
-    command(*branch("pg", world, base, tmp_path), "--cg", cg, "--init", cg, "--steps", 1, "--lr", 1e-9)
+    command(*branch("pg", world, base, tmp_path), "--cg", cg, "--init-control", cg, "--steps", 1, "--lr", 1e-9)
     start, end = (load_file(folder / "diffusion_pytorch_model.safetensors") for folder in (cg, tmp_path / "pg"))
     assert all(torch.allclose(start[name], end[name], atol=1e-6) for name in start)
 
