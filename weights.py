@@ -595,8 +595,12 @@ def load_control(path: Path | str, kind: str = "controlnet", device="cpu", dtype
         path = path.parent
     if path.is_dir():
         return load_module(BRANCHES[kind], path, CONTROL_FILES, device, dtype)
-    parts = split(read_tensors(path))
-    return make_from_shapes(BRANCHES[kind], unet_config, parts["control"] or parts[""], path, device, dtype)
+    tensors = read_tensors(path)
+    parts = split(tensors)
+    own = parts["control"] or parts[""]
+    if not own:
+        raise BadInput(f"{path} holds no ControlNet{looks_like(tensors, 'a ControlNet')}")
+    return make_from_shapes(BRANCHES[kind], unet_config, own, path, device, dtype)
 
 
 def save_control(control: ControlNet, folder: Path | str, dtype=None, categories: list[str] | None = None) -> None:
