@@ -416,7 +416,10 @@ def load_tokenizer(folder: Path | str, pad: str | None = None) -> Tokenizer:
     except Exception as error:  # the library raises bare Exceptions
         raise BadInput(f"{folder}: the tokenizer can't be read ({error}); download its files again") from None
     pad = settings["pad_token"]
-    tokenizer = Tokenizer(bpe, settings.get("model_max_length", 77), pad["content"] if isinstance(pad, dict) else pad)
+    pad = pad["content"] if isinstance(pad, dict) else pad
+    bpe.add_special_tokens([pad])  # so that a '!' that pads is never a part of a word, as in transformers
+    length = settings.get("model_max_length", 77)
+    tokenizer = Tokenizer(bpe, 77 if length > 10**6 else length, pad)  # transformers writes 10^30 for "not known"
     if None in (tokenizer.start, tokenizer.end, tokenizer.pad):
         raise BadInput(f"{folder} is not CLIP's tokenizer: its vocabulary lacks a start, end or padding token")
     return tokenizer

@@ -5,6 +5,8 @@ both must compute the same: within 1e-4 of the largest value, in float32. Skippe
 """
 
 import json
+import random as random_module
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from conftest import TEXT_CONFIG, UNETS, VAE_CONFIG, inputs, random, randomise, 
 from model import CLIP, VAE, CategoryGenerator, ControlNet, PersonalityGenerator, TextEncoder, UNet, predict_noise
 from sampler import Schedule, ddim, ddim_step
 from weights import (CONTROL_FILES, TEXT_FILES, UNET_FILES, control_config, load_module, load_tokenizer, save_control,
-                     save_module, train_tokenizer)
+                     save_module, train_tokenizer, write_json)
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
@@ -250,26 +252,66 @@ def test_add_noise_and_v_targets():
 
 # ---------------------------------------------------------------- tokenizer
 
-PROMPTS = ["", " \u00a0 ", "a photo of perfume, in the background of sks D7", "A Photo of   a\tRED\nsneaker!!",
-           "it's the dog's, isn't it", "crème brûlée", "naïve e\u0301", "护肤品 的 背景", "👟🔥 sale", "1234 567.89€",
-           "x" * 300, "word " * 120]
+PARTS = ["a photo of", "Perfume", "in the background of sks 17", "don't", "it's", "WE'LL", "they'd've", "l'été",
+         "crème brûlée", "naïve e\u0301", "Straße", "İstanbul", "Ωmega", "ﬁne", "护肤品", "的背景", "冰箱 sks 3", "東京タワー", "서울",
+         "صورة", "हिन्दी", "👟🔥", "👩‍🔬", "1234", "567.89€", "3x", "²", "½", "Ⅷ", "--", "!!!", "<|endoftext|>", "</w>", "a_b",
+         "foo@bar.com", "\t", "\n ", "\u00a0", "\u3000", "\u200b", " ", "   ", "x" * 40, "'", "’s", "&amp;"]
+
+
+def many_prompts(count: int = 400) -> list[str]:
+    """Texts of every kind that users type, from nothing to far more than 77 tokens."""
+    draw = random_module.Random(0)
+    texts = ["", " ", "x" * 300, "word " * 120, "护" * 100]
+    while len(texts) < count:
+        words = draw.choices(PARTS, k=draw.choice([1, 2, 3, 5, 8, 40]))
+        texts.append(draw.choice(["", " ", ", "]).join(words))
+    return texts
+
+
+def equal_ids(ours, theirs) -> None:
+    prompts = many_prompts()
+    expected = theirs(prompts, padding="max_length", truncation=True, max_length=77, return_tensors="pt").input_ids
+    for prompt, row, wanted in zip(prompts, ours(prompts).tolist(), expected.tolist(), strict=True):
+        assert row == wanted, repr(prompt)
+
+
 CLIP_VOCABULARY = Path(__file__).resolve().parents[2] / "shared" / "clip_tokenizer"
 
 
 def test_a_grown_vocabulary_reads_the_same_in_transformers(tmp_path):
     texts = ["A photo of a red sneaker, in the background of a sunny beach", "sks D0123456789"] * 4
     train_tokenizer(texts, 640, 77, tmp_path / "tokenizer")
-    ours = load_tokenizer(tmp_path / "tokenizer")
-    theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path / "tokenizer")
-    prompts = [*texts[:2], *PROMPTS]
-    expected = theirs(prompts, padding="max_length", truncation=True, max_length=77, return_tensors="pt").input_ids
-    for prompt, row, wanted in zip(prompts, ours(prompts).tolist(), expected.tolist()):
-        assert row == wanted, prompt
+    equal_ids(load_tokenizer(tmp_path / "tokenizer"), transformers.CLIPTokenizer.from_pretrained(tmp_path / "tokenizer"))
 
 
-@pytest.mark.skipif(not CLIP_VOCABULARY.is_dir(), reason="CLIP's vocabulary is not at hand")
+vocabulary = pytest.mark.skipif(not CLIP_VOCABULARY.is_dir(), reason="CLIP's vocabulary is not at hand")
+
+
+@vocabulary
 def test_clips_own_vocabulary_gives_the_token_ids_of_transformers():
-    ours, theirs = load_tokenizer(CLIP_VOCABULARY), transformers.CLIPTokenizer.from_pretrained(CLIP_VOCABULARY)
-    expected = theirs(PROMPTS, padding="max_length", truncation=True, max_length=77, return_tensors="pt").input_ids
-    for prompt, row, wanted in zip(PROMPTS, ours(PROMPTS).tolist(), expected.tolist()):
-        assert row == wanted, prompt
+    equal_ids(load_tokenizer(CLIP_VOCABULARY), transformers.CLIPTokenizer.from_pretrained(CLIP_VOCABULARY))
+
+
+@vocabulary
+@pytest.mark.parametrize("version", ["sd15", "sd21"])
+def test_the_public_folders_settings_give_the_token_ids_of_transformers(tmp_path, version):
+    """SD 2.x pads with '!': its special_tokens_map.json says so, its tokenizer_config.json does not."""
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(CLIP_VOCABULARY / name, tmp_path)
+    configs = json.loads((CLIP_VOCABULARY.parent / "layouts" / f"{version}_diffusers_configs.json").read_text())
+    for name, content in configs.items():
+        if name.startswith("tokenizer/"):
+            write_json(content, tmp_path / name.removeprefix("tokenizer/"))
+    ours, theirs = load_tokenizer(tmp_path), transformers.CLIPTokenizer.from_pretrained(tmp_path)
+    assert ours.pad == {"sd15": 49407, "sd21": 0}[version]
+    equal_ids(ours, theirs)
+
+
+@vocabulary
+def test_a_tokenizer_json_is_read_too(tmp_path):
+    theirs = transformers.CLIPTokenizer.from_pretrained(CLIP_VOCABULARY)
+    theirs.save_pretrained(tmp_path)
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).unlink(missing_ok=True)
+    assert (tmp_path / "tokenizer.json").is_file()
+    equal_ids(load_tokenizer(tmp_path), theirs)
