@@ -29,11 +29,19 @@ def once(key: Hashable, make: Callable, value: Tensor | Reused):
     return value.made[key]
 
 
+def to_rows(x: Tensor, rows: int) -> Tensor:
+    """x (B, ...) repeated to (rows, ...). Guidance runs pictures with and without their prompts: until the first prompt
+    is read both are the same, and one row a picture does for both.
+    """
+    return x if len(x) == rows else x.repeat(rows // len(x), *[1] * (x.ndim - 1))
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> Tensor:
     """softmax(q kᵀ / √d) v in each of `heads` heads of d = C / heads channels.
 
     q (B, N, C); k, v (B, L, C) -> (B, N, C). With `causal`, position n sees positions 0..n only.
     """
+    q = to_rows(q, len(k))
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, N or L, d)
     x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)  # (B, heads, N, d)
     return x.transpose(1, 2).flatten(2)  # (B, N, C)
@@ -115,12 +123,16 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(channels)
 
     def forward(self, x: Tensor, context, M: Tensor | None = None) -> Tensor:
-        """x (B, N, C); context P (B, L, D), or with M (B, N, 1) the pair (P_fg, P_bg) -> (B, N, C)."""
+        """x (B, N, C); context P (B, L, D), or with M (B, N, 1) the pair (P_fg, P_bg) -> (B, N, C).
+
+        Where a prompt has several rows for each of x's, so has M and the result: see `to_rows`.
+        """
         x = x + self.attn1(self.norm1(x))
         if M is None:
-            x = x + self.attn2(self.norm2(x), context)  # Eq. 2
+            y = self.attn2(self.norm2(x), context)
         else:
-            x = x + self.attn2.mask_guided(self.norm2(x), *context, M)  # Eq. 3
+            y = self.attn2.mask_guided(self.norm2(x), *context, M)
+        x = to_rows(x, len(y)) + y  # Eq. 2, or with M Eq. 3
         return x + self.ff(self.norm3(x))
 
 
@@ -157,4 +169,4 @@ class SpatialTransformer(nn.Module):
         x = x.transpose(1, 2).unflatten(2, (h, w))  # (B, C, h, w)
         if not self.linear_projection:
             x = self.proj_out(x)
-        return x + residual
+        return to_rows(residual, len(x)) + x  # in this order: a sum lies in memory as its first term does

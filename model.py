@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention import Reused, SpatialTransformer, attend, mask_at, once
+from attention import Reused, SpatialTransformer, attend, mask_at, once, to_rows
 
 # ---------------------------------------------------------------- blocks
 
@@ -196,7 +196,8 @@ class UNetEncoder(nn.Module):
         for block in self.down_blocks:
             x, left = block(x, time, context, mask)
             skips += left
-        return self.mid_block(x, time, context, mask), skips
+        x = self.mid_block(x, time, context, mask)
+        return x, [to_rows(skip, len(x)) for skip in skips]
 
 
 class UNet(UNetEncoder):
@@ -337,7 +338,8 @@ def predict_noise(unet: UNet, z: Tensor, t: Tensor, prompts: Prompts, branches=(
 
     branches: pairs of a branch and its hint (B, 3, H, W); mask M (B, 1, H, W) of the product generated for.
     kept (B, 5, h, w): what an inpainting UNet reads beside z_t, the mask of what it paints and the latent of the rest.
-    What is the same at every step (prompts, hints, mask) may be Reused.
+    What is the same at every step (prompts, hints, mask) may be Reused. Prompts and mask may have n B rows, for n passes
+    of the same pictures; t is (1,) then, and the result (n B, 4, h, w).
     """
     residuals = None
     for branch, hint in branches:

@@ -104,7 +104,7 @@ def sample(unet: UNet, schedule: Schedule, prompts: Prompts, unconditional: Prom
 
     prompts, unconditional: encodings with and without the prompt, B rows each; branches, mask and kept as in
     `predict_noise`; z_ref (B, *shape): where given, z_T is this latent noised to the first timestep, not pure noise
-    (section 3.3). Both passes of the guidance run as one batch of 2B; guidance 1 runs the conditional one alone.
+    (section 3.3). Both passes of the guidance run as one batch; guidance 1 runs the conditional one alone.
     """
     weight = unet.conv_in.weight
     z_T = torch.cat([draw_noise(shape, g) for g in generators]).to(weight.device)  # float32 whatever the weights are
@@ -112,22 +112,17 @@ def sample(unet: UNet, schedule: Schedule, prompts: Prompts, unconditional: Prom
         first = torch.full((len(z_T),), schedule.timesteps(steps)[0], device=z_T.device)
         z_T = schedule.add_noise(z_ref.to(z_T), z_T, first)
 
-    def passes(x: Tensor) -> Tensor:
-        """For both passes of the guidance; numbers in the order in memory that convolutions like best."""
-        x = x if guidance == 1 else torch.cat([x, x])
-        return x.to(weight.dtype, memory_format=torch.channels_last)
-
+    passes = 1
     if guidance != 1:
-        prompts = Prompts(*(torch.cat(pair) for pair in zip(unconditional, prompts)))
-    # All that stays the same over the steps: what the networks make of it is computed at the first one only
+        passes, prompts = 2, Prompts(*(torch.cat(pair) for pair in zip(unconditional, prompts)))
+    # What stays the same over the steps: what the networks make of it is computed at the first one only
     prompts = Prompts(*map(Reused, prompts))
-    branches = [(branch, Reused(passes(hint))) for branch, hint in branches]
-    mask = None if mask is None else Reused(passes(mask))
-    kept = None if kept is None else passes(kept)
+    branches = [(branch, Reused(hint)) for branch, hint in branches]
+    mask = None if mask is None else Reused(mask.repeat(passes, 1, 1, 1))
 
     def eps_model(z: Tensor, t: int) -> Tensor:
         t_all = torch.full((1,), t, device=z.device)
-        output = predict_noise(unet, passes(z), t_all, prompts, branches, mask, kept).float()
+        output = predict_noise(unet, z.to(weight.dtype), t_all, prompts, branches, mask, kept).float()
         if guidance != 1:
             without, with_prompt = output.chunk(2)
             output = without + guidance * (with_prompt - without)  # classifier-free guidance

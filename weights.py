@@ -295,6 +295,8 @@ def fill(module: nn.Module, tensors: dict[str, Tensor], source: Path, device, dt
         raise BadInput(f"{source} does not fit a {type(module).__name__}: {'; '.join(problems[:3])}{more}"
                        f"{looks_like(tensors, kind_of(type(module)))}")
     module.load_state_dict({n: t.to(device=device, dtype=dtype) for n, t in named.items()}, assign=True)
+    if dtype in (torch.float16, torch.bfloat16):
+        module.to(memory_format=torch.channels_last)  # where convolutions in half precision are fastest
     return module.eval().requires_grad_(False)
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import model
-from attention import Attention, TransformerBlock, attend, mask_at
+from attention import Attention, Reused, TransformerBlock, attend, mask_at
 from conftest import SD1, inputs, random, randomise, relative_error
 from model import CategoryGenerator, ControlNet, PersonalityGenerator, Prompts, UNet, predict_noise
 from sampler import Schedule, ddim, ddim_step, sample, seeded
@@ -370,6 +370,30 @@ def test_ddim_recovers_z_0_exactly_from_a_perfect_eps():
 # ---------------------------------------------------------------- the whole loop
 
 
+@torch.inference_mode()
+def test_both_passes_of_the_guidance_in_one_batch_are_each_pass_alone(unet, cg, pg, monkeypatch):
+    """One row of z_t for two prompts, all that repeats Reused, over two steps: what plain calls give row by row.
+
+    And nothing is computed twice that needn't be: hint encoders and prompts' keys run at the first step only.
+    """
+    i, without = inputs(2), Prompts(*(random(2, 7, 24, seed=30 + k) for k in range(3)))
+    branches = [(cg, i.hint), (pg, i.hint_ref)]
+    both = Prompts(*(Reused(torch.cat(pair)) for pair in zip(without, i.prompts)))
+    reused = [(branch, Reused(hint)) for branch, hint in branches]
+    mask = Reused(i.mask.repeat(2, 1, 1, 1))
+    calls = []
+    for layer in (cg.controlnet_cond_embedding, unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k):
+        monkeypatch.setattr(layer, "forward", lambda x, f=layer.forward: calls.append(1) or f(x))
+    for t in (torch.tensor([981]), torch.tensor([41])):
+        together = predict_noise(unet, i.z, t, both, reused, mask)
+        assert len(calls) == 2
+        for half, prompts in zip(together.chunk(2), (without, i.prompts), strict=True):
+            seen = len(calls)
+            alone = predict_noise(unet, i.z, t.expand(2), prompts, branches, i.mask)
+            del calls[seen:]
+            assert relative_error(half, alone) < 1e-5
+
+
 class Still(nn.Module):
     """In the UNet's place: keeps what it is given and predicts zero noise."""
 
@@ -379,7 +403,7 @@ class Still(nn.Module):
 
     def forward(self, z, t, context, residuals=None):
         self.seen.append((z.clone(), t.clone(), context))
-        return torch.zeros_like(z)
+        return torch.zeros(len(context.value), *z.shape[1:])  # a row a prompt: those of both passes of the guidance
 
 
 @pytest.fixture
@@ -434,8 +458,7 @@ def test_with_a_reference_z_T_is_its_latent_noised_to_the_first_timestep(prompts
     z_T, t, _ = still.seen[0]
     assert len(still.seen) == 50 and (t == 981).all()
     expected = math.sqrt(a) * z_ref + math.sqrt(1 - a) * eps
-    for half in z_T.chunk(2):  # both passes of the guidance start from it
-        torch.testing.assert_close(half, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(z_T, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
