@@ -3,6 +3,7 @@ and the pictures that the reference pipelines make of the same weights and noise
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import generate
+import train
 from conftest import random, randomise, relative_error
 from generate import paint
 from model import CLIP, VAE, CategoryGenerator, ControlNet, TextEncoder, UNet
@@ -536,6 +538,19 @@ def test_branches_trained_beside_an_inpainting_base_read_z_alone(folders):
     rgb, mask = product(folders / "mug.png")
     with_branch = paint(sd, rgb, mask, [(MUG,) * 3], seeded(SEED), branch, steps=2)
     assert torch.allclose(with_branch, paint(sd, rgb, mask, [(MUG,) * 3], seeded(SEED), steps=2))  # zero convolutions
+
+
+def test_cg_trains_beside_an_inpainting_base_from_a_controlnets_single_file(folders, tmp_path):
+    write = "\n".join(json.dumps({"file_name": "mug.png", "category": "mug"}) for _ in range(2))
+    (tmp_path / "ads").mkdir()
+    shutil.copy(folders / "mug.png", tmp_path / "ads")
+    (tmp_path / "ads" / "metadata.jsonl").write_text(write)
+    control = load_control(folders / "control")
+    save_file(original_unet(control, "control_model."), tmp_path / "control.safetensors")
+    train.main([str(x) for x in ("cg", "--data", tmp_path / "ads", "--weights", folders / "inpainting", "--size", 128,
+                "--init-control", tmp_path / "control.safetensors", "--batch", 2, "--steps", 1, "--out", tmp_path / "run")])
+    trained = load_file(tmp_path / "run" / "cg" / UNET_FILES[0])
+    assert all((trained[name] - t).abs().max() < 1e-4 for name, t in control.state_dict().items())  # a step of lr 1e-5
 
 
 # ---------------------------------------------------------------- full size: python -m pytest -m full_size

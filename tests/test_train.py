@@ -181,6 +181,8 @@ def test_noise_offset_moves_each_pictures_noise_by_a_constant_a_channel():
 
 
 @pytest.mark.parametrize("arguments, message", [
+    (["cg", "--init", "d"], "--init belongs to the stages vae and unet"),
+    (["unet", "--init-control", "d"], "--init-control belongs to the stages cg and pg and joint"),
     (["paint"], "stage paint does not exist; the stages are vae, clip, unet, cg, pg, joint"),
     (["cg", "--resume", "--out", "{tmp}/none"], "nothing to resume"),
     (["clip", "--resume", "--out", "{tmp}/none"], "nothing to resume"),
