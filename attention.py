@@ -159,7 +159,7 @@ class SpatialTransformer(nn.Module):
         x = self.norm(x)
         if not self.linear_projection:
             x = self.proj_in(x)
-        x = x.flatten(2).transpose(1, 2)  # (B, hw, C)
+        x = x.flatten(2).transpose(1, 2).contiguous()  # (B, hw, C); once, or every layer below would copy it
         if self.linear_projection:
             x = self.proj_in(x)
         for block in self.transformer_blocks:

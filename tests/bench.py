@@ -108,7 +108,7 @@ if steps:
     marks, picture, mask = [], torch.rand(1, 3, 512, 512), torch.zeros(1, 1, 512, 512)
     mask[..., 128:384, 128:384] = 1
     begin = time.perf_counter()
-    paint(sd, picture, mask, [("a photo of mug", "mug", "sks 0")], seeded(0), cg, pg, picture, mask, steps=steps,
+    paint(sd, picture, mask, [("a photo of mug", "mug", "sks 0")], seeded(0), cg, pg, picture, mask, False, steps=steps,
           on_step=lambda *_: (device == "cuda" and torch.cuda.synchronize(), marks.append(time.perf_counter()))).cpu()
     out |= {"picture": time.perf_counter() - begin, "step": min(b - a for a, b in zip(marks, marks[1:]))}
 """
