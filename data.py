@@ -471,29 +471,27 @@ def dilate(mask: Tensor, theta: int) -> Tensor:
 
 
 def perturb(
-    image: Tensor, mask: Tensor, other: Tensor, generator: Generator, dilation: bool = True, mixup: bool = True
+    image: Tensor, mask: Tensor, other: Tensor, generator: Generator, theta: int = THETA,
+    sigma: tuple[float, float] = SIGMA
 ) -> Tensor:
     """PG's hint in training: a background in which neither the product's outline nor the elements can be just copied.
 
-    image I, other I_rand (3, H, W), mask M (1, H, W) -> (3, H, W). Fig. 7 compares neither step, dilation (with the
-    other changes of the mask), and both. All randomness is drawn from the CPU `generator`, so a run can be resumed.
+    image I, other I_rand (3, H, W), mask M (1, H, W) -> (3, H, W). theta in pixels of a 512 x 512 image, sigma the
+    range of σ. Fig. 7 compares neither step (theta 0: no change of the mask; sigma 1 to 1: no mixup), the first, and
+    both. All randomness is drawn from the CPU `generator`, so a run can be resumed.
     """
     h, w = mask.shape[1:]
-    if dilation:
-        theta = max(1, round(THETA * min(h, w) / 512))
-        M_aug = dilate(mask, theta)  # Eq. 5
+    if theta:
+        M_aug = dilate(mask, max(1, round(theta * min(h, w) / 512)))  # Eq. 5
         dy, dx = ((torch.rand(2, generator=generator) * 2 - 1) * TRANSLATION * torch.tensor([h, w])).int().tolist()
         moved = F.pad(M_aug, (dx, -dx, dy, -dy))
         # The union, so that the product itself stays hidden whatever is drawn
         M_aug = M_aug.maximum(moved).maximum(random_masks(h, w, generator))
     else:
         M_aug = mask
-    if mixup:
-        low, high = SIGMA
-        sigma = low + (high - low) * torch.rand((), generator=generator)
-        I_aug = sigma * image + (1 - sigma) * other  # Eq. 6
-    else:
-        I_aug = image
+    low, high = sigma
+    s = low + (high - low) * torch.rand((), generator=generator)  # σ
+    I_aug = s * image + (1 - s) * other  # Eq. 6
     return I_aug * (1 - M_aug)  # the paper prints I_aug ⊗ M_aug, a slip: PG must see the background
 
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from attention import Reused, SpatialTransformer, attend, mask_at, once, to_rows
 
@@ -92,8 +93,19 @@ class TimestepEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
+def run_layer(block: nn.Module, *inputs) -> Tensor:
+    """block.layer(*inputs). Where block.recompute is set (gradient checkpointing), what it computes on the way is not
+    kept for the backward pass but computed again there: half of the memory for a third more time.
+    """
+    if block.recompute and torch.is_grad_enabled():
+        return checkpoint(block.layer, *inputs, use_reentrant=False)
+    return block.layer(*inputs)
+
+
 class DownBlock(nn.Module):
     """One level of the encoder. Returns its output and what each layer leaves as a skip connection."""
+
+    recompute = False
 
     def __init__(self, layers: int, in_channels: int, out_channels: int, time_channels: int, norm: dict,
                  attention: dict | None, last: bool):
@@ -106,12 +118,14 @@ class DownBlock(nn.Module):
         if not last:
             self.downsamplers = nn.ModuleList([Downsample(out_channels)])
 
+    def layer(self, i, x, time, context, mask):
+        x = self.resnets[i](x, time)
+        return self.attentions[i](x, context, mask) if hasattr(self, "attentions") else x
+
     def forward(self, x, time, context, mask=None):
         skips = []
-        for i, resnet in enumerate(self.resnets):
-            x = resnet(x, time)
-            if hasattr(self, "attentions"):
-                x = self.attentions[i](x, context, mask)
+        for i in range(len(self.resnets)):
+            x = run_layer(self, i, x, time, context, mask)
             skips.append(x)
         if hasattr(self, "downsamplers"):
             x = self.downsamplers[0](x)
@@ -122,19 +136,26 @@ class DownBlock(nn.Module):
 class MidBlock(nn.Module):
     """The bottom: residual, attention, residual. (B, C, h, w) -> (B, C, h, w)."""
 
+    recompute = False
+
     def __init__(self, channels: int, time_channels: int, norm: dict, attention: dict):
         super().__init__()
         self.resnets = nn.ModuleList(
             ResnetBlock(channels, channels, time_channels=time_channels, **norm) for _ in range(2))
         self.attentions = nn.ModuleList([SpatialTransformer(channels, **attention)])
 
-    def forward(self, x, time, context, mask=None):
+    def layer(self, x, time, context, mask):
         x = self.attentions[0](self.resnets[0](x, time), context, mask)
         return self.resnets[1](x, time)
+
+    def forward(self, x, time, context, mask=None):
+        return run_layer(self, x, time, context, mask)
 
 
 class UpBlock(nn.Module):
     """One level of the decoder. Each layer takes one skip connection, the last ones left first."""
+
+    recompute = False
 
     def __init__(self, layers: int, in_channels: int, out_channels: int, skip_channels: list[int], time_channels: int,
                  norm: dict, attention: dict | None, last: bool):
@@ -148,11 +169,13 @@ class UpBlock(nn.Module):
         if not last:
             self.upsamplers = nn.ModuleList([Upsample(out_channels)])
 
+    def layer(self, i, x, skip, time, context):
+        x = self.resnets[i](torch.cat([x, skip], dim=1), time)
+        return self.attentions[i](x, context) if hasattr(self, "attentions") else x
+
     def forward(self, x, skips, time, context):
-        for i, resnet in enumerate(self.resnets):
-            x = resnet(torch.cat([x, skips.pop()], dim=1), time)
-            if hasattr(self, "attentions"):
-                x = self.attentions[i](x, context)
+        for i in range(len(self.resnets)):
+            x = run_layer(self, i, x, skips.pop(), time, context)
         return self.upsamplers[0](x) if hasattr(self, "upsamplers") else x
 
 
@@ -198,6 +221,11 @@ class UNetEncoder(nn.Module):
             skips += left
         x = self.mid_block(x, time, context, mask)
         return x, [to_rows(skip, len(x)) for skip in skips]
+
+    def recompute_activations(self) -> None:
+        """Gradient checkpointing from now on, see `run_layer`."""
+        for block in (*self.down_blocks, self.mid_block, *getattr(self, "up_blocks", ())):
+            block.recompute = True
 
 
 class UNet(UNetEncoder):

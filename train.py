@@ -1,20 +1,26 @@
-"""Training: Eq. 1 for CG and PG, and the stages that make the toy's own tiny Stable Diffusion.
+"""Training: Eq. 1 for CG and PG, on one process or many; and the stages that make the toy's own tiny Stable Diffusion.
 
-    python train.py cg                                  # the toy: its shipped base, its ads
+    python train.py cg                                                      # the toy: its shipped base, its ads
     python train.py pg --cg runs/cg/cg
-    python train.py cg --data BG60k --weights SD15      # the paper's settings (section 5.1)
-    python train.py cg --resume                         # goes on exactly where it stopped
+    python train.py cg --data BG60K --weights SD15                          # the paper's settings (section 5.1)
+    python train.py cg --resume                                             # goes on exactly where it stopped
+    torchrun --nproc_per_node 8 train.py cg --data BG60K --weights SD15     # on eight GPUs
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py ...   # on each of two
 
-Stages: vae, clip, unet make a base from pictures with captions; cg, then pg with CG frozen, or joint, train the paper's
-branches on a frozen base. One loop serves all; a stage is what is trained, on which samples, and its loss.
-Everything random in a step is drawn from the run's seed and the step's number, so that resuming needs no more state
-than weights, optimiser and step.
+Stages: vae, clip, unet (in toy/stages.py) make a base from pictures with captions; cg, then pg with CG frozen, or joint,
+train the paper's branches on a frozen base. One loop serves all; a stage is what is trained, on which samples, and its
+loss. Everything random about a sample is drawn from the run's seed and the sample's position in the run: how many
+processes share a batch, in how many parts it is computed and where a run was interrupted changes nothing.
 """
 
 import argparse
+import hashlib
 import json
 import math
+import os
 import random
+import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -24,29 +30,29 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data import (Ads, BadInput, Parser, canvas_size, categories_of, load_ad, one_line_errors, perturb, product_hint,
-                  read_items, save_image, sheet)
-from generate import IDENTIFIER, TOY, branch_path, categories_file, encode_prompts, load_branch, paint, prompt_texts, real, whole
-from model import (CLIP, VAE, CategoryGenerator, ControlNet, PersonalityGenerator, Prompts, TextEncoder, UNet,
-                   predict_noise)
+from data import (SIGMA, THETA, Ads, BadInput, Item, Parser, canvas_size, categories_of, load_ad, one_line_errors,
+                  perturb, product_hint, read_items, save_image, sheet)
+from generate import (IDENTIFIER, TOY, branch_path, categories_file, encode_prompts, load_branch, paint, prompt_texts,
+                      real, whole)
+from model import CategoryGenerator, ControlNet, PersonalityGenerator, Prompts, UNet, predict_noise
 from sampler import Schedule, seeded
 from toy.world import write_world
-from weights import (TEXT_FILES, UNET_FILES, StableDiffusion, check_folder, control_config, load_module,
-                     load_stable_diffusion, load_tokenizer, pick_device, read_json, save_control, save_module,
-                     train_tokenizer, write_atomic, write_json)
+from weights import (StableDiffusion, check_folder, control_config, load_stable_diffusion, pick_device, read_json,
+                     read_tensors, save_control, write_atomic)
 
 TOY_DATA = TOY / "data"
 
 # Section 5.1; what it does not say is as in ControlNet: AdamW, no schedule, half of the prompts dropped.
-PAPER = dict(lr=1e-5, batch=128, epochs=300, size=512, ema=0.0, warmup=0, decay=0.0, noise_offset=0.0,
+PAPER = dict(lr=1e-5, batch=128, micro_batch=4, epochs=300, size=512, ema=0.0, warmup=0, decay=0.0, noise_offset=0.0,
              weighting="uniform")
 PROMPT_DROPOUT = 0.5
 CLIP_GRADIENT = 1.0  # gradients longer than this are shortened to it: ours, neither the paper's nor ControlNet's
@@ -60,51 +66,19 @@ TOY_SETTINGS = {
                  weighting="min-snr"),
     "cg": TOY_BRANCH | dict(steps=4500), "pg": TOY_BRANCH, "joint": TOY_BRANCH,
 }  # fmt: skip
-KL = 1e-3  # stage vae: weight of the KL term
+BRANCHES, TOY_STAGES = ("cg", "pg", "joint"), ("vae", "clip", "unet")
 
-# The tiny Stable Diffusion: f = 4, so that 128-px pictures keep their edges; all else is SD 1.5's shape made small.
-TOY_VAE = {"_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "latent_channels": 4,
-           "block_out_channels": [32, 64, 96], "layers_per_block": 1, "norm_num_groups": 8, "act_fn": "silu",
-           "down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3}
-TOY_UNET = {"_class_name": "UNet2DConditionModel", "in_channels": 4, "out_channels": 4, "act_fn": "silu",
-            "block_out_channels": [48, 64, 96, 112], "layers_per_block": 1, "attention_head_dim": [1, 1, 2, 4],
-            "cross_attention_dim": 128, "norm_num_groups": 8, "norm_eps": 1e-5,
-            "flip_sin_to_cos": True, "freq_shift": 0,
-            "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 3,
-            "up_block_types": ["CrossAttnUpBlock2D"] * 3 + ["UpBlock2D"]}
-TOY_TEXT = {"model_type": "clip_text_model", "architectures": ["CLIPTextModel"], "hidden_size": 128,
-            "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 32,
-            "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": 128}
-TOY_VISION = {"model_type": "clip_vision_model", "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3,
-              "num_attention_heads": 4, "image_size": 128, "patch_size": 16, "num_channels": 3,
-              "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": 128}
-TOY_VOCABULARY = 1024  # 512 for single bytes, the rest grown from the captions
+# ---------------------------------------------------------------- processes
 
 
-# ---------------------------------------------------------------- the loop
+def processes() -> tuple[int, int]:
+    """This process's rank and how many there are, as torchrun says."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-@dataclass
-class Task:
-    """What a stage trains."""
-
-    modules: dict[str, nn.Module]  # trained, by name
-    samples: Dataset  # samples[(index, seed)] -> dict of tensors
-    loss: Callable[[dict, torch.Generator], Tensor]  # a batch -> scalar
-    draw: Callable  # () -> PIL sheet of what the model does now
-    save: Callable[[Path], None]  # writes the public folders
-
-
-def mixed_precision(args) -> torch.autocast:
-    """With --amp, a context in which matrix products and convolutions are computed in bfloat16."""
-    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.amp)
-
-
-def learning_rate(step: int, args) -> float:
-    """Linear warm-up, constant, linear decay over the last part of the run. The paper's is constant throughout."""
-    up = min(1.0, (step + 1) / args.warmup) if args.warmup else 1.0
-    down = min(1.0, (args.steps - step) / (args.decay * args.steps)) if args.decay else 1.0
-    return args.lr * up * down
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def seed_of(*parts: object) -> int:
@@ -113,10 +87,14 @@ def seed_of(*parts: object) -> int:
 
 
 class Batches:
-    """Sampler: every index once an epoch in random order, each with a seed of its own, from step `start` on."""
+    """Sampler: every index once an epoch in random order, each with a seed of its own, from step `start` on.
 
-    def __init__(self, count: int, batch: int, seed: int, start: int, steps: int):
+    Of each batch one process of several gets every `world`-th sample, from its rank on.
+    """
+
+    def __init__(self, count: int, batch: int, seed: int, start: int, steps: int, rank: int = 0, world: int = 1):
         self.count, self.batch, self.seed, self.start, self.steps = count, batch, seed, start, steps
+        self.rank, self.world = rank, world
 
     def __len__(self) -> int:
         return self.steps - self.start
@@ -128,54 +106,114 @@ class Batches:
             for position in range(step * self.batch, (step + 1) * self.batch):
                 if position // self.count != epoch:
                     epoch = position // self.count
-                    generator = torch.Generator().manual_seed(seed_of(self.seed, "order", epoch))
+                    generator = Generator().manual_seed(seed_of(self.seed, "order", epoch))
                     order = torch.randperm(self.count, generator=generator).tolist()
                 keys.append((order[position % self.count], seed_of(self.seed, "sample", position)))
-            yield keys
+            yield keys[self.rank :: self.world]
+
+
+# ---------------------------------------------------------------- the loop
+
+
+@dataclass
+class Task:
+    """What a stage trains."""
+
+    modules: dict[str, nn.Module]  # trained, by name
+    samples: Dataset  # samples[(index, seed)] -> dict of tensors
+    loss: Callable[[dict, Generator], Tensor]  # a batch -> scalar
+    draw: Callable  # () -> PIL sheet of what the model does now
+    save: Callable[[Path], None]  # writes the public folders
+
+
+class Step(nn.Module):
+    """A task's loss as a module, whose gradients DistributedDataParallel averages over the processes."""
+
+    def __init__(self, task: Task):
+        super().__init__()
+        self.trained, self.loss = nn.ModuleDict(task.modules), task.loss
+
+    def forward(self, batch: dict, generator: Generator) -> Tensor:
+        return self.loss(batch, generator)
+
+
+def mixed_precision(args) -> torch.autocast:
+    """With --amp, a context in which matrix products and convolutions are computed in half precision."""
+    return torch.autocast(torch.device(args.device).type, args.amp, enabled=args.amp is not None)
+
+
+def memory_format(args) -> torch.memory_format:
+    """The order of a picture's numbers in memory that convolutions like best: float32 of full size is the exception."""
+    return torch.channels_last if args.amp or args.size <= 128 else torch.contiguous_format
+
+
+def learning_rate(step: int, args) -> float:
+    """Linear warm-up, constant, linear decay over the last part of the run. The paper's is constant throughout."""
+    up = min(1.0, (step + 1) / args.warmup) if args.warmup else 1.0
+    down = min(1.0, (args.steps - step) / (args.decay * args.steps)) if args.decay else 1.0
+    return args.lr * up * down
 
 
 def run(task: Task, args) -> None:
-    """Trains a task to args.steps, with log, sheets and checkpoints in args.out/training/<stage>."""
-    folder = args.out / "training" / args.stage
+    """Trains a task to args.steps, with log, sheets and checkpoints in args.out/training/<stage>.
+
+    On SIGTERM the step is finished, a checkpoint written, and the program left with status 143.
+    """
+    (rank, world), folder = processes(), args.out / "training" / args.stage
     for module in task.modules.values():
-        module.to(memory_format=torch.channels_last)  # the order of numbers in memory that convolutions like best
+        module.to(memory_format=memory_format(args))
     # On a CPU the fused attention's backward pass is slow: at the toy's size plain matrix products train faster
     small = args.device == "cpu" and args.size <= 128
     attention = partial(sdpa_kernel, SDPBackend.MATH) if small else nullcontext
     parameters = {f"{m}.{n}": p for m, module in task.modules.items() for n, p in module.named_parameters()}
     optimizer = torch.optim.AdamW(parameters.values(), args.lr, weight_decay=args.weight_decay)
+    # Half-precision gradients would vanish below 6e-8: in float16 the loss is scaled up, and the gradients back down
+    scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=args.amp == torch.float16)
     ema = {n: p.detach().clone() for n, p in parameters.items()} if args.ema else {}
-    start = load_checkpoint(args, parameters, ema, optimizer) if args.resume else 0
+    start = load_checkpoint(args, parameters, ema, optimizer, scaler) if args.resume else 0
     if start >= args.steps:
         raise BadInput(f"{folder} is already at step {start}; to train further give --steps above {start}")
-    folder.mkdir(parents=True, exist_ok=True)
-    log_file = folder / "log.jsonl"
-    kept = log_file.read_text(encoding="utf-8").splitlines(keepends=True) if args.resume and log_file.exists() else []
-    log_file.write_text("".join(line for line in kept if json.loads(line)["step"] <= start), encoding="utf-8")
+    model = Step(task)
+    if world > 1:
+        model = DistributedDataParallel(model)
+    log = open_log(folder / "log.jsonl", start) if rank == 0 else None
 
-    micro = args.batch // args.accumulate
-    loader = DataLoader(task.samples, num_workers=args.workers,
-                        batch_sampler=Batches(len(task.samples), args.batch, args.seed, start, args.steps))
-    bar = tqdm(loader, initial=start, total=args.steps, unit="step", disable=not sys.stderr.isatty())
-    log = open(log_file, "a", encoding="utf-8")
+    loader = DataLoader(task.samples, num_workers=args.workers, pin_memory=args.device != "cpu", batch_sampler=Batches(
+        len(task.samples), args.batch, args.seed, start, args.steps, rank, world))
+    bar = tqdm(loader, initial=start, total=args.steps, unit="step", disable=rank > 0 or not sys.stderr.isatty())
+    stopped = []
+    signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
     average, clock, seen = None, time.perf_counter(), 0
     for step, batch in enumerate(bar, start):
         lr = learning_rate(step, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        generator = torch.Generator().manual_seed(seed_of(args.seed, "step", step))
-        total = 0.0
-        for i in range(args.accumulate):
-            part = {k: v[i * micro : (i + 1) * micro].to(args.device) for k, v in batch.items()}
-            with mixed_precision(args), attention():
-                loss = task.loss(part, generator) / args.accumulate
-            loss.backward()
-            total += loss.item()
+        generator = Generator().manual_seed(seed_of(args.seed, "step", step, *([rank] if rank else [])))
+        parts = args.batch // world // args.micro_batch
+        total = torch.zeros(2)  # the loss, and whether to stop
+        for i in range(parts):
+            micro = slice(i * args.micro_batch, (i + 1) * args.micro_batch)
+            part = {k: v[micro].to(args.device, non_blocking=True) for k, v in batch.items()}
+            last = nullcontext() if world == 1 or i == parts - 1 else model.no_sync()
+            try:
+                with last, mixed_precision(args), attention():
+                    loss = model(part, generator) / parts
+                    scaler.scale(loss).backward()
+            except torch.OutOfMemoryError:
+                raise BadInput(f"--micro-batch {args.micro_batch} does not fit the memory of {args.device}: give a smaller "
+                               "one, or add --amp or --checkpointing") from None
+            total[0] += loss.item()
+        total[1] = len(stopped)
+        if world > 1:
+            dist.all_reduce(total)
+        total, stop = total[0].item() / world, bool(total[1])
         if not math.isfinite(total):
             raise BadInput(f"the loss is {total} at step {step}; what {folder} holds of earlier steps is good: "
                            "resume from it, or start again, with a lower --lr")
+        scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(parameters.values(), CLIP_GRADIENT)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad(set_to_none=True)
         if ema:
             rate = min(args.ema, (1 + step) / (10 + step))
@@ -183,21 +221,35 @@ def run(task: Task, args) -> None:
 
         done, seen = step + 1, seen + args.batch
         average = total if average is None else 0.98 * average + 0.02 * total
-        if done % args.log_every == 0 or done == args.steps:
-            speed = seen / (time.perf_counter() - clock)
-            clock, seen = time.perf_counter(), 0
-            bar.set_postfix_str(f"loss {average:.4f}, lr {lr:.1e}, {speed:.1f} images/s")
-            line = {"step": done, "loss": round(average, 6), "lr": lr, "images_per_second": round(speed, 2)}
-            log.write(json.dumps(line | {"time": round(time.time(), 1)}) + "\n")
-            log.flush()
-        if done % args.sample_every == 0 or done == args.steps:
-            with averaged(parameters, ema), torch.no_grad():
-                task.save(args.out)
-                save_image(task.draw(), folder / f"sheet_{done:06}.png")
-            clock, seen = time.perf_counter(), 0
-        if done % args.save_every == 0 or done == args.steps:
-            save_checkpoint(args, done, parameters, ema, optimizer)
-    log.close()
+        if rank == 0:
+            if done % args.log_every == 0 or done == args.steps:
+                speed = seen / (time.perf_counter() - clock)
+                clock, seen = time.perf_counter(), 0
+                bar.set_postfix_str(f"loss {average:.4f}, lr {lr:.1e}, {speed:.1f} images/s")
+                line = {"step": done, "loss": round(average, 6), "lr": lr, "images_per_second": round(speed, 2)}
+                log.write(json.dumps(line | {"time": round(time.time(), 1)}) + "\n")
+                log.flush()
+            if done % args.sample_every == 0 or done == args.steps:
+                with averaged(parameters, ema), torch.no_grad(), mixed_precision(args):
+                    task.save(args.out)
+                    save_image(task.draw(), folder / f"sheet_{done:06}.png")
+                clock, seen = time.perf_counter(), 0
+            if done % args.save_every == 0 or done == args.steps or stop:
+                save_checkpoint(args, done, parameters, ema, optimizer, scaler)
+        if stop and done < args.steps:
+            barrier()
+            print(f"stopped at step {done}; --resume goes on from there", file=sys.stderr)
+            raise SystemExit(128 + signal.SIGTERM)
+    if log:
+        log.close()
+
+
+def open_log(file: Path, start: int):
+    """A log to append to, without the lines of steps after `start` that an interrupted run has left."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if start and file.exists() else []
+    file.write_text("".join(line for line in lines if json.loads(line)["step"] <= start), encoding="utf-8")
+    return open(file, "a", encoding="utf-8")
 
 
 class averaged:
@@ -214,122 +266,192 @@ class averaged:
     __enter__ = __exit__ = swap
 
 
-def checkpoint_of(args) -> Path:
-    return args.out / "training" / args.stage / "checkpoint.safetensors"
+# ---------------------------------------------------------------- checkpoints
+
+
+def checkpoints(args) -> list[Path]:
+    """The run's checkpoints, oldest first."""
+    return sorted((args.out / "training" / args.stage).glob("checkpoint_*.safetensors"))
 
 
 def settings_of(args) -> dict:
     """What must stay the same for a resumed run to be the run that was interrupted."""
-    names = ("batch", "accumulate", "steps", "size", "lr", "warmup", "decay", "weight_decay", "ema", "noise_offset",
-             "weighting", "seed")
+    names = ("batch", "steps", "size", "lr", "warmup", "decay", "weight_decay", "ema", "noise_offset", "weighting",
+             "prompt_dropout", "theta", "sigma", "seed")
     return {name: getattr(args, name) for name in names}
 
 
-def save_checkpoint(args, step: int, parameters: dict, ema: dict, optimizer) -> None:
-    """Weights, averages and Adam's moments in one safetensors file, the step and the settings in its header."""
+def save_checkpoint(args, step: int, parameters: dict, ema: dict, optimizer, scaler) -> None:
+    """Weights, averages and Adam's moments in one safetensors file, the step and the settings in its header.
+
+    The newest --keep stay. Random states need no saving: they follow from seed and step.
+    """
     tensors = {f"weights.{n}": p.detach() for n, p in parameters.items()} | {f"ema.{n}": p for n, p in ema.items()}
     for name, p in parameters.items():
         for moment in ("exp_avg", "exp_avg_sq"):
             if p in optimizer.state:
                 tensors[f"{moment}.{name}"] = optimizer.state[p][moment]
-    header = {"step": str(step), "settings": json.dumps(settings_of(args))}
-    write_atomic(checkpoint_of(args),
-                 lambda path: save_file({n: t.contiguous() for n, t in tensors.items()}, path, header))
+    header = {"step": str(step), "settings": json.dumps(settings_of(args)), "scaler": json.dumps(scaler.state_dict())}
+    path = args.out / "training" / args.stage / f"checkpoint_{step:08}.safetensors"
+    try:
+        write_atomic(path, lambda new: save_file({n: t.contiguous() for n, t in tensors.items()}, new, header))
+    except (OSError, SafetensorError) as error:
+        left = [old.name for old in checkpoints(args)[-1:]]
+        raise BadInput(f"{path} can't be written ({error}); make room and add --resume"
+                       f"{f': {left[0]} is whole' if left else ''}") from None
+    for old in checkpoints(args)[: -args.keep]:
+        old.unlink()
+    for left in path.parent.glob(".checkpoint_*"):  # by a process killed while it wrote
+        shutil.rmtree(left)
 
 
-def load_checkpoint(args, parameters: dict, ema: dict, optimizer) -> int:
-    """Fills everything from the run's checkpoint -> its step. Says on stderr which settings are not the run's own.
+def load_checkpoint(args, parameters: dict, ema: dict, optimizer, scaler) -> int:
+    """Fills everything from the run's newest checkpoint -> its step. Says on stderr which settings are not the run's own.
 
     Raises BadInput where the checkpoint is broken or of another model.
     """
-    path = checkpoint_of(args)
+    path = checkpoints(args)[-1]
     try:
         with safe_open(path, framework="pt") as file, torch.no_grad():
-            step, settings = int(file.metadata()["step"]), json.loads(file.metadata()["settings"])
-            names = set(file.keys())
+            header = file.metadata()
+            step, settings = int(header["step"]), json.loads(header["settings"])
             for name, p in parameters.items():
                 p.copy_(file.get_tensor(f"weights.{name}"))
-                if name in ema:
+                if ema:
                     ema[name].copy_(file.get_tensor(f"ema.{name}"))
-                if f"exp_avg.{name}" in names:
-                    moments = {m: torch.empty_like(p).copy_(file.get_tensor(f"{m}.{name}"))  # in p's memory format
+                if f"exp_avg.{name}" in file.keys():
+                    moments = {m: torch.empty_like(p).copy_(file.get_tensor(f"{m}.{name}"))
                                for m in ("exp_avg", "exp_avg_sq")}
                     optimizer.state[p] = {"step": torch.tensor(float(step)), **moments}
+            if scaler.is_enabled():
+                scaler.load_state_dict(json.loads(header["scaler"]))
     except (RuntimeError, KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
         raise BadInput(f"{path} is broken, or of another model or other settings ({str(error).splitlines()[0]}); "
-                       "give the options of the run, or start anew with another --out") from None
-    changed = [f"{name} {settings.get(name)} -> {value}" for name, value in settings_of(args).items()
+                       "give the options of the run, or remove it to go on from the one before") from None
+    changed = [f"{name} {settings.get(name)} -> {value}" for name, value in json.loads(json.dumps(settings_of(args))).items()
                if settings.get(name) != value]
     if changed:
         print(f"resumed with other settings than the run's: {', '.join(changed)}", file=sys.stderr)
     return step
 
 
+# ---------------------------------------------------------------- what frozen networks make of the data, once
+
+
+def cached(folder: Path, key: object, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors computed once and kept in a file named by a hash of all they depend on; memory-mapped.
+
+    Nothing stale is read: what has changed has another name. An interrupted computation leaves nothing.
+    """
+    path = folder / f"{hashlib.blake2b(json.dumps(key).encode(), digest_size=16).hexdigest()}.safetensors"
+    if not path.exists():
+        write_atomic(path, lambda new: save_file({n: t.contiguous() for n, t in compute().items()}, new))
+    return read_tensors(path)
+
+
+def digest(module: nn.Module) -> str:
+    """A hash of a module's weights."""
+    h = hashlib.blake2b(digest_size=16)
+    for p in module.state_dict().values():
+        h.update(p.contiguous().reshape(-1).view(torch.uint8).cpu().numpy())
+    return h.hexdigest()
+
+
+def stamp(path: Path | None) -> list:
+    """What changes when a file does."""
+    return [str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns] if path else []
+
+
+class Latents:
+    """The frozen VAE, once over a data set: mean and log-variance of every latent, in files of `PART` items each.
+
+    latents[i] -> mean, standard deviation, both (4, h, w) float32, scaled as the UNet's; and for an inpainting UNet what
+    it reads beside z_t, (5, h, w), else None. Processes share the work; files that are there already are not made again.
+    """
+
+    PART = 1024
+
+    def __init__(self, sd: StableDiffusion, items: list[Item], args):
+        rank, world = processes()
+        self.scale, ads = sd.vae.scaling_factor, Ads(items, args.size)
+        weights = [digest(sd.vae), args.size, str(args.amp), sd.unet.config["in_channels"]]
+        starts = range(0, len(items), self.PART)
+        keys = [weights + [[stamp(i.image), stamp(i.mask), i.inverted] for i in items[s : s + self.PART]] for s in starts]
+        bar = tqdm(total=len(items), desc="encoding", unit="image", disable=rank > 0 or not sys.stderr.isatty())
+
+        def encode(start: int) -> dict[str, Tensor]:
+            rows = {}
+            indices = range(start, min(start + self.PART, len(items)))
+            loader = DataLoader(torch.utils.data.Subset(ads, indices), args.micro_batch, num_workers=args.workers)
+            for batch in loader:
+                image, mask = batch["image"].to(args.device), batch["mask"].to(args.device)
+                with torch.no_grad(), mixed_precision(args):
+                    mean, logvar = sd.vae.encode(2 * image.to(sd.vae.quant_conv.weight) - 1)
+                    made = {"mean": mean, "logvar": logvar, "kept": sd.kept(image.to(mean), mask)}
+                for name, x in made.items():
+                    if x is not None:
+                        rows.setdefault(name, []).append(x.to("cpu", torch.float16))
+                bar.update(len(image) * world)
+            return {name: torch.cat(x) for name, x in rows.items()}
+
+        for start, key in list(zip(starts, keys))[rank::world]:
+            cached(args.cache, key, partial(encode, start))
+        bar.close()
+        barrier()
+        self.parts = [cached(args.cache, key, partial(encode, start)) for start, key in zip(starts, keys)]
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        part, row = self.parts[index // self.PART], index % self.PART
+        mean, std = part["mean"][row].float(), (part["logvar"][row].float() / 2).exp()
+        return mean * self.scale, std * self.scale, part["kept"][row].float() if "kept" in part else None
+
+
 # ---------------------------------------------------------------- samples
 
 
 class Samples(Dataset):
-    """Ads by (index, seed); all randomness of a sample comes from its seed. `perturbed` adds PG's hint (Eq. 5, 6)."""
+    """Training samples by (index, seed); all randomness of one comes from its seed, on whichever worker makes it.
 
-    def __init__(self, items: list, size: int, perturbed: bool = False):
-        self.ads, self.perturbed = Ads(items, size), perturbed
+    {"index"} and, of `pictures`, {"image", "mask"}; `perturbed` adds PG's hint "background" (Eq. 5, 6); with `latents`
+    what one step of Eq. 1 draws: "z_0", "eps", "t", and whether the prompt is "dropped".
+    """
+
+    def __init__(self, items: list[Item], args, latents: Latents | None = None, pictures: bool = True,
+                 perturbed: bool = False):
+        self.ads, self.args, self.latents = Ads(items, args.size), args, latents
+        self.pictures, self.perturbed = pictures, perturbed
 
     def __len__(self) -> int:
         return len(self.ads)
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         index, seed = key
-        sample = self.ads[index]
+        args, generator = self.args, Generator().manual_seed(seed)
+        sample = self.ads[index] if self.pictures else {"index": index}
         if self.perturbed:
-            generator = torch.Generator().manual_seed(seed)
             other = self.ads[int(torch.randint(len(self), (), generator=generator))]["image"]
-            sample["background"] = perturb(sample["image"], sample["mask"], other, generator)
+            sample["background"] = perturb(sample["image"], sample["mask"], other, generator, args.theta, args.sigma)
+        if self.latents:
+            mean, std, kept = self.latents[sample["index"]]
+            sample["z_0"], sample["eps"], sample["t"] = diffuse(mean, std, generator, args.noise_offset)
+            sample["dropped"] = torch.rand((), generator=generator) < args.prompt_dropout
+            if kept is not None:
+                sample["kept"] = kept
         return sample
 
 
-class Indices(Dataset):
-    """Nothing but the index, for a stage that trains on cached latents alone."""
-
-    def __init__(self, count: int):
-        self.count = count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, key: tuple[int, int]) -> dict:
-        return {"index": key[0]}
-
-
-@torch.no_grad()
-def encode_latents(sd: StableDiffusion, items: list, args) -> tuple[Tensor, Tensor]:
-    """The frozen VAE, once over the data set -> mean and standard deviation of every latent, (N, 4, h, w), scaled."""
-    count, shape = len(items), sd.latent_shape(args.size, args.size)
-    mean, std = torch.empty(count, *shape), torch.empty(count, *shape)
-    loader = DataLoader(Ads(items, args.size), batch_size=args.batch // args.accumulate, num_workers=args.workers)
-    start = 0
-    for images in tqdm(loader, desc="encoding", unit="batch", disable=not sys.stderr.isatty()):
-        with mixed_precision(args):
-            m, logvar = sd.vae.encode(2 * images["image"].to(args.device) - 1)
-        mean[start : start + len(m)] = m * sd.vae.scaling_factor
-        std[start : start + len(m)] = (logvar / 2).exp() * sd.vae.scaling_factor
-        start += len(m)
-    return mean, std
-
-
-def diffuse(schedule: Schedule, mean: Tensor, std: Tensor, generator,
-            noise_offset: float = 0.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A draw of z_0, a timestep each, and noise -> z_t, t, ε, z_0. Drawn on the CPU: no device changes a run.
+def diffuse(mean: Tensor, std: Tensor, generator: Generator, noise_offset: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """A draw of z_0 (4, h, w) from the VAE's posterior, noise ε of its shape, and a timestep t ().
 
     SD's noisiest z_t still tells the picture's mean, which the pure noise that sampling starts from does not: dark
     scenes come out grey. With noise_offset > 0 the mean of ε varies too (Guttenberg 2023), and the model relies on the
     prompt for the brightness.
     """
-    draw = torch.randn(2, *mean.shape, generator=generator).to(mean)
+    draw = torch.randn(2, *mean.shape, generator=generator)
     z_0, eps = mean + std * draw[0], draw[1]
     if noise_offset:
-        eps = eps + noise_offset * torch.randn(*mean.shape[:2], 1, 1, generator=generator).to(mean)
-    t = torch.randint(schedule.T, (len(mean),), generator=generator).to(mean.device)
-    return schedule.add_noise(z_0, eps, t), t, eps, z_0
+        eps = eps + noise_offset * torch.randn(len(mean), 1, 1, generator=generator)
+    return z_0, eps, torch.randint(Schedule().T, (), generator=generator)
 
 
 def timestep_weights(schedule: Schedule, kind: str) -> Tensor:
@@ -354,13 +476,13 @@ def branch_task(args) -> Task:
     sd = load_stable_diffusion(args.weights, args.device, tokenizer=args.tokenizer)
     canvas_size(1, 1, args.size, sd.multiple)  # says so where the size does not fit the base
     items, notes = read_items(args.data)
-    print(*notes, sep="\n", file=sys.stderr)
+    if processes()[0] == 0:
+        print(*notes, sep="\n", file=sys.stderr)
     cg = load_branch("category", args.cg, sd, args) if args.stage == "pg" else None
     categories = read_json(categories_file(args.cg)) if cg else categories_of(items)
     unknown = sorted({item.category for item in items} - set(categories))
     if unknown:
         raise BadInput(f"{args.data}: category {unknown[0]} was not in CG's training set; train CG on this data first")
-    texts = [prompt_texts(item.category, IDENTIFIER.format(categories.index(item.category))) for item in items]
 
     config = control_config(sd.unet.config, sd.vae.factor)
     modules: dict[str, ControlNet] = {}
@@ -370,37 +492,51 @@ def branch_task(args) -> Task:
     if args.stage in ("pg", "joint"):
         modules["pg"] = PersonalityGenerator(config).to(args.device)
     pg = modules.get("pg")
-    for name, module in modules.items():
+    for module in modules.values():
         module.init_from_unet(sd.unet)
         if args.init_control:
             module.load_state_dict(load_branch("controlnet", args.init_control, sd, args).state_dict())
-    for frozen in {sd.unet, cg} - {*modules.values()}:
-        frozen.to(memory_format=torch.channels_last)  # as `run` does with what is trained
+    for frozen in {sd.unet, sd.vae, sd.text_encoder, cg} - {*modules.values(), None}:
+        frozen.to(args.amp or torch.float32, memory_format=memory_format(args))  # as `run` orders what is trained
+    for network in (sd.unet, *modules.values()) if args.checkpointing else ():
+        network.recompute_activations()
 
     weight = timestep_weights(sd.schedule, args.weighting).to(args.device)
     shown = load_shown(items, categories, args)
-    mean, std = encode_latents(sd, items, args)
-    encoded: dict[tuple, Prompts] = {}
-
-    def prompts(indices: list[int], dropped: list[bool]) -> Prompts:
-        wanted = [("", "", "") if drop else texts[i] for i, drop in zip(indices, dropped)]
-        for triple in set(wanted) - set(encoded):
-            encoded[triple] = encode_prompts(sd, [triple])
-        return Prompts(*(torch.cat(parts) for parts in zip(*(encoded[triple] for triple in wanted))))
+    latents = Latents(sd, items, args)
+    table = prompt_table(sd, categories, args)
+    row = torch.tensor([categories.index(item.category) for item in items])
+    sd = replace(sd, vae=None, text_encoder=None)  # training needs neither any more
 
     def loss(batch: dict, generator) -> Tensor:
-        indices, image, mask = batch["index"].tolist(), batch["image"], batch["mask"]
-        z_t, t, eps, z_0 = diffuse(sd.schedule, mean[indices].to(args.device), std[indices].to(args.device), generator,
-                                   args.noise_offset)
-        dropped = (torch.rand(len(indices), generator=generator) < PROMPT_DROPOUT).tolist()
+        z_0, eps, t, image, mask = (batch[name] for name in ("z_0", "eps", "t", "image", "mask"))
+        rows = torch.where(batch["dropped"].cpu(), len(categories), row[batch["index"].cpu()])
+        prompts = Prompts(*table[rows].to(args.device).unbind(1))
         branches = [(cg, product_hint(image, mask))] + ([(pg, batch["background"])] if pg else [])
-        output = predict_noise(sd.unet, z_t, t, prompts(indices, dropped), branches, mask, sd.kept(image, mask))
+        z_t = sd.schedule.add_noise(z_0, eps, t)
+        output = predict_noise(sd.unet, z_t, t, prompts, branches, mask, batch.get("kept")).float()
         error = (output - sd.schedule.target(z_0, eps, t)).square().mean(dim=(1, 2, 3))  # Eq. 1
         return (error * weight[t]).mean()
 
-    return Task(modules, Samples(items, args.size, perturbed=pg is not None), loss,
-                lambda: draw_branches(sd, cg, pg, shown, args),
+    return Task(modules, Samples(items, args, latents, perturbed=pg is not None), loss,
+                lambda: draw_branches(sd.unet, cg, pg, shown, args),
                 lambda out: [save_control(m, out / n, args.save_dtype, categories) for n, m in modules.items()])
+
+
+def prompt_table(sd: StableDiffusion, categories: list[str], args) -> Tensor:
+    """The encodings of P, P_fg and P_bg of every category, and of '' last: (C + 1, 3, L, D), memory-mapped."""
+    texts = [prompt_texts(name, IDENTIFIER.format(i)) for i, name in enumerate(categories)] + [("", "", "")]
+
+    def encode() -> dict[str, Tensor]:
+        with torch.no_grad(), mixed_precision(args):
+            triples = [torch.stack([*encode_prompts(sd, [triple])], dim=1) for triple in texts]  # (1, 3, L, D) each
+        return {"prompts": torch.cat(triples).cpu()}
+
+    key = [digest(sd.text_encoder), sd.tokenizer.bpe.to_str(), texts, str(args.amp)]
+    if processes()[0] == 0:
+        cached(args.cache, key, encode)
+    barrier()
+    return cached(args.cache, key, encode)["prompts"]
 
 
 def load_shown(items: list, categories: list[str], args, count: int = 8) -> list[tuple]:
@@ -422,8 +558,10 @@ def load_shown(items: list, categories: list[str], args, count: int = 8) -> list
     return shown
 
 
-def draw_branches(sd: StableDiffusion, cg, pg, shown: list[tuple], args):
+def draw_branches(unet: UNet, cg, pg, shown: list[tuple], args):
     """A column each: product, with PG the reference, the picture painted, and the ad that the product is from."""
+    fresh = load_stable_diffusion(args.weights, "cpu", tokenizer=args.tokenizer)  # VAE and text encoder, for a moment
+    sd = replace(fresh, unet=unet, vae=fresh.vae.to(args.device), text_encoder=fresh.text_encoder.to(args.device))
     texts, *pictures = zip(*shown)
     rgb, mask, reference, reference_mask = (torch.stack(parts).to(args.device) for parts in pictures)
     references = (reference, reference_mask) if pg else (None, None)
@@ -433,187 +571,21 @@ def draw_branches(sd: StableDiffusion, cg, pg, shown: list[tuple], args):
     return sheet([list(row) for row in rows.values()], row_labels=list(rows))
 
 
-# ---------------------------------------------------------------- the toy base
-
-
-def captions_of(items: list) -> list[tuple[str, str]]:
-    """The two halves of each picture's caption, in the form of the paper's prompt."""
-    if any(item.product is None or item.scene is None for item in items):
-        raise BadInput("this stage trains on captions: metadata.jsonl with 'product' and 'scene' on each line")
-    return [(f"A photo of {item.product}", f"in the background of {item.scene}") for item in items]
-
-
-def initial(args, kind: type, config: dict) -> nn.Module:
-    """A module to train: random, or with the weights of the folder --init."""
-    if args.init:
-        return load_module(kind, args.init, UNET_FILES, args.device, torch.float32).train().requires_grad_(True)
-    return kind(config).to(args.device)
-
-
-def vae_task(args) -> Task:
-    """Stage vae: reconstruction through a 4-channel latent."""
-    items = read_items(args.data)[0]
-    torch.manual_seed(args.seed)
-    vae = initial(args, VAE, dict(TOY_VAE))
-    if args.size % 8:
-        raise BadInput(f"--size {args.size}: must be a multiple of 8: the VAE is trained on crops of half the side")
-    ads = Ads(items, args.size)
-    some = torch.stack([ads[i]["image"] for i in range(0, len(items), max(1, len(items) // 256))])
-    # Errors are measured along the colours' principal axes, each scaled by its spread: in plain RGB the brightness
-    # outweighs the hues, which then wash out.
-    values, axes = torch.linalg.eigh(torch.cov(2 * some.transpose(0, 1).flatten(1)[:, ::16]))
-    whiten = (axes / values.sqrt()).T.to(args.device)  # (3, 3)
-    crop = args.size // 2
-
-    def loss(batch: dict, generator) -> Tensor:
-        x = 2 * batch["image"] - 1
-        y0, x0 = torch.randint(args.size - crop + 1, (2,), generator=generator).tolist()
-        x = x[:, :, y0 : y0 + crop, x0 : x0 + crop]
-        mean, logvar = vae.encode(x)
-        z = mean + (logvar / 2).exp() * torch.randn(mean.shape, generator=generator).to(mean)
-        error = vae.decode(z) - x
-        white = torch.einsum("ij,bjhw->bihw", whiten, error)
-        colour = F.avg_pool2d(white, 4).square().mean() + 0.2 * white.abs().mean()
-        kl = (mean.square() + logvar.exp() - 1 - logvar).mean() / 2
-        return colour + KL * kl
-
-    def draw():
-        x = some[:8].to(args.device)
-        decoded = vae.decode(vae.encode(2 * x - 1)[0]) / 2 + 0.5
-        return sheet([list(x), list(decoded)], row_labels=["original", "decoded"])
-
-    def save(out: Path) -> None:
-        # the UNet wants latents of unit variance
-        z = torch.cat([vae.encode(2 * x.to(args.device) - 1)[0] for x in some.split(32)])
-        vae.scaling_factor = vae.config["scaling_factor"] = round(1 / z.std().item(), 5)
-        vae.config["sample_size"] = args.size
-        save_module(vae, out / "vae", UNET_FILES[0], args.save_dtype)
-
-    return Task({"vae": vae}, Samples(items, args.size), loss, draw, save)
-
-
-def clip_task(args) -> Task:
-    """Stage clip: pictures and their captions into one space (contrastive). The text tower becomes SD's encoder."""
-    items = read_items(args.data)[0]
-    captions = [", ".join(pair) for pair in captions_of(items)]
-    if args.size % TOY_VISION["patch_size"]:
-        raise BadInput(f"--size {args.size}: must be a multiple of {TOY_VISION['patch_size']}")
-    if args.resume:
-        tokenizer = load_tokenizer(args.out / "tokenizer")
-    else:  # the identifiers' words belong to the vocabulary, though no caption holds them
-        words = [IDENTIFIER.format(" ".join("0123456789"))] * len(captions)
-        train_tokenizer(captions + words, TOY_VOCABULARY, TOY_TEXT["max_position_embeddings"], args.out / "tokenizer")
-        tokenizer = load_tokenizer(args.out / "tokenizer")
-    text = TOY_TEXT | {"vocab_size": tokenizer.bpe.get_vocab_size(), "eos_token_id": tokenizer.end}
-    torch.manual_seed(args.seed)
-    clip = CLIP({"model_type": "clip", "architectures": ["CLIPModel"], "projection_dim": TOY_TEXT["projection_dim"],
-                 "text_config": text, "vision_config": TOY_VISION | {"image_size": args.size}}).to(args.device)
-    # Tokens that no caption holds, the identifiers among them, keep these values: wide enough to be told apart.
-    nn.init.normal_(clip.text_model.embeddings.token_embedding.weight, std=0.3)
-    for embedding in (clip.text_model.embeddings.position_embedding, clip.vision_model.embeddings.position_embedding):
-        nn.init.normal_(embedding.weight, std=0.02)
-    ids = tokenizer(captions)
-    parts = [tokenizer([pair[k] for pair in captions_of(items)]) for k in (0, 1)]
-
-    def loss(batch: dict, generator) -> Tensor:
-        indices = batch["index"].cpu()
-        # Half of the texts are one half of a caption: mask-guided attention will read either half alone.
-        which = torch.randint(4, (len(indices),), generator=generator)
-        tokens = torch.stack([(ids, ids, parts[0], parts[1])[w][i] for w, i in zip(which.tolist(), indices.tolist())])
-        image = F.normalize(clip.encode_image(batch["image"]), dim=-1)
-        text = F.normalize(clip.encode_text(tokens.to(args.device)), dim=-1)
-        logits = clip.logit_scale.clamp(max=math.log(100)).exp() * image @ text.T
-        target = torch.arange(len(logits), device=logits.device)
-        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-
-    ads = Ads(items, args.size)
-
-    def draw():
-        """The pictures of sixteen captions; below each the one, of those sixteen, that its caption finds."""
-        images = torch.stack([ads[i]["image"] for i in range(min(16, len(items)))]).to(args.device)
-        text = clip.encode_text(ids[: len(images)].to(args.device))
-        image = F.normalize(clip.encode_image(images), dim=-1)
-        return sheet([list(images), list(images[(text @ image.T).argmax(dim=1)])], row_labels=["captioned", "found"])
-
-    def save(out: Path) -> None:
-        save_module(clip, out / "clip", TEXT_FILES[0], args.save_dtype)
-        encoder = TextEncoder(text)
-        encoder.text_model = clip.text_model
-        save_module(encoder, out / "text_encoder", TEXT_FILES[0], args.save_dtype)
-
-    return Task({"clip": clip}, Samples(items, args.size), loss, draw, save)
-
-
-def unet_task(args) -> Task:
-    """Stage unet: text to image on the base set, where product and scene are independent."""
-    items = read_items(args.data)[0]
-    base = args.weights
-    torch.manual_seed(args.seed)
-    config = TOY_UNET | {"sample_size": args.size // 4}
-    unet = initial(args, UNet, config)
-    if not args.init:
-        for name, parameter in unet.named_parameters():  # each residual branch starts at nothing
-            if name.endswith(("conv2.weight", "proj_out.weight", "conv_out.weight")):
-                nn.init.zeros_(parameter)
-    text_encoder = load_module(TextEncoder, base / "text_encoder", TEXT_FILES, args.device, torch.float32)
-    vae = load_module(VAE, base / "vae", UNET_FILES, args.device, torch.float32)
-    sd = StableDiffusion(load_tokenizer(base / "tokenizer"), text_encoder, unet, vae, Schedule())
-    canvas_size(1, 1, args.size, sd.multiple)
-    captions = captions_of(items)
-    mean, std = encode_latents(sd, items, args)
-    weight = timestep_weights(sd.schedule, args.weighting).to(args.device)
-
-    def loss(batch: dict, generator) -> Tensor:
-        indices = batch["index"].tolist()
-        z_t, t, eps, z_0 = diffuse(sd.schedule, mean[indices].to(args.device), std[indices].to(args.device), generator,
-                                   args.noise_offset)
-        # Whole captions, either half alone as mask-guided attention will ask for, and none for the guidance.
-        kinds = torch.multinomial(torch.tensor([0.60, 0.12, 0.18, 0.10]), len(indices), True, generator=generator)
-        texts = [(", ".join(captions[i]), *captions[i], "")[k] for i, k in zip(indices, kinds.tolist())]
-        with torch.no_grad():
-            P = sd.prompts(texts)
-        error = (unet(z_t, t, P) - eps).square().mean(dim=(1, 2, 3))
-        return (error * weight[t]).mean()
-
-    def draw():
-        count, ads = min(16, len(items)), Ads(items, args.size)
-        blank = torch.zeros(count, 3, args.size, args.size, device=args.device)
-        painted = paint(sd, blank, blank[:, :1], [(", ".join(pair),) * 3 for pair in captions[:count]],
-                        seeded(0, count), steps=25)
-        rows = []
-        for start in range(0, count, 8):
-            rows += [list(painted[start : start + 8]), [ads[i]["image"] for i in range(start, min(start + 8, count))]]
-        return sheet(rows, row_labels=["painted", "captioned"] * (len(rows) // 2))
-
-    def save(out: Path) -> None:
-        save_module(unet, out / "unet", UNET_FILES[0], args.save_dtype)
-        # what makes the folder a Stable Diffusion for other tools
-        index = {"_class_name": "StableDiffusionPipeline", "scheduler": ["diffusers", "DDIMScheduler"],
-                 "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
-                 "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
-                 "safety_checker": [None, None], "feature_extractor": [None, None]}
-        scheduler = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "clip_sample": False}
-        write_json(index, out / "model_index.json")
-        write_json(scheduler | sd.schedule.config, out / "scheduler" / "scheduler_config.json")
-
-    return Task({"unet": unet}, Indices(len(items)), loss, draw, save)
-
-
-STAGES = {"vae": vae_task, "clip": clip_task, "unet": unet_task,
-          "cg": branch_task, "pg": branch_task, "joint": branch_task}
+# ---------------------------------------------------------------- the command line
 
 
 def toy_data(wanted: Path) -> None:
     """Draws the part of the toy ad world that a stage needs, on first use (up to minutes)."""
-    if wanted.parent == TOY_DATA and not wanted.exists():
+    if wanted.parent == TOY_DATA and not wanted.exists() and processes()[0] == 0:
         print(f"drawing the toy's pictures to {wanted}, once", file=sys.stderr)
         write_world(TOY_DATA, parts=(wanted.name,))
+    barrier()
 
 
 def parse(arguments: list[str] | None = None):
     parser = Parser(description=__doc__, formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
         prog, max_help_position=24, width=120))
-    parser.add_argument("stage", help="vae, clip, unet, cg, pg or joint")
+    parser.add_argument("stage", help=", ".join((*TOY_STAGES, *BRANCHES)))
     add = parser.add_argument_group("what is trained, on what").add_argument
     add("--data", metavar="DIR", type=Path, help="BG60k as released, or with metadata.jsonl [the toy's]")
     add("--weights", metavar="PATH", type=Path,
@@ -624,33 +596,49 @@ def parse(arguments: list[str] | None = None):
     add("--init-control", metavar="PATH", type=Path,
         help="stages cg to joint: start from a ControlNet, CG or PG, folder or file [SD's encoder, zero convolutions]")
     add("--out", metavar="DIR", type=Path, help="where models, log, sheets and checkpoints go [runs/STAGE]")
-    add("--resume", action="store_true", help="go on from the checkpoint in --out")
-    add = parser.add_argument_group("settings [without --data the toy's, else the paper's]").add_argument
-    add("--size", metavar="N", type=whole(32, 4096), help="side of the training pictures, pixels [toy 128; paper 512]")
-    add("--batch", metavar="N", type=whole(1, 65536), help="pictures a step [toy 12 to 64; paper 128]")
-    add("--accumulate", metavar="N", type=whole(1, 65536), default=1,
-        help="parts in which a batch is computed, to save memory [1]")
-    add("--epochs", metavar="N", type=whole(1, 10**6), help="passes over the data, unless --steps is given [paper 300]")
+    add("--cache", metavar="DIR", type=Path,
+        help="where latents and prompts are kept, encoded once; may be deleted [cache/ beside --out]")
+    add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    add = parser.add_argument_group("the method's settings [without --data the toy's, else the paper's]").add_argument
+    add("--size", metavar="N", type=whole(32, 4096),
+        help="side of the training pictures, pixels [toy 128; paper 512, section 5.1]")
+    add("--prompt-dropout", metavar="X", type=real(0, 1), default=PROMPT_DROPOUT,
+        help=f"part of the prompts replaced by '' [{PROMPT_DROPOUT}, as ControlNet]")
+    add("--theta", metavar="N", type=whole(0, 512), default=THETA,
+        help=f"PG's dilation in pixels of a 512-px image; 0: masks stay as they are [{THETA}, Eq. 5, section 5.1]")
+    add("--sigma", metavar=("LOW", "HIGH"), type=real(0, 1), nargs=2, default=list(SIGMA),
+        help=f"PG's mixup, range of the image's part; 1 1: none [{SIGMA[0]} {SIGMA[1]}, Eq. 6, section 5.1]")
+    add("--noise-offset", metavar="X", type=real(0, 10),
+        help="spread of the noise's mean, stages unet to joint [toy 0.1; paper 0]")
+    add("--weighting", choices=["uniform", "min-snr", "debias"],
+        help="of the error at each timestep, stages unet to joint [toy min-snr or debias; paper uniform, Eq. 1]")
+    add = parser.add_argument_group("the optimiser's settings [likewise]").add_argument
+    add("--lr", metavar="X", type=real(1e-9, 10), help="learning rate of AdamW [toy 1e-3 or 2e-3; paper 1e-5, section 5.1]")
+    add("--batch", metavar="N", type=whole(1, 65536),
+        help="pictures a step, over all processes [toy 12 to 64; paper 128, section 5.1]")
+    add("--micro-batch", metavar="N", type=whole(1, 65536),
+        help="of these, how many a process computes at once: less needs less memory [toy all; paper 4]")
+    add("--epochs", metavar="N", type=whole(1, 10**6),
+        help="passes over the data, unless --steps is given [paper 300, section 5.1]")
     add("--steps", metavar="N", type=whole(1, 10**9), help="steps in all [toy 800 to 9400; else from --epochs]")
-    add("--lr", metavar="X", type=real(1e-9, 10), help="learning rate of AdamW [toy 7e-4 to 2e-3; paper 1e-5]")
-    add("--warmup", metavar="N", type=whole(0, 10**9), help="steps in which it rises [toy 50 or 100; paper 0]")
+    add("--warmup", metavar="N", type=whole(0, 10**9), help="steps in which the rate rises [toy 50 or 100; paper 0]")
     add("--decay", metavar="X", type=real(0, 1),
         help="last part of the run in which it falls to 0 [toy 0.3 or 0.5; paper 0]")
     add("--weight-decay", metavar="X", type=real(0, 10), default=1e-2, help="of AdamW [0.01, as ControlNet]")
     add("--ema", metavar="X", type=real(0, 0.99999),
-        help="decay of the weights' moving average [toy 0 to 0.999; paper 0]")
-    add("--noise-offset", metavar="X", type=real(0, 10),
-        help="spread of the noise's mean, stages unet to joint [toy 0.1; paper 0]")
-    add("--weighting", choices=["uniform", "min-snr", "debias"],
-        help="of the error at each timestep, stages unet to joint [toy min-snr or debias; paper uniform]")
+        help="decay of the weights' moving average [toy 0 to 0.999; paper 0: none]")
     add("--seed", metavar="N", type=whole(0, 2**32 - 1), default=0, help="decides everything random [0]")
     add = parser.add_argument_group("machine and records").add_argument
     add("--device", metavar="NAME", default="auto", help="cpu, cuda, cuda:1, ... [auto: cuda where there is one]")
-    add("--amp", action="store_true", help="mixed precision: bfloat16 matrix products, float32 weights")
-    add("--workers", metavar="N", type=whole(0, 256), default=0,
-        help="processes that load samples beside the computation [0]")
+    add("--amp", nargs="?", const="bfloat16", choices=["bfloat16", "float16"],
+        help="mixed precision: products in bfloat16, or in float16 with a gradient scaler; trained weights stay float32")
+    add("--checkpointing", action="store_true",
+        help="compute activations again for the backward pass instead of keeping them: less memory, more time")
+    add("--workers", metavar="N", type=whole(0, 256),
+        help="processes that load samples beside the computation [toy 0; else one a core, at most 8]")
     add("--log-every", metavar="N", type=whole(1, 10**9), default=20, help="steps between lines of the log [20]")
     add("--save-every", metavar="N", type=whole(1, 10**9), default=250, help="steps between checkpoints [250]")
+    add("--keep", metavar="N", type=whole(1, 10**6), default=2, help="so many of the newest checkpoints stay [2]")
     add("--sample-every", metavar="N", type=whole(1, 10**9), default=500,
         help="steps between sheets and saved models [500]")
     add("--save-dtype", metavar="NAME", choices=["float32", "float16"], default="float32",
@@ -660,41 +648,65 @@ def parse(arguments: list[str] | None = None):
 
 def check(args) -> None:
     """Raises BadInput for what can be told to be wrong before anything is loaded."""
-    if args.batch % args.accumulate:
-        raise BadInput(f"--accumulate {args.accumulate}: must divide --batch {args.batch}")
-    for option, stages in (("init", ("vae", "unet")), ("init_control", ("cg", "pg", "joint"))):
+    world = processes()[1]
+    if args.batch % world:
+        raise BadInput(f"--batch {args.batch}: must be a multiple of the {world} processes")
+    args.micro_batch = min(args.micro_batch or args.batch, args.batch // world)
+    if args.batch // world % args.micro_batch:
+        raise BadInput(f"--micro-batch {args.micro_batch}: must divide --batch {args.batch}"
+                       f"{f' over {world} processes' if world > 1 else ''}")
+    if args.sigma[0] > args.sigma[1]:
+        raise BadInput("--sigma: give the lower number first")
+    for option, stages in (("init", ("vae", "unet")), ("init_control", BRANCHES)):
         if getattr(args, option) and args.stage not in stages:
             raise BadInput(f"--{option.replace('_', '-')} belongs to the stages {' and '.join(stages)}; leave it out")
     check_folder(args.out)
-    path = checkpoint_of(args)
-    if args.resume and not path.is_file():
-        raise BadInput(f"nothing to resume: {path} does not exist; leave out --resume, or give the run's --out")
-    if path.is_file() and not args.resume:
+    found = checkpoints(args)
+    if args.resume and not found:
+        raise BadInput(f"nothing to resume: {args.out / 'training' / args.stage} holds no checkpoint; leave out --resume, "
+                       "or give the run's --out")
+    if found and not args.resume:
         raise BadInput(f"--out {args.out} holds a run of this stage; add --resume to go on, or name another folder")
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
-    if args.stage not in STAGES:
-        raise BadInput(f"stage {args.stage} does not exist; the stages are {', '.join(STAGES)}")
-    toy = args.data is None or args.stage in ("vae", "clip", "unet")
+    if args.stage not in (*TOY_STAGES, *BRANCHES):
+        raise BadInput(f"stage {args.stage} does not exist; the stages are {', '.join((*TOY_STAGES, *BRANCHES))}")
+    toy = args.data is None or args.stage in TOY_STAGES
     args.out = args.out or Path("runs") / args.stage
+    args.cache = args.cache or args.out.parent / "cache"
     for name, value in (TOY_SETTINGS[args.stage] if toy else PAPER).items():
         if getattr(args, name, None) is None and not (name == "steps" and args.epochs):
             setattr(args, name, value)
-    args.data = args.data or TOY_DATA / ("base" if args.stage in ("vae", "clip", "unet") else "ads")
+    args.data = args.data or TOY_DATA / ("base" if args.stage in TOY_STAGES else "ads")
     if args.stage == "pg":
         args.cg = branch_path("cg", args)
     args.weights = args.weights or TOY / "base"
     check(args)
+    if args.workers is None:
+        args.workers = 0 if args.size <= 128 else min(8, os.cpu_count())
+    rank, world = processes()
+    if args.device == "auto" and world > 1 and torch.cuda.is_available():
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
     args.device, args.dtype = pick_device(args.device), torch.float32
+    args.amp, args.save_dtype = args.amp and getattr(torch, args.amp), getattr(torch, args.save_dtype)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
     toy_data(args.data)
-    args.save_dtype = getattr(torch, args.save_dtype)
     if args.steps is None:
         args.steps = math.ceil(args.epochs * len(read_items(args.data)[0]) / args.batch)
-    run(STAGES[args.stage](args), args)
+    if args.stage in TOY_STAGES:
+        from toy.stages import STAGES  # which needs this module
+
+        run(STAGES[args.stage](args), args)
+    else:
+        run(branch_task(args), args)
 
 
 if __name__ == "__main__":
+    import train  # this file once more, as the module that toy/stages.py imports: there must be one of it
+
     with one_line_errors():
-        main()
+        train.main()

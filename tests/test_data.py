@@ -56,14 +56,14 @@ def test_dilate_equals_eq5_written_out(theta):
 
 def test_mixup_equals_eq6_written_out():
     I, I_rand, M = torch.rand(3, 16, 16), torch.rand(3, 16, 16), disc(16, 16, 4)
-    hint = data.perturb(I, M, I_rand, generator(), dilation=False)
+    hint = data.perturb(I, M, I_rand, generator(), theta=0)
     sigma = 0.75 + 0.2 * torch.rand((), generator=generator())
     assert torch.allclose(hint, (sigma * I + (1 - sigma) * I_rand) * (1 - M), atol=1e-6)
 
 
 def test_without_perturbation_the_hint_is_the_background():
     I, M = torch.rand(3, 16, 16), disc(16, 16, 4)
-    hint = data.perturb(I, M, I, generator(), dilation=False, mixup=False)
+    hint = data.perturb(I, M, I, generator(), theta=0, sigma=(1, 1))
     assert torch.equal(hint, data.background_hint(I, M))
     assert torch.allclose(hint + data.product_hint(I, M), I)
 

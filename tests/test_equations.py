@@ -394,6 +394,21 @@ def test_both_passes_of_the_guidance_in_one_batch_are_each_pass_alone(unet, cg, 
             assert relative_error(half, alone) < 1e-5
 
 
+def test_recomputed_activations_give_the_same_gradients(unet):
+    """Gradient checkpointing, through CG and the frozen UNet's decoder: bit for bit."""
+    i, gradients = inputs(2), []
+    for recompute in (False, True):
+        base, branch = UNet(SD1), CategoryGenerator(control_config(SD1, factor=8))
+        base.load_state_dict(unet.state_dict())
+        base.requires_grad_(False)
+        randomise(branch, seed=1).requires_grad_(True)
+        for network in (base, branch) if recompute else ():
+            network.recompute_activations()
+        predict_noise(base, i.z, i.t, i.prompts, [(branch, i.hint)], i.mask).square().mean().backward()
+        gradients.append([p.grad for p in branch.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
 class Still(nn.Module):
     """In the UNet's place: keeps what it is given and predicts zero noise."""
 
