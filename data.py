@@ -18,7 +18,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -41,6 +41,7 @@ TRANSLATION = 0.15  # the mask's copy moves at most so far, up or down and left 
 
 AnyPath = Path | str
 SOLID = 0.99  # from this M on a pixel is all product: its colour is never touched
+BLANK = 0.04, 0.98  # a background is blank where so large a part of it is so near to its median colour
 BROKEN = 0.01  # the part of a data set that may be missing or unreadable: it is skipped; more is an error
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "MPO")  # MPO: the JPEG of many phones
 SPLITS = {"bg60k": "bg60k", "bg1k": "bg1k", "bgpair": "bg1k"}  # split: the prefix of its image and mask folders
@@ -254,6 +255,7 @@ class Item:
     product: str | None = None  # what is in the picture, in words, and where: kept for captions and tests
     scene: str | None = None
     inverted: bool = False  # mask files are 1 on the background
+    line: int = field(default=0, compare=False)  # of the list that names it, counted from 1
 
 
 def read_items(root: AnyPath, split: str = "bg60k") -> tuple[list[Item], list[str]]:
@@ -317,7 +319,7 @@ def _read_imagefolder(root: Path) -> tuple[list[Item], list[str], str]:
             missing.append(f"{file}:{number}: no file {absent[0]}")
         else:
             texts["category"] = texts["category"].strip()
-            items.append(Item(image=paths.pop("file_name"), **paths, **texts))
+            items.append(Item(image=paths.pop("file_name"), **paths, **texts, line=number))
     return items, missing, ", listed in metadata.jsonl"
 
 
@@ -329,7 +331,7 @@ def _read_bg60k(root: Path, split: str) -> tuple[list[Item], list[str], str]:
     lines = list(_lines(file))
 
     def fields(line: str, delimiter: str | None) -> list[str]:
-        row = [field.strip() for field in line.split(delimiter, columns - 1)]
+        row = [cell.strip() for cell in line.split(delimiter, columns - 1)]
         return row if len(row) == columns and all(row) else []
 
     def find(name: str) -> tuple[Path | None, Path | None]:
@@ -359,7 +361,7 @@ def _read_bg60k(root: Path, split: str) -> tuple[list[Item], list[str], str]:
             i = paths.index(None)
             missing.append(f"{file}:{number}: no single {('image', 'mask for')[i % 2]} {names[i // 2]}")
         else:
-            items.append(Item(*paths[:2], category, *paths[2:]))
+            items.append(Item(*paths[:2], category, *paths[2:], line=number))
     return items, missing, f", columns separated by {delimiter_name}"
 
 
@@ -405,6 +407,26 @@ def masks_inverted(items: list[Item], sample: int = 32) -> bool:
 def categories_of(items: list[Item]) -> list[str]:
     """The names of all categories, sorted: a category's id is its position."""
     return sorted({item.category for item in items})
+
+
+def is_blank(image: Tensor, mask: Tensor) -> bool:
+    """Whether the background is of one colour: the first thing that section 4 sorts out. (3, H, W), (1, H, W)."""
+    near, part = BLANK
+    background = image[:, mask[0] <= 1 - SOLID]  # (3, pixels)
+    if not background.numel():
+        return False
+    distance = (background - background.median(dim=1, keepdim=True).values).abs().amax(dim=0)
+    return bool((distance <= near).float().mean() >= part)
+
+
+def drop_lines(file: Path, numbers: set[int]) -> Path:
+    """Takes lines (counted from 1) out of a data set's list -> where the whole list is kept: FILE.all."""
+    kept, text = file.with_name(file.name + ".all"), file.read_text(encoding="utf-8")
+    if not kept.exists():
+        write_atomic(kept, lambda new: new.write_text(text, encoding="utf-8"))
+    left = "".join(line for i, line in enumerate(text.splitlines(keepends=True), 1) if i not in numbers)
+    write_atomic(file, lambda new: new.write_text(left, encoding="utf-8"))
+    return kept
 
 
 # ---------------------------------------------------------------- training sample
@@ -544,12 +566,15 @@ def sheet(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Check a data set: say what is in it, load every picture, draw eight as the generators see them."""
+    """Check a data set: say what is in it, load every picture, tell blank backgrounds, draw eight as the generators see
+    them."""
     parser = Parser(description=main.__doc__)
-    parser.add_argument("dir", help="BG60k's root, or a folder with metadata.jsonl")
+    parser.add_argument("dir", type=Path, help="BG60k's root, or a folder with metadata.jsonl")
     parser.add_argument("--split", default="bg60k", help="bg60k (default), bg1k or bgpair")
     parser.add_argument("--sheet", metavar="FILE", help="draw eight items here: image, mask, CG's hint, PG's hint")
     parser.add_argument("--size", type=int, default=512, help="side of the training images in pixels (default 512)")
+    parser.add_argument("--drop-blank", action="store_true",
+                        help="take images with a blank background out of the list; the whole list stays as FILE.all")
     options = parser.parse_args(arguments)
     if options.size < 1:
         raise BadInput(f"--size {options.size}: must be at least 1")
@@ -558,15 +583,24 @@ def main(arguments: list[str] | None = None) -> None:
     print("\n".join(notes))
     references = [replace(item, image=item.reference, mask=item.reference_mask) for item in items if item.reference]
     ads = Ads(items + references, options.size)
-    shown, samples, broken = set(range(0, len(items), -(-len(items) // 8))), [], []
+    shown, samples, broken, blank = set(range(0, len(items), -(-len(items) // 8))), [], [], []
     loader = DataLoader(ads, batch_size=None, num_workers=min(8, os.cpu_count()))
-    for i, sample in enumerate(tqdm(loader, desc="loading")):
+    for i, sample in enumerate(tqdm(loader, desc="loading", disable=not sys.stderr.isatty())):
         if sample["index"] != i:  # another was taken in its place
             broken.append(str(ads.items[i].image))
-        elif i in shown:
+            continue
+        if i < len(items) and is_blank(sample["image"], sample["mask"]):
+            blank.append(items[i])
+        if i in shown:
             samples.append(sample)
     _tolerate(broken, len(ads), options.dir)
     print(f"{len(ads) - len(broken):,} images load, {len(broken):,} are broken")
+    print(f"{len(blank):,} have a blank background" + "".join(f"\n  {item.image}" for item in blank[:10])
+          + f"\n  ... and {len(blank) - 10:,} more" * (len(blank) > 10))
+    if options.drop_blank and blank:
+        lines = options.dir / "metadata.jsonl"
+        lines = lines if lines.is_file() else options.dir / f"{options.split}_info.txt"
+        print(f"dropped from {lines}; the whole list is {drop_lines(lines, {item.line for item in blank})}")
     if options.sheet:
         generator, rows = Generator().manual_seed(0), []
         for sample, other in zip(samples, samples[1:] + samples[:1]):

@@ -16,6 +16,7 @@ import os
 import sys
 import time
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -297,30 +298,47 @@ def generate_data(args) -> None:
     sd, cg, pg, texts = load_models({item.category for item in items}, with_pg, args)
 
     print("\n".join(notes), file=sys.stderr)
-    broken = 0
-    for start in tqdm(range(0, len(todo), args.batch), unit="batch", disable=not sys.stderr.isatty()):
-        ads, clock = {}, time.perf_counter()
-        for i in todo[start : start + args.batch]:
-            item, reference = items[i], None
-            try:
-                cutout = load_cutout(item.image, item.mask, "image", "'mask' in metadata.jsonl", item.inverted)
-                if item.reference:
-                    reference = load_masked(item.reference, item.reference_mask, "reference",
-                                            "'reference_mask' in metadata.jsonl", item.inverted)
-                ads[i] = Ad(*cutout, texts[item.category], args.seed + i, reference)
-            except BadInput as error:
-                broken += 1
-                tqdm.write(f"skipped: {error}", file=sys.stderr)
-        pictures = paint_ads(list(ads.values()), sd, cg, pg, args)
-        seconds = (time.perf_counter() - clock) / max(1, len(ads))
+
+    def read(i: int) -> Ad | BadInput:
+        item, reference = items[i], None
+        try:
+            cutout = load_cutout(item.image, item.mask, "image", "'mask' in metadata.jsonl", item.inverted)
+            if item.reference:
+                reference = load_masked(item.reference, item.reference_mask, "reference",
+                                        "'reference_mask' in metadata.jsonl", item.inverted)
+        except BadInput as error:
+            return error
+        return Ad(*cutout, texts[item.category], args.seed + i, reference)
+
+    def write(ads: dict[int, Ad], pictures: list[Tensor], seconds: float) -> None:
         for (i, ad), picture in zip(ads.items(), pictures):
-            path = paths[i]
-            save_image(picture, path)
+            save_image(picture, paths[i])
             line = {"item": i, "image": str(items[i].image), "category": items[i].category,
                     "reference": str(items[i].reference) if ad.reference else None, "seed": ad.seed,
-                    "file": path.name, "seconds": round(seconds, 3)}
+                    "file": paths[i].name, "seconds": round(seconds, 3)}
             with open(manifest, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    broken, chunks = 0, [todo[k : k + args.batch] for k in range(0, len(todo), args.batch)]
+    # While a batch is painted, threads read the next one and write the last
+    with ThreadPoolExecutor(4) as readers, ThreadPoolExecutor(1) as writer:
+        following = [readers.submit(read, i) for chunk in chunks[:1] for i in chunk]
+        written = None
+        for k, chunk in enumerate(tqdm(chunks, unit="batch", disable=not sys.stderr.isatty())):
+            results = {i: future.result() for i, future in zip(chunk, following)}
+            following = [readers.submit(read, i) for after in chunks[k + 1 : k + 2] for i in after]
+            ads = {i: result for i, result in results.items() if isinstance(result, Ad)}
+            for error in (result for result in results.values() if isinstance(result, BadInput)):
+                broken += 1
+                tqdm.write(f"skipped: {error}", file=sys.stderr)
+            clock = time.perf_counter()
+            pictures = paint_ads(list(ads.values()), sd, cg, pg, args)
+            seconds = (time.perf_counter() - clock) / max(1, len(ads))
+            if written:
+                written.result()  # raises what the writer raised
+            written = writer.submit(write, ads, pictures, seconds)
+        if written:
+            written.result()
     if rank == 0:
         save_data_sheet(items, args.out)
     print(f"{args.out}: {len(todo) - broken:,} painted, {len(share) - len(todo):,} were there, {broken:,} broken")

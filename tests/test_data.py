@@ -465,6 +465,27 @@ def test_command_checks_a_data_set_and_draws_it(tmp_path, capsys):
     assert Image.open(tmp_path / "sheet.png").width > 4 * 32
 
 
+def test_blank_backgrounds_are_told_and_dropped_and_the_whole_list_is_kept(tmp_path, capsys):
+    write_imagefolder(tmp_path, [MUG, POT])
+    lines = (tmp_path / "metadata.jsonl").read_text().splitlines()
+    blank = np.full((SIZE, SIZE, 3), 240, np.uint8)
+    blank[8:-8, 8:-8] = np.random.default_rng(0).integers(0, 255, (SIZE - 16, SIZE - 16, 3))  # a product of all colours
+    mask = np.zeros((SIZE, SIZE), np.uint8)
+    mask[8:-8, 8:-8] = 255
+    Image.fromarray(blank).save(tmp_path / "images" / "blank.png")
+    Image.fromarray(mask).save(tmp_path / "images" / "blank_mask.png")
+    line = json.dumps({"file_name": "images/blank.png", "mask": "images/blank_mask.png", "category": "mug"})
+    (tmp_path / "metadata.jsonl").write_text("\n".join([lines[0], line, *lines[1:]]) + "\n")
+    data.main([str(tmp_path), "--size", str(SIZE), "--drop-blank"])
+    out = capsys.readouterr().out
+    assert "1 have a blank background" in out and "blank.png" in out and "metadata.jsonl.all" in out
+    assert (tmp_path / "metadata.jsonl").read_text().splitlines() == lines
+    assert line in (tmp_path / "metadata.jsonl.all").read_text()
+    data.main([str(tmp_path), "--size", str(SIZE), "--drop-blank"])
+    assert "0 have a blank background" in capsys.readouterr().out
+    assert line in (tmp_path / "metadata.jsonl.all").read_text(), "the first, whole list stays"
+
+
 def test_command_ends_with_one_line_and_status_2_even_where_a_worker_finds_the_error(tmp_path, capfd):
     with pytest.raises(SystemExit) as end, data.one_line_errors():
         data.main([str(tmp_path / "gone")])

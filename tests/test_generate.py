@@ -15,7 +15,7 @@ from PIL import Image
 import data
 import generate
 from model import VAE, CategoryGenerator, PersonalityGenerator, TextEncoder, UNet
-from train import TOY_TEXT, TOY_UNET, TOY_VAE
+from toy.stages import TOY_TEXT, TOY_UNET, TOY_VAE
 from weights import control_config, load_tokenizer, save_control, save_module, train_tokenizer
 
 ROOT = Path(generate.__file__).parent
