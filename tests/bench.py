@@ -4,16 +4,20 @@
     python tests/bench.py --all              # and what takes minutes: training, the tests
     python tests/bench.py sd15               # SD 1.5's size, random weights, beside diffusers: load, memory, steps
     python tests/bench.py sd15 --steps 50    # the same with pictures of 50 steps instead of 4
+    python tests/bench.py train              # training steps of that size beside diffusers, memory, the loader
+    python tests/bench.py batch              # the toy: pictures a second by batch size, and one process a picture
 """
 
 import argparse
 import json
+import math
 import os
 import platform
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -217,6 +221,146 @@ def sd15(folder: Path, steps: int) -> None:
               f"diffusers, float32 {theirs['peak'] / 1e9:8.2f} GB")
 
 
+# ---------------------------------------------------------------- training at SD 1.5's size
+
+
+# Steps of Eq. 1 on random latents and prompts: folder, stage, pixels, dtype and checkpointing in, seconds and bytes out.
+TRAIN = """
+import json, resource, sys, time
+sys.path.insert(0, ".")
+import torch
+folder, stage, size, dtype, recompute = sys.argv[1], sys.argv[2], int(sys.argv[3]), getattr(torch, sys.argv[4]), sys.argv[5] == "1"
+device, half = "cuda" if torch.cuda.is_available() else "cpu", dtype != torch.float32
+z, eps, t = torch.randn(1, 4, size // 8, size // 8), torch.randn(1, 4, size // 8, size // 8), torch.tensor([500])
+P, hint, mask = torch.randn(1, 77, 768), torch.rand(1, 3, size, size), torch.rand(1, 1, size, size)
+z, eps, t, P, hint, mask = (x.to(device) for x in (z, eps, t, P, hint, mask))
+{setup}
+trained = [p for p in branch.parameters()]
+optimizer = torch.optim.AdamW(trained, 1e-5)
+times = []
+for _ in range(3):
+    start = time.perf_counter()
+    with torch.autocast(device, dtype, enabled=half):
+        output = forward()
+    (output.float() - eps).square().mean().backward()
+    torch.nn.utils.clip_grad_norm_(trained, 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    times.append(time.perf_counter() - start)
+out = dict(step=min(times[1:]))
+"""
+OURS_TRAIN = TRAIN.replace("{setup}", """
+from model import CategoryGenerator, PersonalityGenerator, Prompts, predict_noise
+from weights import control_config, load_control, load_stable_diffusion
+unet = load_stable_diffusion(folder).unet
+branch = (CategoryGenerator if stage == "cg" else PersonalityGenerator)(control_config(unet.config, 8)).to(device)
+branch.init_from_unet(unet)
+if half:
+    branch.to(memory_format=torch.channels_last)
+frozen = [unet] + ([load_control(f"{folder}/cg", "category")] if stage == "pg" else [])
+for network in frozen:
+    network.to(device, dtype, memory_format=torch.channels_last if half else torch.preserve_format)
+for network in (unet, branch) if recompute else ():
+    network.recompute_activations()
+branches, prompts = [(network, hint) for network in [*frozen[1:], branch]], Prompts(P, P, P)
+forward = lambda: predict_noise(unet, z, t, prompts, branches, mask)
+""")
+THEIRS_TRAIN = TRAIN.replace("{setup}", """
+from diffusers import ControlNetModel, UNet2DConditionModel
+unet = UNet2DConditionModel.from_pretrained(f"{folder}/unet", torch_dtype=dtype).requires_grad_(False).to(device)
+branch = ControlNetModel.from_unet(unet).float().to(device)
+branch.train()
+if recompute:
+    unet.enable_gradient_checkpointing()
+    branch.enable_gradient_checkpointing()
+def forward():
+    down, middle = branch(z, t, P, controlnet_cond=hint, return_dict=False)
+    return unet(z, t, P, down_block_additional_residuals=down, mid_block_additional_residual=middle).sample
+""")
+
+
+def train_step(code: str, folder: Path, stage: str, size: int, dtype: str, recompute: bool) -> dict:
+    done = subprocess.run([sys.executable, "-c", code + REPORT, str(folder), stage, str(size), dtype, str(int(recompute))],
+                          cwd=ROOT, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"step": math.nan, "peak": math.nan}
+
+
+def training(folder: Path) -> None:
+    import torch
+
+    sys.path.insert(0, str(ROOT))
+    if not (folder / "model_index.json").exists():
+        write_sd15(folder)
+    cuda = torch.cuda.is_available()
+    memory = "cuda peak" if cuda else "peak"
+    size, dtype = (512, "bfloat16") if cuda else (256, "float32")
+    ours, theirs, less = (train_step(code, folder, "cg", size, dtype, recompute) for code, recompute in (
+        (OURS_TRAIN, False), (THEIRS_TRAIN, False), (OURS_TRAIN, True)))
+    print(f"a step of CG, {size} px, micro-batch 1, {dtype}: {ours['step']:.2f} s, {ours[memory] / 1e9:.2f} GB; "
+          f"diffusers {theirs['step']:.2f} s, {theirs[memory] / 1e9:.2f} GB; ratios {ours['step'] / theirs['step']:.2f} "
+          f"(aim {0.8 if cuda else 1}), {ours[memory] / theirs[memory]:.2f} (aim 1); with --checkpointing "
+          f"{less['step']:.2f} s, {less[memory] / 1e9:.2f} GB: {less[memory] / theirs[memory]:.2f} (aim 0.8)")
+    print("| 512 px, micro-batch 1 | float32 | float32, --checkpointing | --amp | --amp --checkpointing |")
+    print("| --- | --- | --- | --- | --- |")
+    for stage in ("cg", "pg"):
+        runs = [train_step(OURS_TRAIN, folder, stage, 512, dtype, recompute)
+                for dtype in ("float32", "bfloat16") for recompute in (False, True)]
+        cells = [f"{run[memory] / 1e9:.1f} GB, {run['step']:.1f} s" for run in runs]
+        print(f"| {stage.upper()} | {' | '.join(cells)} |", flush=True)
+
+
+def loader() -> None:
+    """Images a second of the perturbation pipeline at 512 px, two workers."""
+    import torch
+    from torch.utils.data import DataLoader
+
+    sys.path.insert(0, str(ROOT))
+    import train
+    from data import read_items
+    from toy.world import write_world
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_world(Path(folder), size=512, ads=64, bg1k=8, pairs=8, parts=("ads",))
+        args = argparse.Namespace(size=512, theta=train.THETA, sigma=train.SIGMA)
+        samples = train.Samples(read_items(Path(folder) / "ads")[0], args, perturbed=True)
+        batches = DataLoader(samples, num_workers=2, batch_sampler=train.Batches(len(samples), 4, 0, 0, 60))
+        torch.set_num_threads(1)
+        for i, _ in enumerate(batches):
+            if i == 10:  # the workers have started
+                start = time.perf_counter()
+        print(f"PG's samples at 512 px (mask, dilation, mixup), two workers: "
+              f"{4 * (i - 10) / (time.perf_counter() - start):.1f} images/s")
+
+
+def batch() -> None:
+    """The toy's BG1k, CG alone, 50 steps."""
+    import torch
+
+    sys.path.insert(0, str(ROOT))
+    import generate
+
+    data = ROOT / "toy" / "data" / "ads"
+    if not data.is_dir():
+        subprocess.run([sys.executable, "toy/world.py", "--out", "toy/data"], cwd=ROOT, check=True)
+    rates = {}
+    for size, count in ((1, 16), (4, 32), (16, 64)):
+        with tempfile.TemporaryDirectory() as out:
+            options = ["--data", str(data), "--out", out, "--batch", str(size), "--limit"]
+            generate.main([*options, str(size)])  # reads and warms up
+            start = time.perf_counter()
+            generate.main([*options, str(size + count)])
+            rates[size] = count / (time.perf_counter() - start)
+    with tempfile.TemporaryDirectory() as out:
+        sample = str(ROOT / "toy" / "samples" / "perfume.png")
+        rates["process"] = 1 / process("generate.py", "--product", sample, "--category", "perfume", "--out", out)
+    print(f"pictures a second, {torch.get_num_threads()} threads: " + ", ".join(
+        f"batch {k} {v:.2f}" if k != "process" else f"one process each {v:.2f}" for k, v in rates.items()))
+    best = max(rates.values())
+    print(f"the best is {best / rates[1]:.2f} x batch 1 (aim 1.5), {best / rates['process']:.1f} x a process each (aim 5)")
+
+
 # ---------------------------------------------------------------- the toy
 
 
@@ -240,19 +384,21 @@ def toy(everything: bool) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=["toy", "sd15"], default="toy")
+    parser.add_argument("what", nargs="?", choices=["toy", "sd15", "train", "batch"], default="toy")
     parser.add_argument("--all", action="store_true", help="toy: also what takes minutes")
     parser.add_argument("--steps", type=int, default=4, help="sd15: denoising steps of the pictures [4]")
-    parser.add_argument("--folder", type=Path, help="sd15: keep the 7.1 GB of random weights here [not kept]")
+    parser.add_argument("--folder", type=Path, help="sd15, train: keep the 7.1 GB of random weights here [not kept]")
     args = parser.parse_args()
     print(machine())
-    if args.what == "toy":
-        toy(args.all)
-    elif args.folder:
-        sd15(args.folder, args.steps)
-    else:
-        with tempfile.TemporaryDirectory() as folder:
+    if args.what in ("toy", "batch"):
+        toy(args.all) if args.what == "toy" else batch()
+        return
+    with nullcontext(args.folder) if args.folder else tempfile.TemporaryDirectory() as folder:
+        if args.what == "sd15":
             sd15(Path(folder), args.steps)
+        else:
+            loader()
+            training(Path(folder))
 
 
 if __name__ == "__main__":
