@@ -346,7 +346,7 @@ class PersonalityGenerator(ControlNet):
     def forward(self, z: Tensor, t: Tensor, context: Tensor, hint: Tensor, mask: Tensor):
         ys = super().forward(z, t, context, hint)
         # Eq. 4, after the zero convolution, so that its bias can't leak onto the product
-        return [y * (1 - mask_at(mask, *y.shape[2:])) for y in ys]
+        return [y * (1 - mask_at(mask, *y.shape[2:])).to(y) for y in ys]
 
 
 BRANCHES = {"controlnet": ControlNet, "category": CategoryGenerator, "personality": PersonalityGenerator}
