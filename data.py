@@ -3,7 +3,8 @@
 Read from the top: files to tensors, cut-outs, fitting to a canvas, data sets, the training sample, and the background
 perturbation that keeps PG from copying and pasting (section 3.3, Eq. 5 and 6). Checking a data set:
 
-    python data.py DIR --split bg60k --sheet sheet.png
+    python data.py DIR --sheet sheet.png            # BG60k as released, or a folder with metadata.jsonl
+    python data.py DIR --list --sheet sheet.png     # DIR/CATEGORY/NAME.png: writes metadata.jsonl first
 
 Everywhere: a picture is (3, H, W) float32 in [0, 1], its mask M (1, H, W) with 1 on the product, 0 on the background
 and values between at soft edges.
@@ -419,6 +420,28 @@ def is_blank(image: Tensor, mask: Tensor) -> bool:
     return bool((distance <= near).float().mean() >= part)
 
 
+def list_folder(root: Path) -> int:
+    """Writes metadata.jsonl for pictures that lie as CATEGORY/NAME.*, each with its mask as CATEGORY/NAME_mask.* or as its
+    alpha channel -> how many. Raises BadInput where there is none, or a list already.
+    """
+    file, suffixes = root / "metadata.jsonl", (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+    if file.exists():
+        raise BadInput(f"{file} is there already; remove it to list the folder again")
+    pictures = [path for path in sorted(root.glob("*/*")) if path.suffix.lower() in suffixes]
+    masks = {path.with_suffix(""): path for path in pictures if path.stem.endswith("_mask")}
+    lines = []
+    for path in pictures:
+        if not path.stem.endswith("_mask"):
+            mask = masks.get(path.with_name(f"{path.stem}_mask"))
+            names = {"file_name": path, **({"mask": mask} if mask else {})}
+            lines.append({key: name.relative_to(root).as_posix() for key, name in names.items()} | {"category": path.parent.name})
+    if not lines:
+        raise BadInput(f"{root}: no pictures in folders of categories; expected {root / 'mug' / 'any_name.png'} and the like")
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    write_atomic(file, lambda new: new.write_text(text, encoding="utf-8"))
+    return len(lines)
+
+
 def drop_lines(file: Path, numbers: set[int]) -> Path:
     """Takes lines (counted from 1) out of a data set's list -> where the whole list is kept: FILE.all."""
     kept, text = file.with_name(file.name + ".all"), file.read_text(encoding="utf-8")
@@ -573,12 +596,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--split", default="bg60k", help="bg60k (default), bg1k or bgpair")
     parser.add_argument("--sheet", metavar="FILE", help="draw eight items here: image, mask, CG's hint, PG's hint")
     parser.add_argument("--size", type=int, default=512, help="side of the training images in pixels (default 512)")
+    parser.add_argument("--list", action="store_true",
+                        help="first write metadata.jsonl, from DIR/CATEGORY/NAME.png and NAME_mask.png or alpha channels")
     parser.add_argument("--drop-blank", action="store_true",
                         help="take images with a blank background out of the list; the whole list stays as FILE.all")
     options = parser.parse_args(arguments)
     if options.size < 1:
         raise BadInput(f"--size {options.size}: must be at least 1")
 
+    if options.list:
+        print(f"{list_folder(options.dir):,} pictures listed in {options.dir / 'metadata.jsonl'}")
     items, notes = read_items(options.dir, options.split)
     print("\n".join(notes))
     references = [replace(item, image=item.reference, mask=item.reference_mask) for item in items if item.reference]

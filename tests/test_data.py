@@ -465,6 +465,26 @@ def test_command_checks_a_data_set_and_draws_it(tmp_path, capsys):
     assert Image.open(tmp_path / "sheet.png").width > 4 * 32
 
 
+def test_a_folder_of_categories_is_listed(photo, tmp_path, capsys):
+    for category, suffix in (("mug", "jpg"), ("电饭煲", "png")):
+        (tmp_path / category).mkdir()
+        Image.open(photo[0]).convert("RGB").save(tmp_path / category / f"a b.{suffix}")
+        Image.open(photo[1]).save(tmp_path / category / "a b_mask.png")
+    rgba = Image.open(photo[0]).convert("RGB")
+    rgba.putalpha(Image.open(photo[1]).convert("L"))
+    rgba.save(tmp_path / "mug" / "cutout.png")
+    data.main([str(tmp_path), "--list", "--size", "32"])
+    assert "3 pictures listed" in capsys.readouterr().out
+    items = data.read_items(tmp_path)[0]
+    assert [(i.image.name, i.mask and i.mask.name, i.category) for i in items] == [
+        ("a b.jpg", "a b_mask.png", "mug"), ("cutout.png", None, "mug"), ("a b.png", "a b_mask.png", "电饭煲")]
+    with pytest.raises(BadInput, match="is there already"):
+        data.main([str(tmp_path), "--list"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BadInput, match="no pictures in folders of categories"):
+        data.main([str(tmp_path / "empty"), "--list"])
+
+
 def test_blank_backgrounds_are_told_and_dropped_and_the_whole_list_is_kept(tmp_path, capsys):
     write_imagefolder(tmp_path, [MUG, POT])
     lines = (tmp_path / "metadata.jsonl").read_text().splitlines()
