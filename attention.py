@@ -47,6 +47,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) ->
     return x.transpose(1, 2).flatten(2)  # (B, N, C)
 
 
+def attention_weights(q: Tensor, k: Tensor, heads: int) -> Tensor:
+    """softmax(q kᵀ / √d), which `attend` never shows: q (B, N, C), k (B, L, C) -> (B, heads, N, L)."""
+    q, k = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (to_rows(q, len(k)), k))
+    return (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(dim=-1)
+
+
 def mask_at(mask: Tensor | Reused, h: int, w: int) -> Tensor:
     """M (B, 1, H, W), area-averaged to a feature map's (B, 1, h, w): edges stay soft, so Eq. 3 and 4 blend there."""
     return once((h, w), lambda M: F.interpolate(M, size=(h, w), mode="area"), mask)
@@ -57,6 +63,8 @@ class Attention(nn.Module):
 
     x (B, N, C); context (B, L, D) or None -> (B, N, C). With the prompt's encoding P as context this is CA(x, P).
     """
+
+    watch: Callable[[Tensor], None] | None = None  # where set, is shown the weights (B, heads, N, L) of every call
 
     def __init__(self, channels: int, heads: int, context_channels: int | None = None):
         super().__init__()
@@ -70,9 +78,15 @@ class Attention(nn.Module):
         """(B, L, D) -> k, v, each (B, L, C)."""
         return self.to_k(context), self.to_v(context)
 
+    def read(self, q: Tensor, context: Tensor | Reused) -> Tensor:
+        """What the queries q (B, N, C) read from a context (B, L, D), before the output layer: (B, N, C)."""
+        k, v = once(self, self.keys_values, context)
+        if self.watch:
+            self.watch(attention_weights(q, k, self.heads))
+        return attend(q, k, v, self.heads)
+
     def forward(self, x: Tensor, context: Tensor | Reused | None = None) -> Tensor:
-        k, v = once(self, self.keys_values, x if context is None else context)
-        return self.to_out[0](attend(self.to_q(x), k, v, self.heads))
+        return self.to_out[0](self.read(self.to_q(x), x if context is None else context))
 
     def mask_guided(self, x: Tensor, P_fg: Tensor | Reused, P_bg: Tensor | Reused, M: Tensor) -> Tensor:
         """CA(x, P_fg) ⊗ M + CA(x, P_bg) ⊗ (1 − M): the two terms that Eq. 3 adds to x.
@@ -82,8 +96,7 @@ class Attention(nn.Module):
         of weights. The output layer is affine and M + (1 − M) = 1, so it is applied once, to the blend.
         """
         q = self.to_q(x)
-        fg = attend(q, *once(self, self.keys_values, P_fg), self.heads)
-        bg = attend(q, *once(self, self.keys_values, P_bg), self.heads)
+        fg, bg = self.read(q, P_fg), self.read(q, P_bg)
         return self.to_out[0](fg * M + bg * (1 - M))
 
 

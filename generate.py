@@ -320,8 +320,10 @@ def generate_data(args) -> None:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     broken, chunks = 0, [todo[k : k + args.batch] for k in range(0, len(todo), args.batch)]
-    # While a batch is painted, threads read the next one and write the last
-    with ThreadPoolExecutor(4) as readers, ThreadPoolExecutor(1) as writer:
+    # While a batch is painted, threads read the next one and write the last. Each computes alone: teams of threads that
+    # wait for one another would take the painting's cores
+    alone = dict(initializer=torch.set_num_threads, initargs=(1,))
+    with ThreadPoolExecutor(4, **alone) as readers, ThreadPoolExecutor(1, **alone) as writer:
         following = [readers.submit(read, i) for chunk in chunks[:1] for i in chunk]
         written = None
         for k, chunk in enumerate(tqdm(chunks, unit="batch", disable=not sys.stderr.isatty())):

@@ -370,6 +370,18 @@ def test_ddim_recovers_z_0_exactly_from_a_perfect_eps():
 # ---------------------------------------------------------------- the whole loop
 
 
+@torch.no_grad()
+def test_watched_weights_are_those_that_attention_uses():
+    layer, x, P_fg, P_bg = randomise(Attention(24, 3, 16)), random(2, 9, 24), random(2, 5, 16, seed=1), random(2, 5, 16, seed=2)
+    M, seen = random(2, 9, 1, seed=3).sigmoid(), []
+    layer.watch = seen.append
+    blend = layer.mask_guided(x, P_fg, P_bg, M)
+    assert [w.shape for w in seen] == [(2, 3, 9, 5)] * 2 and torch.allclose(seen[0].sum(-1), torch.ones(2, 3, 9))
+    read = [(w @ layer.to_v(P).unflatten(-1, (3, -1)).transpose(1, 2)).transpose(1, 2).flatten(2)
+            for w, P in zip(seen, (P_fg, P_bg))]
+    torch.testing.assert_close(blend, layer.to_out[0](read[0] * M + read[1] * (1 - M)))
+
+
 @torch.inference_mode()
 def test_both_passes_of_the_guidance_in_one_batch_are_each_pass_alone(unet, cg, pg, monkeypatch):
     """One row of z_t for two prompts, all that repeats Reused, over two steps: what plain calls give row by row.

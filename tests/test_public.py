@@ -500,6 +500,22 @@ def test_prompt_paints_the_text_to_image_pipelines_picture(folders, tmp_path):
     assert np.abs(read(tmp_path / f"prompt_{SEED}.png") - expected).mean() <= 1 / 255
 
 
+@pytest.mark.parametrize("variant", [None, "fp16"])
+@torch.inference_mode()
+def test_what_the_pipeline_saves_is_loaded(folders, tmp_path, variant):
+    pipe = pipeline("StableDiffusionPipeline", folders / "sd")
+    if variant:
+        pipe.to(dtype=torch.float16)
+    pipe.save_pretrained(tmp_path / "saved", variant=variant)
+    ours, theirs = load_stable_diffusion(folders / "sd"), load_stable_diffusion(tmp_path / "saved")
+    for a, b in ((ours.unet, theirs.unet), (ours.vae, theirs.vae), (ours.text_encoder, theirs.text_encoder)):
+        weights = b.state_dict()
+        assert all(torch.allclose(t, weights[name], rtol=2e-3 if variant else 0, atol=1e-6 if variant else 0)
+                   for name, t in a.state_dict().items())
+    assert torch.equal(ours.tokenizer([MUG]), theirs.tokenizer([MUG]))
+    assert torch.equal(ours.schedule.alpha_bar, theirs.schedule.alpha_bar)
+
+
 @pytest.mark.parametrize("hint, around", [("product", 0.0), ("inpaint", -1.0)])
 def test_controlnet_paints_the_controlnet_pipelines_picture(folders, tmp_path, hint, around):
     run("--product", folders / "mug.png", "--category", "mug", "--weights", folders / "sd", "--controlnet",

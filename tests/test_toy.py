@@ -8,7 +8,8 @@ from safetensors import safe_open
 from conftest import relative_error
 from data import load_cutout, load_masked, product_hint
 from generate import TOY, encode_prompts, paint, texts_of
-from sampler import draw_noise, seeded
+from model import Prompts
+from sampler import draw_noise, sample, seeded
 from toy.world import CATEGORIES, SAMPLES, Brand, product_caption, scene_caption
 from weights import load_clip, load_control, load_stable_diffusion, read_json
 
@@ -97,6 +98,24 @@ def test_branches_open_as_diffusers_controlnets_and_agree(sd, kind):
     down, middle = theirs(z, t, P, hint, return_dict=False)
     for a, b in zip(ours, [*down, middle], strict=True):
         assert relative_error(a, b) < 1e-4
+
+
+@torch.inference_mode()
+def test_the_shipped_branches_as_plain_controlnets_paint_diffusers_picture(sd):
+    """What diffusers can't do (Eq. 3, Eq. 4) is left out: both branches with ordinary attention and without mask."""
+    diffusers = pytest.importorskip("diffusers")
+    controls = [diffusers.ControlNetModel.from_pretrained(TOY / kind, torch_dtype=torch.float32) for kind in ("cg", "pg")]
+    pipeline = diffusers.StableDiffusionControlNetPipeline.from_pretrained(
+        TOY / "base", controlnet=diffusers.MultiControlNetModel(controls), safety_checker=None, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    (rgb, mask), prompt = canvas("perfume"), "A photo of perfume, in the background of sks 1"
+    P, without = (Prompts(*[sd.prompts([text])] * 3) for text in (prompt, ""))
+    hint, shape = product_hint(rgb, mask), sd.latent_shape(*rgb.shape[2:])
+    z = sample(sd.unet, sd.schedule, P, without, seeded(3), shape, [(load_control(TOY / k), hint) for k in ("cg", "pg")],
+               steps=10)
+    theirs = pipeline(prompt, image=[hint, hint], num_inference_steps=10, guidance_scale=2.0,
+                      latents=draw_noise(shape, seeded(3)[0]), output_type="pt").images
+    assert (sd.decode(z) - theirs).abs().mean() <= 1 / 255
 
 
 def test_cg_paints_half_of_the_categories_own_scenes_at_least(sd, clip):
