@@ -30,7 +30,8 @@ from data import (SOLID, BadInput, Item, Parser, background_hint, canvas_size, d
                   thumbnail)
 from model import ControlNet, Prompts
 from sampler import GUIDANCE, STEPS, sample, seeded
-from weights import StableDiffusion, check_folder, load_control, load_stable_diffusion, pick_device, read_json
+from weights import (StableDiffusion, check_folder, load_control, load_stable_diffusion, pick_device, read_json,
+                     write_atomic)
 
 TOY = Path(__file__).resolve().parent / "toy"
 SAMPLE = "perfume"  # of toy/samples, painted where no product is given
@@ -280,6 +281,15 @@ def result_path(out: Path, index: int, item: Item) -> Path:
     return out / f"{index:06}_{item.image.stem}.png"
 
 
+def read_manifest(file: Path) -> list[dict]:
+    """The lines of a manifest. One that a killed process has left unfinished is cut off."""
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        write_atomic(file, lambda new: new.write_text(whole, encoding="utf-8"))
+    return [json.loads(line) for line in whole.splitlines()]
+
+
 def generate_data(args) -> None:
     """--data: every item not yet painted, item i with seed + i; with PG where the item has a reference.
 
@@ -288,8 +298,7 @@ def generate_data(args) -> None:
     items, notes = read_items(args.data, args.split or "bg1k")
     items = items[: args.limit]
     manifest = args.out / "manifest.jsonl"
-    lines = manifest.read_text(encoding="utf-8").splitlines() if manifest.exists() else []
-    listed = {json.loads(line)["file"] for line in lines}
+    listed = {line["file"] for line in read_manifest(manifest)}
     paths = [result_path(args.out, i, item) for i, item in enumerate(items)]
     rank, processes = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     share = range(rank, len(items), processes)  # under torchrun, of each process

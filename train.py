@@ -687,11 +687,10 @@ def main(arguments: list[str] | None = None) -> None:
     if args.workers is None:
         args.workers = 0 if args.size <= 128 else min(8, os.cpu_count())
     rank, world = processes()
-    if args.device == "auto" and world > 1 and torch.cuda.is_available():
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(args.device)
     args.device, args.dtype = pick_device(args.device), torch.float32
     args.amp, args.save_dtype = args.amp and getattr(torch, args.amp), getattr(torch, args.save_dtype)
+    if args.device.startswith("cuda"):
+        torch.cuda.set_device(args.device)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
     toy_data(args.data)

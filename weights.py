@@ -78,9 +78,11 @@ def write_atomic(path: Path | str, write: Callable[[Path], None]) -> None:
 
 
 def pick_device(name: str) -> str:
-    """A device that is here; 'auto' is cuda where there is one. Raises BadInput for one that isn't."""
+    """A device that is here; 'auto' is the GPU where there is one, under torchrun this process's own. Raises BadInput for
+    one that isn't.
+    """
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
         torch.ones(1, device=name).item()  # "meta" has no values
     except (RuntimeError, AssertionError, NotImplementedError):

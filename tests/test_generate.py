@@ -243,9 +243,13 @@ def test_data_equals_single_pictures_and_goes_on(run, items):
 
     before = {p: p.stat().st_mtime_ns for p in Path("all").iterdir()}
     Path("all/000003_3.png").unlink()
+    with open("all/manifest.jsonl", "a") as file:
+        file.write('{"item": 1, "fi')  # of a process killed while it wrote
     cutout(items / "1.png")
     out, _ = run("--data", items, "--seed", 7, "--out", "all", "--batch", 1)
     assert str(out[-1]) == "all: 2 painted, 3 were there, 0 broken"
+    lines = [json.loads(line)["file"] for line in Path("all/manifest.jsonl").read_text().splitlines()]
+    assert sorted(set(lines)) == [f"{i:06}_{i}.png" for i in range(5)]
     for name in ("000000_0.png", "000002_2.png", "000004_4.png"):
         assert Path("all", name).stat().st_mtime_ns == before[Path("all", name)]
 
