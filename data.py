@@ -421,8 +421,8 @@ def is_blank(image: Tensor, mask: Tensor) -> bool:
 
 
 def list_folder(root: Path) -> int:
-    """Writes metadata.jsonl for pictures that lie as CATEGORY/NAME.*, each with its mask as CATEGORY/NAME_mask.* or as its
-    alpha channel -> how many. Raises BadInput where there is none, or a list already.
+    """Writes metadata.jsonl for pictures that lie as CATEGORY/NAME.*, each with its mask as CATEGORY/NAME_mask.* or as
+    its alpha channel -> how many. Raises BadInput where there is none, or a list already.
     """
     file, suffixes = root / "metadata.jsonl", (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
     if file.exists():
@@ -434,9 +434,10 @@ def list_folder(root: Path) -> int:
         if not path.stem.endswith("_mask"):
             mask = masks.get(path.with_name(f"{path.stem}_mask"))
             names = {"file_name": path, **({"mask": mask} if mask else {})}
-            lines.append({key: name.relative_to(root).as_posix() for key, name in names.items()} | {"category": path.parent.name})
+            line = {key: name.relative_to(root).as_posix() for key, name in names.items()}
+            lines.append(line | {"category": path.parent.name})
     if not lines:
-        raise BadInput(f"{root}: no pictures in folders of categories; expected {root / 'mug' / 'any_name.png'} and the like")
+        raise BadInput(f"{root}: no pictures in folders of categories; expected {root / 'mug' / 'any_name.png'} and others")
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     write_atomic(file, lambda new: new.write_text(text, encoding="utf-8"))
     return len(lines)
@@ -597,7 +598,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--sheet", metavar="FILE", help="draw eight items here: image, mask, CG's hint, PG's hint")
     parser.add_argument("--size", type=int, default=512, help="side of the training images in pixels (default 512)")
     parser.add_argument("--list", action="store_true",
-                        help="first write metadata.jsonl, from DIR/CATEGORY/NAME.png and NAME_mask.png or alpha channels")
+                        help="first write metadata.jsonl, from DIR/CATEGORY/NAME.png and NAME_mask.png or alpha")
     parser.add_argument("--drop-blank", action="store_true",
                         help="take images with a blank background out of the list; the whole list stays as FILE.all")
     options = parser.parse_args(arguments)

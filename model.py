@@ -313,7 +313,7 @@ class ControlNet(UNetEncoder):
         """ControlNet's own initialisation: the encoder is SD's, all that leads in or out of the branch is zero."""
         weights = {k: v.clone() for k, v in unet.state_dict().items()
                    if not k.startswith(("up_blocks", "conv_norm_out", "conv_out"))}
-        weights["conv_in.weight"] = weights["conv_in.weight"][:, : self.conv_in.in_channels]  # z's of an inpainting UNet
+        weights["conv_in.weight"] = weights["conv_in.weight"][:, : self.conv_in.in_channels]  # an inpainting UNet has more
         result = self.load_state_dict(weights, strict=False)
         assert all(name.startswith("controlnet_") for name in result.missing_keys) and not result.unexpected_keys
         for layer in (self.controlnet_cond_embedding.conv_out, self.controlnet_mid_block, *self.controlnet_down_blocks):

@@ -182,7 +182,7 @@ def run(task: Task, args) -> None:
         len(task.samples), args.batch, args.seed, start, args.steps, rank, world))
     bar = tqdm(loader, initial=start, total=args.steps, unit="step", disable=rank > 0 or not sys.stderr.isatty())
     stopped = []
-    signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
+    handler = signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
     average, clock, seen = None, time.perf_counter(), 0
     for step, batch in enumerate(bar, start):
         lr = learning_rate(step, args)
@@ -200,8 +200,8 @@ def run(task: Task, args) -> None:
                     loss = model(part, generator) / parts
                     scaler.scale(loss).backward()
             except torch.OutOfMemoryError:
-                raise BadInput(f"--micro-batch {args.micro_batch} does not fit the memory of {args.device}: give a smaller "
-                               "one, or add --amp or --checkpointing") from None
+                raise BadInput(f"--micro-batch {args.micro_batch} does not fit the memory of {args.device}: give a "
+                               "smaller one, or add --amp or --checkpointing") from None
             total[0] += loss.item()
         total[1] = len(stopped)
         if world > 1:
@@ -240,6 +240,7 @@ def run(task: Task, args) -> None:
             barrier()
             print(f"stopped at step {done}; --resume goes on from there", file=sys.stderr)
             raise SystemExit(128 + signal.SIGTERM)
+    signal.signal(signal.SIGTERM, handler)
     if log:
         log.close()
 
@@ -306,7 +307,7 @@ def save_checkpoint(args, step: int, parameters: dict, ema: dict, optimizer, sca
 
 
 def load_checkpoint(args, parameters: dict, ema: dict, optimizer, scaler) -> int:
-    """Fills everything from the run's newest checkpoint -> its step. Says on stderr which settings are not the run's own.
+    """Fills everything from the run's newest checkpoint -> its step. Tells on stderr which settings are not the run's.
 
     Raises BadInput where the checkpoint is broken or of another model.
     """
@@ -328,8 +329,8 @@ def load_checkpoint(args, parameters: dict, ema: dict, optimizer, scaler) -> int
     except (RuntimeError, KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
         raise BadInput(f"{path} is broken, or of another model or other settings ({str(error).splitlines()[0]}); "
                        "give the options of the run, or remove it to go on from the one before") from None
-    changed = [f"{name} {settings.get(name)} -> {value}" for name, value in json.loads(json.dumps(settings_of(args))).items()
-               if settings.get(name) != value]
+    now = json.loads(json.dumps(settings_of(args)))
+    changed = [f"{name} {settings.get(name)} -> {now[name]}" for name in now if settings.get(name) != now[name]]
     if changed:
         print(f"resumed with other settings than the run's: {', '.join(changed)}", file=sys.stderr)
     return step
@@ -365,8 +366,8 @@ def stamp(path: Path | None) -> list:
 class Latents:
     """The frozen VAE, once over a data set: mean and log-variance of every latent, in files of `PART` items each.
 
-    latents[i] -> mean, standard deviation, both (4, h, w) float32, scaled as the UNet's; and for an inpainting UNet what
-    it reads beside z_t, (5, h, w), else None. Processes share the work; files that are there already are not made again.
+    latents[i] -> mean, standard deviation, both (4, h, w) float32, scaled as the UNet's; and for an inpainting UNet
+    what it reads beside z_t, (5, h, w), else None. Processes share the work; files that are there are not made again.
     """
 
     PART = 1024
@@ -376,7 +377,8 @@ class Latents:
         self.scale, ads = sd.vae.scaling_factor, Ads(items, args.size)
         weights = [digest(sd.vae), args.size, str(args.amp), sd.unet.config["in_channels"]]
         starts = range(0, len(items), self.PART)
-        keys = [weights + [[stamp(i.image), stamp(i.mask), i.inverted] for i in items[s : s + self.PART]] for s in starts]
+        stamps = [[stamp(item.image), stamp(item.mask), item.inverted] for item in items]
+        keys = [weights + stamps[start : start + self.PART] for start in starts]
         bar = tqdm(total=len(items), desc="encoding", unit="image", disable=rank > 0 or not sys.stderr.isatty())
 
         def encode(start: int) -> dict[str, Tensor]:
@@ -440,7 +442,8 @@ class Samples(Dataset):
         return sample
 
 
-def diffuse(mean: Tensor, std: Tensor, generator: Generator, noise_offset: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+def diffuse(mean: Tensor, std: Tensor, generator: Generator,
+            noise_offset: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     """A draw of z_0 (4, h, w) from the VAE's posterior, noise ε of its shape, and a timestep t ().
 
     SD's noisiest z_t still tells the picture's mean, which the pure noise that sampling starts from does not: dark
@@ -613,7 +616,8 @@ def parse(arguments: list[str] | None = None):
     add("--weighting", choices=["uniform", "min-snr", "debias"],
         help="of the error at each timestep, stages unet to joint [toy min-snr or debias; paper uniform, Eq. 1]")
     add = parser.add_argument_group("the optimiser's settings [likewise]").add_argument
-    add("--lr", metavar="X", type=real(1e-9, 10), help="learning rate of AdamW [toy 1e-3 or 2e-3; paper 1e-5, section 5.1]")
+    add("--lr", metavar="X", type=real(1e-9, 10),
+        help="learning rate of AdamW [toy 1e-3 or 2e-3; paper 1e-5, section 5.1]")
     add("--batch", metavar="N", type=whole(1, 65536),
         help="pictures a step, over all processes [toy 12 to 64; paper 128, section 5.1]")
     add("--micro-batch", metavar="N", type=whole(1, 65536),
@@ -663,8 +667,8 @@ def check(args) -> None:
     check_folder(args.out)
     found = checkpoints(args)
     if args.resume and not found:
-        raise BadInput(f"nothing to resume: {args.out / 'training' / args.stage} holds no checkpoint; leave out --resume, "
-                       "or give the run's --out")
+        raise BadInput(f"nothing to resume: {args.out / 'training' / args.stage} holds no checkpoint; leave out "
+                       "--resume, or give the run's --out")
     if found and not args.resume:
         raise BadInput(f"--out {args.out} holds a run of this stage; add --resume to go on, or name another folder")
 

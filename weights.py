@@ -78,8 +78,9 @@ def write_atomic(path: Path | str, write: Callable[[Path], None]) -> None:
 
 
 def pick_device(name: str) -> str:
-    """A device that is here; 'auto' is the GPU where there is one, under torchrun this process's own. Raises BadInput for
-    one that isn't.
+    """A device that is here; 'auto' is the GPU where there is one, under torchrun this process's own.
+
+    Raises BadInput for one that isn't here.
     """
     if name == "auto":
         return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
@@ -154,7 +155,7 @@ PREFIXES = {
 IGNORED = re.compile("|".join((
     r".*\.position_ids",  # counts 0, 1, 2, …
     r"model_ema\..*",  # moving averages of the weights, in files that are not pruned
-    r"(log_one_minus_|sqrt_one_minus_|sqrt_recip_|sqrt_recipm1_|sqrt_)?alphas_cumprod(_prev)?|betas|logvar|lvlb_weights",
+    r"(sqrt_|sqrt_recip_|sqrt_recipm1_|(sqrt|log)_one_minus_)?alphas_cumprod(_prev)?|betas|logvar|lvlb_weights",
     r"posterior_(variance|log_variance_clipped|mean_coef[12])|scale_factor",  # the noise schedule: see sampler.py
     r"cond_stage_model\.model\.transformer\.resblocks\.23\..*",  # SD 2.x reads OpenCLIP before its last layer
     r"cond_stage_model\.model\.(logit_scale|text_projection|attn_mask)",
@@ -285,9 +286,9 @@ def fill(module: nn.Module, tensors: dict[str, Tensor], source: Path, device, dt
             continue
         if name in named:
             problems.append(f"{name} is there twice, by an older and a newer name")
-        # 1x1 convolutions are linear layers: single files have the former in the VAE's attention
-        flat = name in wanted and tensor.ndim == 4 and wanted[name].shape == tensor.shape[:2] and tensor[0, 0].numel() == 1
-        named[name] = tensor[:, :, 0, 0] if flat else tensor
+        if name in wanted and tensor.shape == (*wanted[name].shape, 1, 1):
+            tensor = tensor[:, :, 0, 0]  # a 1x1 convolution for a linear layer: the VAE's attention in single files
+        named[name] = tensor
     problems += [f"{n} is missing" for n in wanted if n not in named]
     problems += [f"{n} is not part of this model" for n in named if n not in wanted]
     problems += [f"{n} has shape {list(named[n].shape)}, expected {list(wanted[n].shape)}"
@@ -469,7 +470,8 @@ def vae_config(tensors: dict[str, Tensor]) -> dict:
             "latent_channels": tensors["post_quant_conv.weight"].shape[0], "scaling_factor": 0.18215,
             "block_out_channels": [tensors[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in levels],
             "layers_per_block": count(tensors, "encoder.down_blocks.0.resnets."),
-            "down_block_types": ["DownEncoderBlock2D" for _ in levels], "up_block_types": ["UpDecoderBlock2D" for _ in levels]}
+            "down_block_types": ["DownEncoderBlock2D" for _ in levels],
+            "up_block_types": ["UpDecoderBlock2D" for _ in levels]}
 
 
 def text_config(tensors: dict[str, Tensor], activation: str) -> dict:

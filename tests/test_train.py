@@ -343,6 +343,9 @@ def test_batches_hold_each_index_once_an_epoch_and_can_be_entered_anywhere():
     assert sorted(i for keys in batches for i, _ in keys) == sorted(2 * list(range(10))), "each index once an epoch"
     assert len({seed for keys in batches for _, seed in keys}) == 20, "every sample has a seed of its own"
     assert list(train.Batches(10, 4, 0, start=3, steps=5)) == batches[3:], "starting later is the same walk"
+    shares = [list(train.Batches(10, 4, 0, 0, 5, rank, 2)) for rank in (0, 1)]
+    for whole, first, second in zip(batches, *shares, strict=True):
+        assert sorted(whole) == sorted(first + second) and len(first) == len(second) == 2, "shared without repeats"
 
 
 def test_learning_rate_warms_up_stays_and_decays_and_the_papers_is_constant():
