@@ -1,6 +1,6 @@
 """Attention: the one place where text reaches the picture, and where the paper changes Stable Diffusion (section 3.2).
 
-Read from the top: scaled dot-product attention, the cross-attention layer CA of Eq. 2, its mask-guided form of Eq. 3,
+Read from `attend` on: scaled dot-product attention, the cross-attention layer CA of Eq. 2, its mask-guided form of Eq. 3,
 and the transformer block that every attention level of the UNet and of the ControlNet branches is made of.
 Parameters are named as in the public diffusers folders, so weights load without renaming.
 

@@ -95,7 +95,7 @@ class TimestepEmbedding(nn.Module):
 
 def run_layer(block: nn.Module, *inputs) -> Tensor:
     """block.layer(*inputs). Where block.recompute is set (gradient checkpointing), what it computes on the way is not
-    kept for the backward pass but computed again there: half of the memory for a third more time.
+    kept for the backward pass but computed again there: less memory for more time.
     """
     if block.recompute and torch.is_grad_enabled():
         return checkpoint(block.layer, *inputs, use_reentrant=False)

@@ -190,7 +190,7 @@ def run(task: Task, args) -> None:
             group["lr"] = lr
         generator = Generator().manual_seed(seed_of(args.seed, "step", step, *([rank] if rank else [])))
         parts = args.batch // world // args.micro_batch
-        total = torch.zeros(2)  # the loss, and whether to stop
+        total = torch.zeros(2, device=args.device)  # the loss, and whether to stop; NCCL sums on GPUs only
         for i in range(parts):
             micro = slice(i * args.micro_batch, (i + 1) * args.micro_batch)
             part = {k: v[micro].to(args.device, non_blocking=True) for k, v in batch.items()}
