@@ -258,6 +258,12 @@ class Item:
     inverted: bool = False  # mask files are 1 on the background
     line: int = field(default=0, compare=False)  # of the list that names it, counted from 1
 
+    @property
+    def caption(self) -> tuple[str, str] | None:
+        """Its own words in the two halves of the paper's prompt; None where the data set has none."""
+        words = self.product and self.scene
+        return (f"A photo of {self.product}", f"in the background of {self.scene}") if words else None
+
 
 def read_items(root: AnyPath, split: str = "bg60k") -> tuple[list[Item], list[str]]:
     """The items of a folder, and notes for people: how many, the long tail, what was assumed, what was skipped.

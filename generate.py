@@ -16,6 +16,7 @@ import os
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -65,17 +66,16 @@ def paint(sd: StableDiffusion, rgb: Tensor, mask: Tensor, texts: list[tuple[str,
     """Paints a batch of backgrounds -> (B, 3, H, W) float32 in [0, 1], the products not yet pasted back.
 
     rgb (B, 3, H, W) and mask (B, 1, H, W): the products on their canvas; reference and reference_mask of the same
-    shapes, for PG. from_reference: z_T is the reference's latent noised, not pure noise (section 3.3). In place of CG a
-    plain ControlNet; hint_background is what its hint holds outside of the product.
+    shapes. With them z_T is the reference's latent noised, unless not from_reference (section 3.3), and PG, where given,
+    reads its background. In place of CG a plain ControlNet; hint_background is what its hint holds outside of the
+    product.
     """
     weight = sd.unet.conv_in.weight
     rgb, mask = rgb.to(weight), mask.to(weight)
     branches = [(cg, product_hint(rgb, mask) + hint_background * (1 - mask))] if cg else []
-    z_ref = None
     if pg:
-        reference, reference_mask = reference.to(weight), reference_mask.to(weight)
-        branches.append((pg, background_hint(reference, reference_mask)))
-        z_ref = sd.encode(reference) if from_reference else None
+        branches.append((pg, background_hint(reference.to(weight), reference_mask.to(weight))))
+    z_ref = sd.encode(reference) if from_reference and reference is not None else None
     z = sample(sd.unet, sd.schedule, encode_prompts(sd, texts), encode_prompts(sd, [("", "", "")] * len(texts)),
                generators, sd.latent_shape(*rgb.shape[2:]), branches, mask, z_ref, steps, guidance,
                kept=sd.kept(rgb, mask), on_step=on_step)
@@ -114,28 +114,41 @@ def steps_bar(args, text: str) -> tqdm:
     return tqdm(total=args.steps, desc=text, unit="step", leave=False, disable=not sys.stderr.isatty())
 
 
-def paint_ads(ads: list[Ad], sd: StableDiffusion, cg: ControlNet, pg: ControlNet | None, args) -> list[Tensor]:
-    """Finished ads, each (3, H, W) in its product's frame. Those of one canvas, with or without PG, make a batch."""
+def paint_ads(ads: list[Ad], painter: Callable, multiple: int, args) -> list[Tensor]:
+    """Finished ads, each (3, H, W) in its product's frame. Those of one canvas, with or without reference, make a batch.
+
+    painter(rgb, mask, texts, generators, reference, reference_mask, on_step) -> (B, 3, h, w), as `paint`; multiple: of
+    which the canvas's sides are (StableDiffusion.multiple).
+    """
     batches = defaultdict(list)
     for i, ad in enumerate(ads):
-        batches[canvas_size(*ad.mask.shape[1:], args.size, sd.multiple), ad.reference is not None].append(i)
+        batches[canvas_size(*ad.mask.shape[1:], args.size, multiple), ad.reference is not None].append(i)
     results = [None] * len(ads)
-    for ((h, w), with_pg), batch in batches.items():
-        chosen = [ads[i] for i in batch]
+    for ((h, w), with_reference), batch in batches.items():
+        chosen, references = [ads[i] for i in batch], (None, None)
         rgb, boxes = zip(*(fit(ad.rgb, h, w, "contain") for ad in chosen))
-        inputs = [torch.stack(rgb), torch.stack([fit(ad.mask, h, w, "contain")[0] for ad in chosen])]
-        if with_pg:
-            inputs += [torch.stack([fit(ad.reference[k], h, w, "cover")[0] for ad in chosen]) for k in (0, 1)]
-        with steps_bar(args, f"{'CG + PG' if with_pg else 'CG'}, {len(batch)} at once") as bar:
-            painted = paint(sd, *inputs[:2], [ad.texts for ad in chosen], [seeded(ad.seed)[0] for ad in chosen],
-                            cg, pg if with_pg else None, *inputs[2:], from_reference=args.start == "reference",
-                            steps=args.steps, guidance=args.guidance, on_step=lambda *_: bar.update(),
-                            hint_background=-1.0 if args.hint == "inpaint" else 0.0).cpu()
+        rgb, mask = torch.stack(rgb), torch.stack([fit(ad.mask, h, w, "contain")[0] for ad in chosen])
+        if with_reference:
+            references = [torch.stack([fit(ad.reference[k], h, w, "cover")[0] for ad in chosen]) for k in (0, 1)]
+        with steps_bar(args, f"{'CG + PG' if with_reference else 'CG'}, {len(batch)} at once") as bar:
+            painted = painter(rgb, mask, [ad.texts for ad in chosen], [seeded(ad.seed)[0] for ad in chosen],
+                              *references, on_step=lambda *_: bar.update()).cpu()
         if not painted.isfinite().all():
             raise BadInput(f"--dtype: the networks overflow in {str(args.dtype)[6:]}; add --dtype float32")
-        for i, ad, picture, painted_mask, box in zip(batch, chosen, painted, inputs[1], boxes):
+        for i, ad, picture, painted_mask, box in zip(batch, chosen, painted, mask, boxes):
             results[i] = paste_back(picture, painted_mask, box, ad.rgb, ad.mask)
     return results
+
+
+def painter_of(sd: StableDiffusion, cg: ControlNet, pg: ControlNet | None, args) -> Callable:
+    """The paper's method as `paint_ads` calls it: CG, and PG for those that have a reference."""
+
+    def painter(rgb, mask, texts, generators, reference, reference_mask, on_step=None):
+        return paint(sd, rgb, mask, texts, generators, cg, pg if reference is not None else None, reference,
+                     reference_mask, args.start == "reference", args.steps, args.guidance, on_step,
+                     hint_background=-1.0 if args.hint == "inpaint" else 0.0)
+
+    return painter
 
 
 # ---------------------------------------------------------------- models and categories
@@ -234,6 +247,7 @@ def generate_product(args) -> None:
                   for pair in zip(args.reference or (), each("reference_mask", "reference", args))]
     categories = each("category", "product", args)
     sd, cg, pg, texts = load_models(set(categories), bool(references), args)
+    painter = painter_of(sd, cg, pg, args)
 
     ads: dict[str, Ad] = {}  # by file name, in the order of the sheet
     rows = [(i, seed) for i in range(len(products)) for seed in range(args.seed, args.seed + args.num)]
@@ -247,7 +261,7 @@ def generate_product(args) -> None:
     small = partial(thumbnail, side=256 if len(ads) <= 8 else 160)  # for the sheet
     for start in range(0, len(names), args.batch):
         chunk = names[start : start + args.batch]
-        for name, picture in zip(chunk, paint_ads([ads[name] for name in chunk], sd, cg, pg, args)):
+        for name, picture in zip(chunk, paint_ads([ads[name] for name in chunk], painter, sd.multiple, args)):
             save(picture, args.out / name)
             pictures.append(small(picture))
 
@@ -291,22 +305,31 @@ def read_manifest(file: Path) -> list[dict]:
 
 
 def generate_data(args) -> None:
-    """--data: every item not yet painted, item i with seed + i; with PG where the item has a reference.
-
-    A line of manifest.jsonl for each picture. A broken item is named, skipped and counted.
-    """
+    """--data: every item not yet painted, with PG where the item has a reference."""
     items, notes = read_items(args.data, args.split or "bg1k")
     items = items[: args.limit]
+    with_pg = any(item.reference for item in items)
+    sd, cg, pg, texts = load_models({item.category for item in items}, with_pg, args)
+    print("\n".join(notes), file=sys.stderr)
+    painted, there, broken = paint_items(items, texts, painter_of(sd, cg, pg, args), sd.multiple, args)
+    if int(os.environ.get("RANK", 0)) == 0:
+        save_data_sheet(items, args.out)
+    print(f"{args.out}: {painted:,} painted, {there:,} were there, {broken:,} broken")
+
+
+def paint_items(items: list[Item], texts: dict[str, tuple[str, str, str]], painter: Callable, multiple: int,
+                args) -> tuple[int, int, int]:
+    """Paints all items of a data set that are not in args.out yet, item i with seed + i; texts by category; painter and
+    multiple as in paint_ads. Returns how many were painted, were there, and are broken: these are named and skipped.
+
+    A line of manifest.jsonl for each picture. Under torchrun each process paints its share.
+    """
     manifest = args.out / "manifest.jsonl"
     listed = {line["file"] for line in read_manifest(manifest)}
     paths = [result_path(args.out, i, item) for i, item in enumerate(items)]
     rank, processes = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-    share = range(rank, len(items), processes)  # under torchrun, of each process
+    share = range(rank, len(items), processes)
     todo = [i for i in share if paths[i].name not in listed or not paths[i].exists()]
-    with_pg = any(item.reference for item in items)
-    sd, cg, pg, texts = load_models({item.category for item in items}, with_pg, args)
-
-    print("\n".join(notes), file=sys.stderr)
 
     def read(i: int) -> Ad | BadInput:
         item, reference = items[i], None
@@ -343,16 +366,14 @@ def generate_data(args) -> None:
                 broken += 1
                 tqdm.write(f"skipped: {error}", file=sys.stderr)
             clock = time.perf_counter()
-            pictures = paint_ads(list(ads.values()), sd, cg, pg, args)
+            pictures = paint_ads(list(ads.values()), painter, multiple, args)
             seconds = (time.perf_counter() - clock) / max(1, len(ads))
             if written:
                 written.result()  # raises what the writer raised
             written = writer.submit(write, ads, pictures, seconds)
         if written:
             written.result()
-    if rank == 0:
-        save_data_sheet(items, args.out)
-    print(f"{args.out}: {len(todo) - broken:,} painted, {len(share) - len(todo):,} were there, {broken:,} broken")
+    return len(todo) - broken, len(share) - len(todo), broken
 
 
 def save_data_sheet(items: list[Item], out: Path, columns: int = 8, cells: int = 32) -> None:

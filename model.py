@@ -648,6 +648,18 @@ class CLIP(nn.Module):
         x = self.text_model(ids)
         return self.text_projection(x[torch.arange(len(x), device=x.device), ids.argmax(dim=-1)])
 
+    def preprocess(self, x: Tensor) -> Tensor:
+        """Pictures of any size, (B, 3, H, W) in [0, 1] -> (B, 3, S, S), S the config's image_size: the middle square.
+
+        The short side becomes S by antialiased bicubic interpolation. As CLIP's own, up to Pillow's rounding to 8 bits.
+        """
+        S, (h, w) = self.config["vision_config"]["image_size"], x.shape[2:]
+        if min(h, w) != S:
+            h, w = S * h // min(h, w), S * w // min(h, w)
+            x = F.interpolate(x, size=(h, w), mode="bicubic", antialias=True).clamp(0, 1)
+        top, left = (h - S) // 2, (w - S) // 2
+        return x[:, :, top : top + S, left : left + S]
+
     def encode_image(self, x: Tensor) -> Tensor:
         """x (B, 3, S, S) in [0, 1], S the config's image_size -> (B, n), not normalised."""
         mean, std = (x.new_tensor(v)[:, None, None] for v in (self.mean, self.std))

@@ -5,6 +5,7 @@ The step itself is `ddim_step`, a pure function; `ddim` walks it and yields what
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -72,16 +73,19 @@ def ddim_step(eps: Tensor, z_t: Tensor, alpha_bar: Tensor, alpha_bar_prev: Tenso
 
 
 def ddim(eps_model: Callable[[Tensor, int], Tensor], z_T: Tensor, schedule: Schedule, steps: int = STEPS,
-         eta: float = 0.0, generators: list[torch.Generator] | None = None) -> Iterator[tuple[int, Tensor, Tensor]]:
+         eta: float = 0.0, generators: list[torch.Generator] | None = None,
+         edit: Callable[[Tensor, int], Tensor] | None = None) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Walks from z_T (B, 4, h, w) to z_0; yields (t, z_{t−1}, ẑ_0) after every step.
 
-    eps_model(z, t) -> eps; generators, one a picture, draw the steps' noise where η > 0.
+    eps_model(z, t) -> eps; generators, one a picture, draw the steps' noise where η > 0. edit(z, t) -> z changes each
+    step's result, t its timestep, below 0 at the end: what is known of the picture can be put back there.
     """
     z, stride = z_T, schedule.T // steps
     for t in schedule.timesteps(steps):
         eps = eps_model(z, t)
         noise = torch.cat([draw_noise(z.shape[1:], g) for g in generators]).to(z) if eta > 0 else None
         z, z_0 = ddim_step(eps, z, schedule.alpha_bar_at(t), schedule.alpha_bar_at(t - stride), eta, noise)
+        z = edit(z, t - stride) if edit else z
         yield t, z, z_0
 
 
@@ -95,16 +99,19 @@ def draw_noise(shape, generator: torch.Generator) -> Tensor:
     return torch.randn((1, *shape), generator=generator)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def sample(unet: UNet, schedule: Schedule, prompts: Prompts, unconditional: Prompts, generators: list[torch.Generator],
            shape: tuple[int, int, int], branches=(), mask: Tensor | None = None, z_ref: Tensor | None = None,
            steps: int = STEPS, guidance: float = GUIDANCE, eta: float = 0.0, kept: Tensor | None = None,
-           on_step: Callable[[int, Tensor, Tensor], None] | None = None) -> Tensor:
+           on_step: Callable[[int, Tensor, Tensor], None] | None = None,
+           guide: Callable[[Callable, Tensor, int], Tensor] | None = None,
+           edit: Callable[[Tensor, int], Tensor] | None = None) -> Tensor:
     """Denoises a batch of B = len(generators) pictures -> z_0 (B, *shape) float32, scaled as the UNet's latents are.
 
     prompts, unconditional: encodings with and without the prompt, B rows each; branches, mask and kept as in
     `predict_noise`; z_ref (B, *shape): where given, z_T is this latent noised to the first timestep, not pure noise
     (section 3.3). Both passes of the guidance run as one batch; guidance 1 runs the conditional one alone.
+    For other methods on the same walk, guide(eps_model, z, t) -> eps stands in for eps_model(z, t), and edit is ddim's.
     """
     weight = unet.conv_in.weight
     z_T = torch.cat([draw_noise(shape, g) for g in generators]).to(weight.device)  # float32 whatever the weights are
@@ -129,7 +136,8 @@ def sample(unet: UNet, schedule: Schedule, prompts: Prompts, unconditional: Prom
         return schedule.eps_from(output, z, t)
 
     z = z_T
-    for t, z, z_0 in ddim(eps_model, z_T, schedule, steps, eta, generators):
+    model = partial(guide, eps_model) if guide else eps_model
+    for t, z, z_0 in ddim(model, z_T, schedule, steps, eta, generators, edit):
         if on_step:
             on_step(t, z, z_0)
     return z

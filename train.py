@@ -8,9 +8,10 @@
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py ...   # on each of two
 
 Stages: vae, clip, unet (in toy/stages.py) make a base from pictures with captions; cg, then pg with CG frozen, or joint,
-train the paper's branches on a frozen base. One loop serves all; a stage is what is trained, on which samples, and its
-loss. Everything random about a sample is drawn from the run's seed and the sample's position in the run: how many
-processes share a batch, in how many parts it is computed and where a run was interrupted changes nothing.
+train the paper's branches on a frozen base; controlnet an ordinary ControlNet, to compare with. One loop serves all; a
+stage is what is trained, on which samples, and its loss. Everything random about a sample is drawn from the run's seed
+and the sample's position in the run: how many processes share a batch, in how many parts it is computed and where a run
+was interrupted changes nothing.
 """
 
 import argparse
@@ -64,9 +65,9 @@ TOY_SETTINGS = {
     "clip": dict(lr=1e-3, batch=64, steps=800, size=128, ema=0.0, warmup=100, decay=0.5),
     "unet": dict(lr=1e-3, batch=32, steps=9400, size=128, ema=0.999, warmup=100, decay=0.3, noise_offset=0.1,
                  weighting="min-snr"),
-    "cg": TOY_BRANCH | dict(steps=4500), "pg": TOY_BRANCH, "joint": TOY_BRANCH,
+    "cg": TOY_BRANCH | dict(steps=4500), "pg": TOY_BRANCH, "joint": TOY_BRANCH, "controlnet": TOY_BRANCH,
 }  # fmt: skip
-BRANCHES, TOY_STAGES = ("cg", "pg", "joint"), ("vae", "clip", "unet")
+BRANCHES, TOY_STAGES = ("cg", "pg", "joint", "controlnet"), ("vae", "clip", "unet")
 
 # ---------------------------------------------------------------- processes
 
@@ -344,10 +345,15 @@ def cached(folder: Path, key: object, compute: Callable[[], dict[str, Tensor]]) 
 
     Nothing stale is read: what has changed has another name. An interrupted computation leaves nothing.
     """
-    path = folder / f"{hashlib.blake2b(json.dumps(key).encode(), digest_size=16).hexdigest()}.safetensors"
+    path = folder / f"{hashed(key)}.safetensors"
     if not path.exists():
         write_atomic(path, lambda new: save_file({n: t.contiguous() for n, t in compute().items()}, new))
     return read_tensors(path)
+
+
+def hashed(key: object) -> str:
+    """A hash of what JSON can hold."""
+    return hashlib.blake2b(json.dumps(key).encode(), digest_size=16).hexdigest()
 
 
 def digest(module: nn.Module) -> str:
@@ -475,7 +481,9 @@ def timestep_weights(schedule: Schedule, kind: str) -> Tensor:
 
 
 def branch_task(args) -> Task:
-    """Stages cg, pg and joint: Eq. 1 over the parameters of CG, of PG beside a frozen CG, or of both."""
+    """Stages cg, pg and joint: Eq. 1 over the parameters of CG, of PG beside a frozen CG, or of both; and controlnet, a
+    plain ControlNet in CG's place, which reads P: a picture's caption, where the data set has captions.
+    """
     sd = load_stable_diffusion(args.weights, args.device, tokenizer=args.tokenizer)
     canvas_size(1, 1, args.size, sd.multiple)  # says so where the size does not fit the base
     items, notes = read_items(args.data)
@@ -494,6 +502,8 @@ def branch_task(args) -> Task:
         modules["cg"] = cg = CategoryGenerator(config).to(args.device)
     if args.stage in ("pg", "joint"):
         modules["pg"] = PersonalityGenerator(config).to(args.device)
+    if args.stage == "controlnet":
+        modules["controlnet"] = cg = ControlNet(config).to(args.device)
     pg = modules.get("pg")
     for module in modules.values():
         module.init_from_unet(sd.unet)
@@ -505,16 +515,26 @@ def branch_task(args) -> Task:
         network.recompute_activations()
 
     weight = timestep_weights(sd.schedule, args.weighting).to(args.device)
-    shown = load_shown(items, categories, args)
+    captions = args.stage == "controlnet" and all(item.caption for item in items)
+    shown = load_shown(items, categories, captions, args)
     latents = Latents(sd, items, args)
     table = prompt_table(sd, categories, args)
-    row = torch.tensor([categories.index(item.category) for item in items])
-    sd = replace(sd, vae=None, text_encoder=None)  # training needs neither any more
+    row = [categories.index(item.category) for item in items]
+    # training needs neither any more
+    sd = replace(sd, vae=None, text_encoder=sd.text_encoder if captions else None)
+
+    def prompts_of(batch: dict) -> Prompts:
+        indices, dropped = batch["index"].tolist(), batch["dropped"].tolist()
+        if captions:  # as many as pictures: encoded when they are needed
+            with torch.no_grad():
+                P = sd.prompts(["" if d else ", ".join(items[i].caption) for i, d in zip(indices, dropped)])
+            return Prompts(P, P, P)
+        rows = [len(categories) if d else row[i] for i, d in zip(indices, dropped)]
+        return Prompts(*table[rows].to(args.device).unbind(1))
 
     def loss(batch: dict, generator) -> Tensor:
         z_0, eps, t, image, mask = (batch[name] for name in ("z_0", "eps", "t", "image", "mask"))
-        rows = torch.where(batch["dropped"].cpu(), len(categories), row[batch["index"].cpu()])
-        prompts = Prompts(*table[rows].to(args.device).unbind(1))
+        prompts = prompts_of(batch)
         branches = [(cg, product_hint(image, mask))] + ([(pg, batch["background"])] if pg else [])
         z_t = sd.schedule.add_noise(z_0, eps, t)
         output = predict_noise(sd.unet, z_t, t, prompts, branches, mask, batch.get("kept")).float()
@@ -542,11 +562,11 @@ def prompt_table(sd: StableDiffusion, categories: list[str], args) -> Tensor:
     return cached(args.cache, key, encode)["prompts"]
 
 
-def load_shown(items: list, categories: list[str], args, count: int = 8) -> list[tuple]:
+def load_shown(items: list, categories: list[str], captions: bool, args, count: int = 8) -> list[tuple]:
     """For the sheets: (texts, image, mask, reference, its mask) of the first ads of the test split, where the data set
     has one, then of the last ones of the training set. An ad without a reference is its own.
     """
-    split = "bg1k" if args.stage == "cg" else "bgpair"
+    split = "bgpair" if args.stage in ("pg", "joint") else "bg1k"
     test = read_items(args.data, split)[0] if (args.data / f"{split}_info.txt").is_file() else []
     shown = []
     for item in [i for i in (*test, *items[::-1]) if i.category in categories]:
@@ -555,7 +575,8 @@ def load_shown(items: list, categories: list[str], args, count: int = 8) -> list
             pictures = *load_ad(item, args.size), *load_ad(reference, args.size)
         except BadInput:
             continue  # named when it is read as part of the data set
-        shown.append((prompt_texts(item.category, IDENTIFIER.format(categories.index(item.category))), *pictures))
+        texts = prompt_texts(item.category, IDENTIFIER.format(categories.index(item.category)))
+        shown.append(((", ".join(item.caption),) * 3 if captions else texts, *pictures))
         if len(shown) == count:
             break
     return shown
@@ -597,12 +618,12 @@ def parse(arguments: list[str] | None = None):
     add("--cg", metavar="PATH", type=Path, help="stage pg: the trained CG [toy/cg]")
     add("--init", metavar="DIR", type=Path, help="stages vae and unet: start from these weights [random]")
     add("--init-control", metavar="PATH", type=Path,
-        help="stages cg to joint: start from a ControlNet, CG or PG, folder or file [SD's encoder, zero convolutions]")
+        help="the branches' stages: start from a ControlNet, CG or PG, folder or file [SD's encoder, zero convolutions]")
     add("--out", metavar="DIR", type=Path, help="where models, log, sheets and checkpoints go [runs/STAGE]")
     add("--cache", metavar="DIR", type=Path,
         help="where latents and prompts are kept, encoded once; may be deleted [cache/ beside --out]")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
-    add = parser.add_argument_group("the method's settings [without --data the toy's, else the paper's]").add_argument
+    add = parser.add_argument_group("the method's settings [on the toy's data the toy's, else the paper's]").add_argument
     add("--size", metavar="N", type=whole(32, 4096),
         help="side of the training pictures, pixels [toy 128; paper 512, section 5.1]")
     add("--prompt-dropout", metavar="X", type=real(0, 1), default=PROMPT_DROPOUT,
@@ -612,9 +633,9 @@ def parse(arguments: list[str] | None = None):
     add("--sigma", metavar=("LOW", "HIGH"), type=real(0, 1), nargs=2, default=list(SIGMA),
         help=f"PG's mixup, range of the image's part; 1 1: none [{SIGMA[0]} {SIGMA[1]}, Eq. 6, section 5.1]")
     add("--noise-offset", metavar="X", type=real(0, 10),
-        help="spread of the noise's mean, stages unet to joint [toy 0.1; paper 0]")
+        help="spread of the noise's mean, stages unet to controlnet [toy 0.1; paper 0]")
     add("--weighting", choices=["uniform", "min-snr", "debias"],
-        help="of the error at each timestep, stages unet to joint [toy min-snr or debias; paper uniform, Eq. 1]")
+        help="of the error at each timestep, stages unet to controlnet [toy min-snr or debias; paper uniform, Eq. 1]")
     add = parser.add_argument_group("the optimiser's settings [likewise]").add_argument
     add("--lr", metavar="X", type=real(1e-9, 10),
         help="learning rate of AdamW [toy 1e-3 or 2e-3; paper 1e-5, section 5.1]")
@@ -677,7 +698,8 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     if args.stage not in (*TOY_STAGES, *BRANCHES):
         raise BadInput(f"stage {args.stage} does not exist; the stages are {', '.join((*TOY_STAGES, *BRANCHES))}")
-    toy = args.data is None or args.stage in TOY_STAGES
+    args.data = args.data and args.data.absolute()
+    toy = args.data is None or args.data.parent == TOY_DATA or args.stage in TOY_STAGES
     args.out = args.out or Path("runs") / args.stage
     args.cache = args.cache or args.out.parent / "cache"
     for name, value in (TOY_SETTINGS[args.stage] if toy else PAPER).items():

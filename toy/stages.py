@@ -44,9 +44,10 @@ TOY_VOCABULARY = 1024  # 512 for single bytes, the rest grown from the captions
 
 def captions_of(items: list) -> list[tuple[str, str]]:
     """The two halves of each picture's caption, in the form of the paper's prompt."""
-    if any(item.product is None or item.scene is None for item in items):
+    captions = [item.caption for item in items]
+    if None in captions:
         raise BadInput("this stage trains on captions: metadata.jsonl with 'product' and 'scene' on each line")
-    return [(f"A photo of {item.product}", f"in the background of {item.scene}") for item in items]
+    return captions
 
 
 def initial(args, kind: type, config: dict) -> nn.Module:

@@ -1,0 +1,501 @@
+"""Section 5, measured: CLIP similarity and Fréchet distance, Tables 1, 2 and 4, and the figures that show why.
+
+    python evaluate.py table1             # without a reference: Stable Diffusion, ControlNet, CG
+    python evaluate.py table2             # after a reference: and Blended Diffusion, CG + PG
+    python evaluate.py table4             # the ablation
+    python evaluate.py tsne               # Fig. 5a: do a category's backgrounds gather around its centre?
+    python evaluate.py fig6               # the methods of Table 2 side by side; fig7: PG's perturbations;
+                                          # fig9: a product after many references; fig10: many after one
+    python evaluate.py table1 --data BG60K --weights SD15 --cg CG --controlnet FILE --hint inpaint --clip VIT-B-32
+
+Read from the top: the two metrics and their intervals, the methods, what is painted and measured, tables, figures. Without
+options all is the toy's, and what the comparison needs beside the shipped weights is trained on first use. Pictures and
+features stay in --out, so that an interrupted evaluation goes on, and the tables share them.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from functools import cache, cached_property, partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import Generator, Tensor
+from tqdm import tqdm
+
+import train
+from baselines import STRENGTH, blended_diffusion, stable_diffusion
+from data import (BadInput, Item, Parser, background_hint, load_mask, load_masked, one_line_errors, open_image,
+                  read_items, save_image, sheet, thumbnail, to_tensor)
+from generate import (GUIDANCE, STEPS, TOY, branch_path, load_base, load_branch, native_bfloat16, paint, paint_items,
+                      pick_dtype, real, result_path, texts_of, whole)
+from model import CLIP, ControlNet
+from weights import StableDiffusion, check_folder, load_clip, pick_device, write_atomic, write_json
+
+RESAMPLES = 200  # of the bootstrap
+
+# ---------------------------------------------------------------- the metrics (section 5.2, after Yang et al.)
+
+
+def similarity(x: Tensor, y: Tensor) -> Tensor:
+    """CLIP similarity of pairs of pictures, 100 times the cosine of their embeddings. (n, d), (n, d) -> (n,)"""
+    return 100 * F.cosine_similarity(x, y, dim=1)
+
+
+def frechet(x: Tensor, y: Tensor) -> Tensor:
+    """Fréchet distance between Gaussians fitted to two sets of embeddings. (n, d), (m, d) -> ().
+
+    ‖μ_x − μ_y‖² + tr Σ_x + tr Σ_y − 2 tr (Σ_x Σ_y)^½. With Σ_x = AᵀA and Σ_y = BᵀB the last trace is the sum of the
+    singular values of A Bᵀ: no root of a matrix, and exact where there are fewer samples than dimensions too.
+    """
+    (A, mu_x), (B, mu_y) = map(_root, (x.double(), y.double()))
+    return (mu_x - mu_y).square().sum() + A.square().sum() + B.square().sum() - 2 * torch.linalg.svdvals(A @ B.T).sum()
+
+
+def _root(x: Tensor) -> tuple[Tensor, Tensor]:
+    """A with AᵀA = the covariance of x (n, d), of at most d rows, and the mean (d,)."""
+    mu = x.mean(dim=0)
+    A = (x - mu) / math.sqrt(len(x) - 1)
+    return (torch.linalg.qr(A).R if len(x) > x.shape[1] else A), mu
+
+
+def interval(statistic: Callable[[Tensor], Tensor], n: int, resamples: int = RESAMPLES) -> tuple[float, float]:
+    """A statistic of n items, statistic(indices), and half the width of its 95% interval.
+
+    1.96 times its standard deviation over bootstrap samples, n items drawn with replacement. Not their percentiles: a
+    sample with repetitions is less varied, which raises every Fréchet distance above the one that is reported.
+    """
+    generator = Generator().manual_seed(0)
+    drawn = [statistic(torch.randint(n, (n,), generator=generator)) for _ in range(resamples)]
+    return float(statistic(torch.arange(n))), 1.96 * float(torch.stack(drawn).std())
+
+
+# ---------------------------------------------------------------- the methods
+
+
+class Method(NamedTuple):
+    """How a row of a table paints."""
+
+    cg: str | None = None  # what stands in CG's place: cg, controlnet (general), tuned (a ControlNet trained on the ads)
+    pg: str | None = None
+    from_reference: bool = True  # z_T, where there is a reference
+    plain: bool = False  # the prompt 'A photo of [category]', without identifier
+    baseline: str | None = None  # of baselines.py
+
+
+METHODS = {
+    "stable-diffusion": Method(plain=True, baseline="stable_diffusion"),
+    "blended-diffusion": Method(plain=True, baseline="blended_diffusion"),
+    "controlnet": Method("controlnet", plain=True),
+    "tuned": Method("tuned"),
+    "cg": Method("cg"),
+    "cg+pg": Method("cg", "pg"),
+    "cg+pg-noise": Method("cg", "pg", from_reference=False),
+    "controlnet+pg": Method("controlnet", "pg"),
+    "tuned+pg": Method("tuned", "pg"),
+    **{f"fig7-{name}": Method("cg", f"pg-{name}") for name in ("none", "dilation", "mixup")},
+}
+# What they need beside the shipped weights, trained on first use: stage, steps, options of train.py; --out runs/NAME
+TRAINED = {
+    "controlnet": ("controlnet", 2600, ["--data", str(train.TOY_DATA / "base")]),
+    "tuned": ("controlnet", 4500, ["--data", str(train.TOY_DATA / "ads")]),  # as long as CG, on the same ads
+    "guide-clip": ("clip", 800, ["--seed", "1"]),
+    "pg-none": ("pg", 600, ["--theta", "0", "--sigma", "1", "1"]),
+    "pg-dilation": ("pg", 600, ["--sigma", "1", "1"]),
+    "pg-mixup": ("pg", 600, []),
+}
+# Label, method and the paper's figures: similarity and Fréchet distance for each protocol
+TABLES = {
+    "table1": (["bg1k"], [
+        ("LaMa", None, [88.33, 8.24]),
+        ("Stable Diffusion", "stable-diffusion", [76.47, 7.54]),
+        ("ControlNet", "controlnet", [84.80, 5.79]),
+        ("CG", "cg", [89.58, 3.94]),
+        ("ControlNet trained on the ads", "tuned", []),
+    ]),
+    "table2": (["ref", "self"], [
+        ("Blended Diffusion", "blended-diffusion", [63.51, 3.62, 89.02, 2.73]),
+        ("Paint by Example", None, [62.82, 5.96, 81.00, 5.99]),
+        ("Stable Diffusion", "stable-diffusion", [57.10, 7.92, 76.10, 7.29]),
+        ("ControlNet", "controlnet", [62.78, 3.92, 87.21, 3.27]),
+        ("CG + PG", "cg+pg", [68.26, 2.39, 93.63, 1.39]),
+    ]),
+    "table4": (["ref"], [
+        ("(a) ControlNet in CG's place", "controlnet+pg", [66.17, 4.01]),
+        ("(b) no PG, z_T from the reference", "cg", [67.50, 2.76]),
+        ("(c) CG + PG, z_T pure noise", "cg+pg-noise", [66.51, 2.73]),
+        ("(d) CG + PG, z_T from the reference", "cg+pg", [68.26, 2.39]),
+        ("ControlNet trained on the ads in CG's place", "tuned+pg", []),
+    ]),
+}  # fmt: skip
+PROTOCOLS = {"bg1k": "", "ref": "Ref→Self", "self": "Self→Self"}
+
+
+class Lab:
+    """The models, each loaded (the toy's: trained) when first asked for, and what they paint, kept in args.out."""
+
+    def __init__(self, args):
+        self.args = args
+        self.branch, self.clip, self.items = map(cache, (self.branch, self.clip, self.items))
+
+    @cached_property
+    def sd(self) -> StableDiffusion:
+        return load_base(self.args)
+
+    def path(self, name: str) -> Path:
+        """Of a model's weights: the option's, or the toy's. Raises BadInput where the option is missing."""
+        args = self.args
+        if name in ("cg", "pg"):
+            return branch_path(name, args)
+        if name == "clip":
+            return args.clip or TOY / "clip"
+        if given := getattr(args, name.replace("-", "_"), None):
+            return given
+        if args.weights:
+            raise BadInput(f"--{name} is missing: for the base {args.weights} none can be trained on first use"
+                           if hasattr(args, name.replace("-", "_")) else "fig7 is the toy's: leave out --weights")
+        stage, steps, options = TRAINED[name]
+        out = Path("runs") / name
+        found = sorted((out / "training" / stage).glob("checkpoint_*"))
+        if not found or found[-1].name != f"checkpoint_{steps:08}.safetensors":
+            command = [stage, "--steps", str(steps), *options, "--out", str(out)] + ["--amp"] * native_bfloat16()
+            if stage == "pg":
+                command += ["--cg", str(self.path("cg"))]
+            print("training, once: python train.py", *command, file=sys.stderr)
+            train.main(command + ["--resume"] * bool(found))
+        return out / stage
+
+    def branch(self, name: str) -> ControlNet:
+        kind = {"cg": "category", "controlnet": "controlnet", "tuned": "controlnet"}.get(name, "personality")
+        return load_branch(kind, self.path(name), self.sd, self.args)
+
+    def clip(self, name: str = "clip") -> CLIP:
+        return load_clip(self.path(name), self.args.device, torch.float32)
+
+    def items(self, protocol: str) -> list[Item]:
+        """bg1k: products; ref: products and the references they are paired with; self: each its own reference."""
+        args = self.args
+        items = read_items(args.data, "bg1k" if protocol == "bg1k" else "bgpair")[0][: args.limit]
+        if protocol == "bg1k":
+            return [replace(item, reference=None, reference_mask=None) for item in items]
+        if protocol == "self":
+            return [replace(item, reference=item.image, reference_mask=item.mask) for item in items]
+        if items := [item for item in items if item.reference]:
+            return items
+        raise BadInput(f"{args.data}: no item has a reference, which this table needs")
+
+    def painter(self, name: str) -> Callable:
+        """A method as generate.paint_items calls it."""
+        method, args, sd = METHODS[name], self.args, self.sd
+        how = dict(steps=args.steps, guidance=args.guidance)
+        if method.baseline:
+            function = {"stable_diffusion": stable_diffusion, "blended_diffusion": blended_diffusion}[method.baseline]
+            if function is blended_diffusion:
+                how |= dict(clip=self.clip("guide-clip"), strength=args.strength)
+        else:
+            function = paint
+            how |= dict(cg=self.branch(method.cg), pg=method.pg and self.branch(method.pg),
+                        from_reference=method.from_reference,
+                        hint_background=-1.0 if method.cg == "controlnet" and args.hint == "inpaint" else 0.0)
+        return lambda *batch, on_step: function(sd, *batch[:4], reference=batch[4], reference_mask=batch[5],
+                                                on_step=on_step, **how)
+
+    def pictures(self, name: str, items: list[Item], folder: str) -> list[Path]:
+        """Where a method's pictures of these items lie; those that are missing are painted first.
+
+        The folder's name ends in a hash of what the pictures depend on, so that none of other settings is taken.
+        """
+        method, args = METHODS[name], self.args
+        models = [args.weights or TOY / "base"] + [self.path(m) for m in (method.cg, method.pg) if m]
+        key = [method, str(args.data), args.steps, args.guidance, args.seed, args.size, args.hint]
+        if method.baseline == "blended_diffusion":
+            models, key = [*models, self.path("guide-clip")], [*key, args.strength]
+        out = args.out / "pictures" / folder / f"{name}-{train.hashed([key, list(map(version, models))])[:8]}"
+        paths = [result_path(out, i, item) for i, item in enumerate(items)]
+        if not all(path.exists() for path in paths):
+            print(f"painting {folder}, {name}", file=sys.stderr)
+            texts = texts_of({item.category for item in items}, None if method.plain else self.path("cg"), False)
+            paint_items(items, texts, self.painter(name), self.sd.multiple,
+                        argparse.Namespace(**vars(args) | {"out": out}))
+            train.barrier()
+        return paths
+
+    def embeddings(self, paths: list[Path], items: list[Item] | None = None) -> Tensor:
+        """CLIP embeddings of pictures, not normalised; with their items those of the backgrounds alone, I ⊗ (1 − M).
+        (n, d), computed once.
+        """
+        clip = self.clip()
+        masks = [(item.mask or item.image, item.inverted) for item in items] if items else [None] * len(paths)
+
+        def embed(path: Path, mask: tuple[Path, bool] | None) -> Tensor:
+            picture = to_tensor(open_image(path).convert("RGB"))
+            if mask:
+                M = load_mask(mask[0])
+                picture = background_hint(picture, 1 - M if mask[1] else M)
+            return clip.preprocess(picture[None].to(self.args.device))
+
+        @torch.no_grad()
+        def compute() -> dict[str, Tensor]:
+            pairs, rows = list(zip(paths, masks)), []
+            for k in tqdm(range(0, len(pairs), 64), "embedding", unit="batch", disable=not sys.stderr.isatty()):
+                rows.append(clip.encode_image(torch.cat([embed(*pair) for pair in pairs[k : k + 64]])).cpu())
+            return {"embeddings": torch.cat(rows)}
+
+        key = [train.digest(clip), [train.stamp(path) for path in paths], [str(mask) for mask in masks]]
+        return train.cached(self.args.out / "embeddings", key, compute)["embeddings"]
+
+
+def version(path: Path) -> list:
+    """What changes when a model's weights do."""
+    files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
+    return [train.stamp(file) for file in files]
+
+
+# ---------------------------------------------------------------- tables
+
+
+def measure(lab: Lab, name: str, protocol: str) -> dict:
+    """A method's two figures with their intervals: similarity to the original (bg1k) or to the reference; Fréchet
+    distance to the originals. Items that could not be painted are left out.
+    """
+    items = lab.items(protocol)
+    pairs = [(item, path) for item, path in zip(items, lab.pictures(name, items, protocol)) if path.exists()]
+    if len(pairs) < 2:
+        raise BadInput(f"{lab.args.data}: {len(pairs)} pictures are too few to measure; raise --limit")
+    painted = lab.embeddings([path for _, path in pairs])
+    original = lab.embeddings([item.image for item, _ in pairs])
+    compared = original if protocol == "bg1k" else lab.embeddings([item.reference for item, _ in pairs])
+    pairwise = similarity(painted, compared)
+    return {"n": len(pairs), "similarity": interval(lambda i: pairwise[i].mean(), len(pairs)),
+            "frechet": interval(lambda i: frechet(painted[i], original[i]), len(pairs))}
+
+
+def table(lab: Lab, name: str) -> None:
+    """Prints a table as Markdown, the paper's figures beside ours, and writes it to NAME.md and NAME.json."""
+    protocols, rows = TABLES[name]
+    heads = [f"{PROTOCOLS[p]} {head}".strip() for p in protocols for head in ("similarity ↑", "Fréchet ↓")]
+    lines = ["| method | " + " | ".join(f"{head} | paper" for head in heads) + " |"]
+    lines.append("|" + " --- |" * (1 + 2 * len(heads)))
+    results = []
+    for label, method, paper in rows:
+        cells = []
+        for k, protocol in enumerate(protocols):
+            figures = measure(lab, method, protocol) if method else None
+            results.append({"method": label, "protocol": protocol, "measured": figures, "paper": paper[2 * k :][:2]})
+            for j, metric in enumerate(("similarity", "frechet")):
+                cells.append("{:.2f} ± {:.2f}".format(*figures[metric]) if figures else "not yet")
+                cells.append(f"{paper[2 * k + j]:.2f}" if paper else "")
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    n = sorted({result["measured"]["n"] for result in results if result["measured"]})
+    lines += ["", f"{' or '.join(map(str, n))} pictures a figure; ± is half of the 95% interval "
+              f"({RESAMPLES} bootstrap samples). The paper's figures are of BG60k and another CLIP: compare orders only."]
+    args = lab.args
+    settings = {"data": str(args.data), "steps": args.steps, "guidance": args.guidance, "seed": args.seed}
+    write_json(settings | {"rows": results}, args.out / f"{name}.json")
+    write_atomic(args.out / f"{name}.md", lambda new: new.write_text("\n".join(lines) + "\n", encoding="utf-8"))
+    print("\n".join(lines))
+
+
+# ---------------------------------------------------------------- figures
+
+
+def tsne(x: Tensor, perplexity: float = 30.0, steps: int = 500) -> Tensor:
+    """t-SNE (van der Maaten and Hinton 2008), exact. (n, d) -> (n, 2).
+
+    Each point's neighbours get probabilities by a Gaussian whose width gives them the wanted perplexity; positions are
+    moved until Student-t similarities match them. Starts from the two principal components.
+    """
+    x = x.double()
+    n, d2 = len(x), torch.cdist(x, x).square()  # (n, n)
+    apart = ~torch.eye(n, dtype=torch.bool)
+    low, high = torch.zeros(n, 1).double(), torch.full((n, 1), 1e6).double() / d2.mean()
+    for _ in range(60):  # bisection on the Gaussians' precisions
+        beta = (low + high) / 2
+        P = (-beta * (d2 - d2.masked_fill(~apart, math.inf).amin(1, keepdim=True))).exp() * apart
+        P = P / P.sum(1, keepdim=True)
+        wide = -(P * P.clamp(min=1e-12).log()).sum(1, keepdim=True) > math.log(min(perplexity, (n - 1) / 3))
+        low, high = torch.where(wide, beta, low), torch.where(wide, high, beta)
+    P = (P + P.T) / (2 * n)
+    y = (x - x.mean(0)) @ torch.linalg.svd(x - x.mean(0), full_matrices=False).Vh[:2].T
+    y, velocity = 1e-2 * y / y.std(), torch.zeros(n, 2).double()
+    for step in range(steps):
+        w = apart / (1 + torch.cdist(y, y).square())
+        force = ((12 if step < steps // 4 else 1) * P - w / w.sum()) * w  # exaggerated at first
+        gradient = 4 * (force.sum(1, keepdim=True) * y - force @ y)
+        velocity = (0.5 if step < steps // 4 else 0.8) * velocity - max(n / 12, 20) * gradient
+        y = y + velocity
+    return y.float()
+
+
+def figure_tsne(lab: Lab) -> None:
+    """Fig. 5a: background features of CG's pictures and of ControlNet's around their categories' centres, which are the
+    means of the training set's. Also prints the mean distance to the centre, of normalised features.
+    """
+    items = lab.items("bg1k")
+    training = read_items(lab.args.data)[0][: lab.args.centres]
+    features = F.normalize(lab.embeddings([item.image for item in training], training), dim=1)
+    categories = sorted({item.category for item in training})
+    centre = {c: features[[item.category == c for item in training]].mean(0) for c in categories}
+    kept = [i for i, item in enumerate(items) if item.category in centre]
+    points, kinds = [torch.stack([centre[c] for c in categories])], [("centre", c) for c in categories]
+    for label, name in (("CG", "cg"), ("ControlNet", "controlnet")):
+        paths = lab.pictures(name, items, "bg1k")
+        some = [i for i in kept if paths[i].exists()]
+        x = F.normalize(lab.embeddings([paths[i] for i in some], [items[i] for i in some]), dim=1)
+        away = (x - torch.stack([centre[items[i].category] for i in some])).norm(dim=1)
+        print("{}: mean distance to the centre of its category {:.3f} ± {:.3f}".format(
+            label, *interval(lambda i: away[i].mean(), len(some))), f"({len(some)} pictures)")
+        points.append(x)
+        kinds += [(label, items[i].category) for i in some]
+    save_page(scatter(tsne(torch.cat(points)), kinds, categories), lab.args.out / "tsne.png")
+
+
+def scatter(y: Tensor, kinds: list[tuple[str, str]], categories: list[str], side: int = 900) -> Image.Image:
+    """Points (n, 2) as Fig. 5a draws them: centres as circles, CG's as triangles, ControlNet's as squares, a colour a
+    category.
+    """
+    scale, edge, legend = 2, 40, 230  # drawn at twice the size
+    page = Image.new("RGB", ((side + legend) * scale, side * scale), "white")
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(18 * scale)
+    low, high = y.amin(0), y.amax(0)
+    place = ((y - low) / (high - low) * (side - 2 * edge) + edge).tolist()
+    colours = {c: f"hsl({360 * i // len(categories)}, 75%, 45%)" for i, c in enumerate(categories)}
+
+    def mark(kind: str, x: float, y: float, colour: str) -> None:
+        x, y, r = x * scale, y * scale, 5 * scale
+        if kind == "centre":
+            draw.ellipse([x - 2 * r, y - 2 * r, x + 2 * r, y + 2 * r], outline="black", fill=colour, width=2 * scale)
+        elif kind == "CG":
+            draw.polygon([(x, y - r), (x - r, y + r), (x + r, y + r)], fill=colour)
+        else:
+            draw.rectangle([x - r, y - r, x + r, y + r], outline=colour, width=scale)
+
+    for (kind, category), (px, py) in sorted(zip(kinds, place), key=lambda point: point[0][0] == "centre"):
+        mark(kind, px, py, colours[category])
+    entries = [(kind, kind, "gray") for kind in ("centre", "CG", "ControlNet")]
+    entries += [("CG", category, colour) for category, colour in colours.items()]
+    for i, (kind, text, colour) in enumerate(entries):
+        mark(kind, side + 20, 50 + 34 * i, colour)
+        draw.text(((side + 45) * scale, (50 + 34 * i) * scale), text, "black", font, anchor="lm")
+    return page.resize((side + legend, side), Image.LANCZOS)
+
+
+def picture_of(path: Path | None) -> Image.Image | None:
+    return thumbnail(open_image(path).convert("RGB")) if path and path.exists() else None
+
+
+def cutout_of(item: Item) -> Tensor:
+    rgb, mask = load_masked(item.image, item.mask, inverted=item.inverted)
+    return rgb * mask + 1 - mask
+
+
+def save_page(page: Image.Image, path: Path) -> None:
+    save_image(page, path)
+    print(path)
+
+
+def figure_methods(lab: Lab, name: str, columns: dict[str, str], rows: int = 8) -> None:
+    """A row for each of some pairs: product, reference, and what each method, by column label, makes of them."""
+    items = spread(lab.items("ref"), rows)
+    painted = [lab.pictures(method, items, name) for method in columns.values()]
+    cells = [[cutout_of(item), picture_of(item.reference), *(picture_of(paths[i]) for paths in painted)]
+             for i, item in enumerate(items)]
+    save_page(sheet(cells, ["product", "reference", *columns]), lab.args.out / f"{name}.png")
+
+
+def figure_grid(lab: Lab, name: str, count: int = 8, groups: int = 4) -> None:
+    """fig9: products, each after many references of its category; fig10: references, each for many products."""
+    items, cells = lab.items("ref"), []
+    by_category = {c: [i for i in items if i.category == c][:count] for c in sorted({i.category for i in items})}
+    chosen = [some for some in by_category.values() if len(some) > 1][:groups]
+    wanted = [replace(some[0], reference=item.reference, reference_mask=item.reference_mask) if name == "fig9" else
+              replace(item, reference=some[0].reference, reference_mask=some[0].reference_mask)
+              for some in chosen for item in some]
+    paths = iter(lab.pictures("cg+pg", wanted, name))
+    for some in chosen:
+        given = [picture_of(item.reference) if name == "fig9" else cutout_of(item) for item in some]
+        one = cutout_of(some[0]) if name == "fig9" else picture_of(some[0].reference)
+        cells += [[None, *given], [one, *(picture_of(next(paths)) for _ in some)]]
+    save_page(sheet(cells), lab.args.out / f"{name}.png")
+
+
+def spread(items: list, count: int) -> list:
+    """`count` of the items, at even distances."""
+    return [items[i * len(items) // count] for i in range(min(count, len(items)))]
+
+
+TABLE2_COLUMNS = {"Blended Diffusion": "blended-diffusion", "Stable Diffusion": "stable-diffusion",
+                  "ControlNet": "controlnet", "CG + PG": "cg+pg"}
+FIG7_COLUMNS = {"no perturbation": "fig7-none", "dilation": "fig7-dilation", "dilation + mixup": "fig7-mixup"}
+COMMANDS = {**{name: partial(table, name=name) for name in TABLES}, "tsne": figure_tsne,
+            "fig6": partial(figure_methods, name="fig6", columns=TABLE2_COLUMNS),
+            "fig7": partial(figure_methods, name="fig7", columns=FIG7_COLUMNS),
+            "fig9": partial(figure_grid, name="fig9"), "fig10": partial(figure_grid, name="fig10")}
+
+# ---------------------------------------------------------------- the command line
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=partial(
+        argparse.RawDescriptionHelpFormatter, max_help_position=32, width=120))
+    parser.add_argument("what", help=", ".join(COMMANDS))
+    add = parser.add_argument_group("on what").add_argument
+    add("--data", metavar="DIR", type=Path, default=train.TOY_DATA / "ads",
+        help="BG60k as released, or metadata.jsonl [the toy's ads]")
+    add("--limit", metavar="N", type=whole(2, 10**9), help="only the first N items of the split [all]")
+    add("--centres", metavar="N", type=whole(1, 10**9), default=10**9,
+        help="tsne: centres from the first N training ads [all]")
+    add = parser.add_argument_group("how the methods paint").add_argument
+    add("--steps", metavar="N", type=whole(1, 999), default=STEPS, help=f"steps of DDIM [{STEPS}, the paper's]")
+    add("--guidance", metavar="X", type=real(1, 30), default=GUIDANCE,
+        help=f"weight of the prompt [{GUIDANCE}, the paper's]")
+    add("--size", metavar="N", type=whole(8, 4096), help="longer side of the painted canvas [the base's]")
+    add("--seed", metavar="N", type=whole(0, 2**32 - 1), default=0, help="item i is painted with SEED + i [0]")
+    add("--strength", metavar="X", type=real(0, 1e6), default=STRENGTH,
+        help=f"of Blended Diffusion's CLIP guidance [{STRENGTH:g}, found on the toy]")
+    add = parser.add_argument_group("models [the toy's; what else they need is trained on first use]").add_argument
+    add("--weights", metavar="PATH", type=Path, help="Stable Diffusion, a folder or a single file")
+    add("--tokenizer", metavar="DIR", type=Path, help="its vocab.json and merges.txt [in --weights; beside a file]")
+    add("--cg", metavar="PATH", type=Path, help="CG")
+    add("--pg", metavar="PATH", type=Path, help="PG")
+    add("--controlnet", metavar="PATH", type=Path, help="a general ControlNet, such as ControlNet 1.1 inpaint")
+    add("--hint", choices=["product", "inpaint"], default="product",
+        help="what --controlnet sees around the product: black, or -1 as ControlNet 1.1 inpaint was trained [product]")
+    add("--tuned", metavar="PATH", type=Path, help="a ControlNet trained on the same ads, by train.py controlnet")
+    add("--clip", metavar="DIR", type=Path, help="CLIP that measures, such as openai/clip-vit-base-patch32")
+    add("--guide-clip", metavar="DIR", type=Path, help="CLIP that guides Blended Diffusion: another one")
+    add = parser.add_argument_group("machine and records").add_argument
+    add("--batch", metavar="N", type=whole(1, 1024), default=16, help="pictures painted at once [16]")
+    add("--device", metavar="NAME", default="auto", help="cpu, cuda, cuda:1, ... [auto: cuda where there is one]")
+    add("--dtype", metavar="NAME", choices=["auto", "float32", "float16", "bfloat16"], default="auto",
+        help="of painting: float32, float16, bfloat16 [auto: as generate.py]")
+    add("--out", metavar="DIR", type=Path, default=Path("results"), help="where all of it goes [results]")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    if args.what not in COMMANDS:
+        raise BadInput(f"{args.what}: must be one of {', '.join(COMMANDS)}")
+    check_folder(args.out)
+    args.data = args.data.absolute()
+    args.device = pick_device(args.device)
+    args.dtype = pick_dtype(args.dtype, args.device)
+    train.toy_data(args.data)
+    rank, world = train.processes()
+    if world > 1:
+        dist.init_process_group("gloo", timeout=timedelta(days=7))  # processes wait for one another while all paint
+    COMMANDS[args.what](Lab(args))
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
