@@ -103,7 +103,7 @@ METHODS = {
     "tuned+pg": Method("tuned", "pg"),
     **{f"fig7-{name}": Method("cg", f"pg-{name}") for name in ("none", "dilation", "mixup")},
 }
-# What they need beside the shipped weights, trained on first use: stage, steps, options of train.py; --out runs/NAME
+# What they need beside the shipped weights, trained on first use: stage, steps, options of train.py
 TRAINED = {
     "controlnet": ("controlnet", 2600, ["--data", str(train.TOY_DATA / "base")]),
     "tuned": ("controlnet", 4500, ["--data", str(train.TOY_DATA / "ads")]),  # as long as CG, on the same ads
@@ -143,7 +143,7 @@ class Lab:
     """The models, each loaded (the toy's: trained) when first asked for, and what they paint, kept in args.out."""
 
     def __init__(self, args):
-        self.args = args
+        self.args, self.size = args, args.size  # as it was given: load_base settles args.size
         self.branch, self.clip, self.items = map(cache, (self.branch, self.clip, self.items))
 
     @cached_property
@@ -163,10 +163,11 @@ class Lab:
             raise BadInput(f"--{name} is missing: for the base {args.weights} none can be trained on first use"
                            if hasattr(args, name.replace("-", "_")) else "fig7 is the toy's: leave out --weights")
         stage, steps, options = TRAINED[name]
-        out = Path("runs") / name
+        out = Path("runs", "evaluate", name)
         found = sorted((out / "training" / stage).glob("checkpoint_*"))
         if not found or found[-1].name != f"checkpoint_{steps:08}.safetensors":
-            command = [stage, "--steps", str(steps), *options, "--out", str(out)] + ["--amp"] * native_bfloat16()
+            command = [stage, "--steps", str(steps), *options, "--out", str(out), "--cache", "runs/cache"]
+            command += ["--amp"] * native_bfloat16()
             if stage == "pg":
                 command += ["--cg", str(self.path("cg"))]
             print("training, once: python train.py", *command, file=sys.stderr)
@@ -215,7 +216,7 @@ class Lab:
         """
         method, args = METHODS[name], self.args
         models = [args.weights or TOY / "base"] + [self.path(m) for m in (method.cg, method.pg) if m]
-        key = [method, str(args.data), args.steps, args.guidance, args.seed, args.size, args.hint]
+        key = [method, str(args.data), args.steps, args.guidance, args.seed, self.size, args.hint]
         if method.baseline == "blended_diffusion":
             models, key = [*models, self.path("guide-clip")], [*key, args.strength]
         out = args.out / "pictures" / folder / f"{name}-{train.hashed([key, list(map(version, models))])[:8]}"
@@ -416,6 +417,8 @@ def figure_grid(lab: Lab, name: str, count: int = 8, groups: int = 4) -> None:
     items, cells = lab.items("ref"), []
     by_category = {c: [i for i in items if i.category == c][:count] for c in sorted({i.category for i in items})}
     chosen = [some for some in by_category.values() if len(some) > 1][:groups]
+    if not chosen:
+        raise BadInput(f"{lab.args.data}: no category has two pairs of a product and a reference; raise --limit")
     wanted = [replace(some[0], reference=item.reference, reference_mask=item.reference_mask) if name == "fig9" else
               replace(item, reference=some[0].reference, reference_mask=some[0].reference_mask)
               for some in chosen for item in some]
