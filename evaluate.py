@@ -14,10 +14,11 @@ features stay in --out, so that an interrupted evaluation goes on, and the table
 """
 
 import argparse
-import json
+import io
 import math
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
 from datetime import timedelta
 from functools import cache, cached_property, partial
@@ -216,9 +217,10 @@ class Lab:
         """
         method, args = METHODS[name], self.args
         models = [args.weights or TOY / "base"] + [self.path(m) for m in (method.cg, method.pg) if m]
-        key = [method, str(args.data), args.steps, args.guidance, args.seed, self.size, args.hint]
+        key = [method, str(args.data), args.steps, args.guidance, args.seed, self.size, args.hint, str(args.dtype)]
         if method.baseline == "blended_diffusion":
             models, key = [*models, self.path("guide-clip")], [*key, args.strength]
+        key += [f"{item.image} {item.reference}" for item in items if folder not in PROTOCOLS]  # a figure's own pairs
         out = args.out / "pictures" / folder / f"{name}-{train.hashed([key, list(map(version, models))])[:8]}"
         paths = [result_path(out, i, item) for i, item in enumerate(items)]
         if not all(path.exists() for path in paths):
@@ -338,24 +340,26 @@ def tsne(x: Tensor, perplexity: float = 30.0, steps: int = 500) -> Tensor:
 
 def figure_tsne(lab: Lab) -> None:
     """Fig. 5a: background features of CG's pictures and of ControlNet's around their categories' centres, which are the
-    means of the training set's. Also prints the mean distance to the centre, of normalised features.
+    means of the training set's. Also prints, of normalised features, the mean distance to the centre of the own
+    category, and for how many that centre is the nearest; of the original backgrounds too.
     """
-    items = lab.items("bg1k")
     training = read_items(lab.args.data)[0][: lab.args.centres]
     features = F.normalize(lab.embeddings([item.image for item in training], training), dim=1)
     categories = sorted({item.category for item in training})
-    centre = {c: features[[item.category == c for item in training]].mean(0) for c in categories}
-    kept = [i for i, item in enumerate(items) if item.category in centre]
-    points, kinds = [torch.stack([centre[c] for c in categories])], [("centre", c) for c in categories]
-    for label, name in (("CG", "cg"), ("ControlNet", "controlnet")):
-        paths = lab.pictures(name, items, "bg1k")
-        some = [i for i in kept if paths[i].exists()]
-        x = F.normalize(lab.embeddings([paths[i] for i in some], [items[i] for i in some]), dim=1)
-        away = (x - torch.stack([centre[items[i].category] for i in some])).norm(dim=1)
-        print("{}: mean distance to the centre of its category {:.3f} ± {:.3f}".format(
-            label, *interval(lambda i: away[i].mean(), len(some))), f"({len(some)} pictures)")
-        points.append(x)
-        kinds += [(label, items[i].category) for i in some]
+    centres = torch.stack([features[[item.category == c for item in training]].mean(0) for c in categories])
+    items = lab.items("bg1k")
+    points, kinds = [centres], [("centre", c) for c in categories]
+    for label, method in (("original", None), ("CG", "cg"), ("ControlNet", "controlnet")):
+        paths = lab.pictures(method, items, "bg1k") if method else [item.image for item in items]
+        kept = [(path, item) for path, item in zip(paths, items) if path.exists() and item.category in categories]
+        x = F.normalize(lab.embeddings(*map(list, zip(*kept))), dim=1)
+        own = torch.tensor([categories.index(item.category) for _, item in kept])
+        away = torch.cdist(x, centres)  # (n, C)
+        print("{}: distance to the own category's centre {:.3f} ± {:.3f}, nearest to it {} of {}".format(
+            label, *interval(lambda i: away[i, own[i]].mean(), len(x)), int((away.argmin(1) == own).sum()), len(x)))
+        if method:
+            points.append(x)
+            kinds += [(label, item.category) for _, item in kept]
     save_page(scatter(tsne(torch.cat(points)), kinds, categories), lab.args.out / "tsne.png")
 
 
@@ -496,7 +500,8 @@ def main(arguments: list[str] | None = None) -> None:
     rank, world = train.processes()
     if world > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=7))  # processes wait for one another while all paint
-    COMMANDS[args.what](Lab(args))
+    with redirect_stdout(io.StringIO()) if rank else nullcontext():  # the first process speaks for all
+        COMMANDS[args.what](Lab(args))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ BLOCKS = re.findall(r"^```\n(.*?)^```", README, re.M | re.S)
 COMMANDS = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() if line.startswith("python ")]
 # What makes each program's run short, added to its command; a later option counts
 SHORT = {"generate.py": "--steps 2", "train.py": "--steps 2 --batch 4",
-         "toy/world.py": "--base 8 --ads 8 --bg1k 8 --pairs 8"}
+         "toy/world.py": "--base 8 --ads 8 --bg1k 8 --pairs 9",
+         "evaluate.py": "--steps 1 --controlnet toy/cg --tuned toy/cg --guide-clip toy/clip"}
 
 
 @pytest.mark.slow

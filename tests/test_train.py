@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 
 import train
 from data import BadInput, load_ad, read_items
-from model import VAE, TextEncoder, UNet
+from model import VAE, ControlNet, TextEncoder, UNet
 from toy.world import write_world
-from weights import load_stable_diffusion
+from weights import StableDiffusion, load_control, load_stable_diffusion
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -77,6 +77,20 @@ def test_pg_and_joint_train(stage, world, base, cg, tmp_path):
     command(*branch(stage, world, base, tmp_path), "--cg", cg, "--steps", 2)
     assert (tmp_path / "pg" / "diffusion_pytorch_model.safetensors").is_file()
     assert (tmp_path / "cg").exists() == (stage == "joint")
+
+
+@pytest.mark.parametrize("data, words", [("base", ", in the background of a "), ("ads", ", in the background of sks ")])
+def test_a_controlnet_trains_on_captions_where_there_are_and_else_on_cgs_prompts(data, words, world, base, tmp_path,
+                                                                                 monkeypatch):
+    """An ordinary ControlNet reads P and no mask; its folder opens as one."""
+    texts, reads = [], []
+    encode, forward = StableDiffusion.prompts, ControlNet.forward
+    monkeypatch.setattr(StableDiffusion, "prompts", lambda self, t: texts.extend(t) or encode(self, t))
+    monkeypatch.setattr(ControlNet, "forward", lambda self, *inputs: reads.append(len(inputs)) or forward(self, *inputs))
+    command("controlnet", "--data", world / data, "--weights", base, "--out", tmp_path, "--batch", 4, "--size", 64,
+            "--steps", 2, "--prompt-dropout", 0, "--sample-every", 9)
+    assert any(words in text for text in texts) and set(reads) == {4}  # z_t, t, P, hint
+    assert type(load_control(tmp_path / "controlnet")) is ControlNet
 
 
 @pytest.mark.parametrize("stage", ["pg", "unet"])
