@@ -113,23 +113,23 @@ TRAINED = {
     "pg-dilation": ("pg", 600, ["--sigma", "1", "1"]),
     "pg-mixup": ("pg", 600, []),
 }
-# Label, method and the paper's figures: similarity and Fréchet distance for each protocol
+# Protocols, our method, and the rows: label, method and the paper's two figures for each protocol
 TABLES = {
-    "table1": (["bg1k"], [
+    "table1": (["bg1k"], "cg", [
         ("LaMa", None, [88.33, 8.24]),
         ("Stable Diffusion", "stable-diffusion", [76.47, 7.54]),
         ("ControlNet", "controlnet", [84.80, 5.79]),
         ("CG", "cg", [89.58, 3.94]),
         ("ControlNet trained on the ads", "tuned", []),
     ]),
-    "table2": (["ref", "self"], [
+    "table2": (["ref", "self"], "cg+pg", [
         ("Blended Diffusion", "blended-diffusion", [63.51, 3.62, 89.02, 2.73]),
         ("Paint by Example", None, [62.82, 5.96, 81.00, 5.99]),
         ("Stable Diffusion", "stable-diffusion", [57.10, 7.92, 76.10, 7.29]),
         ("ControlNet", "controlnet", [62.78, 3.92, 87.21, 3.27]),
         ("CG + PG", "cg+pg", [68.26, 2.39, 93.63, 1.39]),
     ]),
-    "table4": (["ref"], [
+    "table4": (["ref"], "cg+pg", [
         ("(a) ControlNet in CG's place", "controlnet+pg", [66.17, 4.01]),
         ("(b) no PG, z_T from the reference", "cg", [67.50, 2.76]),
         ("(c) CG + PG, z_T pure noise", "cg+pg-noise", [66.51, 2.73]),
@@ -265,41 +265,76 @@ def version(path: Path) -> list:
 # ---------------------------------------------------------------- tables
 
 
-def measure(lab: Lab, name: str, protocol: str) -> dict:
-    """A method's two figures with their intervals: similarity to the original (bg1k) or to the reference; Fréchet
-    distance to the originals. Items that could not be painted are left out.
-    """
+class Measured(NamedTuple):
+    """A method's pictures of the items `kept`, as embeddings."""
+
+    kept: list[int]
+    similarities: Tensor  # (n,): to the originals (bg1k) or to the references
+    painted: Tensor  # (n, d)
+    originals: Tensor  # (n, d)
+
+    def similarity(self, i: Tensor) -> Tensor:
+        return self.similarities[i].mean()
+
+    def frechet(self, i: Tensor) -> Tensor:
+        return frechet(self.painted[i], self.originals[i])
+
+    def only(self, kept: list[int]) -> "Measured":
+        rows = [self.kept.index(item) for item in kept]
+        return Measured(kept, *(x[rows] for x in self[1:]))
+
+
+def measure(lab: Lab, name: str, protocol: str) -> Measured:
+    """Paints and embeds. Items that could not be painted are left out."""
     items = lab.items(protocol)
-    pairs = [(item, path) for item, path in zip(items, lab.pictures(name, items, protocol)) if path.exists()]
-    if len(pairs) < 2:
-        raise BadInput(f"{lab.args.data}: {len(pairs)} pictures are too few to measure; raise --limit")
-    painted = lab.embeddings([path for _, path in pairs])
-    original = lab.embeddings([item.image for item, _ in pairs])
-    compared = original if protocol == "bg1k" else lab.embeddings([item.reference for item, _ in pairs])
-    pairwise = similarity(painted, compared)
-    return {"n": len(pairs), "similarity": interval(lambda i: pairwise[i].mean(), len(pairs)),
-            "frechet": interval(lambda i: frechet(painted[i], original[i]), len(pairs))}
+    paths = lab.pictures(name, items, protocol)
+    kept = [i for i, path in enumerate(paths) if path.exists()]
+    if len(kept) < 2:
+        raise BadInput(f"{lab.args.data}: {len(kept)} pictures are too few to measure; raise --limit")
+    painted = lab.embeddings([paths[i] for i in kept])
+    originals = lab.embeddings([items[i].image for i in kept])
+    wanted = originals if protocol == "bg1k" else lab.embeddings([items[i].reference for i in kept])
+    return Measured(kept, similarity(painted, wanted), painted, originals)
+
+
+def figures_of(measured: Measured, ours: Measured) -> dict:
+    """The two figures with their intervals, and how far ours is ahead, of the same items: much of what makes a figure
+    vary, the items, is the same for both.
+    """
+    both = sorted({*measured.kept} & {*ours.kept})
+    a, b, n = ours.only(both), measured.only(both), len(measured.kept)
+    return {"n": n, "similarity": interval(measured.similarity, n), "frechet": interval(measured.frechet, n),
+            "ours_ahead": {"similarity": interval(lambda i: a.similarity(i) - b.similarity(i), len(both)),
+                           "frechet": interval(lambda i: b.frechet(i) - a.frechet(i), len(both))}}
 
 
 def table(lab: Lab, name: str) -> None:
     """Prints a table as Markdown, the paper's figures beside ours, and writes it to NAME.md and NAME.json."""
-    protocols, rows = TABLES[name]
+    protocols, our_method, rows = TABLES[name]
+    measured = {(method, p): measure(lab, method, p) for _, method, _ in rows if method for p in protocols}
     heads = [f"{PROTOCOLS[p]} {head}".strip() for p in protocols for head in ("similarity ↑", "Fréchet ↓")]
     lines = ["| method | " + " | ".join(f"{head} | paper" for head in heads) + " |"]
     lines.append("|" + " --- |" * (1 + 2 * len(heads)))
-    results = []
+    results, ahead = [], {p: [] for p in protocols}
     for label, method, paper in rows:
         cells = []
-        for k, protocol in enumerate(protocols):
-            figures = measure(lab, method, protocol) if method else None
-            results.append({"method": label, "protocol": protocol, "measured": figures, "paper": paper[2 * k :][:2]})
+        for k, p in enumerate(protocols):
+            figures = figures_of(measured[method, p], measured[our_method, p]) if method else None
+            results.append({"method": label, "protocol": p, "measured": figures, "paper": paper[2 * k :][:2]})
             for j, metric in enumerate(("similarity", "frechet")):
                 cells.append("{:.2f} ± {:.2f}".format(*figures[metric]) if figures else "not yet")
                 cells.append(f"{paper[2 * k + j]:.2f}" if paper else "")
+            if figures and method != our_method:
+                by = figures["ours_ahead"]
+                ahead[p].append("{}: {:.2f} ± {:.2f}, {:.2f} ± {:.2f}".format(label, *by["similarity"], *by["frechet"]))
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    n = sorted({result["measured"]["n"] for result in results if result["measured"]})
-    lines += ["", f"{' or '.join(map(str, n))} pictures a figure; ± is half of the 95% interval "
-              f"({RESAMPLES} bootstrap samples). The paper's figures are of BG60k and another CLIP: compare orders only."]
+    ours = next(label for label, method, _ in rows if method == our_method)
+    for p in protocols:
+        lines += ["", f"{PROTOCOLS[p]} {ours} ahead, on the same items, by similarity and Fréchet distance: ".lstrip()
+                  + "; ".join(ahead[p]) + "."]
+    n = sorted({len(m.kept) for m in measured.values()})
+    lines += ["", f"{' or '.join(map(str, n))} pictures a figure; ± is half of the 95% interval ({RESAMPLES} bootstrap "
+              "samples). The paper's figures are of BG60k and another CLIP: compare orders only."]
     args = lab.args
     settings = {"data": str(args.data), "steps": args.steps, "guidance": args.guidance, "seed": args.seed}
     write_json(settings | {"rows": results}, args.out / f"{name}.json")

@@ -199,6 +199,19 @@ def test_a_table_is_printed_and_kept_with_its_figures(results, table, count, pai
     assert ("| LaMa | not yet | 88.33 | not yet | 8.24 |" in text) == (table == "table1")
 
 
+@pytest.mark.parametrize("table, ours", [("table1", "CG"), ("table2", "CG + PG")])
+def test_ours_is_ahead_by_the_difference_of_the_figures(results, table, ours):
+    """Their interval is of the difference on the same items: none between a method and itself."""
+    rows = [row for row in json.loads((results / f"{table}.json").read_text())["rows"] if row["measured"]]
+    for protocol in {row["protocol"] for row in rows}:
+        theirs = {row["method"]: row["measured"] for row in rows if row["protocol"] == protocol}
+        for figures in theirs.values():
+            for metric, sign in (("similarity", 1), ("frechet", -1)):
+                by = sign * (theirs[ours][metric][0] - figures[metric][0])
+                assert figures["ours_ahead"][metric][0] == pytest.approx(by, abs=1e-4)
+        assert theirs[ours]["ours_ahead"] == {"similarity": [0, 0], "frechet": [0, 0]}
+
+
 def test_the_figures_are_those_of_the_pictures(results, ads):
     """CG's similarity in Table 1, from the files of its pictures and the originals."""
     clip, folder = load_clip(TOY / "clip"), next((results / "pictures" / "bg1k").glob("cg-*"))
