@@ -53,7 +53,7 @@ from weights import (StableDiffusion, check_folder, control_config, load_stable_
 TOY_DATA = TOY / "data"
 
 # Section 5.1; what it does not say is as in ControlNet: AdamW, no schedule, half of the prompts dropped.
-PAPER = dict(lr=1e-5, batch=128, micro_batch=4, epochs=300, size=512, ema=0.0, warmup=0, decay=0.0, noise_offset=0.0,
+PAPER = dict(lr=1e-5, batch=128, epochs=300, size=512, ema=0.0, warmup=0, decay=0.0, noise_offset=0.0,
              weighting="uniform")
 PROMPT_DROPOUT = 0.5
 CLIP_GRADIENT = 1.0  # gradients longer than this are shortened to it: ours, neither the paper's nor ControlNet's
@@ -189,21 +189,14 @@ def run(task: Task, args) -> None:
         lr = learning_rate(step, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        generator = Generator().manual_seed(seed_of(args.seed, "step", step, *([rank] if rank else [])))
-        parts = args.batch // world // args.micro_batch
         total = torch.zeros(2, device=args.device)  # the loss, and whether to stop; NCCL sums on GPUs only
-        for i in range(parts):
-            micro = slice(i * args.micro_batch, (i + 1) * args.micro_batch)
-            part = {k: v[micro].to(args.device, non_blocking=True) for k, v in batch.items()}
-            last = nullcontext() if world == 1 or i == parts - 1 else model.no_sync()
+        while True:
             try:
-                with last, mixed_precision(args), attention():
-                    loss = model(part, generator) / parts
-                    scaler.scale(loss).backward()
+                total[0] = accumulate(model, batch, step, scaler, attention, args)
+                break
             except torch.OutOfMemoryError:
-                raise BadInput(f"--micro-batch {args.micro_batch} does not fit the memory of {args.device}: give a "
-                               "smaller one, or add --amp or --checkpointing") from None
-            total[0] += loss.item()
+                fit_memory(args)
+            optimizer.zero_grad(set_to_none=True)
         total[1] = len(stopped)
         if world > 1:
             dist.all_reduce(total)
@@ -244,6 +237,42 @@ def run(task: Task, args) -> None:
     signal.signal(signal.SIGTERM, handler)
     if log:
         log.close()
+
+
+def accumulate(model: nn.Module, batch: dict, step: int, scaler, attention: Callable, args) -> float:
+    """Adds up the gradients of this process's share of a batch, in parts of args.micro_batch samples -> its mean loss."""
+    rank, world = processes()
+    generator = Generator().manual_seed(seed_of(args.seed, "step", step, *([rank] if rank else [])))
+    parts, total = args.batch // world // args.micro_batch, 0.0
+    for i in range(parts):
+        micro = slice(i * args.micro_batch, (i + 1) * args.micro_batch)
+        part = {k: v[micro].to(args.device, non_blocking=True) for k, v in batch.items()}
+        last = nullcontext() if world == 1 or i == parts - 1 else model.no_sync()
+        with last, mixed_precision(args), attention():
+            loss = model(part, generator) / parts
+            scaler.scale(loss).backward()
+        total += loss.item()
+    return total
+
+
+def divisor(n: int, at_most: int) -> int:
+    """The largest divisor of n up to a limit."""
+    return max(d for d in range(1, min(n, at_most) + 1) if n % d == 0)
+
+
+def fit_memory(args) -> None:
+    """After a step that did not fit the memory: the next smaller micro-batch. Raises BadInput where there is none, and
+    where other processes are in the middle of the step.
+    """
+    if processes()[1] > 1 or args.micro_batch == 1:
+        raise BadInput(f"--micro-batch {args.micro_batch} does not fit the memory of {args.device}: "
+                       f"{'give a smaller one, or ' if args.micro_batch > 1 else ''}add --amp or --checkpointing")
+    smaller = divisor(args.batch, args.micro_batch - 1)
+    print(f"--micro-batch {args.micro_batch} does not fit the memory of {args.device}, goes on with {smaller}",
+          file=sys.stderr)
+    args.micro_batch = smaller
+    if args.device != "cpu":
+        torch.cuda.empty_cache()
 
 
 def open_log(file: Path, start: int):
@@ -642,7 +671,8 @@ def parse(arguments: list[str] | None = None):
     add("--batch", metavar="N", type=whole(1, 65536),
         help="pictures a step, over all processes [toy 12 to 64; paper 128, section 5.1]")
     add("--micro-batch", metavar="N", type=whole(1, 65536),
-        help="of these, how many a process computes at once: less needs less memory [toy all; paper 4]")
+        help="of these, how many a process computes at once: less needs less memory "
+             "[toy all; else 4, on one GPU 16, or as many of them as fit]")
     add("--epochs", metavar="N", type=whole(1, 10**6),
         help="passes over the data, unless --steps is given [paper 300, section 5.1]")
     add("--steps", metavar="N", type=whole(1, 10**9), help="steps in all [toy 800 to 9400; else from --epochs]")
@@ -671,13 +701,16 @@ def parse(arguments: list[str] | None = None):
     return parser.parse_args(arguments)
 
 
-def check(args) -> None:
-    """Raises BadInput for what can be told to be wrong before anything is loaded."""
+def check(args, at_most: int) -> None:
+    """Raises BadInput for what can be told to be wrong before anything is loaded. Settles args.micro_batch: where it was
+    not given, the largest part of a process's share with `at_most` samples.
+    """
     world = processes()[1]
     if args.batch % world:
         raise BadInput(f"--batch {args.batch}: must be a multiple of the {world} processes")
-    args.micro_batch = min(args.micro_batch or args.batch, args.batch // world)
-    if args.batch // world % args.micro_batch:
+    share = args.batch // world
+    args.micro_batch = min(args.micro_batch, share) if args.micro_batch else divisor(share, at_most)
+    if share % args.micro_batch:
         raise BadInput(f"--micro-batch {args.micro_batch}: must divide --batch {args.batch}"
                        f"{f' over {world} processes' if world > 1 else ''}")
     if args.sigma[0] > args.sigma[1]:
@@ -709,11 +742,11 @@ def main(arguments: list[str] | None = None) -> None:
     if args.stage == "pg":
         args.cg = branch_path("cg", args)
     args.weights = args.weights or TOY / "base"
-    check(args)
-    if args.workers is None:
-        args.workers = 0 if args.size <= 128 else min(8, os.cpu_count())
     rank, world = processes()
     args.device, args.dtype = pick_device(args.device), torch.float32
+    check(args, args.batch if toy else 16 if args.device.startswith("cuda") and world == 1 else 4)
+    if args.workers is None:
+        args.workers = 0 if args.size <= 128 else min(8, os.cpu_count())
     args.amp, args.save_dtype = args.amp and getattr(torch, args.amp), getattr(torch, args.save_dtype)
     if args.device.startswith("cuda"):
         torch.cuda.set_device(args.device)

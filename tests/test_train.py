@@ -151,6 +151,24 @@ def test_parts_and_workers_change_nothing(options, world, base, cg, tmp_path):
     assert distance(weights_of(tmp_path / "whole" / "pg"), weights_of(tmp_path / "other" / "pg")) < 1e-6
 
 
+def test_a_micro_batch_that_does_not_fit_is_made_smaller(world, base, tmp_path, monkeypatch, capsys):
+    """With a memory that holds two samples, the weights are those of a run in parts of two; the step begins again."""
+    command(*branch("cg", world, base, tmp_path / "two"), "--steps", 2, "--micro-batch", 2)
+    forward = train.Step.forward
+
+    def small(self, batch, generator):
+        loss = forward(self, batch, generator)
+        if len(batch["index"]) > 2:
+            loss.backward()  # part of the step is done when the memory ends
+            raise torch.OutOfMemoryError
+        return loss
+
+    monkeypatch.setattr(train.Step, "forward", small)
+    command(*branch("cg", world, base, tmp_path / "found"), "--steps", 2, "--micro-batch", 4)
+    assert "--micro-batch 4 does not fit the memory of cpu, goes on with 2" in capsys.readouterr().err
+    assert distance(weights_of(tmp_path / "two" / "cg"), weights_of(tmp_path / "found" / "cg")) == 0
+
+
 @pytest.mark.slow
 def test_two_processes_give_the_weights_of_one(world, base, tmp_path):
     """Batch 4: by one process at once, or by two in two parts each."""
