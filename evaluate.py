@@ -8,9 +8,9 @@
                                           # fig9: a product after many references; fig10: many after one
     python evaluate.py table1 --data BG60K --weights SD15 --cg CG --controlnet FILE --hint inpaint --clip VIT-B-32
 
-Read from the top: the two metrics and their intervals, the methods, what is painted and measured, tables, figures. Without
-options all is the toy's, and what the comparison needs beside the shipped weights is trained on first use. Pictures and
-features stay in --out, so that an interrupted evaluation goes on, and the tables share them.
+Read from the top: the two metrics and their intervals, the methods, what is painted and measured, tables, figures.
+Without options all is the toy's, and what the comparison needs beside the shipped weights is trained on first use.
+Pictures and embeddings stay in --out, so that an interrupted evaluation goes on, and the tables share them.
 """
 
 import argparse
@@ -85,7 +85,7 @@ def interval(statistic: Callable[[Tensor], Tensor], n: int, resamples: int = RES
 class Method(NamedTuple):
     """How a row of a table paints."""
 
-    cg: str | None = None  # what stands in CG's place: cg, controlnet (general), tuned (a ControlNet trained on the ads)
+    cg: str | None = None  # in CG's place: cg, controlnet (a general one), or tuned (a ControlNet trained on the ads)
     pg: str | None = None
     from_reference: bool = True  # z_T, where there is a reference
     plain: bool = False  # the prompt 'A photo of [category]', without identifier

@@ -240,7 +240,7 @@ def run(task: Task, args) -> None:
 
 
 def accumulate(model: nn.Module, batch: dict, step: int, scaler, attention: Callable, args) -> float:
-    """Adds up the gradients of this process's share of a batch, in parts of args.micro_batch samples -> its mean loss."""
+    """Adds up the gradients of a process's share of a batch, in parts of args.micro_batch samples -> its mean loss."""
     rank, world = processes()
     generator = Generator().manual_seed(seed_of(args.seed, "step", step, *([rank] if rank else [])))
     parts, total = args.batch // world // args.micro_batch, 0.0

@@ -139,7 +139,7 @@ def test_blended_diffusion_follows_the_gradient_of_the_clip_distance(sd, ads, mo
     """ε − ε_unguided = strength √(1 − ᾱ_t) ∇_z D: here by finite differences, through UNet (a stand-in) and decoder."""
     clip, (rgb, mask) = load_clip(TOY / "clip").double(), (x.double() for x in products(ads))
     reference, reference_mask, t, strength, found = rgb.flip(0), mask.flip(0), 601, 7.0, {}
-    monkeypatch.setattr("baselines.sample", lambda *_, guide, **__: found.update(guide=guide) or random(2, 4, 32, 32))
+    monkeypatch.setattr("baselines.sample", lambda *_, guide, **_k: found.update(guide=guide) or random(2, 4, 32, 32))
     monkeypatch.setattr(StableDiffusion, "decode", lambda self, z: F.interpolate(z[:, :3], scale_factor=4).sigmoid())
     blended_diffusion(sd, rgb, mask, [prompt_texts("mug", None)] * 2, seeded(0, 2), reference, reference_mask, clip,
                       strength)
