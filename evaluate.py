@@ -381,7 +381,8 @@ def figure_tsne(lab: Lab) -> None:
     training = read_items(lab.args.data)[0][: lab.args.centres]
     features = F.normalize(lab.embeddings([item.image for item in training], training), dim=1)
     categories = sorted({item.category for item in training})
-    centres = torch.stack([features[[item.category == c for item in training]].mean(0) for c in categories])
+    means = torch.stack([features[[item.category == c for item in training]].mean(0) for c in categories])
+    centres = F.normalize(means, dim=1)  # among the features, which have length 1
     items = lab.items("bg1k")
     points, kinds = [centres], [("centre", c) for c in categories]
     for label, method in (("original", None), ("CG", "cg"), ("ControlNet", "controlnet")):
