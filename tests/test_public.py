@@ -24,6 +24,7 @@ from weights import (RENAMES, TEXT_FILES, UNET_FILES, BadInput, control_config, 
                      vae_config, write_json)
 
 LAYOUTS = Path(__file__).resolve().parents[2] / "shared" / "layouts"
+ROUNDING = 1e-5  # of the largest value: what float32 sums in another order may differ by
 layouts = pytest.mark.skipif(not LAYOUTS.is_dir(), reason="the public files' names and shapes are not at hand")
 
 # ---------------------------------------------------------------- the real files' names and shapes
@@ -315,8 +316,10 @@ def test_a_single_file_holds_the_same_networks_as_folders(single, version):
         assert set(ours.state_dict()) == set(weights)
         assert all(torch.equal(t, weights[name]) for name, t in ours.state_dict().items())
     z, t, P, ids = random(1, 4, 16, 16), torch.tensor([500]), random(1, 77, 64), torch.arange(77)[None]
-    assert torch.equal(sd.unet(z, t, P), unet(z, t, P))  # the configurations, told by shapes, are the same too
-    assert torch.equal(sd.vae.decode(z), vae.decode(z)) and torch.equal(sd.text_encoder(ids), text(ids))
+    # The configurations, told by shapes, are the same too; sums over mapped memory may be rounded in another order
+    assert relative_error(sd.unet(z, t, P), unet(z, t, P)) < ROUNDING
+    assert relative_error(sd.vae.decode(z), vae.decode(z)) < ROUNDING
+    assert relative_error(sd.text_encoder(ids), text(ids)) < ROUNDING
     assert sd.schedule.config["prediction_type"] == ("epsilon" if version == 1 else "v_prediction")
     assert sd.unet.config["sample_size"] * sd.vae.factor == (512 if version == 1 else 768)
     pad = sd.tokenizer([""])[0, -1].item()
@@ -352,7 +355,8 @@ def test_a_controlnet_in_one_file_with_and_without_prefix(tmp_path, prefix):
     save_file(tensors, tmp_path / "control.safetensors")
     loaded = load_control(tmp_path / "control.safetensors")
     given = random(1, 4, 16, 16), torch.tensor([3]), random(1, 77, 64), random(1, 3, 128, 128)
-    assert all(map(torch.equal, loaded(*given), control(*given)))
+    assert all(torch.equal(t, control.state_dict()[name]) for name, t in loaded.state_dict().items())
+    assert all(relative_error(a, b) < ROUNDING for a, b in zip(loaded(*given), control(*given), strict=True))
     assert type(load_control(tmp_path / "control.safetensors", "category")) is CategoryGenerator
 
     utils = pytest.importorskip("diffusers.loaders.single_file_utils")
