@@ -503,7 +503,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--size", metavar="N", type=whole(8, 4096), help="longer side of the painted canvas [the base's]")
     add("--seed", metavar="N", type=whole(0, 2**32 - 1), default=0, help="item i is painted with SEED + i [0]")
     add("--strength", metavar="X", type=real(0, 1e6), default=STRENGTH,
-        help=f"of Blended Diffusion's CLIP guidance [{STRENGTH:g}, found on the toy]")
+        help=f"of Blended Diffusion's CLIP guidance [{STRENGTH:g}, chosen on the toy]")
     add = parser.add_argument_group("models [the toy's; what else they need is trained on first use]").add_argument
     add("--weights", metavar="PATH", type=Path, help="Stable Diffusion, a folder or a single file")
     add("--tokenizer", metavar="DIR", type=Path, help="its vocab.json and merges.txt [in --weights; beside a file]")

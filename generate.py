@@ -130,7 +130,7 @@ def paint_ads(ads: list[Ad], painter: Callable, multiple: int, args) -> list[Ten
         rgb, mask = torch.stack(rgb), torch.stack([fit(ad.mask, h, w, "contain")[0] for ad in chosen])
         if with_reference:
             references = [torch.stack([fit(ad.reference[k], h, w, "cover")[0] for ad in chosen]) for k in (0, 1)]
-        with steps_bar(args, f"{'CG + PG' if with_reference else 'CG'}, {len(batch)} at once") as bar:
+        with steps_bar(args, f"{len(batch)} at once{', after references' if with_reference else ''}") as bar:
             painted = painter(rgb, mask, [ad.texts for ad in chosen], [seeded(ad.seed)[0] for ad in chosen],
                               *references, on_step=lambda *_: bar.update()).cpu()
         if not painted.isfinite().all():

@@ -549,7 +549,7 @@ def branch_task(args) -> Task:
     latents = Latents(sd, items, args)
     table = prompt_table(sd, categories, args)
     row = [categories.index(item.category) for item in items]
-    # training needs neither any more
+    # training needs the VAE no more, and the text encoder for captions alone
     sd = replace(sd, vae=None, text_encoder=sd.text_encoder if captions else None)
 
     def prompts_of(batch: dict) -> Prompts:
