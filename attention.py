@@ -33,6 +33,8 @@ def to_rows(x: Tensor, rows: int) -> Tensor:
     """x (B, ...) repeated to (rows, ...). Guidance runs pictures with and without their prompts: until the first prompt
     is read both are the same, and one row a picture does for both.
     """
+    if rows % len(x):
+        raise ValueError(f"{rows} rows of prompts or mask for {len(x)} pictures: give as many, or a multiple")
     return x if len(x) == rows else x.repeat(rows // len(x), *[1] * (x.ndim - 1))
 
 

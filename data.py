@@ -11,6 +11,7 @@ and values between at soft edges.
 """
 
 import argparse
+import io
 import json
 import os
 import re
@@ -43,6 +44,7 @@ TRANSLATION = 0.15  # the mask's copy moves at most so far, up or down and left 
 AnyPath = Path | str
 SOLID = 0.99  # from this M on a pixel is all product: its colour is never touched
 BLANK = 0.04, 0.98  # a background is blank where so large a part of it is so near to its median colour
+MASK_OF_ITEM = "'mask' in metadata.jsonl, or in the folders of masks"  # the remedy for a mask that is no good
 BROKEN = 0.01  # the part of a data set that may be missing or unreadable: it is skipped; more is an error
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "MPO")  # MPO: the JPEG of many phones
 SPLITS = {"bg60k": "bg60k", "bg1k": "bg1k", "bgpair": "bg1k"}  # split: the prefix of its image and mask folders
@@ -286,13 +288,15 @@ def read_items(root: AnyPath, split: str = "bg60k") -> tuple[list[Item], list[st
         raise BadInput(f"{root}: the data set is empty")
     counts = Counter(item.category for item in items)
     category, largest = counts.most_common(1)[0]
-    if inverted := masks_inverted(items):
+    own = (root / "metadata.jsonl").is_file()  # where white is the product; what was released is not said to be so
+    if inverted := not own and masks_inverted(items):
         items = [replace(item, inverted=True) for item in items]
     return items, [
         f"{len(items):,} images in {len(counts):,} categories" + notes,
         f"long tail: {sum(n < 10 for n in counts.values()):,} categories with fewer than 10 images, "
         f"{sum(n > 100 for n in counts.values()):,} with more than 100; the largest, {category}, with {largest:,}",
-        "masks taken as 1 on the " + ("background: inverted, since most cover the border" if inverted else "product"),
+        "masks taken as 1 on the " + ("background: inverted, since most cover the border" if inverted else "product")
+        + (", though most cover the border: are they white on the background?" * (own and masks_inverted(items))),
         *(f"skipped: {line}" for line in missing),
         *([f"skipped in all: {len(missing):,}"] if missing else []),
     ]
@@ -408,7 +412,7 @@ def masks_inverted(items: list[Item], sample: int = 32) -> bool:
         except BadInput:
             continue  # reported when it is loaded as part of the data set
         votes.append(torch.cat([mask[0], mask[-1], mask[:, 0], mask[:, -1]]).mean() > 0.5)
-    return sum(votes) > len(votes) / 2
+    return bool(sum(votes) > len(votes) / 2)
 
 
 def categories_of(items: list[Item]) -> list[str]:
@@ -454,7 +458,7 @@ def drop_lines(file: Path, numbers: set[int]) -> Path:
     kept, text = file.with_name(file.name + ".all"), file.read_text(encoding="utf-8")
     if not kept.exists():
         write_atomic(kept, lambda new: new.write_text(text, encoding="utf-8"))
-    left = "".join(line for i, line in enumerate(text.splitlines(keepends=True), 1) if i not in numbers)
+    left = "".join(line for i, line in enumerate(io.StringIO(text), 1) if i not in numbers)
     write_atomic(file, lambda new: new.write_text(left, encoding="utf-8"))
     return kept
 
@@ -467,7 +471,7 @@ def load_ad(item: Item, size: int) -> tuple[Tensor, Tensor]:
 
     The square of the picture's short side that is nearest to the product's centroid. Raises load_masked's errors.
     """
-    image, mask = load_masked(item.image, item.mask, "image", "'mask' in metadata.jsonl", item.inverted)
+    image, mask = load_masked(item.image, item.mask, "image", MASK_OF_ITEM, item.inverted)
     h, w = mask.shape[1:]
     y, x = torch.arange(h) + 0.5, torch.arange(w) + 0.5
     rows, columns = mask[0].sum(1), mask[0].sum(0)

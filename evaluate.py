@@ -34,12 +34,12 @@ from tqdm import tqdm
 
 import train
 from baselines import STRENGTH, blended_diffusion, stable_diffusion
-from data import (BadInput, Item, Parser, background_hint, load_mask, load_masked, one_line_errors, open_image,
-                  read_items, save_image, sheet, thumbnail, to_tensor)
+from data import (BadInput, Item, Parser, background_hint, load_masked, one_line_errors, open_image,
+                  read_items, sheet, thumbnail, to_tensor)
 from generate import (GUIDANCE, STEPS, TOY, branch_path, load_base, load_branch, native_bfloat16, paint, paint_items,
-                      pick_dtype, real, result_path, texts_of, whole)
+                      pick_dtype, real, result_path, save, texts_of, whole)
 from model import CLIP, ControlNet
-from weights import StableDiffusion, check_folder, load_clip, pick_device, write_atomic, write_json
+from weights import StableDiffusion, check_folder, load_clip, pick_device, processes, write_atomic, write_json
 
 RESAMPLES = 200  # of the bootstrap
 
@@ -164,10 +164,12 @@ class Lab:
             raise BadInput(f"--{name} is missing: for the base {args.weights} none can be trained on first use"
                            if hasattr(args, name.replace("-", "_")) else "fig7 is the toy's: leave out --weights")
         stage, steps, options = TRAINED[name]
-        out = Path("runs", "evaluate", name)
+        beside = version(self.path("cg")) if stage == "pg" else None
+        out = Path("runs", "evaluate", f"{name}-{train.hashed([steps, options, beside])[:8]}")
         found = sorted((out / "training" / stage).glob("checkpoint_*"))
         if not found or found[-1].name != f"checkpoint_{steps:08}.safetensors":
             command = [stage, "--steps", str(steps), *options, "--out", str(out), "--cache", "runs/cache"]
+            command += ["--device", self.args.device]
             command += ["--amp"] * native_bfloat16()
             if stage == "pg":
                 command += ["--cg", str(self.path("cg"))]
@@ -223,12 +225,14 @@ class Lab:
         key += [f"{item.image} {item.reference}" for item in items if folder not in PROTOCOLS]  # a figure's own pairs
         out = args.out / "pictures" / folder / f"{name}-{train.hashed([key, list(map(version, models))])[:8]}"
         paths = [result_path(out, i, item) for i, item in enumerate(items)]
-        if not all(path.exists() for path in paths):
+        missing = not all(path.exists() for path in paths)
+        train.barrier()  # every process has looked before any paints
+        if missing:
             print(f"painting {folder}, {name}", file=sys.stderr)
             texts = texts_of({item.category for item in items}, None if method.plain else self.path("cg"), False)
             paint_items(items, texts, self.painter(name), self.sd.multiple,
                         argparse.Namespace(**vars(args) | {"out": out}))
-            train.barrier()
+        train.barrier()
         return paths
 
     def embeddings(self, paths: list[Path], items: list[Item] | None = None) -> Tensor:
@@ -236,13 +240,12 @@ class Lab:
         (n, d), computed once.
         """
         clip = self.clip()
-        masks = [(item.mask or item.image, item.inverted) for item in items] if items else [None] * len(paths)
+        masks = [(item.image, item.mask, item.inverted) for item in items] if items else [None] * len(paths)
 
-        def embed(path: Path, mask: tuple[Path, bool] | None) -> Tensor:
+        def embed(path: Path, mask: tuple[Path, Path | None, bool] | None) -> Tensor:
             picture = to_tensor(open_image(path).convert("RGB"))
             if mask:
-                M = load_mask(mask[0])
-                picture = background_hint(picture, 1 - M if mask[1] else M)
+                picture = background_hint(picture, load_masked(*mask[:2], inverted=mask[2])[1])
             return clip.preprocess(picture[None].to(self.args.device))
 
         @torch.no_grad()
@@ -388,6 +391,8 @@ def figure_tsne(lab: Lab) -> None:
     for label, method in (("original", None), ("CG", "cg"), ("ControlNet", "controlnet")):
         paths = lab.pictures(method, items, "bg1k") if method else [item.image for item in items]
         kept = [(path, item) for path, item in zip(paths, items) if path.exists() and item.category in categories]
+        if not kept:
+            raise BadInput(f"{lab.args.data}: no picture of a category that has a centre; raise --centres or --limit")
         x = F.normalize(lab.embeddings(*map(list, zip(*kept))), dim=1)
         own = torch.tensor([categories.index(item.category) for _, item in kept])
         away = torch.cdist(x, centres)  # (n, C)
@@ -396,7 +401,7 @@ def figure_tsne(lab: Lab) -> None:
         if method:
             points.append(x)
             kinds += [(label, item.category) for _, item in kept]
-    save_page(scatter(tsne(torch.cat(points)), kinds, categories), lab.args.out / "tsne.png")
+    save(scatter(tsne(torch.cat(points)), kinds, categories), lab.args.out / "tsne.png")
 
 
 def scatter(y: Tensor, kinds: list[tuple[str, str]], categories: list[str], side: int = 900) -> Image.Image:
@@ -438,18 +443,13 @@ def cutout_of(item: Item) -> Tensor:
     return rgb * mask + 1 - mask
 
 
-def save_page(page: Image.Image, path: Path) -> None:
-    save_image(page, path)
-    print(path)
-
-
 def figure_methods(lab: Lab, name: str, columns: dict[str, str], rows: int = 8) -> None:
     """A row for each of some pairs: product, reference, and what each method, by column label, makes of them."""
     items = spread(lab.items("ref"), rows)
     painted = [lab.pictures(method, items, name) for method in columns.values()]
     cells = [[cutout_of(item), picture_of(item.reference), *(picture_of(paths[i]) for paths in painted)]
              for i, item in enumerate(items)]
-    save_page(sheet(cells, ["product", "reference", *columns]), lab.args.out / f"{name}.png")
+    save(sheet(cells, ["product", "reference", *columns]), lab.args.out / f"{name}.png")
 
 
 def figure_grid(lab: Lab, name: str, count: int = 8, groups: int = 4) -> None:
@@ -467,7 +467,7 @@ def figure_grid(lab: Lab, name: str, count: int = 8, groups: int = 4) -> None:
         given = [picture_of(item.reference) if name == "fig9" else cutout_of(item) for item in some]
         one = cutout_of(some[0]) if name == "fig9" else picture_of(some[0].reference)
         cells += [[None, *given], [one, *(picture_of(next(paths)) for _ in some)]]
-    save_page(sheet(cells), lab.args.out / f"{name}.png")
+    save(sheet(cells), lab.args.out / f"{name}.png")
 
 
 def spread(items: list, count: int) -> list:
@@ -497,7 +497,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--centres", metavar="N", type=whole(1, 10**9), default=10**9,
         help="tsne: centres from the first N training ads [all]")
     add = parser.add_argument_group("how the methods paint").add_argument
-    add("--steps", metavar="N", type=whole(1, 999), default=STEPS, help=f"steps of DDIM [{STEPS}, the paper's]")
+    add("--steps", metavar="N", type=whole(1, 500), default=STEPS, help=f"steps of DDIM [{STEPS}, the paper's]")
     add("--guidance", metavar="X", type=real(1, 30), default=GUIDANCE,
         help=f"weight of the prompt [{GUIDANCE}, the paper's]")
     add("--size", metavar="N", type=whole(8, 4096), help="longer side of the painted canvas [the base's]")
@@ -530,12 +530,14 @@ def main(arguments: list[str] | None = None) -> None:
         raise BadInput(f"{args.what}: must be one of {', '.join(COMMANDS)}")
     check_folder(args.out)
     args.data = args.data.absolute()
+    if args.hint == "inpaint" and not args.controlnet:
+        raise BadInput("--hint goes with --controlnet; add that one")
     args.device = pick_device(args.device)
     args.dtype = pick_dtype(args.dtype, args.device)
-    train.toy_data(args.data)
-    rank, world = train.processes()
+    rank, world = processes()
     if world > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=7))  # processes wait for one another while all paint
+    train.toy_data(args.data)
     with redirect_stdout(io.StringIO()) if rank else nullcontext():  # the first process speaks for all
         COMMANDS[args.what](Lab(args))
 

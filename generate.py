@@ -12,7 +12,6 @@ product's frame, and the product's own pixels where the mask is 1.
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections import defaultdict
@@ -26,13 +25,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import (SOLID, BadInput, Item, Parser, background_hint, canvas_size, dilate, extend, fit, load_cutout,
-                  load_masked, one_line_errors, open_image, product_hint, read_items, resize, save_image, sheet,
-                  thumbnail)
+from data import (MASK_OF_ITEM, SOLID, BadInput, Item, Parser, background_hint, canvas_size, dilate, extend, fit,
+                  load_cutout, load_masked, one_line_errors, open_image, product_hint, read_items, resize, save_image,
+                  sheet, thumbnail)
 from model import ControlNet, Prompts
 from sampler import GUIDANCE, STEPS, sample, seeded
-from weights import (StableDiffusion, check_folder, load_control, load_stable_diffusion, pick_device, read_json,
-                     write_atomic)
+from weights import (StableDiffusion, check_folder, load_control, load_stable_diffusion, pick_device, processes,
+                     read_json, read_log)
 
 TOY = Path(__file__).resolve().parent / "toy"
 SAMPLE = "perfume"  # of toy/samples, painted where no product is given
@@ -133,11 +132,15 @@ def paint_ads(ads: list[Ad], painter: Callable, multiple: int, args) -> list[Ten
         with steps_bar(args, f"{len(batch)} at once{', after references' if with_reference else ''}") as bar:
             painted = painter(rgb, mask, [ad.texts for ad in chosen], [seeded(ad.seed)[0] for ad in chosen],
                               *references, on_step=lambda *_: bar.update()).cpu()
-        if not painted.isfinite().all():
-            raise BadInput(f"--dtype: the networks overflow in {str(args.dtype)[6:]}; add --dtype float32")
+        check_finite(painted, args)
         for i, ad, picture, painted_mask, box in zip(batch, chosen, painted, mask, boxes):
             results[i] = paste_back(picture, painted_mask, box, ad.rgb, ad.mask)
     return results
+
+
+def check_finite(painted: Tensor, args) -> None:
+    if not painted.isfinite().all():
+        raise BadInput(f"--dtype: the networks overflow in {str(args.dtype)[6:]}; add --dtype float32")
 
 
 def painter_of(sd: StableDiffusion, cg: ControlNet, pg: ControlNet | None, args) -> Callable:
@@ -229,6 +232,7 @@ def generate_text(args) -> None:
         with steps_bar(args, "base") as bar:
             pictures = paint(sd, blank, blank[:, :1], [(args.prompt,) * 3] * count, seeded(args.seed + start, count),
                              steps=args.steps, guidance=args.guidance, on_step=lambda *_: bar.update())
+        check_finite(pictures, args)
         for i, picture in enumerate(pictures, args.seed + start):
             save(picture, args.out / f"prompt_{i}.png")
 
@@ -295,15 +299,6 @@ def result_path(out: Path, index: int, item: Item) -> Path:
     return out / f"{index:06}_{item.image.stem}.png"
 
 
-def read_manifest(file: Path) -> list[dict]:
-    """The lines of a manifest. One that a killed process has left unfinished is cut off."""
-    text = file.read_text(encoding="utf-8") if file.exists() else ""
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        write_atomic(file, lambda new: new.write_text(whole, encoding="utf-8"))
-    return [json.loads(line) for line in whole.splitlines()]
-
-
 def generate_data(args) -> None:
     """--data: every item not yet painted, with PG where the item has a reference."""
     items, notes = read_items(args.data, args.split or "bg1k")
@@ -312,8 +307,7 @@ def generate_data(args) -> None:
     sd, cg, pg, texts = load_models({item.category for item in items}, with_pg, args)
     print("\n".join(notes), file=sys.stderr)
     painted, there, broken = paint_items(items, texts, painter_of(sd, cg, pg, args), sd.multiple, args)
-    if int(os.environ.get("RANK", 0)) == 0:
-        save_data_sheet(items, args.out)
+    save_data_sheet(items, args.out)  # of several processes the last one has them all
     print(f"{args.out}: {painted:,} painted, {there:,} were there, {broken:,} broken")
 
 
@@ -322,32 +316,49 @@ def paint_items(items: list[Item], texts: dict[str, tuple[str, str, str]], paint
     """Paints all items of a data set that are not in args.out yet, item i with seed + i; texts by category; painter and
     multiple as in paint_ads. Returns how many were painted, were there, and are broken: these are named and skipped.
 
-    A line of manifest.jsonl for each picture. Under torchrun each process paints its share.
+    A line of manifest.jsonl for each picture. Under torchrun each process paints its share. Raises BadInput where
+    args.out holds pictures of the same names that were painted of other items or in another way.
     """
     manifest = args.out / "manifest.jsonl"
-    listed = {line["file"] for line in read_manifest(manifest)}
     paths = [result_path(args.out, i, item) for i, item in enumerate(items)]
-    rank, processes = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-    share = range(rank, len(items), processes)
+    listed = {line["file"]: line for line in read_log(manifest)}
+    how = {name: str(getattr(args, name, None)) for name in ("weights", "cg", "pg", "controlnet", "hint", "start",
+                                                             "plain_prompt", "size", "steps", "guidance")}
+
+    def entry(i: int) -> dict:
+        item = items[i]
+        return {"item": i, "image": str(item.image), "category": item.category,
+                "reference": str(item.reference) if item.reference else None, "seed": args.seed + i,
+                "file": paths[i].name, "how": how}
+
+    def is_of(line: dict) -> list:
+        """What a picture is painted of and how; files by name, as data sets are moved."""
+        files = [Path(line[key]).name if line[key] else None for key in ("image", "reference")]
+        return [*files, line["category"], line["seed"], line.get("how")]
+
+    for i, path in enumerate(paths):
+        if path.name in listed and is_of(listed[path.name]) != is_of(entry(i)):
+            raise BadInput(f"--out {args.out} holds {path.name}, which was painted of another item or with other options; "
+                           "name another folder")
+    rank, world = processes()
+    share = range(rank, len(items), world)
     todo = [i for i in share if paths[i].name not in listed or not paths[i].exists()]
 
     def read(i: int) -> Ad | BadInput:
         item, reference = items[i], None
         try:
-            cutout = load_cutout(item.image, item.mask, "image", "'mask' in metadata.jsonl", item.inverted)
+            cutout = load_cutout(item.image, item.mask, "image", MASK_OF_ITEM, item.inverted)
             if item.reference:
                 reference = load_masked(item.reference, item.reference_mask, "reference",
-                                        "'reference_mask' in metadata.jsonl", item.inverted)
+                                        MASK_OF_ITEM, item.inverted)
         except BadInput as error:
             return error
         return Ad(*cutout, texts[item.category], args.seed + i, reference)
 
     def write(ads: dict[int, Ad], pictures: list[Tensor], seconds: float) -> None:
-        for (i, ad), picture in zip(ads.items(), pictures):
+        for i, picture in zip(ads, pictures):
             save_image(picture, paths[i])
-            line = {"item": i, "image": str(items[i].image), "category": items[i].category,
-                    "reference": str(items[i].reference) if ad.reference else None, "seed": ad.seed,
-                    "file": paths[i].name, "seconds": round(seconds, 3)}
+            line = entry(i) | {"seconds": round(seconds, 3)}
             with open(manifest, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
@@ -434,7 +445,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--num", metavar="N", type=whole(1, 9999), default=1, help="pictures, with seeds SEED, SEED + 1, ... [1]")
     add("--seed", metavar="N", type=whole(0, 2**32 - 1), default=0,
         help="of the noise; SEED + i for item i of --data [0]")
-    add("--steps", metavar="N", type=whole(1, 999), default=STEPS, help=f"steps of DDIM [{STEPS}, the paper's]")
+    add("--steps", metavar="N", type=whole(1, 500), default=STEPS, help=f"steps of DDIM [{STEPS}, the paper's]")
     add("--guidance", metavar="X", type=real(1, 30), default=GUIDANCE,
         help=f"weight of the prompt, 1: without guidance [{GUIDANCE}, the paper's]")
     add("--size", metavar="N", type=whole(8, 4096),

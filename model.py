@@ -228,6 +228,13 @@ class UNetEncoder(nn.Module):
             block.recompute = True
 
 
+def skip_channels(config: dict) -> list[int]:
+    """Channels of the skip connections, in the order in which the encoder leaves them."""
+    channels, layers = config["block_out_channels"], config["layers_per_block"]
+    last = len(channels) - 1  # does not halve the size, so that it leaves one less
+    return channels[:1] + [c for i, c in enumerate(channels) for _ in range(layers + (i < last))]
+
+
 class UNet(UNetEncoder):
     """Stable Diffusion's denoiser, ε_θ(z_t, t, P, residuals)."""
 
@@ -235,10 +242,7 @@ class UNet(UNetEncoder):
         super().__init__(config)
         channels, layers = config["block_out_channels"], config["layers_per_block"]
         norm, attention = _level_options(config)
-        # channels of the skip connections, in the order in which the encoder leaves them
-        skips = [channels[0]]
-        for i, c in enumerate(channels):
-            skips += [c] * (layers + (i < len(channels) - 1))
+        skips = skip_channels(config)
         self.up_blocks = nn.ModuleList()
         previous = channels[-1]
         for i, kind in enumerate(config["up_block_types"]):
@@ -300,18 +304,15 @@ class ControlNet(UNetEncoder):
 
     def __init__(self, config: dict):
         super().__init__(config)
-        channels, layers = config["block_out_channels"], config["layers_per_block"]
+        channels = config["block_out_channels"]
         self.controlnet_cond_embedding = HintEncoder(config["conditioning_embedding_out_channels"], channels[0])
-        widths = [channels[0]]
-        for i, c in enumerate(channels):
-            widths += [c] * (layers + (i < len(channels) - 1))
-        self.controlnet_down_blocks = nn.ModuleList(nn.Conv2d(c, c, 1) for c in widths)  # zero convolutions
+        self.controlnet_down_blocks = nn.ModuleList(nn.Conv2d(c, c, 1) for c in skip_channels(config))  # zero convolutions
         self.controlnet_mid_block = nn.Conv2d(channels[-1], channels[-1], 1)
 
     @torch.no_grad()
     def init_from_unet(self, unet: UNet) -> None:
         """ControlNet's own initialisation: the encoder is SD's, all that leads in or out of the branch is zero."""
-        weights = {k: v.clone() for k, v in unet.state_dict().items()
+        weights = {k: v for k, v in unet.state_dict().items()
                    if not k.startswith(("up_blocks", "conv_norm_out", "conv_out"))}
         weights["conv_in.weight"] = weights["conv_in.weight"][:, : self.conv_in.in_channels]  # an inpainting UNet has more
         result = self.load_state_dict(weights, strict=False)

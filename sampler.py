@@ -33,7 +33,9 @@ class Schedule:
         self.final_alpha_bar = torch.tensor(1.0) if config["set_alpha_to_one"] else self.alpha_bar[0]
 
     def timesteps(self, steps: int) -> list[int]:
-        """`steps` timesteps, evenly spaced from the noisy end ('leading' spacing): 981, 961, …, 1 for 50."""
+        """`steps` timesteps, evenly spaced ('leading' spacing): 981, 961, …, 1 for 50. Where T is no multiple of `steps`
+        the noisy end is cut: 400 start at 799.
+        """
         return [i * (self.T // steps) + self.config["steps_offset"] for i in reversed(range(steps))]
 
     def alpha_bar_at(self, t: int) -> Tensor:

@@ -10,8 +10,8 @@
 Stages: vae, clip, unet (in toy/stages.py) make a base from pictures with captions; cg, then pg with CG frozen, or joint,
 train the paper's branches on a frozen base; controlnet an ordinary ControlNet, to compare with. One loop serves all; a
 stage is what is trained, on which samples, and its loss. Everything random about a sample is drawn from the run's seed
-and the sample's position in the run: how many processes share a batch, in how many parts it is computed and where a run
-was interrupted changes nothing.
+and the sample's position in the run: where a run was interrupted changes nothing; nor, for the paper's branches, how many
+processes share a batch and in how many parts it is computed.
 """
 
 import argparse
@@ -48,7 +48,7 @@ from model import CategoryGenerator, ControlNet, PersonalityGenerator, Prompts, 
 from sampler import Schedule, seeded
 from toy.world import write_world
 from weights import (StableDiffusion, check_folder, control_config, load_stable_diffusion, pick_device, read_json,
-                     read_tensors, save_control, write_atomic)
+                     processes, read_log, read_tensors, save_control, write_atomic)
 
 TOY_DATA = TOY / "data"
 
@@ -70,11 +70,6 @@ TOY_SETTINGS = {
 BRANCHES, TOY_STAGES = ("cg", "pg", "joint", "controlnet"), ("vae", "clip", "unet")
 
 # ---------------------------------------------------------------- processes
-
-
-def processes() -> tuple[int, int]:
-    """This process's rank and how many there are, as torchrun says."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def barrier() -> None:
@@ -201,11 +196,12 @@ def run(task: Task, args) -> None:
         if world > 1:
             dist.all_reduce(total)
         total, stop = total[0].item() / world, bool(total[1])
-        if not math.isfinite(total):
-            raise BadInput(f"the loss is {total} at step {step}; what {folder} holds of earlier steps is good: "
-                           "resume from it, or start again, with a lower --lr")
         scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(parameters.values(), CLIP_GRADIENT)
+        norm = nn.utils.clip_grad_norm_(parameters.values(), CLIP_GRADIENT).item()
+        # a scaler skips steps whose gradients overflow, and scales the next loss less
+        if not math.isfinite(total) or not (math.isfinite(norm) or scaler.is_enabled()):
+            raise BadInput(f"the loss is {total}, its gradient's length {norm} at step {step}; what {folder} holds of "
+                           "earlier steps is good: resume from it, or start again, with a lower --lr")
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -223,13 +219,17 @@ def run(task: Task, args) -> None:
                 line = {"step": done, "loss": round(average, 6), "lr": lr, "images_per_second": round(speed, 2)}
                 log.write(json.dumps(line | {"time": round(time.time(), 1)}) + "\n")
                 log.flush()
-            if done % args.sample_every == 0 or done == args.steps:
-                with averaged(parameters, ema), torch.no_grad(), mixed_precision(args):
-                    task.save(args.out)
-                    save_image(task.draw(), folder / f"sheet_{done:06}.png")
-                clock, seen = time.perf_counter(), 0
-            if done % args.save_every == 0 or done == args.steps or stop:
-                save_checkpoint(args, done, parameters, ema, optimizer, scaler)
+            try:
+                if done % args.save_every == 0 or done == args.steps or stop:
+                    save_checkpoint(args, done, parameters, ema, optimizer, scaler)
+                if done % args.sample_every == 0 or done == args.steps:
+                    with averaged(parameters, ema), torch.no_grad(), mixed_precision(args):
+                        task.save(args.out)
+                        save_image(task.draw(), folder / f"sheet_{done:06}.png")
+                    clock, seen = time.perf_counter(), 0
+            except (OSError, SafetensorError) as error:
+                left = [f": {old.name} is whole" for old in checkpoints(args)[-1:]]
+                raise BadInput(f"{args.out} can't be written ({error}); make room and add --resume{''.join(left)}") from None
         if stop and done < args.steps:
             barrier()
             print(f"stopped at step {done}; --resume goes on from there", file=sys.stderr)
@@ -237,6 +237,7 @@ def run(task: Task, args) -> None:
     signal.signal(signal.SIGTERM, handler)
     if log:
         log.close()
+    barrier()  # what the first process saves is there when any goes on
 
 
 def accumulate(model: nn.Module, batch: dict, step: int, scaler, attention: Callable, args) -> float:
@@ -264,9 +265,10 @@ def fit_memory(args) -> None:
     """After a step that did not fit the memory: the next smaller micro-batch. Raises BadInput where there is none, and
     where other processes are in the middle of the step.
     """
-    if processes()[1] > 1 or args.micro_batch == 1:
+    if processes()[1] > 1 or args.micro_batch == 1 or args.stage == "clip":
         raise BadInput(f"--micro-batch {args.micro_batch} does not fit the memory of {args.device}: "
-                       f"{'give a smaller one, or ' if args.micro_batch > 1 else ''}add --amp or --checkpointing")
+                       f"{'give a smaller one, or ' if args.micro_batch > 1 else ''}add --amp"
+                       f"{' or --checkpointing' if args.stage in BRANCHES else ''}")
     smaller = divisor(args.batch, args.micro_batch - 1)
     print(f"--micro-batch {args.micro_batch} does not fit the memory of {args.device}, goes on with {smaller}",
           file=sys.stderr)
@@ -278,8 +280,8 @@ def fit_memory(args) -> None:
 def open_log(file: Path, start: int):
     """A log to append to, without the lines of steps after `start` that an interrupted run has left."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if start and file.exists() else []
-    file.write_text("".join(line for line in lines if json.loads(line)["step"] <= start), encoding="utf-8")
+    lines = [line for line in (read_log(file) if start else []) if line["step"] <= start]
+    write_atomic(file, lambda new: new.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"))
     return open(file, "a", encoding="utf-8")
 
 
@@ -307,9 +309,11 @@ def checkpoints(args) -> list[Path]:
 
 def settings_of(args) -> dict:
     """What must stay the same for a resumed run to be the run that was interrupted."""
-    names = ("batch", "steps", "size", "lr", "warmup", "decay", "weight_decay", "ema", "noise_offset", "weighting",
-             "prompt_dropout", "theta", "sigma", "seed")
-    return {name: getattr(args, name) for name in names}
+    names = ("data", "weights", "cg", "init_control", "batch", "steps", "size", "lr", "warmup", "decay", "weight_decay",
+             "ema", "noise_offset", "weighting", "prompt_dropout", "theta", "sigma", "seed", "amp")
+    values = {name: getattr(args, name) for name in names}
+    return {name: value if isinstance(value, (int, float, list)) else str(value)
+            for name, value in values.items()} | {"categories": hashed(args.categories)}
 
 
 def save_checkpoint(args, step: int, parameters: dict, ema: dict, optimizer, scaler) -> None:
@@ -322,14 +326,12 @@ def save_checkpoint(args, step: int, parameters: dict, ema: dict, optimizer, sca
         for moment in ("exp_avg", "exp_avg_sq"):
             if p in optimizer.state:
                 tensors[f"{moment}.{name}"] = optimizer.state[p][moment]
-    header = {"step": str(step), "settings": json.dumps(settings_of(args)), "scaler": json.dumps(scaler.state_dict())}
+    # Adam counts fewer steps than the run where a scaler skipped some
+    counts = [int(state["step"]) for state in optimizer.state.values()]
+    header = {"step": str(step), "adam": str(max(counts, default=0)), "settings": json.dumps(settings_of(args)),
+              "scaler": json.dumps(scaler.state_dict())}
     path = args.out / "training" / args.stage / f"checkpoint_{step:08}.safetensors"
-    try:
-        write_atomic(path, lambda new: save_file({n: t.contiguous() for n, t in tensors.items()}, new, header))
-    except (OSError, SafetensorError) as error:
-        left = [old.name for old in checkpoints(args)[-1:]]
-        raise BadInput(f"{path} can't be written ({error}); make room and add --resume"
-                       f"{f': {left[0]} is whole' if left else ''}") from None
+    write_atomic(path, lambda new: save_file({n: t.contiguous() for n, t in tensors.items()}, new, header))
     for old in checkpoints(args)[: -args.keep]:
         old.unlink()
     for left in path.parent.glob(".checkpoint_*"):  # by a process killed while it wrote
@@ -346,6 +348,7 @@ def load_checkpoint(args, parameters: dict, ema: dict, optimizer, scaler) -> int
         with safe_open(path, framework="pt") as file, torch.no_grad():
             header = file.metadata()
             step, settings = int(header["step"]), json.loads(header["settings"])
+            adam = float(header.get("adam", step))
             for name, p in parameters.items():
                 p.copy_(file.get_tensor(f"weights.{name}"))
                 if ema:
@@ -353,13 +356,16 @@ def load_checkpoint(args, parameters: dict, ema: dict, optimizer, scaler) -> int
                 if f"exp_avg.{name}" in file.keys():
                     moments = {m: torch.empty_like(p).copy_(file.get_tensor(f"{m}.{name}"))
                                for m in ("exp_avg", "exp_avg_sq")}
-                    optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device), **moments}
+                    optimizer.state[p] = {"step": torch.tensor(adam, device=p.device), **moments}
             if scaler.is_enabled():
                 scaler.load_state_dict(json.loads(header["scaler"]))
     except (RuntimeError, KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
         raise BadInput(f"{path} is broken, or of another model or other settings ({str(error).splitlines()[0]}); "
                        "give the options of the run, or remove it to go on from the one before") from None
     now = json.loads(json.dumps(settings_of(args)))
+    if settings.get("categories", now["categories"]) != now["categories"]:
+        raise BadInput(f"{args.data} has other categories than when the run began, and with them other identifiers; "
+                       "train anew, to another --out")
     changed = [f"{name} {settings.get(name)} -> {now[name]}" for name in now if settings.get(name) != now[name]]
     if changed:
         print(f"resumed with other settings than the run's: {', '.join(changed)}", file=sys.stderr)
@@ -409,7 +415,7 @@ class Latents:
 
     def __init__(self, sd: StableDiffusion, items: list[Item], args):
         rank, world = processes()
-        self.scale, ads = sd.vae.scaling_factor, Ads(items, args.size)
+        self.scale, self.T, ads = sd.vae.scaling_factor, sd.schedule.T, Ads(items, args.size)
         weights = [digest(sd.vae), args.size, str(args.amp), sd.unet.config["in_channels"]]
         starts = range(0, len(items), self.PART)
         stamps = [[stamp(item.image), stamp(item.mask), item.inverted] for item in items]
@@ -419,7 +425,8 @@ class Latents:
         def encode(start: int) -> dict[str, Tensor]:
             rows = {}
             indices = range(start, min(start + self.PART, len(items)))
-            loader = DataLoader(torch.utils.data.Subset(ads, indices), args.micro_batch, num_workers=args.workers)
+            loader = DataLoader(torch.utils.data.Subset(ads, indices), min(8, args.micro_batch),
+                                num_workers=args.workers)
             for batch in loader:
                 image, mask = batch["image"].to(args.device), batch["mask"].to(args.device)
                 with torch.no_grad(), mixed_precision(args):
@@ -470,16 +477,17 @@ class Samples(Dataset):
             sample["background"] = perturb(sample["image"], sample["mask"], other, generator, args.theta, args.sigma)
         if self.latents:
             mean, std, kept = self.latents[sample["index"]]
-            sample["z_0"], sample["eps"], sample["t"] = diffuse(mean, std, generator, args.noise_offset)
+            sample["z_0"], sample["eps"], sample["t"] = diffuse(mean, std, generator, self.latents.T,
+                                                                    args.noise_offset)
             sample["dropped"] = torch.rand((), generator=generator) < args.prompt_dropout
             if kept is not None:
                 sample["kept"] = kept
         return sample
 
 
-def diffuse(mean: Tensor, std: Tensor, generator: Generator,
+def diffuse(mean: Tensor, std: Tensor, generator: Generator, T: int,
             noise_offset: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    """A draw of z_0 (4, h, w) from the VAE's posterior, noise ε of its shape, and a timestep t ().
+    """A draw of z_0 (4, h, w) from the VAE's posterior, noise ε of its shape, and a timestep t () of T.
 
     SD's noisiest z_t still tells the picture's mean, which the pure noise that sampling starts from does not: dark
     scenes come out grey. With noise_offset > 0 the mean of ε varies too (Guttenberg 2023), and the model relies on the
@@ -489,7 +497,7 @@ def diffuse(mean: Tensor, std: Tensor, generator: Generator,
     z_0, eps = mean + std * draw[0], draw[1]
     if noise_offset:
         eps = eps + noise_offset * torch.randn(len(mean), 1, 1, generator=generator)
-    return z_0, eps, torch.randint(Schedule().T, (), generator=generator)
+    return z_0, eps, torch.randint(T, (), generator=generator)
 
 
 def timestep_weights(schedule: Schedule, kind: str) -> Tensor:
@@ -520,6 +528,7 @@ def branch_task(args) -> Task:
         print(*notes, sep="\n", file=sys.stderr)
     cg = load_branch("category", args.cg, sd, args) if args.stage == "pg" else None
     categories = read_json(categories_file(args.cg)) if cg else categories_of(items)
+    args.categories = categories
     unknown = sorted({item.category for item in items} - set(categories))
     if unknown:
         raise BadInput(f"{args.data}: category {unknown[0]} was not in CG's training set; train CG on this data first")
@@ -713,11 +722,15 @@ def check(args, at_most: int) -> None:
     if share % args.micro_batch:
         raise BadInput(f"--micro-batch {args.micro_batch}: must divide --batch {args.batch}"
                        f"{f' over {world} processes' if world > 1 else ''}")
+    if args.stage == "clip" and args.micro_batch < args.batch:
+        raise BadInput("stage clip tells the pictures of a batch apart, and needs all at once: one process, and no "
+                       "--micro-batch")
     if args.sigma[0] > args.sigma[1]:
         raise BadInput("--sigma: give the lower number first")
-    for option, stages in (("init", ("vae", "unet")), ("init_control", BRANCHES)):
+    for option, stages in (("init", ("vae", "unet")), ("init_control", BRANCHES), ("checkpointing", BRANCHES),
+                           ("cg", ("pg",))):
         if getattr(args, option) and args.stage not in stages:
-            raise BadInput(f"--{option.replace('_', '-')} belongs to the stages {' and '.join(stages)}; leave it out")
+            raise BadInput(f"--{option.replace('_', '-')} belongs to stage {' and '.join(stages)}; leave it out")
     check_folder(args.out)
     found = checkpoints(args)
     if args.resume and not found:
@@ -731,7 +744,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     if args.stage not in (*TOY_STAGES, *BRANCHES):
         raise BadInput(f"stage {args.stage} does not exist; the stages are {', '.join((*TOY_STAGES, *BRANCHES))}")
-    args.data = args.data and args.data.absolute()
+    args.data, args.categories = args.data and args.data.absolute(), None  # the categories: known when data is read
     toy = args.data is None or args.data.parent == TOY_DATA or args.stage in TOY_STAGES
     args.out = args.out or Path("runs") / args.stage
     args.cache = args.cache or args.out.parent / "cache"

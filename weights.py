@@ -49,7 +49,7 @@ def check_folder(out: Path) -> None:
 def write_atomic(path: Path | str, write: Callable[[Path], None]) -> None:
     """Calls write(temporary) and renames: `path` is either the old file or the whole new one, never a part.
 
-    `write` may make a file or a folder; a folder replaces the old one.
+    `write` may make a file or a folder; a folder replaces the old one, and is missing between two renames.
     """
     path = Path(path)
     try:
@@ -63,36 +63,56 @@ def write_atomic(path: Path | str, write: Callable[[Path], None]) -> None:
         for file in (new, *new.rglob("*")):
             if file.is_file():
                 file.chmod(0o666 & ~UMASK)  # safetensors writes files that only their owner may read
-        if new.is_dir() and path.is_dir():
-            os.replace(path, old)
         try:
+            if new.is_dir() and path.is_dir():
+                os.replace(path, old)
             os.replace(new, path)
-        except OSError:
-            if old.exists():
+        except BaseException:  # an interrupt too
+            if old.exists() and not path.exists():
                 os.replace(old, path)
             raise
-    except IsADirectoryError:
-        raise BadInput(f"{path} is a folder where a file is to be written; choose another output path") from None
+    except (IsADirectoryError, NotADirectoryError):
+        raise BadInput(f"{path} is a {'folder' if path.is_dir() else 'file'} where the other is to be written; "
+                       "choose another output path") from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
 def pick_device(name: str) -> str:
-    """A device that is here; 'auto' is the GPU where there is one, under torchrun this process's own.
+    """A device that is here; 'auto' is the GPU where there is one, 'cuda' under torchrun this process's own.
 
     Raises BadInput for one that isn't here.
     """
+    given = name
     if name == "auto":
-        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         torch.ones(1, device=name).item()  # "meta" has no values
     except (RuntimeError, AssertionError, NotImplementedError):
-        raise BadInput(f"--device {name}: no such device here; choose auto, cpu"
+        raise BadInput(f"--device {given}: no such device here; choose auto, cpu"
                        f"{', cuda' * torch.cuda.is_available()}") from None
     return name
 
 
+def processes() -> tuple[int, int]:
+    """This process's rank and how many there are, as torchrun says."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 # ---------------------------------------------------------------- files
+
+
+def read_log(file: Path) -> list[dict]:
+    """The lines of a JSON-lines file that a program appends to; none where there is no file. One that a killed process
+    has left unfinished is cut off.
+    """
+    text = file.read_bytes() if file.exists() else b""
+    whole = text[: text.rfind(b"\n") + 1]
+    if whole != text:
+        write_atomic(file, lambda new: new.write_bytes(whole))
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def read_json(path: Path) -> dict | list:
@@ -316,7 +336,7 @@ def make(build: Callable[[dict], nn.Module], config: dict, tensors: dict[str, Te
     try:
         with torch.device("meta"), NoInit():
             module = build(config)
-    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise BadInput(f"{config_source or source} is not the configuration of such a model "
                        f"({type(error).__name__}: {error})") from None
     return fill(module, tensors, source, device, dtype)
@@ -407,17 +427,19 @@ def load_tokenizer(folder: Path | str, pad: str | None = None) -> Tokenizer:
     settings = {"pad_token": pad or "<|endoftext|>"}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):  # SD 2.x: they differ, and the second is right
         settings |= read_json(folder / name) if (folder / name).is_file() else {}
+    vocabulary, merges, whole = (folder / name for name in ("vocab.json", "merges.txt", "tokenizer.json"))
+    pair = vocabulary.is_file() and merges.is_file()
+    if not pair and not whole.is_file():
+        raise BadInput(f"{folder} holds no tokenizer; put CLIP's vocab.json and merges.txt there, or name the folder that "
+                       "holds them by --tokenizer")
     try:
-        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            bpe = clip_bpe(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"),
-                                                unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
-        elif (folder / "tokenizer.json").is_file():
-            bpe = BPETokenizer.from_file(str(folder / "tokenizer.json"))
+        if pair:
+            bpe = clip_bpe(models.BPE.from_file(str(vocabulary), str(merges), unk_token="<|endoftext|>",
+                                                end_of_word_suffix="</w>"))
         else:
-            raise BadInput(f"{folder} holds no tokenizer; put CLIP's vocab.json and merges.txt there, or name the "
-                           "folder that holds them by --tokenizer")
-    except BadInput:
-        raise
+            bpe = BPETokenizer.from_file(str(whole))
+            bpe.no_padding()  # which transformers may have stored there; Tokenizer does both itself
+            bpe.no_truncation()
     except Exception as error:  # the library raises bare Exceptions
         raise BadInput(f"{folder}: the tokenizer can't be read ({error}); download its files again") from None
     pad = settings["pad_token"]
@@ -559,17 +581,35 @@ def load_stable_diffusion(path: Path | str, device="cpu", dtype=torch.float32,
         unet = load_module(UNet, path / "unet", UNET_FILES, device, dtype)
         vae = load_module(VAE, path / "vae", VAE_FILES, device, dtype)
         scheduler = path / "scheduler" / "scheduler_config.json"
-        schedule = Schedule(read_json(scheduler) if scheduler.is_file() else None)
+        schedule = read_schedule(scheduler) if scheduler.is_file() else Schedule()
         folder, pad = Path(tokenizer or path / "tokenizer"), None
     else:
         text_encoder, unet, vae, schedule = load_single_file(path, device, dtype)
         folder, pad = Path(tokenizer or path.parent), "!" if unet.config["use_linear_projection"] else None
+    n = vae.config["latent_channels"]
+    if unet.config["in_channels"] not in (n, 2 * n + 1):
+        raise BadInput(f"{path}: its UNet reads {unet.config['in_channels']} channels, neither {n} as text-to-image nor "
+                       f"{2 * n + 1} as inpainting; choose one of these")
     tokens, config = load_tokenizer(folder, pad), text_encoder.config
     if tokens.length > config["max_position_embeddings"] or tokens.bpe.get_vocab_size() > config["vocab_size"]:
         raise BadInput(f"{folder} is not the tokenizer of {path}: it makes {tokens.length} tokens of a "
                        f"vocabulary of {tokens.bpe.get_vocab_size():,}, the text encoder reads "
                        f"{config['max_position_embeddings']} of {config['vocab_size']:,}; give its own by --tokenizer")
     return StableDiffusion(tokens, text_encoder, unet, vae, schedule)
+
+
+def read_schedule(file: Path) -> Schedule:
+    """Of a scheduler_config.json. Raises BadInput for a schedule other than Stable Diffusion's kind."""
+    config = read_json(file)
+    if not isinstance(config, dict):
+        raise BadInput(f"{file} is not a scheduler's configuration; download it again")
+    config = {field: value for field, value in config.items() if value is not None}  # null stands for the default
+    for field, known in (("beta_schedule", ["scaled_linear"]), ("prediction_type", ["epsilon", "v_prediction"]),
+                         ("rescale_betas_zero_snr", [False]), ("trained_betas", [])):
+        if field in config and config[field] not in known:
+            raise BadInput(f"{file}: {field} {config[field]!r} is not supported ({known or 'none'} is): this model was "
+                           "trained in another way than Stable Diffusion")
+    return Schedule(config)
 
 
 def load_single_file(path: Path, device, dtype) -> tuple[TextEncoder, UNet, VAE, Schedule]:
@@ -592,7 +632,7 @@ def load_single_file(path: Path, device, dtype) -> tuple[TextEncoder, UNet, VAE,
         if not config.is_file():
             raise BadInput(f"{path} is an SD 2.x, which may predict ε or v; put its public folder's "
                            f"scheduler_config.json beside it: {config}")
-        schedule = Schedule(read_json(config))
+        schedule = read_schedule(config)
     unet.config["sample_size"] = 64 if schedule.config["prediction_type"] == "epsilon" else 96
     return text_encoder, unet, vae, schedule
 

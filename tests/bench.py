@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -292,7 +293,7 @@ def forward():
 def train_step(code: str, folder: Path, stage: str, size: int, dtype: str, recompute: bool, steps: int = 3) -> dict:
     arguments = [str(folder), stage, str(size), dtype, str(int(recompute)), str(steps)]
     done = subprocess.run([sys.executable, "-c", code + REPORT, *arguments], cwd=ROOT, capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"step": math.nan, "peak": math.nan}
+    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else defaultdict(lambda: math.nan)
 
 
 def training(folder: Path) -> None:
@@ -385,7 +386,7 @@ def toy(everything: bool) -> None:
     print(f"python generate.py --help                     {process('generate.py', '--help'):6.2f} s")
     if everything:
         with tempfile.TemporaryDirectory() as out:
-            seconds = process("train.py", "cg", "--steps", "500", "--out", out, repeat=1)
+            seconds = process("train.py", "cg", "--steps", "500", "--out", f"{out}/run", repeat=1)
             print(f"python train.py cg, to its first sheet        {seconds:6.0f} s   (aim: 600)")
         seconds = process("-m", "pytest", "-q", repeat=1)
         print(f"python -m pytest                              {seconds:6.0f} s   (aim: 600)")
@@ -398,6 +399,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="sd15: denoising steps of the pictures [4]")
     parser.add_argument("--folder", type=Path, help="sd15, train: keep the 7.1 GB of random weights here [not kept]")
     args = parser.parse_args()
+    if args.steps < 2:
+        parser.error("--steps must be at least 2: the first is not timed alone")
     print(machine())
     if args.what in ("toy", "batch"):
         toy(args.all) if args.what == "toy" else batch()

@@ -354,6 +354,16 @@ def test_inverted_masks_are_noticed_said_and_honoured(tmp_path):
     assert mask[0, 0, 0] == 0 and mask[0, SIZE // 2, SIZE // 2] == 1
 
 
+def test_ones_own_masks_are_white_on_the_product_however_much_they_cover(tmp_path):
+    Image.new("RGB", (SIZE, SIZE)).save(tmp_path / "1.png")
+    mask = Image.new("L", (SIZE, SIZE), 255)
+    mask.paste(0, (8, 8, 16, 16))
+    mask.save(tmp_path / "1_mask.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "1.png", "mask": "1_mask.png", "category": "mug"}\n')
+    items, notes = data.read_items(tmp_path)
+    assert not items[0].inverted and any("are they white on the background?" in note for note in notes)
+
+
 def test_long_tail_is_told_in_three_numbers(tmp_path):
     write_bg60k(tmp_path, [("1.jpg", "mug"), ("2.jpg", "pot")], "\t")
     (tmp_path / "bg60k_info.txt").write_text("1\tmug\n" * 101 + "2\tpot\n" * 10 + "1\tpan\n2\tcup\n")

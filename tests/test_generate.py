@@ -254,11 +254,20 @@ def test_data_equals_single_pictures_and_goes_on(run, items):
         assert Path("all", name).stat().st_mtime_ns == before[Path("all", name)]
 
 
+@pytest.mark.parametrize("other", [("--seed", 8), ("--guidance", 3), ("--start", "noise")])
+def test_pictures_painted_in_another_way_are_not_taken_for_done(run, items, other, capsys):
+    run("--data", items, "--seed", 7, "--out", "all")
+    with pytest.raises(SystemExit):
+        run("--data", items, *(() if "--seed" in other else ("--seed", 7)), *other, "--out", "all")
+    assert capsys.readouterr().err.endswith("error: --out all holds 000000_0.png, which was painted of another item or "
+                                            "with other options; name another folder\n")
+
+
 def test_two_processes_share_a_data_set(run, items, monkeypatch):
     """As torchrun starts them; here one after the other."""
     run("--data", items, "--out", "one")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank in "10":
+    for rank in "01":
         monkeypatch.setenv("RANK", rank)
         run("--data", items, "--out", "two")
     names = [sorted(p.name for p in Path(out).iterdir()) for out in ("one", "two")]
@@ -266,6 +275,7 @@ def test_two_processes_share_a_data_set(run, items, monkeypatch):
     for name in names[0][:4]:
         if name.endswith(".png"):
             assert np.abs(pixels(f"one/{name}").astype(int) - pixels(f"two/{name}")).max() <= 1
+    assert np.abs(pixels("one/sheet.png").astype(int) - pixels("two/sheet.png")).max() <= 1, "the last one has them all"
     lines = [sorted(json.loads(line)["file"] for line in Path(out, "manifest.jsonl").read_text().splitlines())
              for out in ("one", "two")]
     assert lines[0] == lines[1] and len(lines[0]) == 4
@@ -313,7 +323,7 @@ def test_the_script_itself(toy, tmp_path):
     assert "\r" not in done.stderr  # no bar where stderr is no terminal
     failed = command("--steps", 0, cwd=tmp_path)
     assert failed.returncode == 2 and failed.stdout == ""
-    assert failed.stderr == "error: argument --steps: '0' must be a whole number from 1 to 999\n"
+    assert failed.stderr == "error: argument --steps: '0' must be a whole number from 1 to 500\n"
 
 
 # ---------------------------------------------------------------- bad input
@@ -371,8 +381,8 @@ BAD = {  # options: what the line says
     "--data nothing": "nothing: the data set is empty",
     "--data folder --split bg2k": "--split bg2k",
     "--data folder --num 2": "--num",
-    "--steps 0": "--steps: '0' must be a whole number from 1 to 999",
-    "--steps 1000": "--steps",
+    "--steps 0": "--steps: '0' must be a whole number from 1 to 500",
+    "--steps 501": "--steps",
     "--steps many": "--steps",
     "--size 65": "--size 65: must be a multiple of 32, such as 64",
     "--size -64": "--size",

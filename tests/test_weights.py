@@ -1,7 +1,9 @@
 """Weights in and out: what is saved comes back, and what does not fit is refused in one line that says why."""
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +13,8 @@ from conftest import SD1, TEXT_CONFIG, VAE_CONFIG, random, randomise
 from model import VAE, CategoryGenerator, TextEncoder, UNet
 from sampler import Schedule
 from weights import (CONTROL_FILES, TEXT_FILES, UNET_FILES, BadInput, StableDiffusion, control_config, load_control,
-                     load_module, load_stable_diffusion, load_tokenizer, read_tensors, save_control, save_module,
-                     train_tokenizer, write_atomic, write_json)
+                     load_module, load_stable_diffusion, load_tokenizer, pick_device, read_log, read_tensors, save_control,
+                     save_module, train_tokenizer, write_atomic, write_json)
 
 
 @pytest.fixture
@@ -238,6 +240,58 @@ def test_control_files_are_ordinary_controlnet_folders(tmp_path, cg):
 def test_vae_config_holds_its_scale():
     assert VAE(VAE_CONFIG | {"scaling_factor": 0.3}).scaling_factor == 0.3
     assert VAE({k: v for k, v in VAE_CONFIG.items() if k != "scaling_factor"}).scaling_factor == 0.18215
+
+
+def test_an_interrupt_between_two_renames_leaves_the_old_folder(tmp_path, monkeypatch):
+    (tmp_path / "cg").mkdir()
+    (tmp_path / "cg" / "old").write_text("")
+    rename = os.replace
+
+    def interrupted(source, target):
+        if Path(target) == tmp_path / "cg" and Path(source).name == "cg":
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomic(tmp_path / "cg", lambda new: new.mkdir())
+    assert [path.name for path in tmp_path.rglob("*")] == ["cg", "old"]
+
+
+def test_a_log_loses_only_the_line_that_was_cut_even_within_a_letter(tmp_path):
+    (tmp_path / "log").write_bytes('{"a": "杯\u2028"}\n{"a": "杯'.encode()[:-1])
+    assert read_log(tmp_path / "log") == [{"a": "杯\u2028"}] and (tmp_path / "log").read_bytes().endswith(b"}\n")
+    assert read_log(tmp_path / "none") == []
+
+
+@pytest.mark.parametrize("key, value, words", [("attention_head_dim", [8], "is not the configuration of such a model"),
+                                               ("in_channels", 8, "its UNet reads 8 channels, neither 4 .* nor 9")])
+def test_a_unet_that_is_none_of_stable_diffusions_is_refused(key, value, words, sd_folder, unet):
+    if key == "in_channels":
+        unet = UNet(unet.config | {key: value})
+        save_module(unet, sd_folder / "unet", UNET_FILES[0])
+    else:
+        file = sd_folder / "unet" / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    with pytest.raises(BadInput, match=words):
+        load_stable_diffusion(sd_folder)
+
+
+@pytest.mark.parametrize("field, value", [("beta_schedule", "linear"), ("prediction_type", "sample"),
+                                          ("rescale_betas_zero_snr", True), ("trained_betas", [0.1])])
+def test_another_noise_schedule_is_refused(field, value, sd_folder):
+    file = sd_folder / "scheduler" / "scheduler_config.json"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps((json.loads(file.read_text()) if file.exists() else {}) | {field: value}))
+    with pytest.raises(BadInput, match=f"scheduler_config.json: {field} .* is not supported"):
+        load_stable_diffusion(sd_folder)
+
+
+def test_each_process_of_torchrun_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "ones", lambda *_, device: torch.zeros(1))  # as if every device were here
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert [pick_device(name) for name in ("auto", "cuda", "cuda:1", "cpu")] == ["cuda:3", "cuda:3", "cuda:1", "cpu"]
 
 
 def test_another_bases_tokenizer_is_refused(sd_folder, tmp_path):
