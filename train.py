@@ -219,12 +219,15 @@ def run(task: Task, args) -> None:
                 line = {"step": done, "loss": round(average, 6), "lr": lr, "images_per_second": round(speed, 2)}
                 log.write(json.dumps(line | {"time": round(time.time(), 1)}) + "\n")
                 log.flush()
+            shown = done % args.sample_every == 0 or done == args.steps
             try:
-                if done % args.save_every == 0 or done == args.steps or stop:
-                    save_checkpoint(args, done, parameters, ema, optimizer, scaler)
-                if done % args.sample_every == 0 or done == args.steps:
+                if shown:
                     with averaged(parameters, ema), torch.no_grad(), mixed_precision(args):
                         task.save(args.out)
+                if done % args.save_every == 0 or done == args.steps or stop:
+                    save_checkpoint(args, done, parameters, ema, optimizer, scaler)
+                if shown:  # last: it may not fit the memory
+                    with averaged(parameters, ema), torch.no_grad(), mixed_precision(args):
                         save_image(task.draw(), folder / f"sheet_{done:06}.png")
                     clock, seen = time.perf_counter(), 0
             except (OSError, SafetensorError) as error:
@@ -477,8 +480,8 @@ class Samples(Dataset):
             sample["background"] = perturb(sample["image"], sample["mask"], other, generator, args.theta, args.sigma)
         if self.latents:
             mean, std, kept = self.latents[sample["index"]]
-            sample["z_0"], sample["eps"], sample["t"] = diffuse(mean, std, generator, self.latents.T,
-                                                                    args.noise_offset)
+            z_0, eps, t = diffuse(mean, std, generator, self.latents.T, args.noise_offset)
+            sample |= {"z_0": z_0, "eps": eps, "t": t}
             sample["dropped"] = torch.rand((), generator=generator) < args.prompt_dropout
             if kept is not None:
                 sample["kept"] = kept
