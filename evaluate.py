@@ -445,7 +445,7 @@ def cutout_of(item: Item) -> Tensor:
 
 def figure_methods(lab: Lab, name: str, columns: dict[str, str], rows: int = 8) -> None:
     """A row for each of some pairs: product, reference, and what each method, by column label, makes of them."""
-    items = spread(lab.items("ref"), rows)
+    items = drawn(lab.items("ref"), rows)
     painted = [lab.pictures(method, items, name) for method in columns.values()]
     cells = [[cutout_of(item), picture_of(item.reference), *(picture_of(paths[i]) for paths in painted)]
              for i, item in enumerate(items)]
@@ -470,9 +470,10 @@ def figure_grid(lab: Lab, name: str, count: int = 8, groups: int = 4) -> None:
     save(sheet(cells), lab.args.out / f"{name}.png")
 
 
-def spread(items: list, count: int) -> list:
-    """`count` of the items, at even distances."""
-    return [items[i * len(items) // count] for i in range(min(count, len(items)))]
+def drawn(items: list, count: int) -> list:
+    """`count` of the items, the same ones every time; not at even distances: lists often go round the categories."""
+    chosen = torch.randperm(len(items), generator=Generator().manual_seed(0))[:count]
+    return [items[i] for i in sorted(chosen.tolist())]
 
 
 TABLE2_COLUMNS = {"Blended Diffusion": "blended-diffusion", "Stable Diffusion": "stable-diffusion",
