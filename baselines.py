@@ -34,8 +34,8 @@ def stable_diffusion(sd: StableDiffusion, rgb: Tensor, mask: Tensor, texts: list
     """Inpainting around the products -> (B, 3, H, W) float32 in [0, 1], the products not yet pasted back.
 
     rgb (B, 3, H, W), mask (B, 1, H, W); reference of the same shape: z_T is then the noised latent of the product
-    pasted on it (Table 2); reference_mask is not used. An inpainting UNet is told the product. With an ordinary one, the product's own latent,
-    noised to the step's timestep, is put back after every step (Avrahami et al. 2023, 'Blended Latent Diffusion').
+    pasted on it (Table 2); reference_mask is not used. An inpainting UNet is told the product. With an ordinary one, the
+    product's own latent, noised to the step's timestep, is put back after every step (Avrahami et al. 2023, 'Blended Latent Diffusion').
     guide as in `sample`.
     """
     weight = sd.unet.conv_in.weight
@@ -63,8 +63,9 @@ def blended_diffusion(sd: StableDiffusion, rgb: Tensor, mask: Tensor, texts: lis
     """stable_diffusion, guided by D, the cosine distance of the CLIP embeddings of two backgrounds: the reference's,
     I_ref ⊗ (1 − M_ref), and that of the picture which a step expects at the end, Î_0 ⊗ (1 − M). -> (B, 3, H, W)
 
-    z_T is the noised reference, as there; the paper does not say. As classifier guidance (Dhariwal and Nichol 2021): ε := ε + strength √(1 − ᾱ_t) ∇_z D. After Avrahami et al. 2022,
-    'Blended Diffusion', with latents in place of their pixels, and without their augmentations.
+    z_T is the noised reference, as there; the paper does not say. As classifier guidance (Dhariwal and Nichol 2021): ε
+    := ε + strength √(1 − ᾱ_t) ∇_z D. After Avrahami et al. 2022, 'Blended Diffusion', with latents in place of their
+    pixels, and without their augmentations.
     """
     M = mask.to(sd.unet.conv_in.weight.device)
 

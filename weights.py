@@ -79,7 +79,7 @@ def write_atomic(path: Path | str, write: Callable[[Path], None]) -> None:
 
 
 def pick_device(name: str) -> str:
-    """A device that is here; 'auto' is the GPU where there is one, 'cuda' under torchrun this process's own.
+    """A device that is here; 'auto' is a GPU where there is one; 'cuda' is, under torchrun, this process's own.
 
     Raises BadInput for one that isn't here.
     """
