@@ -21,8 +21,8 @@ from model import CLIP
 from sampler import GUIDANCE, STEPS, draw_noise, sample
 from weights import StableDiffusion
 
-# Of Blended Diffusion's guidance, ours: of pairs of training ads 0 left the reference's scene to chance, 50 and 150 found it
-# in most, 400 was garish.
+# Of Blended Diffusion's guidance, ours: of pairs of training ads 0 left the reference's scene to chance, 50 and 150
+# found it in most, 400 was garish.
 STRENGTH = 50.0
 
 
@@ -35,8 +35,8 @@ def stable_diffusion(sd: StableDiffusion, rgb: Tensor, mask: Tensor, texts: list
 
     rgb (B, 3, H, W), mask (B, 1, H, W); reference of the same shape: z_T is then the noised latent of the product
     pasted on it (Table 2); reference_mask is not used. An inpainting UNet is told the product. With an ordinary one, the
-    product's own latent, noised to the step's timestep, is put back after every step (Avrahami et al. 2023, 'Blended Latent Diffusion').
-    guide as in `sample`.
+    product's own latent, noised to the step's timestep, is put back after every step (Avrahami et al. 2023, 'Blended
+    Latent Diffusion'). guide as in `sample`.
     """
     weight = sd.unet.conv_in.weight
     rgb, mask = rgb.to(weight), mask.to(weight)

@@ -136,7 +136,7 @@ class Step(nn.Module):
 def mixed_precision(args) -> torch.autocast:
     """With --amp, a context in which matrix products and convolutions are computed in half precision.
 
-    The weights' half-precision copies are kept until the context is left; not with --checkpointing, where memory counts.
+    It keeps the weights' half-precision copies until it is left, except with --checkpointing, where memory counts more.
     """
     return torch.autocast(torch.device(args.device).type, args.amp, enabled=args.amp is not None,
                           cache_enabled=not args.checkpointing)

@@ -333,7 +333,7 @@ def latents_of(world, base, cache, **other) -> tuple:
     encoded, encode = [], sd.vae.encode
     sd.vae.encode = lambda x: encoded.append(len(x)) or encode(x)
     args = train.argparse.Namespace(**{"size": 64, "amp": None, "micro_batch": 4, "workers": 0, "device": "cpu",
-                                       "cache": cache} | other)
+                                       "checkpointing": False, "cache": cache} | other)
     return train.Latents(sd, read_items(world)[0], args), sd, sum(encoded)
 
 
