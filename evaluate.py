@@ -68,6 +68,18 @@ def _root(x: Tensor) -> tuple[Tensor, Tensor]:
     return (torch.linalg.qr(A).R if len(x) > x.shape[1] else A), mu
 
 
+def joint_frechet(x: Tensor, y: Tensor, conditions: Tensor) -> Tensor:
+    """Fréchet distance of embeddings together with what they were painted for. (n, d), (n, d), (n, c) -> ()
+
+    The plain distance compares two sets, whichever picture belongs to whichever product. This one is of the vectors
+    (embedding, α · condition), where x and y share their conditions: covariances between the two parts tell what
+    follows what. α gives both parts the same mean length. DeVries et al. 2019 (FJD).
+    """
+    h = conditions.to(x)
+    h = h * y.norm(dim=1).mean() / h.norm(dim=1).mean()
+    return frechet(torch.cat([x, h], dim=1), torch.cat([y, h], dim=1))
+
+
 def interval(statistic: Callable[[Tensor], Tensor], n: int, resamples: int = RESAMPLES) -> tuple[float, float]:
     """A statistic of n items, statistic(indices), and half the width of its 95% interval.
 
@@ -113,23 +125,23 @@ TRAINED = {
     "pg-dilation": ("pg", 600, ["--sigma", "1", "1"]),
     "pg-mixup": ("pg", 600, []),
 }
-# Protocols, our method, and the rows: label, method and the paper's two figures for each protocol
+# Protocols, metrics, our method, and the rows: label, method and the paper's figures (it has no joint distance)
 TABLES = {
-    "table1": (["bg1k"], "cg", [
+    "table1": (["bg1k"], ["similarity", "frechet", "joint"], "cg", [
         ("LaMa", None, [88.33, 8.24]),
         ("Stable Diffusion", "stable-diffusion", [76.47, 7.54]),
         ("ControlNet", "controlnet", [84.80, 5.79]),
         ("CG", "cg", [89.58, 3.94]),
         ("ControlNet trained on the ads", "tuned", []),
     ]),
-    "table2": (["ref", "self"], "cg+pg", [
+    "table2": (["ref", "self"], ["similarity", "frechet"], "cg+pg", [
         ("Blended Diffusion", "blended-diffusion", [63.51, 3.62, 89.02, 2.73]),
         ("Paint by Example", None, [62.82, 5.96, 81.00, 5.99]),
         ("Stable Diffusion", "stable-diffusion", [57.10, 7.92, 76.10, 7.29]),
         ("ControlNet", "controlnet", [62.78, 3.92, 87.21, 3.27]),
         ("CG + PG", "cg+pg", [68.26, 2.39, 93.63, 1.39]),
     ]),
-    "table4": (["ref"], "cg+pg", [
+    "table4": (["ref"], ["similarity", "frechet"], "cg+pg", [
         ("(a) ControlNet in CG's place", "controlnet+pg", [66.17, 4.01]),
         ("(b) no PG, z_T from the reference", "cg", [67.50, 2.76]),
         ("(c) CG + PG, z_T pure noise", "cg+pg-noise", [66.51, 2.73]),
@@ -138,6 +150,7 @@ TABLES = {
     ]),
 }  # fmt: skip
 PROTOCOLS = {"bg1k": "", "ref": "Ref→Self", "self": "Self→Self"}
+METRICS = {"similarity": "similarity ↑", "frechet": "Fréchet ↓", "joint": "joint Fréchet ↓"}
 
 
 class Lab:
@@ -275,12 +288,16 @@ class Measured(NamedTuple):
     similarities: Tensor  # (n,): to the originals (bg1k) or to the references
     painted: Tensor  # (n, d)
     originals: Tensor  # (n, d)
+    categories: Tensor  # (n, C), one-hot
 
     def similarity(self, i: Tensor) -> Tensor:
         return self.similarities[i].mean()
 
     def frechet(self, i: Tensor) -> Tensor:
         return frechet(self.painted[i], self.originals[i])
+
+    def joint(self, i: Tensor) -> Tensor:
+        return joint_frechet(self.painted[i], self.originals[i], self.categories[i])
 
     def only(self, kept: list[int]) -> "Measured":
         rows = [self.kept.index(item) for item in kept]
@@ -297,44 +314,51 @@ def measure(lab: Lab, name: str, protocol: str) -> Measured:
     painted = lab.embeddings([paths[i] for i in kept])
     originals = lab.embeddings([items[i].image for i in kept])
     wanted = originals if protocol == "bg1k" else lab.embeddings([items[i].reference for i in kept])
-    return Measured(kept, similarity(painted, wanted), painted, originals)
+    names = sorted({item.category for item in items})
+    categories = F.one_hot(torch.tensor([names.index(items[i].category) for i in kept]), len(names))
+    return Measured(kept, similarity(painted, wanted), painted, originals, categories)
 
 
-def figures_of(measured: Measured, ours: Measured) -> dict:
-    """The two figures with their intervals, and how far ours is ahead, of the same items: much of what makes a figure
-    vary, the items, is the same for both.
+def figures_of(measured: Measured, ours: Measured, metrics: list[str]) -> dict:
+    """The figures with their intervals, and how far ours is ahead, of the same items: much of what makes a figure vary,
+    the items, is the same for both.
     """
     both = sorted({*measured.kept} & {*ours.kept})
     a, b, n = ours.only(both), measured.only(both), len(measured.kept)
-    return {"n": n, "similarity": interval(measured.similarity, n), "frechet": interval(measured.frechet, n),
-            "ours_ahead": {"similarity": interval(lambda i: a.similarity(i) - b.similarity(i), len(both)),
-                           "frechet": interval(lambda i: b.frechet(i) - a.frechet(i), len(both))}}
+    ahead = {"similarity": lambda i: a.similarity(i) - b.similarity(i),
+             "frechet": lambda i: b.frechet(i) - a.frechet(i), "joint": lambda i: b.joint(i) - a.joint(i)}
+    return {"n": n, **{metric: interval(getattr(measured, metric), n) for metric in metrics},
+            "ours_ahead": {metric: interval(ahead[metric], len(both)) for metric in metrics}}
 
 
 def table(lab: Lab, name: str) -> None:
     """Prints a table as Markdown, the paper's figures beside ours, and writes it to NAME.md and NAME.json."""
-    protocols, our_method, rows = TABLES[name]
+    protocols, metrics, our_method, rows = TABLES[name]
     measured = {(method, p): measure(lab, method, p) for _, method, _ in rows if method for p in protocols}
-    heads = [f"{PROTOCOLS[p]} {head}".strip() for p in protocols for head in ("similarity ↑", "Fréchet ↓")]
-    lines = ["| method | " + " | ".join(f"{head} | paper" for head in heads) + " |"]
-    lines.append("|" + " --- |" * (1 + 2 * len(heads)))
+    columns = [(p, metric) for p in protocols for metric in metrics]
+    heads = ["method"]
+    for p, metric in columns:
+        heads += [f"{PROTOCOLS[p]} {METRICS[metric]}".strip()] + ["paper"] * (metric != "joint")
+    lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
     results, ahead = [], {p: [] for p in protocols}
     for label, method, paper in rows:
-        cells = []
+        figures = {p: method and figures_of(measured[method, p], measured[our_method, p], metrics) for p in protocols}
+        cells, of_paper = [label], iter(paper)
+        for p, metric in columns:
+            cells.append("{:.2f} ± {:.2f}".format(*figures[p][metric]) if method else "not yet")
+            if metric != "joint":
+                cells.append("{:.2f}".format(next(of_paper)) if paper else "")
+        lines.append("| " + " | ".join(cells) + " |")
         for k, p in enumerate(protocols):
-            figures = figures_of(measured[method, p], measured[our_method, p]) if method else None
-            results.append({"method": label, "protocol": p, "measured": figures, "paper": paper[2 * k :][:2]})
-            for j, metric in enumerate(("similarity", "frechet")):
-                cells.append("{:.2f} ± {:.2f}".format(*figures[metric]) if figures else "not yet")
-                cells.append(f"{paper[2 * k + j]:.2f}" if paper else "")
-            if figures and method != our_method:
-                by = figures["ours_ahead"]
-                ahead[p].append("{}: {:.2f} ± {:.2f}, {:.2f} ± {:.2f}".format(label, *by["similarity"], *by["frechet"]))
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+            results.append({"method": label, "protocol": p, "measured": figures[p], "paper": paper[2 * k :][:2]})
+            if method not in (None, our_method):
+                by = ("{:.2f} ± {:.2f}".format(*one) for one in figures[p]["ours_ahead"].values())
+                ahead[p].append(f"{label}: " + ", ".join(by))
     ours = next(label for label, method, _ in rows if method == our_method)
     for p in protocols:
-        lines += ["", f"{PROTOCOLS[p]} {ours} ahead, on the same items, by similarity and Fréchet distance: ".lstrip()
-                  + "; ".join(ahead[p]) + "."]
+        named = ", ".join(METRICS[metric][:-2] for metric in metrics)
+        head = f"{PROTOCOLS[p]} {ours} ahead, on the same items, by {named}: ".lstrip()
+        lines += ["", head + "; ".join(ahead[p]) + "."]
     n = sorted({len(m.kept) for m in measured.values()})
     lines += ["", f"{' or '.join(map(str, n))} pictures a figure; ± is half of the 95% interval ({RESAMPLES} bootstrap "
               "samples). The paper's figures are of BG60k and another CLIP: compare orders only."]

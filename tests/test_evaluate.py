@@ -11,7 +11,7 @@ import evaluate
 from baselines import blended_diffusion, stable_diffusion
 from conftest import random
 from data import BadInput, background_hint, load_ad, read_items
-from evaluate import frechet, interval, similarity, tsne
+from evaluate import frechet, interval, joint_frechet, similarity, tsne
 from generate import TOY, prompt_texts
 from model import CLIP, UNet
 from sampler import ddim, seeded
@@ -69,6 +69,18 @@ def test_frechet_is_the_one_by_scipys_matrix_square_root(n):
 def test_frechet_of_a_set_and_itself_is_nothing():
     x = random(40, 16)
     assert abs(frechet(x, x).item()) < 1e-10 * x.square().sum().item()
+
+
+def test_joint_frechet_sees_pictures_that_were_swapped():
+    """Embeddings s and -s of two conditions, 1 and -1. Swapped they are the same set, at distance 0; together with the
+    conditions two lines, along (s, α) and (-s, α) with α = s: by the closed form 2(s² + α²) - 2|α² - s²| = 4s².
+    """
+    conditions, s, n = torch.tensor([[1.0], [-1.0]] * 50, dtype=torch.float64), 3, 100
+    originals = s * conditions
+    assert abs(frechet(-originals, originals).item()) < 1e-9
+    assert joint_frechet(originals, originals, conditions).item() == pytest.approx(0, abs=1e-9)
+    expected = 4 * s**2 * n / (n - 1)  # the covariances are unbiased ones
+    assert joint_frechet(-originals, originals, conditions).item() == pytest.approx(expected, rel=1e-9)
 
 
 def test_the_interval_of_a_mean_is_that_of_the_normal_distribution():
@@ -194,9 +206,10 @@ def test_a_table_is_printed_and_kept_with_its_figures(results, table, count, pai
     assert len(measured) == painted and {row["n"] for row in measured} == {count}
     text = (results / f"{table}.md").read_text()
     for row in measured:
-        for value, half in (row["similarity"], row["frechet"]):
+        assert ("joint" in row) == (table == "table1")
+        for value, half in [row[metric] for metric in ("similarity", "frechet", "joint") if metric in row]:
             assert half > 0 and f"{value:.2f} ± {half:.2f}" in text
-    assert ("| LaMa | not yet | 88.33 | not yet | 8.24 |" in text) == (table == "table1")
+    assert ("| LaMa | not yet | 88.33 | not yet | 8.24 | not yet |" in text) == (table == "table1")
 
 
 @pytest.mark.parametrize("table, ours", [("table1", "CG"), ("table2", "CG + PG")])
@@ -206,10 +219,10 @@ def test_ours_is_ahead_by_the_difference_of_the_figures(results, table, ours):
     for protocol in {row["protocol"] for row in rows}:
         theirs = {row["method"]: row["measured"] for row in rows if row["protocol"] == protocol}
         for figures in theirs.values():
-            for metric, sign in (("similarity", 1), ("frechet", -1)):
+            for metric, sign in [("similarity", 1), ("frechet", -1), ("joint", -1)][: 3 if table == "table1" else 2]:
                 by = sign * (theirs[ours][metric][0] - figures[metric][0])
                 assert figures["ours_ahead"][metric][0] == pytest.approx(by, abs=1e-4)
-        assert theirs[ours]["ours_ahead"] == {"similarity": [0, 0], "frechet": [0, 0]}
+        assert all(by == [0, 0] for by in theirs[ours]["ours_ahead"].values())
 
 
 def test_the_figures_are_those_of_the_pictures(results, ads):
