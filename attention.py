@@ -13,6 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+# Reused, once and to_rows only save time: without them every step would compute the same again, and every picture twice
+# what does not depend on its prompt. A first reading can go on at `attend`.
+
+
 class Reused:
     """A value that stays the same over many calls, as prompts, hints and mask do over the steps of a picture."""
 

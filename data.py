@@ -52,12 +52,15 @@ SPLITS = {"bg60k": "bg60k", "bg1k": "bg1k", "bgpair": "bg1k"}  # split: the pref
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Around a program's main: BadInput becomes one line on stderr and exit status 2, without a traceback."""
+    """Around a program's main: BadInput, and a full GPU, become one line on stderr and exit status 2, no traceback."""
     try:
         yield
     except BadInput as error:
         # A DataLoader's worker puts its traceback and the error's name before the message
         print("error:", str(error).strip().splitlines()[-1].split("BadInput: ")[-1], file=sys.stderr)
+        raise SystemExit(2) from None
+    except torch.OutOfMemoryError:
+        print("error: the GPU's memory is full; lower --batch (in training --micro-batch) or --size", file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -454,10 +457,12 @@ def list_folder(root: Path) -> int:
 
 
 def drop_lines(file: Path, numbers: set[int]) -> Path:
-    """Takes lines (counted from 1) out of a data set's list -> where the whole list is kept: FILE.all."""
+    """Takes lines (counted from 1) out of a data set's list -> where all that it ever held are kept: FILE.all."""
     kept, text = file.with_name(file.name + ".all"), file.read_text(encoding="utf-8")
-    if not kept.exists():
-        write_atomic(kept, lambda new: new.write_text(text, encoding="utf-8"))
+    before = kept.read_text(encoding="utf-8") if kept.exists() else ""
+    known = set(before.split("\n"))
+    whole = before + "".join(line for line in io.StringIO(text) if line.rstrip("\n") not in known)
+    write_atomic(kept, lambda new: new.write_text(whole, encoding="utf-8"))
     left = "".join(line for i, line in enumerate(io.StringIO(text), 1) if i not in numbers)
     write_atomic(file, lambda new: new.write_text(left, encoding="utf-8"))
     return kept

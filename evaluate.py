@@ -39,7 +39,8 @@ from data import (BadInput, Item, Parser, background_hint, load_masked, one_line
 from generate import (GUIDANCE, STEPS, TOY, branch_path, load_base, load_branch, native_bfloat16, paint, paint_items,
                       pick_dtype, real, result_path, save, texts_of, whole)
 from model import CLIP, ControlNet
-from weights import StableDiffusion, check_folder, load_clip, pick_device, processes, write_atomic, write_json
+from weights import (StableDiffusion, check_folder, load_clip, pick_device, processes, version, write_atomic,
+                     write_json)
 
 RESAMPLES = 200  # of the bootstrap
 
@@ -103,6 +104,10 @@ class Method(NamedTuple):
     plain: bool = False  # the prompt 'A photo of [category]', without identifier
     baseline: str | None = None  # of baselines.py
 
+    def models(self) -> list[str]:
+        """What it needs beside the base."""
+        return [name for name in (self.cg, self.pg) if name] + ["guide-clip"] * (self.baseline == "blended_diffusion")
+
 
 METHODS = {
     "stable-diffusion": Method(plain=True, baseline="stable_diffusion"),
@@ -164,18 +169,34 @@ class Lab:
     def sd(self) -> StableDiffusion:
         return load_base(self.args)
 
-    def path(self, name: str) -> Path:
-        """Of a model's weights: the option's, or the toy's. Raises BadInput where the option is missing."""
+    def given(self, name: str) -> Path | None:
+        """Of a model's weights: the option's, or what is shipped. None: the toy's, to be trained on first use. Raises
+        BadInput where an option is missing.
+        """
         args = self.args
         if name in ("cg", "pg"):
             return branch_path(name, args)
-        if name == "clip":
-            return args.clip or TOY / "clip"
-        if given := getattr(args, name.replace("-", "_"), None):
-            return given
+        if path := getattr(args, name.replace("-", "_"), None):
+            return path
         if args.weights:
-            raise BadInput(f"--{name} is missing: for the base {args.weights} none can be trained on first use"
+            raise BadInput(f"--{name} is missing: the toy's does not go with --weights {args.weights}"
                            if hasattr(args, name.replace("-", "_")) else "fig7 is the toy's: leave out --weights")
+        return TOY / "clip" if name == "clip" else None
+
+    def check(self, methods: list[str], items: list[Item]) -> None:
+        """Raises BadInput for what painting by these methods and measuring would miss: at once, not after hours."""
+        names = [name for method in methods for name in METHODS[method].models()]
+        for path in (self.args.weights or TOY / "base", *map(self.given, [*names, "clip"])):
+            if path:
+                version(path)
+        if not all(METHODS[method].plain for method in methods):
+            texts_of({item.category for item in items}, self.given("cg"), None)
+
+    def path(self, name: str) -> Path:
+        """Of a model's weights, which are trained first where they are the toy's and not shipped."""
+        args = self.args
+        if path := self.given(name):
+            return path
         stage, steps, options = TRAINED[name]
         beside = version(self.path("cg")) if stage == "pg" else None
         out = Path("runs", "evaluate", f"{name}-{train.hashed([steps, options, beside])[:8]}")
@@ -231,10 +252,10 @@ class Lab:
         The folder's name ends in a hash of what the pictures depend on, so that none of other settings is taken.
         """
         method, args = METHODS[name], self.args
-        models = [args.weights or TOY / "base"] + [self.path(m) for m in (method.cg, method.pg) if m]
+        models = [args.weights or TOY / "base", *map(self.path, method.models())]
         key = [method, str(args.data), args.steps, args.guidance, args.seed, self.size, args.hint, str(args.dtype)]
         if method.baseline == "blended_diffusion":
-            models, key = [*models, self.path("guide-clip")], [*key, args.strength]
+            key += [args.strength]
         key += [f"{item.image} {item.reference}" for item in items if folder not in PROTOCOLS]  # a figure's own pairs
         out = args.out / "pictures" / folder / f"{name}-{train.hashed([key, list(map(version, models))])[:8]}"
         paths = [result_path(out, i, item) for i, item in enumerate(items)]
@@ -242,23 +263,29 @@ class Lab:
         train.barrier()  # every process has looked before any paints
         if missing:
             print(f"painting {folder}, {name}", file=sys.stderr)
-            texts = texts_of({item.category for item in items}, None if method.plain else self.path("cg"), False)
-            paint_items(items, texts, self.painter(name), self.sd.multiple,
-                        argparse.Namespace(**vars(args) | {"out": out}))
+            texts = texts_of({item.category for item in items}, None if method.plain else self.path("cg"), None)
+            painter, multiple = self.painter(name), self.sd.multiple  # loaded: args.size is settled
+            # what the models are is in the folder's name; among the settings other methods' options would not match
+            settings = vars(args) | {"out": out, "weights": None, "cg": None, "pg": None, "controlnet": None}
+            paint_items(items, texts, painter, multiple, argparse.Namespace(**settings))
         train.barrier()
         return paths
 
     def embeddings(self, paths: list[Path], items: list[Item] | None = None) -> Tensor:
         """CLIP embeddings of pictures, not normalised; with their items those of the backgrounds alone, I ⊗ (1 − M).
-        (n, d), computed once.
+        (n, d), computed once; not a number where a picture can't be read, which is named.
         """
         clip = self.clip()
         masks = [(item.image, item.mask, item.inverted) for item in items] if items else [None] * len(paths)
 
         def embed(path: Path, mask: tuple[Path, Path | None, bool] | None) -> Tensor:
-            picture = to_tensor(open_image(path).convert("RGB"))
-            if mask:
-                picture = background_hint(picture, load_masked(*mask[:2], inverted=mask[2])[1])
+            try:
+                picture = to_tensor(open_image(path).convert("RGB"))
+                if mask:
+                    picture = background_hint(picture, load_masked(*mask[:2], inverted=mask[2])[1])
+            except BadInput as error:
+                print(f"skipped: {error}", file=sys.stderr)
+                picture = torch.full((3, 8, 8), math.nan)
             return clip.preprocess(picture[None].to(self.args.device))
 
         @torch.no_grad()
@@ -270,12 +297,6 @@ class Lab:
 
         key = [train.digest(clip), [train.stamp(path) for path in paths], [str(mask) for mask in masks]]
         return train.cached(self.args.out / "embeddings", key, compute)["embeddings"]
-
-
-def version(path: Path) -> list:
-    """What changes when a model's weights do."""
-    files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
-    return [train.stamp(file) for file in files]
 
 
 # ---------------------------------------------------------------- tables
@@ -334,6 +355,9 @@ def figures_of(measured: Measured, ours: Measured, metrics: list[str]) -> dict:
 def table(lab: Lab, name: str) -> None:
     """Prints a table as Markdown, the paper's figures beside ours, and writes it to NAME.md and NAME.json."""
     protocols, metrics, our_method, rows = TABLES[name]
+    if lab.args.weights and not lab.args.tuned:
+        rows = [row for row in rows if row[2]]  # the line that the paper does not have needs --tuned
+    lab.check([method for _, method, _ in rows if method], [item for p in protocols for item in lab.items(p)])
     measured = {(method, p): measure(lab, method, p) for _, method, _ in rows if method for p in protocols}
     columns = [(p, metric) for p in protocols for metric in metrics]
     heads = ["method"]
@@ -405,26 +429,33 @@ def figure_tsne(lab: Lab) -> None:
     means of the training set's. Also prints, of normalised features, the mean distance to the centre of the own
     category, and for how many that centre is the nearest; of the original backgrounds too.
     """
-    training = read_items(lab.args.data)[0][: lab.args.centres]
-    features = F.normalize(lab.embeddings([item.image for item in training], training), dim=1)
-    categories = sorted({item.category for item in training})
-    means = torch.stack([features[[item.category == c for item in training]].mean(0) for c in categories])
-    centres = F.normalize(means, dim=1)  # among the features, which have length 1
+    def features(paths: list[Path], items: list[Item]) -> tuple[Tensor, list[str]]:
+        """Of the pictures that can be read, and their categories."""
+        x = F.normalize(lab.embeddings(paths, items), dim=1)
+        whole = x.isfinite().all(dim=1)
+        return x[whole], [item.category for item, w in zip(items, whole.tolist()) if w]
+
     items = lab.items("bg1k")
+    lab.check(["cg", "controlnet"], items)
+    training = read_items(lab.args.data)[0][: lab.args.centres]
+    x, of = features([item.image for item in training], training)
+    categories = sorted(set(of))
+    means = torch.stack([x[[category == c for category in of]].mean(0) for c in categories])
+    centres = F.normalize(means, dim=1)  # among the features, which have length 1
     points, kinds = [centres], [("centre", c) for c in categories]
     for label, method in (("original", None), ("CG", "cg"), ("ControlNet", "controlnet")):
         paths = lab.pictures(method, items, "bg1k") if method else [item.image for item in items]
         kept = [(path, item) for path, item in zip(paths, items) if path.exists() and item.category in categories]
         if not kept:
             raise BadInput(f"{lab.args.data}: no picture of a category that has a centre; raise --centres or --limit")
-        x = F.normalize(lab.embeddings(*map(list, zip(*kept))), dim=1)
-        own = torch.tensor([categories.index(item.category) for _, item in kept])
+        x, of = features(*map(list, zip(*kept)))
+        own = torch.tensor([categories.index(category) for category in of])
         away = torch.cdist(x, centres)  # (n, C)
         print("{}: distance to the own category's centre {:.3f} ± {:.3f}, nearest to it {} of {}".format(
             label, *interval(lambda i: away[i, own[i]].mean(), len(x)), int((away.argmin(1) == own).sum()), len(x)))
         if method:
             points.append(x)
-            kinds += [(label, item.category) for _, item in kept]
+            kinds += [(label, category) for category in of]
     save(scatter(tsne(torch.cat(points)), kinds, categories), lab.args.out / "tsne.png")
 
 
@@ -470,6 +501,7 @@ def cutout_of(item: Item) -> Tensor:
 def figure_methods(lab: Lab, name: str, columns: dict[str, str], rows: int = 8) -> None:
     """A row for each of some pairs: product, reference, and what each method, by column label, makes of them."""
     items = drawn(lab.items("ref"), rows)
+    lab.check([*columns.values()], items)
     painted = [lab.pictures(method, items, name) for method in columns.values()]
     cells = [[cutout_of(item), picture_of(item.reference), *(picture_of(paths[i]) for paths in painted)]
              for i, item in enumerate(items)]
@@ -486,6 +518,7 @@ def figure_grid(lab: Lab, name: str, count: int = 8, groups: int = 4) -> None:
     wanted = [replace(some[0], reference=item.reference, reference_mask=item.reference_mask) if name == "fig9" else
               replace(item, reference=some[0].reference, reference_mask=some[0].reference_mask)
               for some in chosen for item in some]
+    lab.check(["cg+pg"], wanted)
     paths = iter(lab.pictures("cg+pg", wanted, name))
     for some in chosen:
         given = [picture_of(item.reference) if name == "fig9" else cutout_of(item) for item in some]

@@ -25,13 +25,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import (MASK_OF_ITEM, SOLID, BadInput, Item, Parser, background_hint, canvas_size, dilate, extend, fit,
-                  load_cutout, load_masked, one_line_errors, open_image, product_hint, read_items, resize, save_image,
-                  sheet, thumbnail)
+from data import (BROKEN, MASK_OF_ITEM, SOLID, BadInput, Item, Parser, background_hint, canvas_size, dilate, extend,
+                  fit, load_cutout, load_masked, one_line_errors, open_image, product_hint, read_items, resize,
+                  save_image, sheet, thumbnail)
 from model import ControlNet, Prompts
 from sampler import GUIDANCE, STEPS, sample, seeded
 from weights import (StableDiffusion, check_folder, load_control, load_stable_diffusion, pick_device, processes,
-                     read_json, read_log)
+                     read_json, read_log, version)
 
 TOY = Path(__file__).resolve().parent / "toy"
 SAMPLE = "perfume"  # of toy/samples, painted where no product is given
@@ -105,6 +105,7 @@ def paste_back(painted: Tensor, painted_mask: Tensor, box: tuple[int, int, int, 
     painted = extend(painted, dilate(painted_mask, 3) <= 1 - SOLID)
     top, left, h, w = box
     painted = resize(painted[:, top : top + h, left : left + w], *rgb.shape[1:])
+    mask = mask.masked_fill(mask >= SOLID, 1)
     return rgb * mask + painted * (1 - mask)
 
 
@@ -193,11 +194,11 @@ def categories_file(cg: Path) -> Path:
     return (cg.parent if cg.is_file() else cg) / "categories.json"
 
 
-def texts_of(names: set[str], cg: Path | None, plain_prompt: bool) -> dict[str, tuple[str, str, str]]:
+def texts_of(names: set[str], cg: Path | None, plain_prompt: bool | None) -> dict[str, tuple[str, str, str]]:
     """The prompts of each category in `names`. Its identifier is its position in the list saved with CG.
 
-    Raises BadInput for a name that is not in the list, unless the plain prompt is asked for instead. Without a CG (None)
-    all get the plain one.
+    Raises BadInput for a name that is not in the list, unless the plain prompt is asked for instead (None: can't be).
+    Without a CG (None) all get the plain one.
     """
     if cg is None:
         return {name: prompt_texts(name, None) for name in names}
@@ -205,7 +206,8 @@ def texts_of(names: set[str], cg: Path | None, plain_prompt: bool) -> dict[str, 
     known = [] if plain_prompt and not file.exists() else read_json(file)
     if (unknown := sorted(names - set(known))) and not plain_prompt:
         some = ", ".join(known[:20]) + (f", ... ({len(known):,} in all, see {file})" if len(known) > 20 else "")
-        raise BadInput(f"CG was not trained on category {unknown[0]!r}; choose one of {some}; or add --plain-prompt")
+        raise BadInput(f"CG was not trained on category {unknown[0]!r}; choose one of {some}"
+                       + "; or add --plain-prompt" * (plain_prompt is not None))
     identifiers = {name: IDENTIFIER.format(i) for i, name in enumerate(known)}
     return {name: prompt_texts(name, identifiers.get(name)) for name in names}
 
@@ -217,7 +219,10 @@ def load_models(names: set[str], with_pg: bool, args):
     texts = texts_of(names, cg_path, args.plain_prompt)
     sd = load_base(args)
     cg = load_branch("category" if cg_path else "controlnet", cg_path or args.controlnet, sd, args)
-    return sd, cg, load_branch("personality", pg_path, sd, args) if with_pg else None, texts
+    pg = load_branch("personality", pg_path, sd, args) if with_pg else None
+    # --data keeps a record of it
+    args.models = [version(path) for path in (args.weights or TOY / "base", cg_path or args.controlnet, pg_path) if path]
+    return sd, cg, pg, texts
 
 
 # ---------------------------------------------------------------- the three commands
@@ -309,6 +314,8 @@ def generate_data(args) -> None:
     painted, there, broken = paint_items(items, texts, painter_of(sd, cg, pg, args), sd.multiple, args)
     save_data_sheet(items, args.out)  # of several processes the last one has them all
     print(f"{args.out}: {painted:,} painted, {there:,} were there, {broken:,} broken")
+    if broken > BROKEN * (painted + there + broken):
+        raise BadInput(f"{args.data}: {broken:,} items can't be used, more than {BROKEN:.0%}; they are named above")
 
 
 def paint_items(items: list[Item], texts: dict[str, tuple[str, str, str]], painter: Callable, multiple: int,
@@ -323,7 +330,7 @@ def paint_items(items: list[Item], texts: dict[str, tuple[str, str, str]], paint
     paths = [result_path(args.out, i, item) for i, item in enumerate(items)]
     listed = {line["file"]: line for line in read_log(manifest)}
     how = {name: str(getattr(args, name, None)) for name in ("weights", "cg", "pg", "controlnet", "hint", "start",
-                                                             "plain_prompt", "size", "steps", "guidance")}
+                                                             "plain_prompt", "size", "steps", "guidance", "models")}
 
     def entry(i: int) -> dict:
         item = items[i]
@@ -338,8 +345,8 @@ def paint_items(items: list[Item], texts: dict[str, tuple[str, str, str]], paint
 
     for i, path in enumerate(paths):
         if path.name in listed and is_of(listed[path.name]) != is_of(entry(i)):
-            raise BadInput(f"--out {args.out} holds {path.name}, which was painted of another item or with other options; "
-                           "name another folder")
+            raise BadInput(f"--out {args.out} holds {path.name}, which was painted of another item, or with other options "
+                           "or weights; name another folder")
     rank, world = processes()
     share = range(rank, len(items), world)
     todo = [i for i in share if paths[i].name not in listed or not paths[i].exists()]

@@ -121,6 +121,7 @@ def sample(unet: UNet, schedule: Schedule, prompts: Prompts, unconditional: Prom
         first = torch.full((len(z_T),), schedule.timesteps(steps)[0], device=z_T.device)
         z_T = schedule.add_noise(z_ref.to(z_T), z_T, first)
 
+    # With guidance prompts and mask have 2 B rows and z has B: attention.to_rows doubles it where the first prompt is read
     passes = 1
     if guidance != 1:
         passes, prompts = 2, Prompts(*(torch.cat(pair) for pair in zip(unconditional, prompts)))

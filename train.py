@@ -231,8 +231,11 @@ def run(task: Task, args) -> None:
                 if done % args.save_every == 0 or done == args.steps or stop:
                     save_checkpoint(args, done, parameters, ema, optimizer, scaler)
                 if shown:  # last: it may not fit the memory
-                    with averaged(parameters, ema), torch.no_grad(), mixed_precision(args):
-                        save_image(task.draw(), folder / f"sheet_{done:06}.png")
+                    try:
+                        with averaged(parameters, ema), torch.no_grad(), mixed_precision(args):
+                            save_image(task.draw(), folder / f"sheet_{done:06}.png")
+                    except torch.OutOfMemoryError:
+                        print("no sheet: painting it does not fit the GPU's memory", file=sys.stderr)
                     clock, seen = time.perf_counter(), 0
             except (OSError, SafetensorError) as error:
                 left = [f": {old.name} is whole" for old in checkpoints(args)[-1:]]
@@ -612,7 +615,10 @@ def load_shown(items: list, categories: list[str], captions: bool, args, count: 
     has one, then of the last ones of the training set. An ad without a reference is its own.
     """
     split = "bgpair" if args.stage in ("pg", "joint") else "bg1k"
-    test = read_items(args.data, split)[0] if (args.data / f"{split}_info.txt").is_file() else []
+    try:
+        test = read_items(args.data, split)[0] if (args.data / f"{split}_info.txt").is_file() else []
+    except BadInput:
+        test = []  # its folders may not be there
     shown = []
     for item in [i for i in (*test, *items[::-1]) if i.category in categories]:
         reference = replace(item, image=item.reference, mask=item.reference_mask) if item.reference else item
@@ -645,7 +651,7 @@ def draw_branches(unet: UNet, cg, pg, shown: list[tuple], args):
 
 def toy_data(wanted: Path) -> None:
     """Draws the part of the toy ad world that a stage needs, on first use (up to minutes)."""
-    if wanted.parent == TOY_DATA and not wanted.exists() and processes()[0] == 0:
+    if wanted in (TOY_DATA / "base", TOY_DATA / "ads") and not wanted.exists() and processes()[0] == 0:
         print(f"drawing the toy's pictures to {wanted}, once", file=sys.stderr)
         write_world(TOY_DATA, parts=(wanted.name,))
     barrier()
@@ -739,6 +745,10 @@ def check(args, at_most: int) -> None:
         if getattr(args, option) and args.stage not in stages:
             raise BadInput(f"--{option.replace('_', '-')} belongs to stage {' and '.join(stages)}; leave it out")
     check_folder(args.out)
+    for name in {"joint": ("cg", "pg"), "clip": ("clip", "text_encoder", "tokenizer")}.get(args.stage, (args.stage,)):
+        if others := [f.name for f in (args.out / name).glob("*") if f.suffix not in (".json", ".txt", ".safetensors")]:
+            raise BadInput(f"--out {args.out}: the trained model would replace {args.out / name}, which holds {others[0]}; "
+                           "choose another folder")
     found = checkpoints(args)
     if args.resume and not found:
         raise BadInput(f"nothing to resume: {args.out / 'training' / args.stage} holds no checkpoint; leave out "

@@ -49,7 +49,8 @@ def check_folder(out: Path) -> None:
 def write_atomic(path: Path | str, write: Callable[[Path], None]) -> None:
     """Calls write(temporary) and renames: `path` is either the old file or the whole new one, never a part.
 
-    `write` may make a file or a folder; a folder replaces the old one, and is missing between two renames.
+    `write` may make a file or a folder; a folder replaces the old one, and is missing between two renames. Raises
+    BadInput where the old one holds more than the new one: that would be lost.
     """
     path = Path(path)
     try:
@@ -65,6 +66,8 @@ def write_atomic(path: Path | str, write: Callable[[Path], None]) -> None:
                 file.chmod(0o666 & ~UMASK)  # safetensors writes files that only their owner may read
         try:
             if new.is_dir() and path.is_dir():
+                if others := sorted({file.name for file in path.iterdir()} - {file.name for file in new.iterdir()}):
+                    raise BadInput(f"{path} would be replaced, and holds {others[0]} too; choose another output path")
                 os.replace(path, old)
             os.replace(new, path)
         except BaseException:  # an interrupt too
@@ -340,6 +343,14 @@ def make(build: Callable[[dict], nn.Module], config: dict, tensors: dict[str, Te
         raise BadInput(f"{config_source or source} is not the configuration of such a model "
                        f"({type(error).__name__}: {error})") from None
     return fill(module, tensors, source, device, dtype)
+
+
+def version(path: Path) -> list[list]:
+    """What changes when weights do: name, size and time of each file. Raises BadInput where the path is missing."""
+    if not path.exists():
+        raise BadInput(f"{path} is missing; give a folder or file of weights")
+    files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def load_module(build: Callable[[dict], nn.Module], folder: Path, names: tuple[str, ...], device, dtype) -> nn.Module:

@@ -1,6 +1,7 @@
 """data.py: Eq. 5 and 6 written out, cut-outs without halos, fitting without stretching, formats and errors."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -514,6 +515,14 @@ def test_blank_backgrounds_are_told_and_dropped_and_the_whole_list_is_kept(tmp_p
     data.main([str(tmp_path), "--size", str(SIZE), "--drop-blank"])
     assert "0 have a blank background" in capsys.readouterr().out
     assert line in (tmp_path / "metadata.jsonl.all").read_text(), "the first, whole list stays"
+    for end in (".png", "_mask.png"):
+        shutil.copy(tmp_path / "images" / f"blank{end}", tmp_path / "images" / f"late{end}")
+    late = line.replace("blank", "late")  # an ad that is added later, and dropped
+    with open(tmp_path / "metadata.jsonl", "a") as file:
+        file.write(late + "\n")
+    data.main([str(tmp_path), "--size", str(SIZE), "--drop-blank"])
+    assert (tmp_path / "metadata.jsonl").read_text().splitlines() == lines
+    assert {*lines, line, late} == {*(tmp_path / "metadata.jsonl.all").read_text().splitlines()}
 
 
 def test_command_ends_with_one_line_and_status_2_even_where_a_worker_finds_the_error(tmp_path, capfd):

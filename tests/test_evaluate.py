@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -278,7 +280,11 @@ def test_the_three_trainings_of_fig7(results, ads, tmp_path, monkeypatch):
     (["table1", "--limit", "1"], "must be a whole number from 2"),
     (["table2", "--weights", str(TOY / "base")], "--guide-clip is missing"),
     (["fig9", "--limit", "3"], "no category has two pairs"),
-    (["table1", "--clip", "nowhere"], "nowhere"),
+    (["table1", "--clip", "nowhere"], "nowhere is missing"),
+    (["table2", "--pg", "nowhere", "--guide-clip", str(TOY / "clip")], "nowhere is missing"),
+    (["table1", "--weights", "nowhere", "--cg", str(TOY / "cg"), "--clip", str(TOY / "clip")], "nowhere is missing"),
+    (["table1", "--weights", str(TOY / "base"), "--cg", str(TOY / "cg")], "--clip is missing"),
+    (["fig7", "--weights", str(TOY / "base"), "--cg", str(TOY / "cg")], "fig7 is the toy's"),
     (["table1", "--out", str(TOY / "README.md")], "README.md"),
 ])
 def test_bad_use_is_one_line(arguments, message, tmp_path, monkeypatch, ads):
@@ -287,4 +293,25 @@ def test_bad_use_is_one_line(arguments, message, tmp_path, monkeypatch, ads):
     with pytest.raises(BadInput, match=message) as error:
         evaluate.main([*arguments, *given, *(["--steps", "1"] if "--limit" not in arguments else []),
                        *([] if "--guide" in message else ["--controlnet", str(TOY / "cg"), "--tuned", str(TOY / "cg")])])
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and not Path("results", "pictures").exists(), "said before anything is painted"
+
+
+def test_what_is_missing_is_said_before_anything_is_painted(ads, tmp_path):
+    """A category that CG was not trained on; and the line that only --tuned can give is left out where it is missing."""
+    shutil.copytree(TOY / "cg", tmp_path / "cg")
+    (tmp_path / "cg" / "categories.json").write_text('["mug"]')
+    with pytest.raises(BadInput, match="CG was not trained on category '[a-z ]+'; choose one of mug$"):
+        command(ads, tmp_path / "results", "table1", "--cg", str(tmp_path / "cg"))
+    evaluate.main(["table1", "--data", str(ads), "--out", str(tmp_path / "results"), "--steps", "1", "--limit", "2",
+                   "--weights", str(TOY / "base"), "--cg", str(TOY / "cg"), "--controlnet", str(TOY / "cg"),
+                   "--clip", str(TOY / "clip")])
+    rows = json.loads((tmp_path / "results" / "table1.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == ["LaMa", "Stable Diffusion", "ControlNet", "CG"]
+
+
+def test_an_ad_that_cannot_be_read_is_named_and_left_out_of_the_centres(ads, results, tmp_path, capsys):
+    shutil.copytree(ads, tmp_path / "ads")
+    read_items(tmp_path / "ads")[0][0].image.write_bytes(b"")
+    command(tmp_path / "ads", tmp_path / "results", "tsne")
+    out, err = capsys.readouterr()
+    assert err.count("skipped") == 1 and "nan" not in out and len(out.splitlines()) == 4

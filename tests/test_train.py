@@ -513,9 +513,12 @@ def test_noise_offset_moves_the_noise_by_a_constant_a_channel():
     (["cg", "--device", "gpu"], "--device"),
     (["cg", "--noise-offset", "-1"], "--noise-offset"),
     (["cg", "--out", "{tmp}/file"], "file"),
+    (["cg", "--out", "{tmp}/runs"], "runs/cg, which holds training; choose another folder"),
+    (["joint", "--out", "{tmp}/runs"], "runs/cg, which holds training; choose another folder"),
 ])
 def test_bad_use_ends_in_one_line(arguments, message, world, base, tmp_path):
     (tmp_path / "file").write_text("in the way")
+    (tmp_path / "runs" / "cg" / "training").mkdir(parents=True)
     arguments = [a.format(tmp=tmp_path) for a in arguments]
     if arguments[0] in ("vae", "clip"):
         arguments += ["--data", str(world / "base"), "--out", str(tmp_path / "none")]

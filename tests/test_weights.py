@@ -72,6 +72,15 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert (tmp_path / "file").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_folder_that_holds_other_things_is_not_replaced(tmp_path, cg):
+    save_control(cg, tmp_path / "cg")
+    save_control(cg, tmp_path / "cg")
+    (tmp_path / "cg" / "training").mkdir()  # as where a run of its own lies in runs/cg
+    with pytest.raises(BadInput, match="cg would be replaced, and holds training too"):
+        save_control(cg, tmp_path / "cg")
+    assert len(list(tmp_path.rglob("*"))) == 4
+
+
 def test_a_branch_loads_as_the_kind_that_is_asked_for(tmp_path, cg):
     save_control(cg, tmp_path / "cg")
     assert type(load_control(tmp_path / "cg", "category")) is CategoryGenerator
@@ -247,6 +256,10 @@ def test_an_interrupt_between_two_renames_leaves_the_old_folder(tmp_path, monkey
     (tmp_path / "cg" / "old").write_text("")
     rename = os.replace
 
+    def new_folder(path):
+        path.mkdir()
+        (path / "old").touch()
+
     def interrupted(source, target):
         if Path(target) == tmp_path / "cg" and Path(source).name == "cg":
             raise KeyboardInterrupt
@@ -254,7 +267,7 @@ def test_an_interrupt_between_two_renames_leaves_the_old_folder(tmp_path, monkey
 
     monkeypatch.setattr(os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        write_atomic(tmp_path / "cg", lambda new: new.mkdir())
+        write_atomic(tmp_path / "cg", new_folder)
     assert [path.name for path in tmp_path.rglob("*")] == ["cg", "old"]
 
 
