@@ -42,8 +42,8 @@ def stable_diffusion(sd: StableDiffusion, rgb: Tensor, mask: Tensor, texts: list
     rgb, mask = rgb.to(weight), mask.to(weight)
     scene = torch.full_like(rgb, 0.5) if reference is None else reference.to(weight)
     z_known = sd.encode(rgb * mask + scene * (1 - mask)).float()
-    shape, kept, edit = z_known.shape[1:], sd.kept(rgb, mask), None
-    if kept is None:
+    shape, inpainting, edit = z_known.shape[1:], sd.inpainting(rgb, mask), None
+    if inpainting is None:
         M = F.interpolate((mask > 0.5).float(), size=shape[1:])  # (B, 1, h, w), 0 or 1
         eps = torch.cat([draw_noise(shape, g) for g in generators]).to(z_known)
 
@@ -53,7 +53,7 @@ def stable_diffusion(sd: StableDiffusion, rgb: Tensor, mask: Tensor, texts: list
 
     z = sample(sd.unet, sd.schedule, encode_prompts(sd, texts), encode_prompts(sd, [("", "", "")] * len(texts)),
                generators, shape, z_ref=None if reference is None else z_known, steps=steps, guidance=guidance,
-               kept=kept, on_step=on_step, guide=guide, edit=edit)
+               inpainting=inpainting, on_step=on_step, guide=guide, edit=edit)
     return sd.decode(z)
 
 

@@ -77,7 +77,7 @@ def paint(sd: StableDiffusion, rgb: Tensor, mask: Tensor, texts: list[tuple[str,
     z_ref = sd.encode(reference) if from_reference and reference is not None else None
     z = sample(sd.unet, sd.schedule, encode_prompts(sd, texts), encode_prompts(sd, [("", "", "")] * len(texts)),
                generators, sd.latent_shape(*rgb.shape[2:]), branches, mask, z_ref, steps, guidance,
-               kept=sd.kept(rgb, mask), on_step=on_step)
+               inpainting=sd.inpainting(rgb, mask), on_step=on_step)
     return sd.decode(z)
 
 

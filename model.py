@@ -362,11 +362,11 @@ class Prompts(NamedTuple):
 
 
 def predict_noise(unet: UNet, z: Tensor, t: Tensor, prompts: Prompts, branches=(), mask: Tensor | Reused | None = None,
-                  kept: Tensor | None = None) -> Tensor:
+                  inpainting: Tensor | None = None) -> Tensor:
     """Fig. 2: SD, CG and PG in parallel, the branches' outputs summed into SD's decoder -> eps (B, 4, h, w).
 
     branches: pairs of a branch and its hint (B, 3, H, W); mask M (B, 1, H, W) of the product generated for.
-    kept (B, 5, h, w): what an inpainting UNet reads beside z_t, the mask of what it paints and the latent of the rest.
+    inpainting (B, 5, h, w): what an inpainting UNet reads beside z_t, the mask of what it paints and the rest's latent.
     What is the same at every step (prompts, hints, mask) may be Reused. Prompts and mask may have n B rows, for n passes
     of the same pictures; t is (1,) then, and the result (n B, 4, h, w).
     """
@@ -379,7 +379,7 @@ def predict_noise(unet: UNet, z: Tensor, t: Tensor, prompts: Prompts, branches=(
         else:
             xs = branch(z, t, prompts.P, hint)
         residuals = xs if residuals is None else [a + b for a, b in zip(residuals, xs)]
-    return unet(z if kept is None else torch.cat([z, kept], dim=1), t, prompts.P, residuals)
+    return unet(z if inpainting is None else torch.cat([z, inpainting], dim=1), t, prompts.P, residuals)
 
 
 # ---------------------------------------------------------------- VAE

@@ -104,13 +104,13 @@ def draw_noise(shape, generator: torch.Generator) -> Tensor:
 @torch.no_grad()
 def sample(unet: UNet, schedule: Schedule, prompts: Prompts, unconditional: Prompts, generators: list[torch.Generator],
            shape: tuple[int, int, int], branches=(), mask: Tensor | None = None, z_ref: Tensor | None = None,
-           steps: int = STEPS, guidance: float = GUIDANCE, eta: float = 0.0, kept: Tensor | None = None,
+           steps: int = STEPS, guidance: float = GUIDANCE, eta: float = 0.0, inpainting: Tensor | None = None,
            on_step: Callable[[int, Tensor, Tensor], None] | None = None,
            guide: Callable[[Callable, Tensor, int], Tensor] | None = None,
            edit: Callable[[Tensor, int], Tensor] | None = None) -> Tensor:
     """Denoises a batch of B = len(generators) pictures -> z_0 (B, *shape) float32, scaled as the UNet's latents are.
 
-    prompts, unconditional: encodings with and without the prompt, B rows each; branches, mask and kept as in
+    prompts, unconditional: encodings with and without the prompt, B rows each; branches, mask and inpainting as in
     `predict_noise`; z_ref (B, *shape): where given, z_T is this latent noised to the first timestep, not pure noise
     (section 3.3). Both passes of the guidance run as one batch; guidance 1 runs the conditional one alone.
     For other methods on the same walk, guide(eps_model, z, t) -> eps stands in for eps_model(z, t), and edit is ddim's.
@@ -132,7 +132,7 @@ def sample(unet: UNet, schedule: Schedule, prompts: Prompts, unconditional: Prom
 
     def eps_model(z: Tensor, t: int) -> Tensor:
         t_all = torch.full((1,), t, device=z.device)
-        output = predict_noise(unet, z.to(weight.dtype), t_all, prompts, branches, mask, kept).float()
+        output = predict_noise(unet, z.to(weight.dtype), t_all, prompts, branches, mask, inpainting).float()
         if guidance != 1:
             without, with_prompt = output.chunk(2)
             output = without + guidance * (with_prompt - without)  # classifier-free guidance

@@ -441,7 +441,7 @@ class Latents:
                 image, mask = batch["image"].to(args.device), batch["mask"].to(args.device)
                 with torch.no_grad(), mixed_precision(args):
                     mean, logvar = sd.vae.encode(2 * image.to(sd.vae.quant_conv.weight) - 1)
-                    made = {"mean": mean, "logvar": logvar, "kept": sd.kept(image.to(mean), mask)}
+                    made = {"mean": mean, "logvar": logvar, "inpainting": sd.inpainting(image.to(mean), mask)}
                 for name, x in made.items():
                     if x is not None:
                         rows.setdefault(name, []).append(x.to("cpu", torch.float16))
@@ -457,7 +457,7 @@ class Latents:
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor | None]:
         part, row = self.parts[index // self.PART], index % self.PART
         mean, std = part["mean"][row].float(), (part["logvar"][row].float() / 2).exp()
-        return mean * self.scale, std * self.scale, part["kept"][row].float() if "kept" in part else None
+        return mean * self.scale, std * self.scale, part["inpainting"][row].float() if "inpainting" in part else None
 
 
 # ---------------------------------------------------------------- samples
@@ -486,12 +486,12 @@ class Samples(Dataset):
             other = self.ads[int(torch.randint(len(self), (), generator=generator))]["image"]
             sample["background"] = perturb(sample["image"], sample["mask"], other, generator, args.theta, args.sigma)
         if self.latents:
-            mean, std, kept = self.latents[sample["index"]]
+            mean, std, inpainting = self.latents[sample["index"]]
             z_0, eps, t = diffuse(mean, std, generator, self.latents.T, args.noise_offset)
             sample |= {"z_0": z_0, "eps": eps, "t": t}
             sample["dropped"] = torch.rand((), generator=generator) < args.prompt_dropout
-            if kept is not None:
-                sample["kept"] = kept
+            if inpainting is not None:
+                sample["inpainting"] = inpainting
         return sample
 
 
@@ -585,7 +585,7 @@ def branch_task(args) -> Task:
         prompts = prompts_of(batch)
         branches = [(cg, product_hint(image, mask))] + ([(pg, batch["background"])] if pg else [])
         z_t = sd.schedule.add_noise(z_0, eps, t)
-        output = predict_noise(sd.unet, z_t, t, prompts, branches, mask, batch.get("kept")).float()
+        output = predict_noise(sd.unet, z_t, t, prompts, branches, mask, batch.get("inpainting")).float()
         error = (output - sd.schedule.target(z_0, eps, t)).square().mean(dim=(1, 2, 3))  # Eq. 1
         return (error * weight[t]).mean()
 

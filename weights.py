@@ -562,7 +562,7 @@ class StableDiffusion:
         """Of one picture's z."""
         return self.vae.config["latent_channels"], height // self.vae.factor, width // self.vae.factor
 
-    def kept(self, rgb: Tensor, mask: Tensor) -> Tensor | None:
+    def inpainting(self, rgb: Tensor, mask: Tensor) -> Tensor | None:
         """What an inpainting UNet reads beside z_t, (B, 5, h, w); None for an ordinary one.
 
         rgb (B, 3, H, W) in [0, 1], mask M (B, 1, H, W) -> the mask of what is to be painted, 1 − M, and the latent of
