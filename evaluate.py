@@ -329,7 +329,7 @@ class Measured(NamedTuple):
 
 
 def measure(lab: Lab, name: str, protocol: str) -> Measured:
-    """Paints and embeds. Items that could not be painted are left out."""
+    """Paints and embeds. Items that can't be painted or read are left out."""
     items = lab.items(protocol)
     if name == "shuffled":
         paths = [items[i].image for i in torch.randperm(len(items), generator=Generator().manual_seed(0)).tolist()]
@@ -343,7 +343,9 @@ def measure(lab: Lab, name: str, protocol: str) -> Measured:
     wanted = originals if protocol == "bg1k" else lab.embeddings([items[i].reference for i in kept])
     names = sorted({item.category for item in items})
     categories = F.one_hot(torch.tensor([names.index(items[i].category) for i in kept]), len(names))
-    return Measured(kept, similarity(painted, wanted), painted, originals, categories)
+    whole = (painted + originals + wanted).isfinite().all(dim=1).tolist()  # the rest can't be read
+    everything = Measured(kept, similarity(painted, wanted), painted, originals, categories)
+    return everything.only([i for i, w in zip(kept, whole) if w])
 
 
 def figures_of(measured: Measured, ours: Measured, metrics: list[str]) -> dict:
