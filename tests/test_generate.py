@@ -311,7 +311,7 @@ def test_data_with_an_unknown_category_stops_before_painting(run, items, capsys)
     assert capsys.readouterr().err == ("error: CG was not trained on category 'teapot'; choose one of mug, running shoe, "
                                        "watch; or add --plain-prompt\n")
     assert not Path("out").exists()
-    assert str(run("--data", items, "--plain-prompt")[0][-1]).startswith("out: 4 painted")
+    assert str(run("--data", items, "--plain-prompt")[0][-1]).startswith("out: 5 painted")
 
 
 # ---------------------------------------------------------------- the whole command
