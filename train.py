@@ -42,8 +42,8 @@ from tqdm import tqdm
 
 from data import (SIGMA, THETA, Ads, BadInput, Item, Parser, canvas_size, categories_of, load_ad, one_line_errors,
                   perturb, product_hint, read_items, save_image, sheet)
-from generate import (IDENTIFIER, TOY, branch_path, categories_file, encode_prompts, load_branch, paint, prompt_texts,
-                      real, whole)
+from generate import (IDENTIFIER, TOY, branch_path, categories_file, encode_prompts, load_branch, native_bfloat16, paint,
+                      prompt_texts, real, whole)
 from model import CategoryGenerator, ControlNet, PersonalityGenerator, Prompts, UNet, predict_noise
 from sampler import Schedule, seeded
 from toy.world import write_world
@@ -778,6 +778,9 @@ def main(arguments: list[str] | None = None) -> None:
     if args.workers is None:
         args.workers = 0 if args.size <= 128 else min(8, os.cpu_count())
     args.amp, args.save_dtype = args.amp and getattr(torch, args.amp), getattr(torch, args.save_dtype)
+    if args.amp and args.device == "cpu" and not native_bfloat16() and rank == 0:
+        print("--amp: this processor is not known to multiply bfloat16 in hardware, and may train faster without",
+              file=sys.stderr)
     if args.device.startswith("cuda"):
         torch.cuda.set_device(args.device)
     if world > 1 and not dist.is_initialized():
