@@ -377,7 +377,7 @@ def load_checkpoint(args, parameters: dict, ema: dict, optimizer, scaler) -> int
         raise BadInput(f"{args.data} has other categories than when the run began, and with them other identifiers; "
                        "train anew, to another --out")
     changed = [f"{name} {settings.get(name)} -> {now[name]}" for name in now if settings.get(name) != now[name]]
-    if changed:
+    if changed and processes()[0] == 0:
         print(f"resumed with other settings than the run's: {', '.join(changed)}", file=sys.stderr)
     return step
 
