@@ -63,7 +63,7 @@ TOY_BRANCH = dict(lr=1e-3, batch=16, steps=2600, size=128, ema=0.99, warmup=50, 
 TOY_SETTINGS = {
     "vae": dict(lr=2e-3, batch=12, steps=4800, size=128, ema=0.995, warmup=50, decay=0.5),
     "clip": dict(lr=1e-3, batch=64, steps=800, size=128, ema=0.0, warmup=100, decay=0.5),
-    "unet": dict(lr=1e-3, batch=32, steps=9400, size=128, ema=0.999, warmup=100, decay=0.3, noise_offset=0.1,
+    "unet": dict(lr=1e-3, batch=32, steps=10400, size=128, ema=0.999, warmup=100, decay=0.3, noise_offset=0.1,
                  weighting="min-snr"),
     "cg": TOY_BRANCH | dict(steps=4500), "pg": TOY_BRANCH, "joint": TOY_BRANCH, "controlnet": TOY_BRANCH,
 }  # fmt: skip
@@ -697,7 +697,7 @@ def parse(arguments: list[str] | None = None):
              "[toy all; else 4, on one GPU 16, or as many of them as fit]")
     add("--epochs", metavar="N", type=whole(1, 10**6),
         help="passes over the data, unless --steps is given [paper 300, section 5.1]")
-    add("--steps", metavar="N", type=whole(1, 10**9), help="steps in all [toy 800 to 9400; else from --epochs]")
+    add("--steps", metavar="N", type=whole(1, 10**9), help="steps in all [toy 800 to 10400; else from --epochs]")
     add("--warmup", metavar="N", type=whole(0, 10**9), help="steps in which the rate rises [toy 50 or 100; paper 0]")
     add("--decay", metavar="X", type=real(0, 1),
         help="last part of the run in which it falls to 0 [toy 0.3 or 0.5; paper 0]")

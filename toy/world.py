@@ -836,6 +836,34 @@ def nursery(canvas: Canvas, brand: Brand) -> Floor:
     return Floor(horizon + 0.16, 0.93)
 
 
+def plain_wall(canvas: Canvas, brand: Brand) -> Floor:
+    """No category's scene: what most product photos stand before. Only the base set has it."""
+    horizon, wall, floor = brand.horizon, tint(brand.hue, 0.2, 0.84), tint(brand.accent, 0.24, 0.7)
+    if brand.layout == 1:  # sweep: paper that bends from wall to floor
+        canvas.rectangle(-0.1, -0.1, 1.1, 1.1, [shade(wall, 1.06), wall, mix(wall, floor, 0.6), floor, floor])
+    else:
+        canvas.rectangle(-0.1, -0.1, 1.1, horizon, [shade(wall, 1.06), shade(wall, 0.94)])
+        canvas.rectangle(-0.1, horizon, 1.1, 1.1, [shade(floor, 0.86), shade(floor, 1.05)])
+    if brand.layout == 0:  # skirting
+        canvas.rectangle(-0.1, horizon - 0.06, 1.1, horizon, mix(wall, WHITE, 0.6))
+    elif brand.layout == 2:  # panels
+        for x in (-0.12, 0.2, 0.52, 0.84):
+            corners = [(x, 0.08), (x + 0.28, 0.08), (x + 0.28, horizon - 0.09), (x, horizon - 0.09), (x, 0.08)]
+            canvas.line(corners, shade(wall, 0.88), 0.012)
+    elif brand.layout == 3:  # edge: a corner of the room
+        canvas.polygon([(0.72, -0.1), (1.1, -0.1), (1.1, horizon + 0.14), (0.72, horizon)], shade(wall, 0.86))
+    if brand.elements == 0:  # daylight
+        canvas.light(0.2, 0.1, 0.7, 0.6, WHITE, 0.5)
+    elif brand.elements == 1:  # dusk
+        canvas.light(0.9, 0.2, 0.8, 0.7, shade(wall, 0.55), 0.6)
+    elif brand.elements == 2:  # boards
+        for x in (-0.9, -0.55, -0.2, 0.2, 0.55, 0.9):
+            canvas.line([(0.5 + 0.6 * x, horizon + 0.02), (0.5 + 1.1 * x, 1.1)], shade(floor, 0.8), 0.008)
+    else:  # rug
+        canvas.ellipse(0.08, horizon + 0.08, 0.92, 1.02, mix(wall, floor, 0.5))
+    return Floor(horizon + 0.13, 0.93)
+
+
 class Scene(NamedTuple):
     paint: Callable
     phrase: str
@@ -862,6 +890,10 @@ SCENES = {
                      ("flags", "balloons", "lamp", "bear")),
 }
 CATEGORIES = dict(zip(PRODUCTS, SCENES))  # each category's common scene
+# No category's: what the base paints is not what ads look like, or nothing would be left for CG to learn of them
+SCENES["plain wall"] = Scene(plain_wall, "a plain wall", ("skirting", "sweep", "panels", "edge"),
+                             ("daylight", "dusk", "boards", "rug"))
+PLAIN = 1 / 2  # part of the base set that stands before it
 
 
 # ---------------------------------------------------------------- pictures and their captions
@@ -945,10 +977,11 @@ def render(job: Job):
 
 
 def base_jobs(root: Path, count: int, size: int, rng: random.Random) -> list[Job]:
-    """Any category in any scene, with training brands; an imagefolder with both halves of the caption."""
+    """Any category in any scene or before a plain wall, with training brands; an imagefolder with captions in halves."""
     jobs, lines = [], []
     for i in range(count):
-        category, scene = rng.choice(list(PRODUCTS)), rng.choice(list(SCENES))
+        category, scene = rng.choice(list(PRODUCTS)), rng.choice(list(CATEGORIES.values()))
+        scene = "plain wall" if rng.random() < PLAIN else scene
         brand, seed = rng.randrange(BRANDS_PER_CATEGORY * len(CATEGORIES)), rng.randrange(2**31)
         image, mask = f"images/{i:06}.png", f"masks/{i:06}.png"
         jobs.append(Job(category, scene, brand, seed, size, root / image, root / mask))
@@ -1001,7 +1034,7 @@ def ads_jobs(root: Path, ads: int, bg1k: int, pairs: int, size: int, rng: random
 def write_world(
     root: str | Path,
     size: int = 128,
-    base: int = 16000,
+    base: int = 24000,
     ads: int = 6000,
     bg1k: int = 256,
     pairs: int = 256,
@@ -1073,7 +1106,7 @@ def main():
     goal.add_argument("--samples", metavar="DIR", default=argparse.SUPPRESS, help="write sample products and references")
     for name, smallest, default, text in (
         ("--size", 64, 128, "height and width of a picture, in pixels"),
-        ("--base", 0, 16000, "pictures of any category in any scene"),
+        ("--base", 0, 24000, "pictures of any category in any scene"),
         ("--ads", 0, 6000, "ads of the training set, BG60k"),
         ("--bg1k", 0, 256, "ads of the test set, with held-out brands"),
         ("--pairs", 0, 256, "test pairs of a product and a reference ad"),
