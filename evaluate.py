@@ -16,6 +16,8 @@ Pictures and embeddings stay in --out, so that an interrupted evaluation goes on
 import argparse
 import io
 import math
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
@@ -43,6 +45,7 @@ from weights import (StableDiffusion, check_folder, load_clip, pick_device, proc
                      write_json)
 
 RESAMPLES = 200  # of the bootstrap
+SINGLE = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS")}  # not torchrun's
 
 # ---------------------------------------------------------------- the metrics (section 5.2, after Yang et al.)
 
@@ -203,6 +206,10 @@ class Lab:
         stage, steps, options = TRAINED[name]
         beside = version(self.path("cg")) if stage == "pg" else None
         out = Path("runs", "evaluate", f"{name}-{train.hashed([steps, options, beside])[:8]}")
+        rank, world = processes()
+        alone = stage == "clip" and world > 1  # it tells the pictures of a whole batch apart: the first process trains it
+        if alone and rank:
+            dist.barrier()
         found = sorted((out / "training" / stage).glob("checkpoint_*"))
         if not found or found[-1].name != f"checkpoint_{steps:08}.safetensors":
             command = [stage, "--steps", str(steps), *options, "--out", str(out), "--cache", "runs/cache"]
@@ -211,7 +218,13 @@ class Lab:
             if stage == "pg":
                 command += ["--cg", str(self.path("cg"))]
             print("training, once: python train.py", *command, file=sys.stderr)
-            train.main(command + ["--resume"] * bool(found))
+            command += ["--resume"] * bool(found)
+            if not alone:
+                train.main(command)
+            elif subprocess.run([sys.executable, train.__file__, *command], env=SINGLE).returncode:
+                raise BadInput("the training has failed, as it says above; once that is mended, the same command goes on")
+        if alone and not rank:
+            dist.barrier()
         return out / stage
 
     def branch(self, name: str) -> ControlNet:

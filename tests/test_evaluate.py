@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -272,6 +275,23 @@ def test_the_three_trainings_of_fig7(results, ads, tmp_path, monkeypatch):
     assert options == {("--theta", "0", "--sigma", "1", "1"), ("--sigma", "1", "1"), ()}
     assert all(c[:3] == ["pg", "--steps", "600"] for c in commands)
     assert (tmp_path / "results" / "fig7.png").is_file()
+
+
+def test_under_torchrun_the_first_process_alone_trains_the_guides_clip(tmp_path):
+    """Its loss compares all pictures of a batch, so that they can't be dealt out; the second waits for it."""
+    write_world(tmp_path, base=8, workers=1, parts=("base",))
+    (tmp_path / "both.py").write_text(
+        "import torch.distributed as dist\n"
+        "import evaluate\n"
+        f"evaluate.TRAINED['guide-clip'] = 'clip', 1, ['--batch', '4', '--data', {str(tmp_path / 'base')!r}]\n"
+        "dist.init_process_group('gloo')\n"
+        "print(evaluate.Lab(evaluate.parse(['table2', '--device', 'cpu'])).path('guide-clip'))\n")
+    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "both.py"], cwd=tmp_path,
+                         env=os.environ | {"PYTHONPATH": str(Path(evaluate.__file__).parent)}, text=True, capture_output=True)
+    assert run.returncode == 0, run.stderr
+    one, other = run.stdout.split()
+    assert one == other and run.stderr.count("training, once") == 1
+    load_clip(tmp_path / one)
 
 
 @pytest.mark.parametrize("arguments, message", [
