@@ -207,7 +207,7 @@ class Lab:
         beside = version(self.path("cg")) if stage == "pg" else None
         out = Path("runs", "evaluate", f"{name}-{train.hashed([steps, options, beside])[:8]}")
         rank, world = processes()
-        alone = stage == "clip" and world > 1  # it tells the pictures of a whole batch apart: the first process trains it
+        alone = stage == "clip" and world > 1  # tells a whole batch's pictures apart: the first process trains it
         if alone and rank:
             dist.barrier()
         found = sorted((out / "training" / stage).glob("checkpoint_*"))
@@ -222,7 +222,7 @@ class Lab:
             if not alone:
                 train.main(command)
             elif subprocess.run([sys.executable, train.__file__, *command], env=SINGLE).returncode:
-                raise BadInput("the training has failed, as it says above; once that is mended, the same command goes on")
+                raise BadInput("the training failed, as it says above; once that is mended, this command goes on")
         if alone and not rank:
             dist.barrier()
         return out / stage
