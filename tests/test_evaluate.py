@@ -286,8 +286,9 @@ def test_under_torchrun_the_first_process_alone_trains_the_guides_clip(tmp_path)
         f"evaluate.TRAINED['guide-clip'] = 'clip', 1, ['--batch', '4', '--data', {str(tmp_path / 'base')!r}]\n"
         "dist.init_process_group('gloo')\n"
         "print(evaluate.Lab(evaluate.parse(['table2', '--device', 'cpu'])).path('guide-clip'))\n")
-    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "both.py"], cwd=tmp_path,
-                         env=os.environ | {"PYTHONPATH": str(Path(evaluate.__file__).parent)}, text=True, capture_output=True)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    run = subprocess.run([*torchrun, "both.py"], cwd=tmp_path, text=True, capture_output=True,
+                         env=os.environ | {"PYTHONPATH": str(Path(evaluate.__file__).parent)})
     assert run.returncode == 0, run.stderr
     one, other = run.stdout.split()
     assert one == other and run.stderr.count("training, once") == 1
