@@ -12,12 +12,14 @@ product's frame, and the product's own pixels where the mask is 1.
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -245,7 +247,7 @@ def generate_text(args) -> None:
 def generate_product(args) -> None:
     """--product: every product, after every reference if any, each --num times; several pictures come with a sheet.
 
-    Without --product the samples, CG alone beside CG + PG.
+    A single product is painted in each of several categories. Without --product the samples, CG alone beside CG + PG.
     """
     demo = args.product is None
     if demo:
@@ -254,18 +256,24 @@ def generate_product(args) -> None:
     products = [load_cutout(*pair) for pair in zip(args.product, each("mask", "product", args))]
     references = [load_masked(*pair, "reference", "--reference-mask")
                   for pair in zip(args.reference or (), each("reference_mask", "reference", args))]
-    categories = each("category", "product", args)
-    sd, cg, pg, texts = load_models(set(categories), bool(references), args)
+    if len(products) == 1:
+        categories = [dict.fromkeys(args.category)]
+    else:
+        categories = [[category] for category in each("category", "product", args)]
+    sd, cg, pg, texts = load_models(set(chain(*categories)), bool(references), args)
     painter = painter_of(sd, cg, pg, args)
 
     ads: dict[str, Ad] = {}  # by file name, in the order of the sheet
     rows = [(i, seed) for i in range(len(products)) for seed in range(args.seed, args.seed + args.num)]
     for i, seed in rows:
-        stem, ad = args.product[i].stem, Ad(*products[i], texts[categories[i]], seed)
-        if demo or not references:
-            ads[f"{stem}_{seed}.png"] = ad
-        for path, reference in zip(args.reference or (), references):
-            ads[f"{stem}_like_{path.stem}_{seed}.png"] = ad._replace(reference=reference)
+        for category in categories[i]:
+            stem, ad = args.product[i].stem, Ad(*products[i], texts[category], seed)
+            if len(categories[i]) > 1:
+                stem += "_" + re.sub(r"\W+", "_", category)
+            if demo or not references:
+                ads[f"{stem}_{seed}.png"] = ad
+            for path, reference in zip(args.reference or (), references):
+                ads[f"{stem}_like_{path.stem}_{seed}.png"] = ad._replace(reference=reference)
     names, pictures = list(ads), []
     small = partial(thumbnail, side=256 if len(ads) <= 8 else 160)  # for the sheet
     for start in range(0, len(names), args.batch):
@@ -282,7 +290,7 @@ def generate_product(args) -> None:
         first = "ControlNet" if args.controlnet else "CG"
         save(sheet(cells, ["product", f"{first} alone", "reference", f"{first} + PG"]), args.out / "sheet.png")
     elif len(pictures) > 1:
-        heads = [[None, *(small(rgb) for rgb, _ in references)]] if references else []
+        heads = [[None, *[small(rgb) for rgb, _ in references] * len(categories[0])]] if references else []
         save(sheet(heads + cells), args.out / "sheet.png")
 
 
@@ -441,7 +449,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     files = dict(metavar="FILE", type=Path, nargs="+")
     add("--product", **files, help="photo, or several (JPEG, PNG, WebP, ...); its alpha channel is its mask")
     add("--mask", **files, help="the product's mask, white on the product; one for each product")
-    add("--category", metavar="NAME", nargs="+", help="the product's category, of CG's; one for all or one for each")
+    add("--category", metavar="NAME", nargs="+", help="the product's category, of CG's; one for all or one for each; "
+        "for a single product also several: it is painted in each")
     add("--reference", **files, help="ad whose style the background follows (PG), or several [none: CG alone]")
     add("--reference-mask", **files, help="mask of the product in the reference [its alpha channel]; one for each")
     add("--data", metavar="DIR", type=Path, help="BG60k as released, or metadata.jsonl; goes on where it stopped")

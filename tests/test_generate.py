@@ -209,6 +209,18 @@ def test_every_product_after_every_reference_and_a_sheet_of_all(run):
     assert np.abs(pixels(one).astype(int) - pixels(paths[2])).max() <= 1
 
 
+def test_a_single_product_in_each_of_several_categories(run):
+    for name in ("mug", "ad"):
+        cutout(f"{name}.png", seed=len(name))
+    names = ["mug_watch_0.png", "mug_running_shoe_0.png"]
+    paths, _ = run("--product", "mug.png", "--category", "watch", "running shoe", "--out", "all")
+    assert [p.name for p in paths] == [*names, "sheet.png"]
+    [one], _ = run("--product", "mug.png", "--category", "running shoe", "--out", "one")
+    assert np.abs(pixels(one).astype(int) - pixels(paths[1])).max() <= 1 and (pixels(one) != pixels(paths[0])).any()
+    after, _ = run("--product", "mug.png", "--category", "watch", "running shoe", "--reference", "ad.png", "--out", "two")
+    assert [p.name for p in after] == ["mug_watch_like_ad_0.png", "mug_running_shoe_like_ad_0.png", "sheet.png"]
+
+
 def test_prompt_paints_at_the_base_size_or_the_given(run):
     [path], _ = run("--prompt", "a photo of a mug")
     assert pixels(path).shape == (64, 64, 3)
@@ -383,7 +395,8 @@ BAD = {  # options: what the line says
     "--product mug.png": "add the product's category",
     "--category mug": "--category goes with --product",
     "--mask mask.png": "--mask goes with --product",
-    "--product mug.png --category rice cooker": "--category: 2 given for 1 of --product",
+    "--product mug.png --category rice cooker": "not trained on category 'rice'",
+    "--product mug.png mug2.png --category rice cooker mug": "--category: 3 given for 2 of --product",
     "--product mug.png mug2.png --category mug --mask mask.png": "--mask: 1 given for 2 of --product",
     "--product mug.png folder/mug.png --category mug": "two files are named mug",
     "--reference mug.png": "--reference goes with --product",
