@@ -253,13 +253,13 @@ def generate_product(args) -> None:
     if demo:
         args.product, args.category = [TOY / "samples" / f"{SAMPLE}.png"], [SAMPLE]
         args.reference = [TOY / "samples" / f"{SAMPLE}_reference.png"]
-    products = [load_cutout(*pair) for pair in zip(args.product, each("mask", "product", args))]
-    references = [load_masked(*pair, "reference", "--reference-mask")
-                  for pair in zip(args.reference or (), each("reference_mask", "reference", args))]
-    if len(products) == 1:
+    if len(args.product) == 1:
         categories = [dict.fromkeys(args.category)]
     else:
         categories = [[category] for category in each("category", "product", args)]
+    products = [load_cutout(*pair) for pair in zip(args.product, each("mask", "product", args))]
+    references = [load_masked(*pair, "reference", "--reference-mask")
+                  for pair in zip(args.reference or (), each("reference_mask", "reference", args))]
     sd, cg, pg, texts = load_models(set(chain(*categories)), bool(references), args)
     painter = painter_of(sd, cg, pg, args)
 

@@ -395,7 +395,7 @@ BAD = {  # options: what the line says
     "--product mug.png": "add the product's category",
     "--category mug": "--category goes with --product",
     "--mask mask.png": "--mask goes with --product",
-    "--product mug.png --category rice cooker": "not trained on category 'rice'",
+    "--product mug.png --category rice cooker": "not trained on category 'cooker'",
     "--product mug.png mug2.png --category rice cooker mug": "--category: 3 given for 2 of --product",
     "--product mug.png mug2.png --category mug --mask mask.png": "--mask: 1 given for 2 of --product",
     "--product mug.png folder/mug.png --category mug": "two files are named mug",
