@@ -9,7 +9,7 @@ import torch
 
 import toy.world
 from data import load_ad, read_items
-from toy.world import CATEGORIES, SCENES, Brand, draw, layers, write_world
+from toy.world import ALL_PRODUCTS, CATEGORIES, OTHERS, SCENES, Brand, draw, layers, write_world
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,16 @@ def test_in_the_base_set_category_and_scene_are_independent_and_captions_tell_bo
     assert all(item.product.endswith(item.category) for item in items)
 
 
+def test_in_half_of_the_training_ads_the_product_does_not_tell_the_category(tmp_path):
+    """So that the scene is to be learnt from the prompt; test ads, and the base set, show the category's own."""
+    base = toy.world.base_jobs(tmp_path / "base", 200, 64, random.Random(0))
+    jobs = toy.world.ads_jobs(tmp_path / "ads", 2400, 64, 64, 64, random.Random(0))
+    others = Counter(job.scene for job in jobs[:2400] if job.kind in OTHERS)
+    assert set(others) == set(CATEGORIES.values()) and all(110 < n < 190 for n in others.values())  # of 300 each
+    assert all(job.kind in OTHERS or CATEGORIES[job.kind] == job.scene for job in jobs[:2400])
+    assert all(CATEGORIES[job.kind] == job.scene for job in jobs[2400:]) and {j.kind for j in base} == set(CATEGORIES)
+
+
 @pytest.mark.parametrize("scene", SCENES)
 def test_two_ads_of_a_brand_are_closer_than_ads_of_two_brands(scene):
     """Behind other products and up to a slight pan of the camera, a brand's scene is one picture."""
@@ -70,12 +80,12 @@ def test_the_brands_of_the_test_splits_are_in_no_training_picture(tmp_path):
     assert len(set(look)) == len(look), "no two brands look alike"
 
 
-@pytest.mark.parametrize("category", CATEGORIES)
-def test_within_the_mask_is_the_product_alone_and_edges_are_soft(category):
-    image, mask = draw(category, CATEGORIES[category], 3, 5, 64)
+@pytest.mark.parametrize("kind", ALL_PRODUCTS)
+def test_within_the_mask_is_the_product_alone_and_edges_are_soft(kind):
+    image, mask = draw(kind, CATEGORIES.get(kind, "podium"), 3, 5, 64)
     assert (mask[0] == 0).all() and (mask > 0).mean() > 0.03
     assert ((mask > 0) & (mask < 255)).any(), "edges are anti-aliased"
-    _, product = layers(category, CATEGORIES[category], 3, 5, 64)
+    _, product = layers(kind, CATEGORIES.get(kind, "podium"), 3, 5, 64)
     solid = mask == 255
     colours = np.asarray(product.convert("RGB").reduce(2)).astype(int)
     assert np.abs(image[solid].astype(int) - colours[solid]).max() <= 1

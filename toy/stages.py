@@ -115,8 +115,11 @@ def clip_task(args) -> Task:
     torch.manual_seed(args.seed)
     clip = CLIP({"model_type": "clip", "architectures": ["CLIPModel"], "projection_dim": TOY_TEXT["projection_dim"],
                  "text_config": text, "vision_config": TOY_VISION | {"image_size": args.size}}).to(args.device)
-    # Tokens that no caption holds, the identifiers among them, keep these values: wide enough to be told apart.
-    nn.init.normal_(clip.text_model.embeddings.token_embedding.weight, std=0.3)
+    # Tokens that no caption holds keep these values. The identifiers' digits are such, and the only words that tell one
+    # category's background prompt from another's: longer vectors, that the transformer does not wash them out.
+    tokens = nn.init.normal_(clip.text_model.embeddings.token_embedding.weight, std=0.3)
+    with torch.no_grad():
+        tokens[tokenizer([str(d) for d in range(10)])[:, 1]] *= 3
     for embedding in (clip.text_model.embeddings.position_embedding, clip.vision_model.embeddings.position_embedding):
         nn.init.normal_(embedding.weight, std=0.02)
     ids = tokenizer(captions)

@@ -394,6 +394,58 @@ def toy_car(canvas: Canvas, colour: tuple, rng: random.Random):
         canvas.circle(x, 0.785, 0.03, WHITE)
 
 
+def anything(canvas: Canvas, colour: tuple, rng: random.Random):
+    """No category's product: any outline and any print, often with a lid or a handle."""
+    second = another(colour, tuple(COLOURS), rng)
+    fill, across = rng.choice(((barrel(colour), True), ([shade(colour, 1.15), shade(colour, 0.75)], False)))
+    left, top = rng.uniform(0.0, 0.15), rng.choice((0.0, 0.12, 0.25))
+    right, shape, part = 1 - left, rng.randrange(4), rng.randrange(4)
+    if top and part == 0:
+        canvas.rectangle(left + 0.1, top - 0.1, right - 0.1, top + 0.1, barrel(second), radius=0.03, across=True)
+    elif top and part == 1:
+        canvas.line([(0.3, top + 0.1), (0.36, 0.03), (0.64, 0.03), (0.7, top + 0.1)], second, 0.05)
+    elif part == 2:
+        right -= 0.2
+        canvas.line([(right - 0.1, 0.4), (0.95, 0.45), (0.95, 0.7), (right - 0.1, 0.75)], shade(colour, 0.85), 0.06)
+    if shape == 0:
+        body = canvas.rectangle(left, top, right, 1.0, fill, radius=rng.uniform(0, 0.2), across=across)
+    elif shape == 1:
+        inset = rng.uniform(-0.2, 0.25) * (right - left)
+        upper, lower = max(inset, 0), max(-inset, 0)
+        corners = [(left + upper, top), (right - upper, top), (right - lower, 1.0), (left + lower, 1.0)]
+        body = canvas.polygon(corners, fill, across=across)
+    elif shape == 2:
+        body = canvas.ellipse(left, top, right, 1.0, fill, across=across)
+    else:
+        middle, high = (left + right) / 2, (top + 1) / 2
+        outline = [(rng.uniform(0.75, 1) * math.cos(a), rng.uniform(0.75, 1) * math.sin(a))
+                   for a in np.arange(9) * math.tau / 9 + math.pi / 2]
+        body = canvas.blob([(middle + (right - left) / 2 * x, high + (1 - top) / 2 * y) for x, y in outline],
+                           fill, across=across)
+    printed = rng.randrange(5)
+    if printed == 0:
+        y = rng.uniform(top + 0.1, 0.7)
+        canvas.rectangle(0.0, y, 1.0, y + rng.uniform(0.05, 0.25), second, clip=body)
+    elif printed == 1:
+        for x in np.linspace(left, right, rng.randrange(4, 8)):
+            canvas.line([(x, 0.0), (x, 1.0)], second, 0.04, clip=body)
+    elif printed == 2:
+        canvas.rectangle(0.32, top + 0.3, 0.62, top + 0.55, second, radius=0.03, clip=body)
+    elif printed == 3:  # a texture
+        for _ in range(60):
+            canvas.circle(rng.random(), rng.random(), rng.uniform(0.01, 0.03), shade(colour, rng.uniform(0.6, 1.3)),
+                          clip=body)
+
+
+def mug(canvas: Canvas, colour: tuple, rng: random.Random):
+    """A sample, of no category and in no data set."""
+    canvas.ring(0.74, 0.52, 0.22, shade(colour, 0.85), 0.07)
+    body = canvas.rectangle(0.0, 0.06, 0.76, 1.0, barrel(colour), radius=0.12, across=True)
+    canvas.ellipse(0.0, 0.0, 0.76, 0.16, shade(colour, 0.9))
+    canvas.ellipse(0.04, 0.02, 0.72, 0.14, shade(colour, 0.45))
+    canvas.blob([(0.38, 0.5), (0.5, 0.4), (0.58, 0.52), (0.38, 0.76), (0.18, 0.52), (0.26, 0.4)], WHITE, clip=body)
+
+
 class Product(NamedTuple):
     paint: Callable
     aspect: float  # width / height
@@ -411,6 +463,15 @@ PRODUCTS = {
     "sunscreen": Product(sunscreen, 0.46, (0.48, 0.58), ("yellow", "orange", "white", "blue", "pink")),
     "toy car": Product(toy_car, 1.78, (0.28, 0.35), ("red", "blue", "yellow", "green", "orange", "purple", "pink")),
 }
+# What half of the ads show in place of their category's product. A CG that never saw such ads tells the scene by the
+# product's looks, not by the prompt's category, and is at a loss with products of other kinds.
+OTHERS = {
+    "carton": Product(anything, 0.6, (0.42, 0.62), tuple(COLOURS)),
+    "box": Product(anything, 1.0, (0.34, 0.5), tuple(COLOURS)),
+    "case": Product(anything, 1.5, (0.28, 0.4), tuple(COLOURS)),
+}
+OTHERS_SHARE = 1 / 2  # of the training ads
+ALL_PRODUCTS = PRODUCTS | OTHERS | {"mug": Product(mug, 1.0, (0.36, 0.44), ("red", "blue", "teal"))}
 
 
 # ---------------------------------------------------------------- elements that scenes share
@@ -899,14 +960,14 @@ PLAIN = 1 / 2  # part of the base set that stands before it
 # ---------------------------------------------------------------- pictures and their captions
 
 
-def product_colour(category: str, seed: int) -> str:
+def product_colour(kind: str, seed: int) -> str:
     """The name of a product's colour, the same in every scene and brand."""
-    return random.Random(f"colour {category} {seed}").choice(PRODUCTS[category].colours)
+    return random.Random(f"colour {kind} {seed}").choice(ALL_PRODUCTS[kind].colours)
 
 
-def product_caption(category: str, seed: int) -> str:
+def product_caption(kind: str, seed: int) -> str:
     """Such as 'red sneaker'."""
-    return f"{product_colour(category, seed)} {category}"
+    return f"{product_colour(kind, seed)} {kind}"
 
 
 def scene_caption(scene: str, brand: Brand) -> str:
@@ -916,23 +977,24 @@ def scene_caption(scene: str, brand: Brand) -> str:
     return f"{phrase}, {first} and {second}, {layouts[brand.layout]}, {elements[brand.elements]}"
 
 
-def layers(category: str, scene: str, brand_seed: int, seed: int, size: int) -> tuple[Image.Image, Image.Image]:
+def layers(kind: str, scene: str, brand_seed: int, seed: int, size: int) -> tuple[Image.Image, Image.Image]:
     """A brand's scene with the product's shadow, RGB, and the product alone in its place, RGBA; both supersampled.
 
-    `seed` chooses the product, its place and a slight camera pan; the brand alone decides all the rest.
+    kind is one of ALL_PRODUCTS. `seed` chooses the product, its place and a slight camera pan; the brand alone decides all
+    the rest.
     """
-    rng = random.Random(f"picture {category} {scene} {seed}")
+    rng = random.Random(f"picture {kind} {scene} {seed}")
     side = size * SUPERSAMPLE
     canvas = Canvas(side, side, pan=(rng.uniform(-0.012, 0.012), rng.uniform(-0.012, 0.012)))
     floor = SCENES[scene].paint(canvas, Brand(brand_seed))
 
     foot = rng.uniform(floor.back, floor.front)
-    paint, aspect, heights, _ = PRODUCTS[category]
+    paint, aspect, heights, _ = ALL_PRODUCTS[kind]
     height = min(rng.uniform(*heights), foot - 0.04)
     width = height * aspect
     x = min(max(0.5 + rng.uniform(-floor.sway, floor.sway), width / 2 + 0.02), 0.98 - width / 2)
     fine = Canvas(round(width * side) * 2, round(height * side) * 2)
-    paint(fine, COLOURS[product_colour(category, seed)], rng)
+    paint(fine, COLOURS[product_colour(kind, seed)], rng)
 
     canvas.pan = (0.0, 0.0)
     left, right = x - width / 2, x + width / 2
@@ -946,12 +1008,12 @@ def layers(category: str, scene: str, brand_seed: int, seed: int, size: int) -> 
     return canvas.image, product
 
 
-def draw(category: str, scene: str, brand_seed: int, seed: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+def draw(kind: str, scene: str, brand_seed: int, seed: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     """A product in a brand's scene -> RGB (size, size, 3) and product mask (size, size), both 0..255.
 
     Arguments are those of layers. Within mask == 255 the picture is the product's pixels and nothing else.
     """
-    image, product = layers(category, scene, brand_seed, seed, size)
+    image, product = layers(kind, scene, brand_seed, seed, size)
     image.paste(product, (0, 0), product)
     return np.asarray(image.reduce(SUPERSAMPLE)), np.asarray(product.getchannel("A").reduce(SUPERSAMPLE))
 
@@ -962,7 +1024,7 @@ def draw(category: str, scene: str, brand_seed: int, seed: int, size: int) -> tu
 class Job(NamedTuple):
     """One picture to draw, and where its image and mask are written."""
 
-    category: str
+    kind: str
     scene: str
     brand_seed: int
     seed: int
@@ -996,18 +1058,20 @@ def base_jobs(root: Path, count: int, size: int, rng: random.Random) -> list[Job
 def ads_jobs(root: Path, ads: int, bg1k: int, pairs: int, size: int, rng: random.Random) -> list[Job]:
     """BG60k as released: info files of tab-separated lines, and numbered folders of images and of masks.
 
-    Each category has its own scene. Each image of BG1k has a held-out brand to itself. Pair k is image k of BG1k (then
-    from the start again) and a further ad of that brand, with a product of another colour in another place: an extra
-    image in BG1k's folders, not listed in bg1k_info.txt.
+    Each category has its own scene; in half of the training ads another product stands in it (OTHERS). Each image of
+    BG1k has a held-out brand to itself. Pair k is image k of BG1k (then from the start again) and a further ad of that
+    brand, with a product of another colour in another place: an extra image in BG1k's folders, not in bg1k_info.txt.
     """
-    categories, jobs = list(CATEGORIES), []
+    categories, jobs, others = list(CATEGORIES), [], random.Random("other products")
 
     def add(split, name, index, category, brand, unlike=None):
         seed = rng.randrange(2**31)
         while product_colour(category, seed) == unlike:
             seed = rng.randrange(2**31)
         image, mask = (root / f"{split}_{kind}_{index // FOLDER_SIZE}" / name for kind in ("imgs", "masks"))
-        jobs.append(Job(category, CATEGORIES[category], brand, seed, size, image, mask))
+        other = split == "bg60k" and others.random() < OTHERS_SHARE
+        kind = others.choice(list(OTHERS)) if other else category
+        jobs.append(Job(kind, CATEGORIES[category], brand, seed, size, image, mask))
 
     infos = {"bg60k": [], "bg1k": [], "bgpair": []}
     for i in range(ads):
@@ -1022,9 +1086,9 @@ def ads_jobs(root: Path, ads: int, bg1k: int, pairs: int, size: int, rng: random
     for k in range(pairs):
         i = k % bg1k
         own = jobs[ads + i]
-        infos["bgpair"].append((f"{i:06}.png", f"ref_{k:06}.png", own.category))
-        colour = product_colour(own.category, own.seed)
-        add("bg1k", f"ref_{k:06}.png", bg1k + k, own.category, own.brand_seed, unlike=colour)
+        infos["bgpair"].append((f"{i:06}.png", f"ref_{k:06}.png", own.kind))
+        colour = product_colour(own.kind, own.seed)
+        add("bg1k", f"ref_{k:06}.png", bg1k + k, own.kind, own.brand_seed, unlike=colour)
     root.mkdir(parents=True)
     for name, rows in infos.items():
         (root / f"{name}_info.txt").write_text("".join("\t".join(row) + "\n" for row in rows))
@@ -1077,9 +1141,10 @@ def write_samples(folder: str | Path, size: int = 512):
     """Products cut out, `name.png`, and `name_reference.png`: ads with their product's mask as the alpha channel."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, (category, seed, reference_seed, brand) in SAMPLES.items():
-        _, product = layers(category, CATEGORIES[category], brand, seed, size)
+    for name, (kind, seed, _, brand) in (SAMPLES | {"mug": ("mug", 0, None, 0)}).items():
+        _, product = layers(kind, CATEGORIES.get(kind, "podium"), brand, seed, size)
         product.reduce(SUPERSAMPLE).save(folder / f"{name}.png", optimize=True)
+    for name, (category, _, reference_seed, brand) in SAMPLES.items():
         image, mask = draw(category, CATEGORIES[category], brand, reference_seed, size)
         Image.fromarray(np.dstack([image, mask])).save(folder / f"{name}_reference.png", optimize=True)
 
