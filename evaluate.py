@@ -129,7 +129,7 @@ METHODS = {
 # What they need beside the shipped weights, trained on first use: stage, steps, options of train.py
 TRAINED = {
     "controlnet": ("controlnet", 2600, ["--data", str(train.TOY_DATA / "base")]),
-    "tuned": ("controlnet", 5400, ["--data", str(train.TOY_DATA / "ads"), "--prompt-dropout", "0.1"]),  # as CG
+    "tuned": ("controlnet", 4500, ["--data", str(train.TOY_DATA / "ads"), "--prompt-dropout", "0.1"]),  # as CG
     "guide-clip": ("clip", 800, ["--seed", "1"]),
     "pg-none": ("pg", 600, ["--theta", "0", "--sigma", "1", "1"]),
     "pg-dilation": ("pg", 600, ["--sigma", "1", "1"]),

@@ -64,7 +64,7 @@ TOY_SETTINGS = {
     "clip": dict(lr=1e-3, batch=64, steps=800, size=128, ema=0.0, warmup=100, decay=0.5),
     "unet": dict(lr=1e-3, batch=32, steps=10400, size=128, ema=0.999, warmup=100, decay=0.3, noise_offset=0.1,
                  weighting="min-snr", prompt_dropout=0.5),
-    "cg": TOY_BRANCH | dict(steps=5400, prompt_dropout=0.1), "pg": TOY_BRANCH,
+    "cg": TOY_BRANCH | dict(steps=4500, prompt_dropout=0.1), "pg": TOY_BRANCH,
     "joint": TOY_BRANCH | dict(prompt_dropout=0.1), "controlnet": TOY_BRANCH,
 }  # fmt: skip
 BRANCHES, TOY_STAGES = ("cg", "pg", "joint", "controlnet"), ("vae", "clip", "unet")
