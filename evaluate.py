@@ -126,10 +126,12 @@ METHODS = {
     "shuffled": Method(plain=True),  # paints nothing: the originals, dealt out anew
     **{f"fig7-{name}": Method("cg", f"pg-{name}") for name in ("none", "dilation", "mixup")},
 }
+CG = train.TOY_SETTINGS["cg"]
 # What they need beside the shipped weights, trained on first use: stage, steps, options of train.py
 TRAINED = {
     "controlnet": ("controlnet", 2600, ["--data", str(train.TOY_DATA / "base")]),
-    "tuned": ("controlnet", 4500, ["--data", str(train.TOY_DATA / "ads"), "--prompt-dropout", "0.1"]),  # as CG
+    "tuned": ("controlnet", CG["steps"], ["--data", str(train.TOY_DATA / "ads"),  # as CG
+                                          "--prompt-dropout", str(CG["prompt_dropout"])]),
     "guide-clip": ("clip", 800, ["--seed", "1"]),
     "pg-none": ("pg", 600, ["--theta", "0", "--sigma", "1", "1"]),
     "pg-dilation": ("pg", 600, ["--sigma", "1", "1"]),
