@@ -206,8 +206,8 @@ class Lab:
         if path := self.given(name):
             return path
         stage, steps, options = TRAINED[name]
-        beside = version(self.path("cg")) if stage == "pg" else None
-        out = Path("runs", "evaluate", f"{name}-{train.hashed([steps, options, beside])[:8]}")
+        frozen = {"clip": [], "controlnet": [TOY / "base"], "pg": [TOY / "base", self.path("cg")]}[stage]
+        out = Path("runs", "evaluate", f"{name}-{train.hashed([steps, options, list(map(version, frozen))])[:8]}")
         rank, world = processes()
         alone = stage == "clip" and world > 1  # tells a whole batch's pictures apart: the first process trains it
         if alone and rank:
