@@ -67,7 +67,7 @@ TEXT = {"model_type": "clip_text_model", "architectures": ["CLIPTextModel"], "vo
 
 
 def write_sd15(folder: Path) -> None:
-    """Stable Diffusion 1.5, CG and PG in their public layout and full size, random weights, float32 (7.1 GB)."""
+    """Stable Diffusion 1.5, CG and PG in their public layout and full size, random weights, float32 (7.2 GB)."""
     import torch
 
     from model import VAE, CategoryGenerator, PersonalityGenerator, TextEncoder, UNet
@@ -399,7 +399,7 @@ def main() -> None:
     parser.add_argument("what", nargs="?", choices=["toy", "sd15", "train", "batch"], default="toy")
     parser.add_argument("--all", action="store_true", help="toy: also what takes minutes")
     parser.add_argument("--steps", type=int, default=4, help="sd15: denoising steps of the pictures [4]")
-    parser.add_argument("--folder", type=Path, help="sd15, train: keep the 7.1 GB of random weights here [not kept]")
+    parser.add_argument("--folder", type=Path, help="sd15, train: keep the 7.2 GB of random weights here [not kept]")
     args = parser.parse_args()
     if args.steps < 2:
         parser.error("--steps must be at least 2: the first is not timed alone")

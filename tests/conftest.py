@@ -31,6 +31,11 @@ TEXT_CONFIG = {"model_type": "clip_text_model", "architectures": ["CLIPTextModel
                "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
                "max_position_embeddings": 77, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
                "bos_token_id": 598, "eos_token_id": 599, "pad_token_id": 599}
+VISION_CONFIG = {"model_type": "clip_vision_model", "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
+                 "num_attention_heads": 3, "image_size": 32, "patch_size": 8, "num_channels": 3,
+                 "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": 20}
+CLIP_CONFIG = {"model_type": "clip", "architectures": ["CLIPModel"], "projection_dim": 20,
+               "text_config": TEXT_CONFIG | {"projection_dim": 20}, "vision_config": VISION_CONFIG}
 
 
 @torch.no_grad()

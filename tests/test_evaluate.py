@@ -1,11 +1,13 @@
 """Evaluation: the metrics against closed forms and scipy, the baselines against their equations, tables end to end."""
 
+import io
 import json
 import math
 import os
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -14,13 +16,12 @@ import torch.nn.functional as F
 
 import evaluate
 from baselines import blended_diffusion, stable_diffusion
-from conftest import random
+from conftest import CLIP_CONFIG, random
 from data import BadInput, background_hint, load_ad, read_items
 from evaluate import frechet, interval, joint_frechet, similarity, tsne
 from generate import TOY, prompt_texts
 from model import CLIP, UNet
 from sampler import ddim, seeded
-from test_parity import CLIP_CONFIG
 from toy.world import write_world
 from weights import StableDiffusion, load_clip, load_stable_diffusion
 
@@ -141,7 +142,7 @@ def test_inpainting_keeps_the_product_and_paints_the_rest(sd, ads):
 
 
 def test_an_inpainting_unet_is_told_the_product(sd, ads, monkeypatch):
-    """Beside z_t it reads the mask of what to paint, 1 − M, and the latent of the product; nothing is put back."""
+    """Beside z_t it reads the mask of what to paint, 1 − M, and the latent of the product on grey."""
     wide = UNet(sd.unet.config | {"in_channels": 9}).requires_grad_(False)
     seen = []
     monkeypatch.setattr(UNet, "forward", lambda self, z, *_: seen.append(z) or z[:, :4])
@@ -149,7 +150,9 @@ def test_an_inpainting_unet_is_told_the_product(sd, ads, monkeypatch):
     nine = StableDiffusion(sd.tokenizer, sd.text_encoder, wide, sd.vae, sd.schedule)
     stable_diffusion(nine, rgb, mask, [prompt_texts("mug", None)] * 2, seeded(0, 2), steps=2)
     M = F.interpolate((mask > 0.5).float(), size=(32, 32))
-    assert all(torch.equal(z[:2, 4:5], 1 - M) for z in seen) and {z.shape[1] for z in seen} == {9}
+    hard = (mask > 0.5).float()
+    product = sd.encode(rgb * hard + 0.5 * (1 - hard))
+    assert all(torch.equal(z[:2], torch.cat([z[:2, :4], 1 - M, product], dim=1)) for z in seen) and len(seen) == 2
 
 
 def test_blended_diffusion_follows_the_gradient_of_the_clip_distance(sd, ads, monkeypatch):
@@ -200,7 +203,9 @@ def command(ads, out, *arguments):
 def results(ads, tmp_path_factory):
     out = tmp_path_factory.mktemp("results")
     for what in ("table1", "table2", "table4"):
-        command(ads, out, what)
+        with redirect_stdout(io.StringIO()) as printed:
+            command(ads, out, what)
+        (out / f"{what}.printed").write_text(printed.getvalue())
     return out
 
 
@@ -210,6 +215,7 @@ def test_a_table_is_printed_and_kept_with_its_figures(results, table, count, pai
     measured = [row["measured"] for row in content["rows"] if row["measured"]]
     assert len(measured) == painted and {row["n"] for row in measured} == {count}
     text = (results / f"{table}.md").read_text()
+    assert (results / f"{table}.printed").read_text() == text
     for row in measured:
         assert ("joint" in row) == (table == "table1")
         for value, half in [row[metric] for metric in ("similarity", "frechet", "joint") if metric in row]:

@@ -21,7 +21,7 @@ def test_a_notebook_runs_without_error(path, tmp_path):
 def test_a_notebook_is_committed_with_its_outputs(path):
     cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
     assert path.stat().st_size < 1.5e6
-    assert all(cell.execution_count for cell in cells), "run it from top to bottom"
+    assert [cell.execution_count for cell in cells] == [*range(1, len(cells) + 1)], "run it from top to bottom"
     outputs = [output for cell in cells for output in cell.outputs]
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= 4
     assert not [output for output in outputs if output.output_type == "error"]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import TEXT_CONFIG, UNETS, VAE_CONFIG, inputs, random, randomise, relative_error
+from conftest import CLIP_CONFIG, TEXT_CONFIG, UNETS, VAE_CONFIG, inputs, random, randomise, relative_error
 from model import CLIP, VAE, CategoryGenerator, ControlNet, PersonalityGenerator, TextEncoder, UNet, predict_noise
 from sampler import Schedule, ddim, ddim_step
 from weights import (CONTROL_FILES, TEXT_FILES, UNET_FILES, control_config, load_module, load_tokenizer, save_control,
@@ -23,11 +23,6 @@ diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
 TOLERANCE = 1e-4
-VISION_CONFIG = {"model_type": "clip_vision_model", "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
-                 "num_attention_heads": 3, "image_size": 32, "patch_size": 8, "num_channels": 3,
-                 "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": 20}
-CLIP_CONFIG = {"model_type": "clip", "architectures": ["CLIPModel"], "projection_dim": 20,
-               "text_config": TEXT_CONFIG | {"projection_dim": 20}, "vision_config": VISION_CONFIG}
 
 
 def config_of(theirs) -> dict:
@@ -284,7 +279,7 @@ def test_a_grown_vocabulary_reads_the_same_in_transformers(tmp_path):
     equal_ids(load_tokenizer(tmp_path / "tokenizer"), transformers.CLIPTokenizer.from_pretrained(tmp_path / "tokenizer"))
 
 
-vocabulary = pytest.mark.skipif(not CLIP_VOCABULARY.is_dir(), reason="CLIP's vocabulary is not at hand")
+vocabulary = pytest.mark.skipif(not CLIP_VOCABULARY.is_dir(), reason=f"needs CLIP's vocabulary in {CLIP_VOCABULARY}")
 
 
 @vocabulary

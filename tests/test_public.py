@@ -25,7 +25,7 @@ from weights import (RENAMES, TEXT_FILES, UNET_FILES, BadInput, control_config, 
 
 LAYOUTS = Path(__file__).resolve().parents[2] / "shared" / "layouts"
 ROUNDING = 1e-5  # of the largest value: what float32 sums in another order may differ by
-layouts = pytest.mark.skipif(not LAYOUTS.is_dir(), reason="the public files' names and shapes are not at hand")
+layouts = pytest.mark.skipif(not LAYOUTS.is_dir(), reason=f"needs the public files' names and shapes in {LAYOUTS}")
 
 # ---------------------------------------------------------------- the real files' names and shapes
 

@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```\n(.*?)^```", README, re.M | re.S)
-COMMANDS = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() if line.startswith("python ")]
+FENCES = re.findall(r"^```(\w*)\n(.*?)^```", README, re.M | re.S)  # sh: with placeholders for files of one's own
+COMMANDS = [line for kind, block in FENCES if not kind for line in block.replace("\\\n", " ").splitlines() if line.startswith("python ")]
 # What makes each program's run short, added to its command; a later option counts
 SHORT = {"generate.py": "--steps 2", "train.py": "--steps 2 --batch 4",
          "toy/world.py": "--base 8 --ads 8 --bg1k 8 --pairs 9",
@@ -25,7 +25,7 @@ def test_every_command_of_the_readme_runs_in_order(tmp_path):
         shutil.copy(path, tmp_path)
     shutil.copytree(ROOT / "toy", tmp_path / "toy", ignore=shutil.ignore_patterns("data", "__pycache__"))
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    assert len(COMMANDS) > 5
+    assert {command.split()[1] for command in COMMANDS} == {*SHORT}
     for command in COMMANDS:
         program = command.split()[1]
         done = subprocess.run(["bash", "-c", f"{command} {SHORT[program]}"], cwd=tmp_path, env=environment,

@@ -122,7 +122,7 @@ def test_cg_paints_half_of_the_categories_own_scenes_at_least(sd, clip):
     """CLIP, which has seen every product in every scene, tells the scene of what CG paints for each category.
 
     A scene's text is the mean over the captions of many brands, so that no palette or layout counts. One in eight would
-    be chance. By eye CG is right here throughout, and CLIP not: it told 5 of 8 when this was written.
+    be chance. By eye CG is right here throughout, and CLIP not: it tells 5 of 8.
     """
     names = [name for name in SAMPLES if name[-1] not in "234"]
     categories = [SAMPLES[name][0] for name in names]

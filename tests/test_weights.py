@@ -237,7 +237,7 @@ def test_padding_is_what_tokenizer_config_says(tmp_path):
         assert tokenizer([""])[0].tolist() == [tokenizer.start, tokenizer.end] + [tokenizer.bpe.token_to_id("!")] * 6
 
 
-# ---------------------------------------------------------------- the shipped toy
+# ---------------------------------------------------------------- what the folders hold
 
 
 def test_control_files_are_ordinary_controlnet_folders(tmp_path, cg):
