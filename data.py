@@ -27,11 +27,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from safetensors import SafetensorError
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from weights import BadInput, write_atomic
+from weights import BadInput, check_folder, write_atomic
 
 # Background perturbation, section 5.1
 THETA = 50  # kernel of the dilation in pixels of a 512 x 512 image; scaled along with other sizes
@@ -40,6 +41,8 @@ SIGMA = (0.75, 0.95)  # σ of the mixup is uniform in this range
 EXTRA_MASKS = 3  # at most so many, each a rectangle or an ellipse
 EXTRA_RADII = (0.03, 0.15)  # half their height and half their width
 TRANSLATION = 0.15  # the mask's copy moves at most so far, up or down and left or right
+
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # open_image refuses such pictures
 
 AnyPath = Path | str
 SOLID = 0.99  # from this M on a pixel is all product: its colour is never touched
@@ -52,7 +55,9 @@ SPLITS = {"bg60k": "bg60k", "bg1k": "bg1k", "bgpair": "bg1k"}  # split: the pref
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Around a program's main: BadInput, and a full GPU, become one line on stderr and exit status 2, no traceback."""
+    """Around a program's main: BadInput, a full GPU and a file system that refuses become one line on stderr and exit
+    status 2, no traceback.
+    """
     try:
         yield
     except BadInput as error:
@@ -61,6 +66,11 @@ def one_line_errors() -> Iterator[None]:
         raise SystemExit(2) from None
     except torch.OutOfMemoryError:
         print("error: the GPU's memory is full; lower --batch (in training --micro-batch) or --size", file=sys.stderr)
+        raise SystemExit(2) from None
+    except (OSError, SafetensorError) as error:  # no room or no permission, or a name that is too long
+        where = f"{name}: " if (name := getattr(error, "filename", None)) else ""
+        print(f"error: {where}{getattr(error, 'strerror', None) or error}; make room, or choose another place",
+              file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -80,13 +90,13 @@ def open_image(path: AnyPath) -> Image.Image:
     Raises BadInput where the file is missing, empty, cut short, no image of FORMATS, or above Pillow's pixel limit.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as file:
-                image = ImageOps.exif_transpose(file)  # decodes
+        with Image.open(path, formats=FORMATS) as file:
+            if file.width * file.height > Image.MAX_IMAGE_PIXELS:
+                raise Image.DecompressionBombError
+            image = ImageOps.exif_transpose(file)  # decodes
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+    except Image.DecompressionBombError:
         raise BadInput(f"{path}: over {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller") from None
     except Exception as error:  # what Pillow's decoders raise on damaged files is not a closed list
         raise BadInput(f"{path}: not a readable image ({type(error).__name__}); save it as PNG or JPEG") from error
@@ -350,8 +360,8 @@ def _read_bg60k(root: Path, split: str) -> tuple[list[Item], list[str], str]:
 
     def find(name: str) -> tuple[Path | None, Path | None]:
         """The image listed as name, which may hold its folder and lack its suffix; and its mask, matched by stem."""
-        parts = PurePosixPath(name).parts[-2:]
-        image = images.get("/".join(parts)) or images.get(parts[-1])
+        path = PurePosixPath(name)
+        image = images.get("/".join(path.parts[-2:])) or images.get(path.name)
         if image is None:
             return None, None
         folder = image.parent.name.replace("_imgs_", "_masks_")  # of the same number, or else any
@@ -460,6 +470,7 @@ def drop_lines(file: Path, numbers: set[int]) -> Path:
     """Takes lines (counted from 1) out of a data set's list -> where all that it ever held are kept: FILE.all."""
     kept, text = file.with_name(file.name + ".all"), file.read_text(encoding="utf-8")
     before = kept.read_text(encoding="utf-8") if kept.exists() else ""
+    before += "\n" * (before[-1:] not in ("", "\n"))
     known = set(before.split("\n"))
     whole = before + "".join(line for line in io.StringIO(text) if line.rstrip("\n") not in known)
     write_atomic(kept, lambda new: new.write_text(whole, encoding="utf-8"))
@@ -619,6 +630,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.size < 1:
         raise BadInput(f"--size {options.size}: must be at least 1")
+    if options.sheet:
+        check_folder(Path(options.sheet).parent, "--sheet")  # before an hour of loading
 
     if options.list:
         print(f"{list_folder(options.dir):,} pictures listed in {options.dir / 'metadata.jsonl'}")

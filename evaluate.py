@@ -19,6 +19,7 @@ import math
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
@@ -36,10 +37,10 @@ from tqdm import tqdm
 
 import train
 from baselines import STRENGTH, blended_diffusion, stable_diffusion
-from data import (BadInput, Item, Parser, background_hint, load_masked, one_line_errors, open_image,
+from data import (MASK_OF_ITEM, BadInput, Item, Parser, background_hint, load_masked, one_line_errors, open_image,
                   read_items, sheet, thumbnail, to_tensor)
-from generate import (GUIDANCE, STEPS, TOY, branch_path, load_base, load_branch, native_bfloat16, paint, paint_items,
-                      pick_dtype, real, result_path, save, texts_of, whole)
+from generate import (GUIDANCE, STEPS, TOY, branch_path, check_identifiers, load_base, load_branch, native_bfloat16,
+                      paint, paint_items, pick_dtype, real, result_path, save, texts_of, whole)
 from model import CLIP, ControlNet
 from weights import (StableDiffusion, check_folder, load_clip, pick_device, processes, version, write_atomic,
                      write_json)
@@ -92,8 +93,8 @@ def interval(statistic: Callable[[Tensor], Tensor], n: int, resamples: int = RES
     sample with repetitions is less varied, which raises every Fréchet distance above the one that is reported.
     """
     generator = Generator().manual_seed(0)
-    drawn = [statistic(torch.randint(n, (n,), generator=generator)) for _ in range(resamples)]
-    return float(statistic(torch.arange(n))), 1.96 * float(torch.stack(drawn).std())
+    values = [statistic(torch.randint(n, (n,), generator=generator)) for _ in range(resamples)]
+    return float(statistic(torch.arange(n))), 1.96 * float(torch.stack(values).std())
 
 
 # ---------------------------------------------------------------- the methods
@@ -171,7 +172,7 @@ class Lab:
 
     def __init__(self, args):
         self.args, self.size = args, args.size  # as it was given: load_base settles args.size
-        self.branch, self.clip, self.items = map(cache, (self.branch, self.clip, self.items))
+        self.branch, self.clip, self.all_items = map(cache, (self.branch, self.clip, self.all_items))
 
     @cached_property
     def sd(self) -> StableDiffusion:
@@ -199,6 +200,8 @@ class Lab:
                 version(path)
         if not all(METHODS[method].plain for method in methods):
             texts_of({item.category for item in items}, self.given("cg"), None)
+            for path in filter(None, map(self.given, {*names} - {"controlnet", "guide-clip"})):
+                check_identifiers(self.given("cg"), path)
 
     def path(self, name: str) -> Path:
         """Of a model's weights, which are trained first where they are the toy's and not shipped."""
@@ -237,9 +240,12 @@ class Lab:
         return load_clip(self.path(name), self.args.device, torch.float32)
 
     def items(self, protocol: str) -> list[Item]:
+        return self.all_items(protocol)[: self.args.limit]
+
+    def all_items(self, protocol: str) -> list[Item]:
         """bg1k: products; ref: products and the references they are paired with; self: each its own reference."""
         args = self.args
-        items = read_items(args.data, "bg1k" if protocol == "bg1k" else "bgpair")[0][: args.limit]
+        items = read_items(args.data, "bg1k" if protocol == "bg1k" else "bgpair")[0]
         if protocol == "bg1k":
             return [replace(item, reference=None, reference_mask=None) for item in items]
         if protocol == "self":
@@ -271,10 +277,11 @@ class Lab:
         """
         method, args = METHODS[name], self.args
         models = [args.weights or TOY / "base", *map(self.path, method.models())]
-        key = [method, str(args.data), args.steps, args.guidance, args.seed, self.size, args.hint, str(args.dtype)]
+        key = [method, args.steps, args.guidance, args.seed, self.size, args.hint, str(args.dtype), str(args.tokenizer)]
         if method.baseline == "blended_diffusion":
             key += [args.strength]
-        key += [f"{item.image} {item.reference}" for item in items if folder not in PROTOCOLS]  # a figure's own pairs
+        for item in self.all_items(folder) if folder in PROTOCOLS else items:  # whatever --limit is
+            key += [item.category, *map(train.stamp, (item.image, item.mask, item.reference, item.reference_mask))]
         out = args.out / "pictures" / folder / f"{name}-{train.hashed([key, list(map(version, models))])[:8]}"
         paths = [result_path(out, i, item) for i, item in enumerate(items)]
         missing = not all(path.exists() for path in paths)
@@ -294,13 +301,12 @@ class Lab:
         (n, d), computed once; not a number where a picture can't be read, which is named.
         """
         clip = self.clip()
-        masks = [(item.image, item.mask, item.inverted) for item in items] if items else [None] * len(paths)
-
-        def embed(path: Path, mask: tuple[Path, Path | None, bool] | None) -> Tensor:
+        def embed(path: Path, item: Item | None) -> Tensor:
             try:
                 picture = to_tensor(open_image(path).convert("RGB"))
-                if mask:
-                    picture = background_hint(picture, load_masked(*mask[:2], inverted=mask[2])[1])
+                if item:
+                    mask = load_masked(item.image, item.mask, "image", MASK_OF_ITEM, item.inverted)[1]
+                    picture = background_hint(picture, mask)
             except BadInput as error:
                 print(f"skipped: {error}", file=sys.stderr)
                 picture = torch.full((3, 8, 8), math.nan)
@@ -308,12 +314,13 @@ class Lab:
 
         @torch.no_grad()
         def compute() -> dict[str, Tensor]:
-            pairs, rows = list(zip(paths, masks)), []
+            pairs, rows = list(zip(paths, items or [None] * len(paths))), []
             for k in tqdm(range(0, len(pairs), 64), "embedding", unit="batch", disable=not sys.stderr.isatty()):
                 rows.append(clip.encode_image(torch.cat([embed(*pair) for pair in pairs[k : k + 64]])).cpu())
             return {"embeddings": torch.cat(rows)}
 
-        key = [train.digest(clip), [train.stamp(path) for path in paths], [str(mask) for mask in masks]]
+        masks = [[train.stamp(item.image), train.stamp(item.mask), item.inverted] for item in items or ()]
+        key = [train.digest(clip), [train.stamp(path) for path in paths], masks]
         return train.cached(self.args.out / "embeddings", key, compute)["embeddings"]
 
 
@@ -347,7 +354,8 @@ def measure(lab: Lab, name: str, protocol: str) -> Measured:
     """Paints and embeds. Items that can't be painted or read are left out."""
     items = lab.items(protocol)
     if name == "shuffled":
-        paths = [items[i].image for i in torch.randperm(len(items), generator=Generator().manual_seed(0)).tolist()]
+        order = torch.randperm(len(items), generator=Generator().manual_seed(0))
+        paths = [items[i].image for i in order.roll(1)[order.argsort()].tolist()]  # along one round, so none its own
     else:
         paths = lab.pictures(name, items, protocol)
     kept = [i for i, path in enumerate(paths) if path.exists()]
@@ -358,9 +366,9 @@ def measure(lab: Lab, name: str, protocol: str) -> Measured:
     wanted = originals if protocol == "bg1k" else lab.embeddings([items[i].reference for i in kept])
     names = sorted({item.category for item in items})
     categories = F.one_hot(torch.tensor([names.index(items[i].category) for i in kept]), len(names))
-    whole = (painted + originals + wanted).isfinite().all(dim=1).tolist()  # the rest can't be read
+    read = (painted + originals + wanted).isfinite().all(dim=1).tolist()  # of the rest a file can't be read
     everything = Measured(kept, similarity(painted, wanted), painted, originals, categories)
-    return everything.only([i for i, w in zip(kept, whole) if w])
+    return everything.only([i for i, r in zip(kept, read) if r])
 
 
 def figures_of(measured: Measured, ours: Measured, metrics: list[str]) -> dict:
@@ -407,9 +415,9 @@ def table(lab: Lab, name: str) -> None:
         head = f"{PROTOCOLS[p]} {ours} ahead, on the same items, by {named}: ".lstrip()
         lines += ["", head + "; ".join(ahead[p]) + "."]
     n = sorted({len(m.kept) for m in measured.values()})
-    lines += ["", f"{' or '.join(map(str, n))} pictures a figure; ± is half of the 95% interval ({RESAMPLES} bootstrap "
-              "samples). The paper's figures are of BG60k and another CLIP: compare orders only."]
     args = lab.args
+    lines += ["", f"{' or '.join(map(str, n))} pictures a figure; ± is half of the 95% interval ({RESAMPLES} bootstrap "
+              "samples)." + " The paper's figures are of BG60k and another CLIP: compare orders only." * (not args.weights)]
     settings = {"data": str(args.data), "steps": args.steps, "guidance": args.guidance, "seed": args.seed}
     write_json(settings | {"rows": results}, args.out / f"{name}.json")
     write_atomic(args.out / f"{name}.md", lambda new: new.write_text("\n".join(lines) + "\n", encoding="utf-8"))
@@ -450,13 +458,14 @@ def tsne(x: Tensor, perplexity: float = 30.0, steps: int = 500) -> Tensor:
 def figure_tsne(lab: Lab) -> None:
     """Fig. 5a: background features of CG's pictures and of ControlNet's around their categories' centres, which are the
     means of the training set's. Also prints, of normalised features, the mean distance to the centre of the own
-    category, and for how many that centre is the nearest; of the original backgrounds too.
+    category, and for how many that centre is the nearest; of the original backgrounds too. The figure shows the
+    20 commonest categories, the numbers are of all.
     """
     def features(paths: list[Path], items: list[Item]) -> tuple[Tensor, list[str]]:
         """Of the pictures that can be read, and their categories."""
         x = F.normalize(lab.embeddings(paths, items), dim=1)
-        whole = x.isfinite().all(dim=1)
-        return x[whole], [item.category for item, w in zip(items, whole.tolist()) if w]
+        read = x.isfinite().all(dim=1)
+        return x[read], [item.category for item, r in zip(items, read.tolist()) if r]
 
     items = lab.items("bg1k")
     lab.check(["cg", "controlnet"], items)
@@ -479,7 +488,11 @@ def figure_tsne(lab: Lab) -> None:
         if method:
             points.append(x)
             kinds += [(label, category) for category in of]
-    save(scatter(tsne(torch.cat(points)), kinds, categories), lab.args.out / "tsne.png")
+    # the commonest categories, as many as the legend has room for
+    counts = Counter(item.category for item in items if item.category in categories)
+    largest = sorted(category for category, _ in counts.most_common(20))
+    rows = [i for i, (_, category) in enumerate(kinds) if category in largest]
+    save(scatter(tsne(torch.cat(points)[rows]), [kinds[i] for i in rows], largest), lab.args.out / "tsne.png")
 
 
 def scatter(y: Tensor, kinds: list[tuple[str, str]], categories: list[str], side: int = 900) -> Image.Image:

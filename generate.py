@@ -37,7 +37,7 @@ from weights import (StableDiffusion, check_folder, load_control, load_stable_di
 
 TOY = Path(__file__).resolve().parent / "toy"
 SAMPLE = "perfume"  # of toy/samples, painted where no product is given
-IDENTIFIER = "sks {}"  # [D], section 5.1: 'sks' and the category's id
+IDENTIFIER = "sks {}"  # [D], section 5.1: 'sks' and the category's id, its position in the sorted list
 
 # ---------------------------------------------------------------- a batch on its canvas
 
@@ -143,7 +143,9 @@ def paint_ads(ads: list[Ad], painter: Callable, multiple: int, args) -> list[Ten
 
 def check_finite(painted: Tensor, args) -> None:
     if not painted.isfinite().all():
-        raise BadInput(f"--dtype: the networks overflow in {str(args.dtype)[6:]}; add --dtype float32")
+        raise BadInput("the pictures are not numbers: the weights are broken, or their training failed"
+                       if args.dtype == torch.float32 else
+                       f"--dtype: the networks overflow in {str(args.dtype)[6:]}; add --dtype float32")
 
 
 def painter_of(sd: StableDiffusion, cg: ControlNet, pg: ControlNet | None, args) -> Callable:
@@ -191,27 +193,34 @@ def load_branch(kind: str, path: Path, sd: StableDiffusion, args) -> ControlNet:
     return branch
 
 
-def categories_file(cg: Path) -> Path:
-    """Lies in CG's folder, or beside its single file."""
-    return (cg.parent if cg.is_file() else cg) / "categories.json"
+def categories_file(branch: Path) -> Path:
+    """Lies in CG's and PG's folder, or beside a single file: the identifier [D] of each category it was trained on."""
+    return (branch.parent if branch.is_file() else branch) / "categories.json"
+
+
+def check_identifiers(cg: Path, other: Path) -> None:
+    """Raises BadInput where CG and the branch beside it were trained with different identifiers."""
+    file = categories_file(other)
+    if file.is_file() and read_json(file) != read_json(categories_file(cg)):
+        raise BadInput(f"{other} was trained on other categories than {cg}, or with other identifiers: "
+                       "give branches that belong together")
 
 
 def texts_of(names: set[str], cg: Path | None, plain_prompt: bool | None) -> dict[str, tuple[str, str, str]]:
-    """The prompts of each category in `names`. Its identifier is its position in the list saved with CG.
+    """The prompts of each category in `names`, with the identifiers that are saved with CG.
 
-    Raises BadInput for a name that is not in the list, unless the plain prompt is asked for instead (None: can't be).
+    Raises BadInput for a name that is not among them, unless the plain prompt is asked for instead (None: can't be).
     Without a CG (None) all get the plain one.
     """
     if cg is None:
         return {name: prompt_texts(name, None) for name in names}
     file = categories_file(cg)
-    known = [] if plain_prompt and not file.exists() else read_json(file)
+    known = {} if plain_prompt and not file.exists() else read_json(file)
     if (unknown := sorted(names - set(known))) and not plain_prompt:
-        some = ", ".join(known[:20]) + (f", ... ({len(known):,} in all, see {file})" if len(known) > 20 else "")
+        some = ", ".join([*known][:20]) + (f", ... ({len(known):,} in all, see {file})" if len(known) > 20 else "")
         raise BadInput(f"CG was not trained on category {unknown[0]!r}; choose one of {some}"
                        + "; or add --plain-prompt" * (plain_prompt is not None))
-    identifiers = {name: IDENTIFIER.format(i) for i, name in enumerate(known)}
-    return {name: prompt_texts(name, identifiers.get(name)) for name in names}
+    return {name: prompt_texts(name, known.get(name)) for name in names}
 
 
 def load_models(names: set[str], with_pg: bool, args):
@@ -219,6 +228,8 @@ def load_models(names: set[str], with_pg: bool, args):
     cg_path = None if args.controlnet else branch_path("cg", args)
     pg_path = branch_path("pg", args) if with_pg else None
     texts = texts_of(names, cg_path, args.plain_prompt)
+    if cg_path and pg_path and not args.plain_prompt:
+        check_identifiers(cg_path, pg_path)
     sd = load_base(args)
     cg = load_branch("category" if cg_path else "controlnet", cg_path or args.controlnet, sd, args)
     pg = load_branch("personality", pg_path, sd, args) if with_pg else None
@@ -337,8 +348,8 @@ def paint_items(items: list[Item], texts: dict[str, tuple[str, str, str]], paint
     manifest = args.out / "manifest.jsonl"
     paths = [result_path(args.out, i, item) for i, item in enumerate(items)]
     listed = {line["file"]: line for line in read_log(manifest)}
-    how = {name: str(getattr(args, name, None)) for name in ("weights", "cg", "pg", "controlnet", "hint", "start",
-                                                             "plain_prompt", "size", "steps", "guidance", "models")}
+    how = {name: str(getattr(args, name, None)) for name in ("weights", "tokenizer", "cg", "pg", "controlnet", "hint",
+                                                             "start", "plain_prompt", "size", "steps", "guidance", "models")}
 
     def entry(i: int) -> dict:
         item = items[i]
@@ -476,7 +487,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--tokenizer", metavar="DIR", type=Path,
         help="folder with vocab.json and merges.txt [tokenizer/ in --weights; beside a single file]")
     add("--cg", metavar="PATH", type=Path, help="Category-Wise Generator, trained on the base [toy/cg]")
-    add("--pg", metavar="PATH", type=Path, help="Personality-Wise Generator, trained on the base [toy/pg]")
+    add("--pg", metavar="PATH", type=Path, help="Personality-Wise Generator, trained on the base; paints where there is a reference [toy/pg]")
     add("--controlnet", metavar="PATH", type=Path,
         help="a plain ControlNet in place of CG, with the plain prompt 'A photo of NAME': the paper's baseline")
     add("--hint", choices=["product", "inpaint"], default="product",
@@ -507,6 +518,9 @@ def check(args) -> None:
         raise BadInput("--hint goes with --controlnet; add that one")
     if args.product and not args.category:
         raise BadInput("--product goes with --category; add the product's category")
+    names = [re.sub(r"\W+", "_", category) for category in dict.fromkeys(args.category or ())]
+    if len(args.product or ()) == 1 and len({*names}) < len(names):
+        raise BadInput(f"--category: two of {', '.join(args.category)} would give results of one name; leave one out")
     for option in ("product", "reference"):
         stems = [path.stem for path in getattr(args, option) or ()]
         if twice := {stem for stem in stems if stems.count(stem) > 1}:

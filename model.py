@@ -103,7 +103,9 @@ def run_layer(block: nn.Module, *inputs) -> Tensor:
 
 
 class DownBlock(nn.Module):
-    """One level of the encoder. Returns its output and what each layer leaves as a skip connection."""
+    """One level of the encoder. x (B, C_in, h, w), time (B, T) -> its output, (B, C, h/2, w/2) or for the last level
+    (B, C, h, w), and what each layer and the downsampling leave as skip connections, of C channels each.
+    """
 
     recompute = False
 
@@ -153,7 +155,9 @@ class MidBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """One level of the decoder. Each layer takes one skip connection, the last ones left first."""
+    """One level of the decoder. x (B, C_in, h, w) -> (B, C, 2h, 2w), or for the last level (B, C, h, w). Each layer reads
+    x beside one skip connection (B, S, h, w), the last ones left first.
+    """
 
     recompute = False
 
@@ -256,7 +260,8 @@ class UNet(UNetEncoder):
         self.conv_out = nn.Conv2d(channels[0], config["out_channels"], 3, padding=1)
 
     def forward(self, z: Tensor, t: Tensor, context: Tensor, residuals: list[Tensor] | None = None) -> Tensor:
-        """z_t (B, 4, h, w), t (B,) or for all alike (1,) int64, context P (B, L, D) -> eps (B, 4, h, w).
+        """z_t (B, 4, h, w), t (B,) or for all alike (1,) int64, context P (B, L, D) -> eps (B, 4, h, w). An inpainting
+        UNet reads five channels more than z_t: see StableDiffusion.inpainting.
 
         residuals: what the branches add, one tensor a skip connection and, last, one for the middle block (13 for
         SD 1.5); those of several branches are summed by the caller.
@@ -276,7 +281,8 @@ class UNet(UNetEncoder):
 
 
 class HintEncoder(nn.Module):
-    """ControlNet's small convolutional encoder of the hint. (B, 3, H, W) in [0, 1] -> (B, C, h, w).
+    """ControlNet's small convolutional encoder of the hint. (B, 3, H, W) in [0, 1] (ControlNet 1.1 inpaint: −1 where it
+    is to paint) -> (B, C, h, w).
 
     One strided convolution for each step of `channels`: three for SD 1.5, f = 8.
     """

@@ -47,8 +47,9 @@ from generate import (IDENTIFIER, TOY, branch_path, categories_file, encode_prom
 from model import CategoryGenerator, ControlNet, PersonalityGenerator, Prompts, UNet, predict_noise
 from sampler import Schedule, seeded
 from toy.world import write_world
-from weights import (StableDiffusion, check_folder, control_config, load_stable_diffusion, pick_device, read_json,
-                     processes, read_log, read_tensors, save_control, write_atomic)
+from weights import (CONTROL_FILES, TEXT_FILES, StableDiffusion, check_folder, control_config, load_stable_diffusion,
+                     pick_device, processes, read_json, read_log, read_tensors, save_control,
+                     version, write_atomic)
 
 TOY_DATA = TOY / "data"
 
@@ -63,11 +64,13 @@ TOY_SETTINGS = {
     "vae": dict(lr=2e-3, batch=12, steps=4800, size=128, ema=0.995, warmup=50, decay=0.5),
     "clip": dict(lr=1e-3, batch=64, steps=800, size=128, ema=0.0, warmup=100, decay=0.5),
     "unet": dict(lr=1e-3, batch=32, steps=10400, size=128, ema=0.999, warmup=100, decay=0.3, noise_offset=0.1,
-                 weighting="min-snr", prompt_dropout=0.5),
+                 weighting="min-snr"),
     "cg": TOY_BRANCH | dict(steps=4500, prompt_dropout=0.1), "pg": TOY_BRANCH,
     "joint": TOY_BRANCH | dict(prompt_dropout=0.1), "controlnet": TOY_BRANCH,
 }  # fmt: skip
 BRANCHES, TOY_STAGES = ("cg", "pg", "joint", "controlnet"), ("vae", "clip", "unet")
+WRITTEN = {"config.json", "categories.json", *CONTROL_FILES, *TEXT_FILES, "vocab.json", "merges.txt",
+           "tokenizer_config.json"}  # to a trained model's folder
 
 # ---------------------------------------------------------------- processes
 
@@ -178,8 +181,8 @@ def run(task: Task, args) -> None:
         model = DistributedDataParallel(model)
     log = open_log(folder / "log.jsonl", start) if rank == 0 else None
 
-    loader = DataLoader(task.samples, num_workers=args.workers, pin_memory=args.device != "cpu", batch_sampler=Batches(
-        len(task.samples), args.batch, args.seed, start, args.steps, rank, world))
+    loader = DataLoader(task.samples, num_workers=args.workers, pin_memory=args.device != "cpu", worker_init_fn=outlive,
+                        batch_sampler=Batches(len(task.samples), args.batch, args.seed, start, args.steps, rank, world))
     bar = tqdm(loader, initial=start, total=args.steps, unit="step", disable=rank > 0 or not sys.stderr.isatty())
     stopped = []
     handler = signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
@@ -248,6 +251,11 @@ def run(task: Task, args) -> None:
     if log:
         log.close()
     barrier()  # what the first process saves is there when any goes on
+
+
+def outlive(worker: int) -> None:
+    """A loader's worker leaves SIGTERM, which torchrun and batch systems send to all processes, to the one it serves."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def accumulate(model: nn.Module, batch: dict, step: int, scaler, attention: Callable, args) -> float:
@@ -319,11 +327,12 @@ def checkpoints(args) -> list[Path]:
 
 def settings_of(args) -> dict:
     """What must stay the same for a resumed run to be the run that was interrupted."""
-    names = ("data", "weights", "cg", "init_control", "batch", "steps", "size", "lr", "warmup", "decay", "weight_decay",
+    names = ("data", "weights", "tokenizer", "cg", "init_control", "batch", "steps", "size", "lr", "warmup", "decay", "weight_decay",
              "ema", "noise_offset", "weighting", "prompt_dropout", "theta", "sigma", "seed", "amp")
     values = {name: getattr(args, name) for name in names}
+    frozen = hashed([version(path) for path in (args.weights, args.cg) if path]) if args.stage in BRANCHES else None
     return {name: value if isinstance(value, (int, float, list)) else str(value)
-            for name, value in values.items()} | {"categories": hashed(args.categories)}
+            for name, value in values.items()} | {"identifiers": hashed(args.identifiers), "frozen weights": frozen}
 
 
 def save_checkpoint(args, step: int, parameters: dict, ema: dict, optimizer, scaler) -> None:
@@ -373,9 +382,9 @@ def load_checkpoint(args, parameters: dict, ema: dict, optimizer, scaler) -> int
         raise BadInput(f"{path} is broken, or of another model or other settings ({str(error).splitlines()[0]}); "
                        "give the options of the run, or remove it to go on from the one before") from None
     now = json.loads(json.dumps(settings_of(args)))
-    if settings.get("categories", now["categories"]) != now["categories"]:
-        raise BadInput(f"{args.data} has other categories than when the run began, and with them other identifiers; "
-                       "train anew, to another --out")
+    if settings.get("identifiers") != now["identifiers"]:
+        raise BadInput(f"the categories of {args.data}, or their identifiers, are not those that the run began with; "
+                       "give the run's --data and --identifier, or train anew to another --out")
     changed = [f"{name} {settings.get(name)} -> {now[name]}" for name in now if settings.get(name) != now[name]]
     if changed and processes()[0] == 0:
         print(f"resumed with other settings than the run's: {', '.join(changed)}", file=sys.stderr)
@@ -467,7 +476,7 @@ class Samples(Dataset):
     """Training samples by (index, seed); all randomness of one comes from its seed, on whichever worker makes it.
 
     {"index"} and, of `pictures`, {"image", "mask"}; `perturbed` adds PG's hint "background" (Eq. 5, 6); with `latents`
-    what one step of Eq. 1 draws: "z_0", "eps", "t", and whether the prompt is "dropped".
+    what one step of Eq. 1 draws: "z_0", "eps", "t", and a number "drop" in [0, 1): is the prompt dropped?
     """
 
     def __init__(self, items: list[Item], args, latents: Latents | None = None, pictures: bool = True,
@@ -483,13 +492,14 @@ class Samples(Dataset):
         args, generator = self.args, Generator().manual_seed(seed)
         sample = self.ads[index] if self.pictures else {"index": index}
         if self.perturbed:
-            other = self.ads[int(torch.randint(len(self), (), generator=generator))]["image"]
+            step = int(torch.randint(1, max(2, len(self)), (), generator=generator))  # to another ad
+            other = self.ads[(sample["index"] + step) % len(self)]["image"]
             sample["background"] = perturb(sample["image"], sample["mask"], other, generator, args.theta, args.sigma)
         if self.latents:
             mean, std, inpainting = self.latents[sample["index"]]
             z_0, eps, t = diffuse(mean, std, generator, self.latents.T, args.noise_offset)
             sample |= {"z_0": z_0, "eps": eps, "t": t}
-            sample["dropped"] = torch.rand((), generator=generator) < args.prompt_dropout
+            sample["drop"] = torch.rand((), generator=generator)
             if inpainting is not None:
                 sample["inpainting"] = inpainting
         return sample
@@ -537,8 +547,9 @@ def branch_task(args) -> Task:
     if processes()[0] == 0:
         print(*notes, sep="\n", file=sys.stderr)
     cg = load_branch("category", args.cg, sd, args) if args.stage == "pg" else None
-    categories = read_json(categories_file(args.cg)) if cg else categories_of(items)
-    args.categories = categories
+    identifiers = (read_json(categories_file(args.cg)) if cg else
+                   {name: args.identifier.replace("{}", str(i)) for i, name in enumerate(categories_of(items))})
+    args.identifiers, categories = identifiers, [*identifiers]
     unknown = sorted({item.category for item in items} - set(categories))
     if unknown:
         raise BadInput(f"{args.data}: category {unknown[0]} was not in CG's training set; train CG on this data first")
@@ -556,7 +567,10 @@ def branch_task(args) -> Task:
     for module in modules.values():
         module.init_from_unet(sd.unet)
         if args.init_control:
-            module.load_state_dict(load_branch("controlnet", args.init_control, sd, args).state_dict())
+            given = load_branch("controlnet", args.init_control, sd, args)
+            if given.config["conditioning_embedding_out_channels"] != config["conditioning_embedding_out_channels"]:
+                raise BadInput(f"--init-control {args.init_control}: its hint encoder has other channels than ours")
+            module.load_state_dict(given.state_dict())
     for frozen in {sd.unet, sd.vae, sd.text_encoder, cg} - {*modules.values(), None}:
         frozen.to(args.amp or torch.float32, memory_format=memory_format(args))  # as `run` orders what is trained
     for network in (sd.unet, *modules.values()) if args.checkpointing else ():
@@ -564,15 +578,15 @@ def branch_task(args) -> Task:
 
     weight = timestep_weights(sd.schedule, args.weighting).to(args.device)
     captions = args.stage == "controlnet" and all(item.caption for item in items)
-    shown = load_shown(items, categories, captions, args)
+    shown = load_shown(items, identifiers, captions, args)
     latents = Latents(sd, items, args)
-    table = prompt_table(sd, categories, args)
+    table = prompt_table(sd, identifiers, args)
     row = [categories.index(item.category) for item in items]
     # training needs the VAE no more, and the text encoder for captions alone
     sd = replace(sd, vae=None, text_encoder=sd.text_encoder if captions else None)
 
     def prompts_of(batch: dict) -> Prompts:
-        indices, dropped = batch["index"].tolist(), batch["dropped"].tolist()
+        indices, dropped = batch["index"].tolist(), (batch["drop"] < args.prompt_dropout).tolist()
         if captions:  # as many as pictures: encoded when they are needed
             with torch.no_grad():
                 P = sd.prompts(["" if d else ", ".join(items[i].caption) for i, d in zip(indices, dropped)])
@@ -591,12 +605,12 @@ def branch_task(args) -> Task:
 
     return Task(modules, Samples(items, args, latents, perturbed=pg is not None), loss,
                 lambda: draw_branches(sd.unet, cg, pg, shown, args),
-                lambda out: [save_control(m, out / n, args.save_dtype, categories) for n, m in modules.items()])
+                lambda out: [save_control(m, out / n, args.save_dtype, identifiers) for n, m in modules.items()])
 
 
-def prompt_table(sd: StableDiffusion, categories: list[str], args) -> Tensor:
+def prompt_table(sd: StableDiffusion, identifiers: dict[str, str], args) -> Tensor:
     """The encodings of P, P_fg and P_bg of every category, and of '' last: (C + 1, 3, L, D), memory-mapped."""
-    texts = [prompt_texts(name, IDENTIFIER.format(i)) for i, name in enumerate(categories)] + [("", "", "")]
+    texts = [prompt_texts(*pair) for pair in identifiers.items()] + [("", "", "")]
 
     def encode() -> dict[str, Tensor]:
         with torch.no_grad(), mixed_precision(args):
@@ -610,7 +624,7 @@ def prompt_table(sd: StableDiffusion, categories: list[str], args) -> Tensor:
     return cached(args.cache, key, encode)["prompts"]
 
 
-def load_shown(items: list, categories: list[str], captions: bool, args, count: int = 8) -> list[tuple]:
+def load_shown(items: list, identifiers: dict[str, str], captions: bool, args, count: int = 8) -> list[tuple]:
     """For the sheets: (texts, image, mask, reference, its mask) of the first ads of the test split, where the data set
     has one, then of the last ones of the training set. An ad without a reference is its own.
     """
@@ -620,13 +634,13 @@ def load_shown(items: list, categories: list[str], captions: bool, args, count: 
     except BadInput:
         test = []  # its folders may not be there
     shown = []
-    for item in [i for i in (*test, *items[::-1]) if i.category in categories]:
+    for item in [i for i in (*test, *items[::-1]) if i.category in identifiers]:
         reference = replace(item, image=item.reference, mask=item.reference_mask) if item.reference else item
         try:
             pictures = *load_ad(item, args.size), *load_ad(reference, args.size)
         except BadInput:
             continue  # named when it is read as part of the data set
-        texts = prompt_texts(item.category, IDENTIFIER.format(categories.index(item.category)))
+        texts = prompt_texts(item.category, identifiers[item.category])
         shown.append(((", ".join(item.caption),) * 3 if captions else texts, *pictures))
         if len(shown) == count:
             break
@@ -678,15 +692,17 @@ def parse(arguments: list[str] | None = None):
     add("--size", metavar="N", type=whole(32, 4096),
         help="side of the training pictures, pixels [toy 128; paper 512, section 5.1]")
     add("--prompt-dropout", metavar="X", type=real(0, 1),
-        help="part of the prompts replaced by '', stages unet to controlnet [0.5, as ControlNet; toy's CG 0.1]")
-    add("--theta", metavar="N", type=whole(0, 512), default=THETA,
+        help="part of the prompts replaced by '', stages cg to controlnet [0.5, as ControlNet; toy's CG 0.1]")
+    add("--theta", metavar="N", type=whole(0, 512),
         help=f"PG's dilation in pixels of a 512-px image; 0: masks stay as they are [{THETA}, Eq. 5, section 5.1]")
-    add("--sigma", metavar=("LOW", "HIGH"), type=real(0, 1), nargs=2, default=list(SIGMA),
+    add("--sigma", metavar=("LOW", "HIGH"), type=real(0, 1), nargs=2,
         help=f"PG's mixup, range of the image's part; 1 1: none [{SIGMA[0]} {SIGMA[1]}, Eq. 6, section 5.1]")
     add("--noise-offset", metavar="X", type=real(0, 10),
         help="spread of the noise's mean, stages unet to controlnet [toy 0.1; paper 0]")
     add("--weighting", choices=["uniform", "min-snr", "debias"],
         help="of the error at each timestep, stages unet to controlnet [toy min-snr or debias; paper uniform, Eq. 1]")
+    add("--identifier", metavar="TEXT",
+        help=f"[D] of a category, with {{}} for its number, stages cg, joint and controlnet [{IDENTIFIER!r}, section 5.1]")
     add = parser.add_argument_group("the optimiser's settings [likewise]").add_argument
     add("--lr", metavar="X", type=real(1e-9, 10),
         help="learning rate of AdamW [toy 1e-3 or 2e-3; paper 1e-5, section 5.1]")
@@ -712,7 +728,7 @@ def parse(arguments: list[str] | None = None):
     add("--checkpointing", action="store_true",
         help="compute activations again for the backward pass instead of keeping them: less memory, more time")
     add("--workers", metavar="N", type=whole(0, 256),
-        help="processes that load samples beside the computation [toy 0; else one a core, at most 8]")
+        help="processes that load samples beside the computation [0 up to 128 px; else one a core, at most 8]")
     add("--log-every", metavar="N", type=whole(1, 10**9), default=20, help="steps between lines of the log [20]")
     add("--save-every", metavar="N", type=whole(1, 10**9), default=250, help="steps between checkpoints [250]")
     add("--keep", metavar="N", type=whole(1, 10**6), default=2, help="so many of the newest checkpoints stay [2]")
@@ -738,15 +754,21 @@ def check(args, at_most: int) -> None:
     if args.stage == "clip" and args.micro_batch < args.batch:
         raise BadInput("stage clip tells the pictures of a batch apart, and needs all at once: one process, and no "
                        "--micro-batch")
-    if args.sigma[0] > args.sigma[1]:
+    if args.sigma and args.sigma[0] > args.sigma[1]:
         raise BadInput("--sigma: give the lower number first")
-    for option, stages in (("init", ("vae", "unet")), ("init_control", BRANCHES), ("checkpointing", BRANCHES),
-                           ("cg", ("pg",))):
-        if getattr(args, option) and args.stage not in stages:
-            raise BadInput(f"--{option.replace('_', '-')} belongs to stage {' and '.join(stages)}; leave it out")
+    for options, stages in ((("init",), ("vae", "unet")), (("cg",), ("pg",)), (("theta", "sigma"), ("pg", "joint")),
+                            (("identifier",), ("cg", "joint", "controlnet")),
+                            (("init_control", "checkpointing", "prompt_dropout", "tokenizer"), BRANCHES),
+                            (("weights", "weighting", "noise_offset"), ("unet", *BRANCHES))):
+        for option in options:
+            value = getattr(args, option)
+            if value is not None and value is not False and args.stage not in stages:
+                raise BadInput(f"--{option.replace('_', '-')} belongs to stage {' and '.join(stages)}; leave it out")
+    if args.identifier and "{}" not in args.identifier:
+        raise BadInput(f"--identifier {args.identifier}: needs {{}} where the category's number is to stand")
     check_folder(args.out)
     for name in {"joint": ("cg", "pg"), "clip": ("clip", "text_encoder", "tokenizer")}.get(args.stage, (args.stage,)):
-        if others := [f.name for f in (args.out / name).glob("*") if f.suffix not in (".json", ".txt", ".safetensors")]:
+        if others := sorted({f.name for f in (args.out / name).glob("*")} - WRITTEN):
             raise BadInput(f"--out {args.out}: the trained model would replace {args.out / name}, which holds {others[0]}; "
                            "choose another folder")
     found = checkpoints(args)
@@ -761,7 +783,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     if args.stage not in (*TOY_STAGES, *BRANCHES):
         raise BadInput(f"stage {args.stage} does not exist; the stages are {', '.join((*TOY_STAGES, *BRANCHES))}")
-    args.data, args.categories = args.data and args.data.absolute(), None  # the categories: known when data is read
+    args.data, args.identifiers = args.data and args.data.absolute(), None  # of categories: known when data is read
     toy = args.data is None or args.data.parent == TOY_DATA or args.stage in TOY_STAGES
     args.out = args.out or Path("runs") / args.stage
     args.cache = args.cache or args.out.parent / "cache"
@@ -771,10 +793,11 @@ def main(arguments: list[str] | None = None) -> None:
     args.data = args.data or TOY_DATA / ("base" if args.stage in TOY_STAGES else "ads")
     if args.stage == "pg":
         args.cg = branch_path("cg", args)
-    args.weights = args.weights or TOY / "base"
     rank, world = processes()
     args.device, args.dtype = pick_device(args.device), torch.float32
     check(args, args.batch if toy else 16 if args.device.startswith("cuda") and world == 1 else 4)
+    args.weights, args.identifier = args.weights or TOY / "base", args.identifier or IDENTIFIER
+    args.theta, args.sigma = THETA if args.theta is None else args.theta, args.sigma or list(SIGMA)
     if args.workers is None:
         args.workers = 0 if args.size <= 128 else min(8, os.cpu_count())
     args.amp, args.save_dtype = args.amp and getattr(torch, args.amp), getattr(torch, args.save_dtype)

@@ -38,12 +38,12 @@ class BadInput(ValueError):
     """An error of use. Its message is one line that names the file or option and the remedy; programs exit with 2."""
 
 
-def check_folder(out: Path) -> None:
-    """Raises BadInput where the output folder `--out` can't be made or written to."""
+def check_folder(out: Path, option: str = "--out") -> None:
+    """Raises BadInput where an option's output folder can't be made or written to."""
     nearest = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         what = "read-only" if nearest.is_dir() else "a file"
-        raise BadInput(f"--out {out}: {nearest} is {what}; choose another folder")
+        raise BadInput(f"{option} {out}: {nearest} is {what}; choose another folder")
 
 
 def write_atomic(path: Path | str, write: Callable[[Path], None]) -> None:
@@ -93,6 +93,8 @@ def pick_device(name: str) -> str:
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         torch.ones(1, device=name).item()  # "meta" has no values
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, AssertionError, NotImplementedError):
         raise BadInput(f"--device {given}: no such device here; choose auto, cpu"
                        f"{', cuda' * torch.cuda.is_available()}") from None
@@ -118,14 +120,17 @@ def read_log(file: Path) -> list[dict]:
     return [json.loads(line) for line in whole.splitlines()]
 
 
-def read_json(path: Path) -> dict | list:
-    """The contents of a JSON file. Raises BadInput where it is missing or not JSON."""
+def read_json(path: Path) -> dict:
+    """The object in a JSON file. Raises BadInput where it is missing or holds none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BadInput(f"{path} is missing; is {path.parent} a complete folder of weights?") from None
     except (ValueError, OSError) as error:
         raise BadInput(f"{path} can't be read as JSON ({error}); download it again") from None
+    if not isinstance(content, dict):
+        raise BadInput(f"{path} does not hold a JSON object; download it again")
+    return content
 
 
 def write_json(content: object, path: Path) -> None:
@@ -346,10 +351,13 @@ def make(build: Callable[[dict], nn.Module], config: dict, tensors: dict[str, Te
 
 
 def version(path: Path) -> list[list]:
-    """What changes when weights do: name, size and time of each file. Raises BadInput where the path is missing."""
+    """What changes when weights or what lies beside them do: name, size and time of each file. Raises BadInput where
+    the path is missing.
+    """
     if not path.exists():
         raise BadInput(f"{path} is missing; give a folder or file of weights")
-    files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    files = [file for file in files if file.suffix in (".safetensors", ".json", ".txt") or file == path]
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
@@ -437,7 +445,8 @@ def load_tokenizer(folder: Path | str, pad: str | None = None) -> Tokenizer:
     folder = Path(folder)
     settings = {"pad_token": pad or "<|endoftext|>"}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):  # SD 2.x: they differ, and the second is right
-        settings |= read_json(folder / name) if (folder / name).is_file() else {}
+        if (folder / name).is_file():
+            settings |= {field: value for field, value in read_json(folder / name).items() if value is not None}
     vocabulary, merges, whole = (folder / name for name in ("vocab.json", "merges.txt", "tokenizer.json"))
     pair = vocabulary.is_file() and merges.is_file()
     if not pair and not whole.is_file():
@@ -611,16 +620,16 @@ def load_stable_diffusion(path: Path | str, device="cpu", dtype=torch.float32,
 
 def read_schedule(file: Path) -> Schedule:
     """Of a scheduler_config.json. Raises BadInput for a schedule other than Stable Diffusion's kind."""
-    config = read_json(file)
-    if not isinstance(config, dict):
-        raise BadInput(f"{file} is not a scheduler's configuration; download it again")
-    config = {field: value for field, value in config.items() if value is not None}  # null stands for the default
+    config = {field: value for field, value in read_json(file).items() if value is not None}  # null: the default
     for field, known in (("beta_schedule", ["scaled_linear"]), ("prediction_type", ["epsilon", "v_prediction"]),
                          ("rescale_betas_zero_snr", [False]), ("trained_betas", [])):
         if field in config and config[field] not in known:
             raise BadInput(f"{file}: {field} {config[field]!r} is not supported ({known or 'none'} is): this model was "
                            "trained in another way than Stable Diffusion")
-    return Schedule(config)
+    try:
+        return Schedule(config)
+    except (TypeError, ValueError) as error:
+        raise BadInput(f"{file} is not a scheduler's configuration ({error}); download it again") from None
 
 
 def load_single_file(path: Path, device, dtype) -> tuple[TextEncoder, UNet, VAE, Schedule]:
@@ -651,11 +660,11 @@ def load_single_file(path: Path, device, dtype) -> tuple[TextEncoder, UNet, VAE,
 def load_control(path: Path | str, kind: str = "controlnet", device="cpu", dtype=torch.float32) -> ControlNet:
     """A ControlNet folder or single file as a plain ControlNet, as CG (kind 'category') or as PG ('personality')."""
     path = Path(path)
-    if path.is_file() and path.name.startswith("diffusion_pytorch_model.") and (path.parent / "config.json").is_file():
-        path = path.parent
     if path.is_dir():
         return load_module(BRANCHES[kind], path, CONTROL_FILES, device, dtype)
-    tensors = read_tensors(path)
+    tensors, config = read_tensors(path), path.parent / "config.json"
+    if path.name.startswith("diffusion_pytorch_model.") and config.is_file():  # a folder's file
+        return make(BRANCHES[kind], read_json(config), tensors, path, device, dtype, config)
     parts = split(tensors)
     own = parts["control"] or parts[""]
     if not own:
@@ -663,8 +672,8 @@ def load_control(path: Path | str, kind: str = "controlnet", device="cpu", dtype
     return make_from_shapes(BRANCHES[kind], unet_config, own, path, device, dtype)
 
 
-def save_control(control: ControlNet, folder: Path | str, dtype=None, categories: list[str] | None = None) -> None:
-    """An ordinary ControlNet folder; with the category names, whose positions are the identifiers' ids."""
+def save_control(control: ControlNet, folder: Path | str, dtype=None, categories: dict[str, str] | None = None) -> None:
+    """An ordinary ControlNet folder; with the identifier [D] of each category, by name."""
     save_module(control, Path(folder), CONTROL_FILES[0], dtype, {"categories.json": categories} if categories else None)
 
 

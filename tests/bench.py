@@ -80,7 +80,7 @@ def write_sd15(folder: Path) -> None:
         branch.init_from_unet(unet)
         for layer in (*branch.controlnet_down_blocks, branch.controlnet_mid_block):
             torch.nn.init.normal_(layer.weight, std=0.01)
-        save_control(branch, folder / name, categories=["mug"])
+        save_control(branch, folder / name, categories={"mug": "sks 0"})
     save_module(unet, folder / "unet", UNET_FILES[0])
     save_module(VAE(VAE_CONFIG), folder / "vae", UNET_FILES[0])
     save_module(TextEncoder(TEXT), folder / "text_encoder", TEXT_FILES[0])

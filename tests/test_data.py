@@ -220,6 +220,7 @@ def test_failed_write_leaves_the_old_file_and_no_temporary_one(tmp_path):
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("x", "old")]
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # as data.py sets it, which pytest undoes
 def test_bad_files_are_refused_in_one_line_that_names_them(tmp_path, monkeypatch):
     data.save_image(torch.rand(3, 64, 64), tmp_path / "big.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "big.png").read_bytes()[:3000])

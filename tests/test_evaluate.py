@@ -326,7 +326,7 @@ def test_bad_use_is_one_line(arguments, message, tmp_path, monkeypatch, ads):
 def test_what_is_missing_is_said_before_anything_is_painted(ads, tmp_path):
     """A category that CG was not trained on; and the line that only --tuned can give is left out where it is missing."""
     shutil.copytree(TOY / "cg", tmp_path / "cg")
-    (tmp_path / "cg" / "categories.json").write_text('["mug"]')
+    (tmp_path / "cg" / "categories.json").write_text('{"mug": "sks 0"}')
     with pytest.raises(BadInput, match="CG was not trained on category '[a-z ]+'; choose one of mug$"):
         command(ads, tmp_path / "results", "table1", "--cg", str(tmp_path / "cg"))
     evaluate.main(["table1", "--data", str(ads), "--out", str(tmp_path / "results"), "--steps", "1", "--limit", "2",

@@ -21,7 +21,7 @@ from weights import control_config, load_tokenizer, save_control, save_module, t
 
 ROOT = Path(generate.__file__).parent
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-CATEGORIES = ["mug", "running shoe", "watch"]
+CATEGORIES = {"mug": "sks 0", "running shoe": "sks 1", "watch": "sks 2"}
 STEPS = 2
 
 
@@ -338,7 +338,8 @@ def command(*arguments, cwd):
 def test_no_arguments_paint_the_sample(run, toy):
     if not (toy / "samples").exists():
         (toy / "samples").symlink_to(ROOT / "toy" / "samples")
-    (toy / "cg" / "categories.json").write_text(json.dumps([*CATEGORIES, generate.SAMPLE]))
+    for branch in ("cg", "pg"):
+        (toy / branch / "categories.json").write_text(json.dumps(CATEGORIES | {generate.SAMPLE: "sks 3"}))
     paths, _ = run()
     assert [str(p) for p in paths] == ["out/perfume_0.png", "out/perfume_like_perfume_reference_0.png", "out/sheet.png"]
     product = pixels(ROOT / "toy" / "samples" / "perfume.png")
@@ -346,7 +347,8 @@ def test_no_arguments_paint_the_sample(run, toy):
     for path in paths[:2]:
         assert (pixels(path)[solid] == product[solid, :3]).all()
     assert pixels(paths[2]).shape[1] > 4 * 256
-    (toy / "cg" / "categories.json").write_text(json.dumps(CATEGORIES))
+    for branch in ("cg", "pg"):
+        (toy / branch / "categories.json").write_text(json.dumps(CATEGORIES))
 
 
 def test_the_script_itself(toy, tmp_path):
@@ -442,6 +444,9 @@ BAD = {  # options: what the line says
     "--weights {toy}/base --cg {toy}/cg --product mug.png --category mug --reference mug.png": "--pg is missing",
     "--cg folder --product mug.png --category mug": "categories.json is missing",
     "--cg other --product mug.png --category mug": "belong together",
+    "--pg renamed --product mug.png --category mug --reference mug.png": "trained on other categories",
+    "--product mug.png --category rice-cooker rice_cooker": "--category: two of rice-cooker, rice_cooker would",
+    "--prompt mug --out " + "o" * 300: "File name too long",
     "--pg garbage --product mug.png --category mug --reference mug.png": "is not a whole safetensors file",
     "--pg pickled --product mug.png --category mug --reference mug.png": "is a pickle",
     "--tokenizer folder --prompt mug": "folder holds no tokenizer",
@@ -454,6 +459,8 @@ def test_bad_input_is_one_line_and_writes_nothing(run, files, toy, tmp_path, opt
         (tmp_path / name).mkdir()
         (tmp_path / name / kept).write_bytes(b"garbage")
         (tmp_path / name / "config.json").write_bytes((toy / "pg" / "config.json").read_bytes())
+    shutil.copytree(toy / "pg", tmp_path / "renamed")
+    (tmp_path / "renamed" / "categories.json").write_text(json.dumps({"mug": "sks 1"}))
     if "other" in options:
         unet = TOY_UNET | {"block_out_channels": [8, 16, 16, 24], "cross_attention_dim": 32}
         save_control(CategoryGenerator(control_config(unet, 4)), tmp_path / "other", categories=CATEGORIES)

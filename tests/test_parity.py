@@ -94,7 +94,7 @@ def test_controlnet_and_the_unet_under_its_residuals(pair, config, unet):
 def test_cg_and_pg_open_as_controlnets(kind, tmp_path):
     """With equal prompts and an all-background mask CG and PG are plain ControlNets: that much diffusers can check."""
     branch = randomise(kind(control_config(UNETS["sd1"], 8)))
-    save_control(branch, tmp_path / "branch", categories=["perfume", "sneaker"])
+    save_control(branch, tmp_path / "branch", categories={"perfume": "sks 0", "sneaker": "sks 1"})
     theirs = diffusers.ControlNetModel.from_pretrained(tmp_path / "branch").eval()
     given = inputs()
     P = given.prompts.P

@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -136,7 +137,7 @@ def launch(*arguments, processes: int = 1, code: str | None = None) -> subproces
     program = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
     program += ["-c", code] if code else [str(ROOT / "train.py")]
     return subprocess.Popen([sys.executable, *program, *map(str, arguments)], cwd=ROOT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
 
 
 def distance(a: dict, b: dict) -> float:
@@ -222,12 +223,13 @@ def test_a_run_killed_while_it_writes_ends_with_the_same_weights(world, base, tm
 
 @pytest.mark.slow
 def test_sigterm_saves_and_leaves_and_the_run_goes_on(world, base, tmp_path):
+    """As torchrun and batch systems send it: to all processes of the group, the loader's workers too."""
     run = (*branch("cg", world, base, tmp_path), "--save-every", 100000, "--device", "cpu", "--log-every", 1)
-    process = launch(*run, "--steps", 100000)
+    process = launch(*run, "--steps", 100000, "--workers", 2)
     log = tmp_path / "training" / "cg" / "log.jsonl"
     while not (log.is_file() and log.read_text()) and process.poll() is None:
         time.sleep(0.05)
-    process.terminate()
+    os.killpg(process.pid, signal.SIGTERM)
     _, errors = process.communicate()
     assert process.returncode == 128 + signal.SIGTERM and "--resume goes on from there" in errors, errors
     step = int(train.checkpoints(train.argparse.Namespace(out=tmp_path, stage="cg"))[-1].stem.split("_")[1])
@@ -275,7 +277,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_changes_a_weight(
 def test_a_resumed_run_knows_the_steps_that_a_gradient_scaler_skipped(tmp_path):
     """Adam's bias correction counts the steps that were taken, of which there are fewer than the run has."""
     args = train.parse(["cg", "--out", str(tmp_path)])
-    args.categories = None
+    args.identifiers = None
 
     def trained(gradients, p, optimizer, scaler):
         for gradient in gradients:
@@ -303,11 +305,15 @@ def test_a_run_is_not_resumed_with_other_categories(world, base, tmp_path):
     """A category's identifier is its place among all: with one more, others would move."""
     data = shutil.copytree(world / "ads", tmp_path / "ads")
     run = "cg", "--data", data, *branch("cg", world, base, tmp_path / "run")[3:]
-    command(*run, "--steps", 1)
+    command(*run, "--steps", 1, "--identifier", "style {}")
+    saved = json.loads((tmp_path / "run" / "cg" / "categories.json").read_text())
+    assert list(saved.items())[:2] == [("laptop", "style 0"), ("perfume", "style 1")]
+    with pytest.raises(BadInput, match="are not those that the run began with"):
+        command(*run, "--steps", 2, "--resume")
     info = data / "bg60k_info.txt"
     info.write_text(info.read_text().replace("laptop", "anvil", 1))
-    with pytest.raises(BadInput, match="other categories than when the run began"):
-        command(*run, "--steps", 2, "--resume")
+    with pytest.raises(BadInput, match="are not those that the run began with"):
+        command(*run, "--steps", 2, "--identifier", "style {}", "--resume")
 
 
 def test_a_log_that_a_killed_process_left_in_the_middle_of_a_line_goes_on(world, base, tmp_path):
@@ -511,7 +517,10 @@ def test_noise_offset_moves_the_noise_by_a_constant_a_channel():
     (["cg", "--steps", "-1"], "--steps"),
     (["cg", "--size", "100"], "--size"),
     (["cg", "--batch", "4", "--micro-batch", "3"], "--micro-batch 3: must divide --batch 4"),
-    (["cg", "--sigma", "0.9", "0.8"], "--sigma"),
+    (["pg", "--cg", "d", "--sigma", "0.9", "0.8"], "--sigma: give the lower number first"),
+    (["cg", "--theta", "0"], "--theta belongs to stage pg and joint"),
+    (["vae", "--noise-offset", "0"], "--noise-offset belongs to stage unet and cg"),
+    (["cg", "--identifier", "sks"], "--identifier sks: needs {} where"),
     (["cg", "--device", "gpu"], "--device"),
     (["cg", "--noise-offset", "-1"], "--noise-offset"),
     (["cg", "--out", "{tmp}/file"], "file"),

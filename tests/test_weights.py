@@ -53,10 +53,9 @@ def test_the_fp16_variant_is_found_and_full_precision_preferred(folder, unet):
 
 
 def test_saving_again_replaces_the_whole_folder(tmp_path, cg):
-    save_control(cg, tmp_path / "cg", categories=["perfume", "sneaker"])
-    assert json.loads((tmp_path / "cg" / "categories.json").read_text()) == ["perfume", "sneaker"]
-    save_control(cg, tmp_path / "cg", categories=["手机"])
-    assert json.loads((tmp_path / "cg" / "categories.json").read_text(encoding="utf-8")) == ["手机"]
+    for categories in ({"perfume": "sks 0", "sneaker": "sks 1"}, {"手机": "sks 0"}):
+        save_control(cg, tmp_path / "cg", categories=categories)
+        assert json.loads((tmp_path / "cg" / "categories.json").read_text(encoding="utf-8")) == categories
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cg"]
 
 
@@ -173,7 +172,7 @@ def truncate(folder):
     (lambda f: (f / "config.json").unlink(), "config.json is missing"),
     (lambda f: (f / "config.json").write_text("{"), "can't be read as JSON"),
     (lambda f: (f / "config.json").write_text("{}"), "not the configuration"),
-    (lambda f: (f / "config.json").write_text("[1]"), "not the configuration"),
+    (lambda f: (f / "config.json").write_text("[1]"), "does not hold a JSON object"),
 ], ids=["truncated", "empty", "garbage", "pickle", "no weights", "no folder", "no config", "broken config",
         "empty config", "a list"])  # fmt: skip
 def test_broken_folders_are_refused_in_one_line_that_names_them(folder, damage, words):
