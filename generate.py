@@ -348,8 +348,9 @@ def paint_items(items: list[Item], texts: dict[str, tuple[str, str, str]], paint
     manifest = args.out / "manifest.jsonl"
     paths = [result_path(args.out, i, item) for i, item in enumerate(items)]
     listed = {line["file"]: line for line in read_log(manifest)}
-    how = {name: str(getattr(args, name, None)) for name in ("weights", "tokenizer", "cg", "pg", "controlnet", "hint",
-                                                             "start", "plain_prompt", "size", "steps", "guidance", "models")}
+    settings = ("weights", "tokenizer", "cg", "pg", "controlnet", "hint", "start", "plain_prompt", "size", "steps", "guidance",
+                "models")
+    how = {name: str(getattr(args, name, None)) for name in settings}
 
     def entry(i: int) -> dict:
         item = items[i]
@@ -487,7 +488,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--tokenizer", metavar="DIR", type=Path,
         help="folder with vocab.json and merges.txt [tokenizer/ in --weights; beside a single file]")
     add("--cg", metavar="PATH", type=Path, help="Category-Wise Generator, trained on the base [toy/cg]")
-    add("--pg", metavar="PATH", type=Path, help="Personality-Wise Generator, trained on the base; paints where there is a reference [toy/pg]")
+    add("--pg", metavar="PATH", type=Path,
+        help="Personality-Wise Generator, trained on the base; paints where there is a reference [toy/pg]")
     add("--controlnet", metavar="PATH", type=Path,
         help="a plain ControlNet in place of CG, with the plain prompt 'A photo of NAME': the paper's baseline")
     add("--hint", choices=["product", "inpaint"], default="product",

@@ -48,8 +48,7 @@ from model import CategoryGenerator, ControlNet, PersonalityGenerator, Prompts, 
 from sampler import Schedule, seeded
 from toy.world import write_world
 from weights import (CONTROL_FILES, TEXT_FILES, StableDiffusion, check_folder, control_config, load_stable_diffusion,
-                     pick_device, processes, read_json, read_log, read_tensors, save_control,
-                     version, write_atomic)
+                     pick_device, processes, read_json, read_log, read_tensors, save_control, version, write_atomic)
 
 TOY_DATA = TOY / "data"
 
@@ -327,8 +326,8 @@ def checkpoints(args) -> list[Path]:
 
 def settings_of(args) -> dict:
     """What must stay the same for a resumed run to be the run that was interrupted."""
-    names = ("data", "weights", "tokenizer", "cg", "init_control", "batch", "steps", "size", "lr", "warmup", "decay", "weight_decay",
-             "ema", "noise_offset", "weighting", "prompt_dropout", "theta", "sigma", "seed", "amp")
+    names = ("data", "weights", "tokenizer", "cg", "init_control", "batch", "steps", "size", "lr", "warmup", "decay",
+             "weight_decay", "ema", "noise_offset", "weighting", "prompt_dropout", "theta", "sigma", "seed", "amp")
     values = {name: getattr(args, name) for name in names}
     frozen = hashed([version(path) for path in (args.weights, args.cg) if path]) if args.stage in BRANCHES else None
     return {name: value if isinstance(value, (int, float, list)) else str(value)
