@@ -283,6 +283,27 @@ def test_the_three_trainings_of_fig7(results, ads, tmp_path, monkeypatch):
     assert (tmp_path / "results" / "fig7.png").is_file()
 
 
+def test_pictures_are_kept_for_what_they_were_painted_of(ads, tmp_path, monkeypatch):
+    """The first items of a split share the whole split's pictures; other pairs, or a changed picture, have their own."""
+    monkeypatch.setattr(evaluate, "paint_items", lambda *_: None)
+    data = shutil.copytree(ads, tmp_path / "ads")
+
+    def folder(*limit: str) -> Path:
+        args = evaluate.parse(["table2", "--data", str(data), "--device", "cpu", "--out", str(tmp_path / "out"), *limit])
+        args.dtype = torch.float32
+        lab = evaluate.Lab(args)
+        return lab.pictures("cg", lab.items("ref"), "ref")[0].parent
+
+    whole, info = folder(), data / "bgpair_info.txt"
+    assert folder("--limit", "2") == whole
+    rows = [line.split("\t") for line in info.read_text().splitlines()]
+    rows[0][1], rows[1][1] = rows[1][1], rows[0][1]
+    info.write_text("".join("\t".join(row) + "\n" for row in rows))
+    paired = folder()
+    os.utime(read_items(data, "bgpair")[0][0].image, (0, 0))
+    assert len({whole, paired, folder()}) == 3
+
+
 def test_under_torchrun_the_first_process_alone_trains_the_guides_clip(tmp_path):
     """Its loss compares all pictures of a batch, so that they can't be dealt out; the second waits for it."""
     write_world(tmp_path, base=8, workers=1, parts=("base",))
