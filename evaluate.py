@@ -240,6 +240,7 @@ class Lab:
         return load_clip(self.path(name), self.args.device, torch.float32)
 
     def items(self, protocol: str) -> list[Item]:
+        """What is painted and measured: the first --limit."""
         return self.all_items(protocol)[: self.args.limit]
 
     def all_items(self, protocol: str) -> list[Item]:

@@ -329,9 +329,8 @@ def settings_of(args) -> dict:
              "weight_decay", "clip_gradient", "ema", "noise_offset", "weighting", "prompt_dropout", "theta", "sigma", "seed",
              "amp")
     values = {name: getattr(args, name) for name in names}
-    frozen = hashed([version(path) for path in (args.weights, args.cg) if path]) if args.stage in BRANCHES else None
     return {name: value if isinstance(value, (int, float, list)) else str(value)
-            for name, value in values.items()} | {"identifiers": hashed(args.identifiers), "frozen weights": frozen}
+            for name, value in values.items()} | {"identifiers": hashed(args.identifiers), "frozen weights": args.frozen}
 
 
 def save_checkpoint(args, step: int, parameters: dict, ema: dict, optimizer, scaler) -> None:
@@ -549,6 +548,7 @@ def branch_task(args) -> Task:
     identifiers = (read_json(categories_file(args.cg)) if cg else
                    {name: args.identifier.replace("{}", str(i)) for i, name in enumerate(categories_of(items))})
     args.identifiers, categories = identifiers, [*identifiers]
+    args.frozen = hashed([version(path) for path in (args.weights, args.cg) if path])
     unknown = sorted({item.category for item in items} - set(categories))
     if unknown:
         raise BadInput(f"{args.data}: category {unknown[0]} was not in CG's training set; train CG on this data first")
@@ -784,7 +784,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     if args.stage not in (*TOY_STAGES, *BRANCHES):
         raise BadInput(f"stage {args.stage} does not exist; the stages are {', '.join((*TOY_STAGES, *BRANCHES))}")
-    args.data, args.identifiers = args.data and args.data.absolute(), None  # of categories: known when data is read
+    args.data, args.identifiers, args.frozen = args.data and args.data.absolute(), None, None  # see branch_task
     toy = args.data is None or args.data.parent == TOY_DATA or args.stage in TOY_STAGES
     args.out = args.out or Path("runs") / args.stage
     args.cache = args.cache or args.out.parent / "cache"

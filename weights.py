@@ -351,13 +351,16 @@ def make(build: Callable[[dict], nn.Module], config: dict, tensors: dict[str, Te
 
 
 def version(path: Path) -> list[list]:
-    """What changes when weights or what lies beside them do: name, size and time of each file. Raises BadInput where
-    the path is missing.
+    """What changes when a model does: name, size and time of each of its files, and not of what is trained in the same
+    folder. Raises BadInput where the path is missing.
     """
     if not path.exists():
         raise BadInput(f"{path} is missing; give a folder or file of weights")
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    files = [file for file in files if file.suffix in (".safetensors", ".json", ".txt") or file == path]
+    files = [path]
+    if path.is_dir():
+        folders = [path, *(path / part for part in ("scheduler", "text_encoder", "tokenizer", "unet", "vae"))]
+        files = [file for folder in folders for file in sorted(folder.glob("*"))
+                 if file.suffix in (".safetensors", ".json", ".txt")]
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 

@@ -12,7 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FENCES = re.findall(r"^```(\w*)\n(.*?)^```", README, re.M | re.S)  # sh: with placeholders for files of one's own
-COMMANDS = [line for kind, block in FENCES if not kind for line in block.replace("\\\n", " ").splitlines() if line.startswith("python ")]
+BLOCKS = [block.replace("\\\n", " ") for kind, block in FENCES if not kind]
+COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.startswith("python ")]
 # What makes each program's run short, added to its command; a later option counts
 SHORT = {"generate.py": "--steps 2", "train.py": "--steps 2 --batch 4",
          "toy/world.py": "--base 8 --ads 8 --bg1k 8 --pairs 9",

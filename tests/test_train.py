@@ -277,7 +277,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_changes_a_weight(
 def test_a_resumed_run_knows_the_steps_that_a_gradient_scaler_skipped(tmp_path):
     """Adam's bias correction counts the steps that were taken, of which there are fewer than the run has."""
     args = train.parse(["cg", "--out", str(tmp_path)])
-    args.identifiers = None
+    args.identifiers = args.frozen = None
 
     def trained(gradients, p, optimizer, scaler):
         for gradient in gradients:

@@ -14,7 +14,7 @@ from model import VAE, CategoryGenerator, TextEncoder, UNet
 from sampler import Schedule
 from weights import (CONTROL_FILES, TEXT_FILES, UNET_FILES, BadInput, StableDiffusion, control_config, load_control,
                      load_module, load_stable_diffusion, load_tokenizer, pick_device, read_log, read_tensors, save_control,
-                     save_module, train_tokenizer, write_atomic, write_json)
+                     save_module, train_tokenizer, version, write_atomic, write_json)
 
 
 @pytest.fixture
@@ -50,6 +50,23 @@ def test_the_fp16_variant_is_found_and_full_precision_preferred(folder, unet):
     assert torch.equal(load(folder).conv_in.weight, unet.conv_in.weight)
     save_file({n: t + 1 for n, t in unet.state_dict().items()}, file)
     assert torch.equal(load(folder).conv_in.weight, unet.conv_in.weight + 1)
+
+
+def test_a_controls_file_that_is_named_is_the_one_that_is_loaded(tmp_path, cg):
+    save_control(cg, tmp_path)
+    named = tmp_path / "diffusion_pytorch_model.fp16.safetensors"
+    save_file({n: t + 1 for n, t in cg.state_dict().items()}, named)
+    assert torch.equal(load_control(named).conv_in.weight, cg.conv_in.weight + 1)
+    assert torch.equal(load_control(tmp_path).conv_in.weight, cg.conv_in.weight)
+
+
+def test_a_bases_version_changes_with_its_files_and_not_with_what_is_trained_beside_them(tmp_path, unet, cg):
+    save_module(unet, tmp_path / "unet", UNET_FILES[0])
+    before = version(tmp_path)
+    save_control(cg, tmp_path / "cg")
+    assert version(tmp_path) == before
+    os.utime(tmp_path / "unet" / "config.json", (0, 0))
+    assert version(tmp_path) != before
 
 
 def test_saving_again_replaces_the_whole_folder(tmp_path, cg):
