@@ -12,7 +12,6 @@ from collections.abc import Callable, Hashable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 # Reused, once and to_rows only save time: without them every step would compute the same again, and every picture twice
 # what does not depend on its prompt. A first reading can go on at `attend`.
 

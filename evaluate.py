@@ -31,70 +31,42 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
 from torch import Generator, Tensor
 from tqdm import tqdm
 
 import train
-from baselines import STRENGTH, blended_diffusion, stable_diffusion
-from data import (MASK_OF_ITEM, BadInput, Item, Parser, background_hint, load_masked, one_line_errors, open_image,
-                  read_items, sheet, thumbnail, to_tensor)
-from generate import (GUIDANCE, STEPS, TOY, branch_path, check_identifiers, load_base, load_branch, native_bfloat16,
-                      paint, paint_items, pick_dtype, real, result_path, save, texts_of, whole)
-from model import CLIP, ControlNet
-from weights import (StableDiffusion, check_folder, load_clip, pick_device, processes, version, write_atomic,
-                     write_json)
+from clip import CLIP
+from data import background_hint
+from generate import TOY, branch_path, check_identifiers, load_base, load_branch, paint, paint_ads, save, texts_of
+from model import ControlNet
+from rivals.baselines import STRENGTH, blended_diffusion, stable_diffusion
+from sampler import GUIDANCE, STEPS
+from support.batch import paint_items, result_path
+from support.cache import cached, digest, hashed, stamp
+from support.datasets import MASK_OF_ITEM, Item, read_items
+from support.figures import cutout_of, drawn, picture_of, scatter, tsne
+from support.files import (
+    BadInput,
+    Parser,
+    barrier,
+    check_folder,
+    native_bfloat16,
+    one_line_errors,
+    pick_device,
+    pick_dtype,
+    processes,
+    real,
+    whole,
+    write_atomic,
+    write_json,
+)
+from support.images import load_masked, open_image, sheet, to_tensor
+from support.metrics import RESAMPLES, frechet, interval, joint_frechet, similarity
+from weights import StableDiffusion, load_clip, version
 
-RESAMPLES = 200  # of the bootstrap
 SINGLE = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS")}  # not torchrun's
 
 # ---------------------------------------------------------------- the metrics (section 5.2, after Yang et al.)
-
-
-def similarity(x: Tensor, y: Tensor) -> Tensor:
-    """CLIP similarity of pairs of pictures, 100 times the cosine of their embeddings. (n, d), (n, d) -> (n,)"""
-    return 100 * F.cosine_similarity(x, y, dim=1)
-
-
-def frechet(x: Tensor, y: Tensor) -> Tensor:
-    """Fréchet distance between Gaussians fitted to two sets of embeddings. (n, d), (m, d) -> ().
-
-    ‖μ_x − μ_y‖² + tr Σ_x + tr Σ_y − 2 tr (Σ_x Σ_y)^½. With Σ_x = AᵀA and Σ_y = BᵀB the last trace is the sum of the
-    singular values of A Bᵀ: no root of a matrix, and exact where there are fewer samples than dimensions too.
-    """
-    (A, mu_x), (B, mu_y) = map(_root, (x.double(), y.double()))
-    traces = A.square().sum() + B.square().sum() - 2 * torch.linalg.svdvals(A @ B.T).sum()
-    return ((mu_x - mu_y).square().sum() + traces).clamp(min=0)  # of equal sets rounding makes it less
-
-
-def _root(x: Tensor) -> tuple[Tensor, Tensor]:
-    """A with AᵀA = the covariance of x (n, d), of at most d rows, and the mean (d,)."""
-    mu = x.mean(dim=0)
-    A = (x - mu) / math.sqrt(len(x) - 1)
-    return (torch.linalg.qr(A).R if len(x) > x.shape[1] else A), mu
-
-
-def joint_frechet(x: Tensor, y: Tensor, conditions: Tensor) -> Tensor:
-    """Fréchet distance of embeddings together with what they were painted for. (n, d), (n, d), (n, c) -> ()
-
-    The plain distance compares two sets, whichever picture belongs to whichever product. This one is of the vectors
-    (embedding, α · condition), where x and y share their conditions: covariances between the two parts tell what
-    follows what. α gives both parts the same mean length. DeVries et al. 2019 (FJD).
-    """
-    h = conditions.to(x)
-    h = h * y.norm(dim=1).mean() / h.norm(dim=1).mean()
-    return frechet(torch.cat([x, h], dim=1), torch.cat([y, h], dim=1))
-
-
-def interval(statistic: Callable[[Tensor], Tensor], n: int, resamples: int = RESAMPLES) -> tuple[float, float]:
-    """A statistic of n items, statistic(indices), and half the width of its 95% interval.
-
-    1.96 times its standard deviation over bootstrap samples, n items drawn with replacement. Not their percentiles: a
-    sample with repetitions is less varied, which raises every Fréchet distance above the one that is reported.
-    """
-    generator = Generator().manual_seed(0)
-    values = [statistic(torch.randint(n, (n,), generator=generator)) for _ in range(resamples)]
-    return float(statistic(torch.arange(n))), 1.96 * float(torch.stack(values).std())
 
 
 # ---------------------------------------------------------------- the methods
@@ -210,7 +182,7 @@ class Lab:
             return path
         stage, steps, options = TRAINED[name]
         frozen = {"clip": [], "controlnet": [TOY / "base"], "pg": [TOY / "base", self.path("cg")]}[stage]
-        out = Path("runs", "evaluate", f"{name}-{train.hashed([steps, options, list(map(version, frozen))])[:8]}")
+        out = Path("runs", "evaluate", f"{name}-{hashed([steps, options, list(map(version, frozen))])[:8]}")
         rank, world = processes()
         alone = stage == "clip" and world > 1  # tells a whole batch's pictures apart: the first process trains it
         if alone and rank:
@@ -282,19 +254,20 @@ class Lab:
         if method.baseline == "blended_diffusion":
             key += [args.strength]
         for item in self.all_items(folder) if folder in PROTOCOLS else items:  # whatever --limit is
-            key += [item.category, *map(train.stamp, (item.image, item.mask, item.reference, item.reference_mask))]
-        out = args.out / "pictures" / folder / f"{name}-{train.hashed([key, list(map(version, models))])[:8]}"
+            key += [item.category, *map(stamp, (item.image, item.mask, item.reference, item.reference_mask))]
+        out = args.out / "pictures" / folder / f"{name}-{hashed([key, list(map(version, models))])[:8]}"
         paths = [result_path(out, i, item) for i, item in enumerate(items)]
         missing = not all(path.exists() for path in paths)
-        train.barrier()  # every process has looked before any paints
+        barrier()  # every process has looked before any paints
         if missing:
             print(f"painting {folder}, {name}", file=sys.stderr)
             texts = texts_of({item.category for item in items}, None if method.plain else self.path("cg"), None)
             painter, multiple = self.painter(name), self.sd.multiple  # loaded: args.size is settled
             # what the models are is in the folder's name; among the settings other methods' options would not match
             settings = vars(args) | {"out": out, "weights": None, "cg": None, "pg": None, "controlnet": None}
-            paint_items(items, texts, painter, multiple, argparse.Namespace(**settings))
-        train.barrier()
+            how = argparse.Namespace(**settings)
+            paint_items(items, texts, partial(paint_ads, painter=painter, multiple=multiple, args=how), how)
+        barrier()
         return paths
 
     def embeddings(self, paths: list[Path], items: list[Item] | None = None) -> Tensor:
@@ -320,9 +293,9 @@ class Lab:
                 rows.append(clip.encode_image(torch.cat([embed(*pair) for pair in pairs[k : k + 64]])).cpu())
             return {"embeddings": torch.cat(rows)}
 
-        masks = [[train.stamp(item.image), train.stamp(item.mask), item.inverted] for item in items or ()]
-        key = [train.digest(clip), [train.stamp(path) for path in paths], masks]
-        return train.cached(self.args.out / "embeddings", key, compute)["embeddings"]
+        masks = [[stamp(item.image), stamp(item.mask), item.inverted] for item in items or ()]
+        key = [digest(clip), [stamp(path) for path in paths], masks]
+        return cached(self.args.out / "embeddings", key, compute)["embeddings"]
 
 
 # ---------------------------------------------------------------- tables
@@ -428,34 +401,6 @@ def table(lab: Lab, name: str) -> None:
 # ---------------------------------------------------------------- figures
 
 
-def tsne(x: Tensor, perplexity: float = 30.0, steps: int = 500) -> Tensor:
-    """t-SNE (van der Maaten and Hinton 2008), exact. (n, d) -> (n, 2).
-
-    Each point's neighbours get probabilities by a Gaussian whose width gives them the wanted perplexity; positions are
-    moved until Student-t similarities match them. Starts from the two principal components.
-    """
-    x = x.double()
-    n, d2 = len(x), torch.cdist(x, x).square()  # (n, n)
-    apart = ~torch.eye(n, dtype=torch.bool)
-    low, high = torch.zeros(n, 1).double(), torch.full((n, 1), 1e6).double() / d2.mean()
-    for _ in range(60):  # bisection on the Gaussians' precisions
-        beta = (low + high) / 2
-        P = (-beta * (d2 - d2.masked_fill(~apart, math.inf).amin(1, keepdim=True))).exp() * apart
-        P = P / P.sum(1, keepdim=True)
-        wide = -(P * P.clamp(min=1e-12).log()).sum(1, keepdim=True) > math.log(min(perplexity, (n - 1) / 3))
-        low, high = torch.where(wide, beta, low), torch.where(wide, high, beta)
-    P = (P + P.T) / (2 * n)
-    y = (x - x.mean(0)) @ torch.linalg.svd(x - x.mean(0), full_matrices=False).Vh[:2].T
-    y, velocity = 1e-2 * y / y.std(), torch.zeros(n, 2).double()
-    for step in range(steps):
-        w = apart / (1 + torch.cdist(y, y).square())
-        force = ((12 if step < steps // 4 else 1) * P - w / w.sum()) * w  # exaggerated at first
-        gradient = 4 * (force.sum(1, keepdim=True) * y - force @ y)
-        velocity = (0.5 if step < steps // 4 else 0.8) * velocity - max(n / 12, 20) * gradient
-        y = y + velocity
-    return y.float()
-
-
 def figure_tsne(lab: Lab) -> None:
     """Fig. 5a: background features of CG's pictures and of ControlNet's around their categories' centres, which are the
     means of the training set's. Also prints, of normalised features, the mean distance to the centre of the own
@@ -496,45 +441,6 @@ def figure_tsne(lab: Lab) -> None:
     save(scatter(tsne(torch.cat(points)[rows]), [kinds[i] for i in rows], largest), lab.args.out / "tsne.png")
 
 
-def scatter(y: Tensor, kinds: list[tuple[str, str]], categories: list[str], side: int = 900) -> Image.Image:
-    """Points (n, 2) as Fig. 5a draws them: centres as circles, CG's as triangles, ControlNet's as squares, a colour a
-    category.
-    """
-    scale, edge, legend = 2, 40, 230  # drawn at twice the size
-    page = Image.new("RGB", ((side + legend) * scale, side * scale), "white")
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default(18 * scale)
-    low, high = y.amin(0), y.amax(0)
-    place = ((y - low) / (high - low) * (side - 2 * edge) + edge).tolist()
-    colours = {c: f"hsl({360 * i // len(categories)}, 75%, 45%)" for i, c in enumerate(categories)}
-
-    def mark(kind: str, x: float, y: float, colour: str) -> None:
-        x, y, r = x * scale, y * scale, 5 * scale
-        if kind == "centre":
-            draw.ellipse([x - 2 * r, y - 2 * r, x + 2 * r, y + 2 * r], outline="black", fill=colour, width=2 * scale)
-        elif kind == "CG":
-            draw.polygon([(x, y - r), (x - r, y + r), (x + r, y + r)], fill=colour)
-        else:
-            draw.rectangle([x - r, y - r, x + r, y + r], outline=colour, width=scale)
-
-    for (kind, category), (px, py) in sorted(zip(kinds, place), key=lambda point: point[0][0] == "centre"):
-        mark(kind, px, py, colours[category])
-    entries = [(kind, kind, "gray") for kind in ("centre", "CG", "ControlNet")]
-    entries += [("CG", category, colour) for category, colour in colours.items()]
-    for i, (kind, text, colour) in enumerate(entries):
-        mark(kind, side + 20, 50 + 34 * i, colour)
-        draw.text(((side + 45) * scale, (50 + 34 * i) * scale), text, "black", font, anchor="lm")
-    return page.resize((side + legend, side), Image.LANCZOS)
-
-
-def picture_of(path: Path | None) -> Image.Image | None:
-    return thumbnail(open_image(path).convert("RGB")) if path and path.exists() else None
-
-
-def cutout_of(item: Item) -> Tensor:
-    rgb, mask = load_masked(item.image, item.mask, inverted=item.inverted)
-    return rgb * mask + 1 - mask
-
-
 def figure_methods(lab: Lab, name: str, columns: dict[str, str], rows: int = 8) -> None:
     """A row for each of some pairs: product, reference, and what each method, by column label, makes of them."""
     items = drawn(lab.items("ref"), rows)
@@ -562,12 +468,6 @@ def figure_grid(lab: Lab, name: str, count: int = 8, groups: int = 4) -> None:
         one = cutout_of(some[0]) if name == "fig9" else picture_of(some[0].reference)
         cells += [[None, *given], [one, *(picture_of(next(paths)) for _ in some)]]
     save(sheet(cells), lab.args.out / f"{name}.png")
-
-
-def drawn(items: list, count: int) -> list:
-    """`count` of the items, the same ones every time; not at even distances: lists often go round the categories."""
-    chosen = torch.randperm(len(items), generator=Generator().manual_seed(0))[:count]
-    return [items[i] for i in sorted(chosen.tolist())]
 
 
 TABLE2_COLUMNS = {"Blended Diffusion": "blended-diffusion", "Stable Diffusion": "stable-diffusion",

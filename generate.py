@@ -11,29 +11,47 @@ product's frame, and the product's own pixels where the mask is 1.
 """
 
 import argparse
-import json
 import re
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import (BROKEN, MASK_OF_ITEM, SOLID, BadInput, Item, Parser, background_hint, canvas_size, dilate, extend,
-                  fit, load_cutout, load_masked, one_line_errors, open_image, product_hint, read_items, resize,
-                  save_image, sheet, thumbnail)
+from data import Ad, background_hint, dilate, product_hint
 from model import ControlNet, Prompts
 from sampler import GUIDANCE, STEPS, sample, seeded
-from weights import (StableDiffusion, check_folder, load_control, load_stable_diffusion, pick_device, processes,
-                     read_json, read_log, version)
+from support.batch import paint_items, save_data_sheet
+from support.datasets import BROKEN, read_items
+from support.files import (
+    BadInput,
+    Parser,
+    check_folder,
+    one_line_errors,
+    pick_device,
+    pick_dtype,
+    read_json,
+    real,
+    whole,
+)
+from support.images import (
+    SOLID,
+    canvas_size,
+    extend,
+    fit,
+    load_cutout,
+    load_masked,
+    resize,
+    save_image,
+    sheet,
+    thumbnail,
+)
+from weights import StableDiffusion, load_control, load_stable_diffusion, version
 
 TOY = Path(__file__).resolve().parent / "toy"
 SAMPLE = "perfume"  # of toy/samples, painted where no product is given
@@ -84,16 +102,6 @@ def paint(sd: StableDiffusion, rgb: Tensor, mask: Tensor, texts: list[tuple[str,
 
 
 # ---------------------------------------------------------------- any pictures, in their own frames
-
-
-class Ad(NamedTuple):
-    """What one ad is painted from. Sizes are the files' own; without a reference CG works alone."""
-
-    rgb: Tensor  # (3, H, W), the product, without its old background at soft edges (data.load_cutout)
-    mask: Tensor  # (1, H, W), M
-    texts: tuple[str, str, str]  # of P, P_fg, P_bg
-    seed: int
-    reference: tuple[Tensor, Tensor] | None = None  # I_ref (3, H', W') and M_ref (1, H', W')
 
 
 def paste_back(painted: Tensor, painted_mask: Tensor, box: tuple[int, int, int, int], rgb: Tensor,
@@ -318,11 +326,6 @@ def save(image, path: Path) -> None:
     print(path)
 
 
-def result_path(out: Path, index: int, item: Item) -> Path:
-    """Where the picture painted for item `index` of a data set lies."""
-    return out / f"{index:06}_{item.image.stem}.png"
-
-
 def generate_data(args) -> None:
     """--data: every item not yet painted, with PG where the item has a reference."""
     items, notes = read_items(args.data, args.split or "bg1k")
@@ -330,128 +333,14 @@ def generate_data(args) -> None:
     with_pg = any(item.reference for item in items)
     sd, cg, pg, texts = load_models({item.category for item in items}, with_pg, args)
     print("\n".join(notes), file=sys.stderr)
-    painted, there, broken = paint_items(items, texts, painter_of(sd, cg, pg, args), sd.multiple, args)
+    painted, there, broken = paint_items(items, texts, partial(paint_ads, painter=painter_of(sd, cg, pg, args), multiple=sd.multiple, args=args), args)
     save_data_sheet(items, args.out)  # of several processes the last one has them all
     print(f"{args.out}: {painted:,} painted, {there:,} were there, {broken:,} broken")
     if broken > BROKEN * (painted + there + broken):
         raise BadInput(f"{args.data}: {broken:,} items can't be used, more than {BROKEN:.0%}; they are named above")
 
 
-def paint_items(items: list[Item], texts: dict[str, tuple[str, str, str]], painter: Callable, multiple: int,
-                args) -> tuple[int, int, int]:
-    """Paints all items of a data set that are not in args.out yet, item i with seed + i; texts by category; painter and
-    multiple as in paint_ads. Returns how many were painted, were there, and are broken: these are named and skipped.
-
-    A line of manifest.jsonl for each picture. Under torchrun each process paints its share. Raises BadInput where
-    args.out holds pictures of the same names that were painted of other items or in another way.
-    """
-    manifest = args.out / "manifest.jsonl"
-    paths = [result_path(args.out, i, item) for i, item in enumerate(items)]
-    listed = {line["file"]: line for line in read_log(manifest)}
-    settings = ("weights", "tokenizer", "cg", "pg", "controlnet", "hint", "start", "plain_prompt", "size", "steps", "guidance",
-                "models")
-    how = {name: str(getattr(args, name, None)) for name in settings}
-
-    def entry(i: int) -> dict:
-        item = items[i]
-        return {"item": i, "image": str(item.image), "category": item.category,
-                "reference": str(item.reference) if item.reference else None, "seed": args.seed + i,
-                "file": paths[i].name, "how": how}
-
-    def is_of(line: dict) -> list:
-        """What a picture is painted of and how; files by name, as data sets are moved."""
-        files = [Path(line[key]).name if line[key] else None for key in ("image", "reference")]
-        return [*files, line["category"], line["seed"], line.get("how")]
-
-    for i, path in enumerate(paths):
-        if path.name in listed and is_of(listed[path.name]) != is_of(entry(i)):
-            raise BadInput(f"--out {args.out} holds {path.name}, which was painted of another item, or with other options "
-                           "or weights; name another folder")
-    rank, world = processes()
-    share = range(rank, len(items), world)
-    todo = [i for i in share if paths[i].name not in listed or not paths[i].exists()]
-
-    def read(i: int) -> Ad | BadInput:
-        item, reference = items[i], None
-        try:
-            cutout = load_cutout(item.image, item.mask, "image", MASK_OF_ITEM, item.inverted)
-            if item.reference:
-                reference = load_masked(item.reference, item.reference_mask, "reference",
-                                        MASK_OF_ITEM, item.inverted)
-        except BadInput as error:
-            return error
-        return Ad(*cutout, texts[item.category], args.seed + i, reference)
-
-    def write(ads: dict[int, Ad], pictures: list[Tensor], seconds: float) -> None:
-        for i, picture in zip(ads, pictures):
-            save_image(picture, paths[i])
-            line = entry(i) | {"seconds": round(seconds, 3)}
-            with open(manifest, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-    broken, chunks = 0, [todo[k : k + args.batch] for k in range(0, len(todo), args.batch)]
-    # While a batch is painted, threads read the next one and write the last. Each computes alone: teams of threads that
-    # wait for one another would take the painting's cores
-    alone = dict(initializer=torch.set_num_threads, initargs=(1,))
-    with ThreadPoolExecutor(4, **alone) as readers, ThreadPoolExecutor(1, **alone) as writer:
-        following = [readers.submit(read, i) for chunk in chunks[:1] for i in chunk]
-        written = None
-        for k, chunk in enumerate(tqdm(chunks, unit="batch", disable=not sys.stderr.isatty())):
-            results = {i: future.result() for i, future in zip(chunk, following)}
-            following = [readers.submit(read, i) for after in chunks[k + 1 : k + 2] for i in after]
-            ads = {i: result for i, result in results.items() if isinstance(result, Ad)}
-            for error in (result for result in results.values() if isinstance(result, BadInput)):
-                broken += 1
-                tqdm.write(f"skipped: {error}", file=sys.stderr)
-            clock = time.perf_counter()
-            pictures = paint_ads(list(ads.values()), painter, multiple, args)
-            seconds = (time.perf_counter() - clock) / max(1, len(ads))
-            if written:
-                written.result()  # raises what the writer raised
-            written = writer.submit(write, ads, pictures, seconds)
-        if written:
-            written.result()
-    return len(todo) - broken, len(share) - len(todo), broken
-
-
-def save_data_sheet(items: list[Item], out: Path, columns: int = 8, cells: int = 32) -> None:
-    """OUT/sheet.png: the first items' pictures, beneath each its reference if it has one."""
-    def cell(path: Path | None):
-        try:
-            return path and thumbnail(open_image(path).convert("RGB"))
-        except BadInput:
-            return None  # of a broken item
-
-    rows = []
-    for start in range(0, min(len(items), cells), columns):
-        row = list(enumerate(items))[start : start + columns]
-        rows.append([cell(result_path(out, i, item)) for i, item in row])
-        if any(item.reference for _, item in row):
-            rows.append([cell(item.reference) for _, item in row])
-    if any(picture for row in rows for picture in row):
-        save_image(sheet(rows), out / "sheet.png")
-
-
 # ---------------------------------------------------------------- the command line
-
-
-def number(kind: type, low: float, high: float, text: str):
-    """An option's value within [low, high]."""
-    try:
-        value = kind(text)
-    except ValueError:
-        value = None
-    if value is None or not low <= value <= high:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a {'whole ' * (kind is int)}number from {low} to {high}")
-    return value
-
-
-def whole(low: int, high: int):
-    return partial(number, int, low, high)
-
-
-def real(low: float, high: float):
-    return partial(number, float, low, high)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -530,22 +419,6 @@ def check(args) -> None:
     if args.data and args.num != 1:
         raise BadInput("--num: a data set gets one picture an item; leave it out, or run again with another --out")
     check_folder(args.out)
-
-
-def pick_dtype(name: str, device: str) -> torch.dtype:
-    """--dtype, with "auto" settled for the device: half precision where the hardware multiplies it."""
-    if name == "auto":
-        name = "float16" if device.startswith("cuda") else "float32"
-        name = "bfloat16" if device == "cpu" and native_bfloat16() else name
-    return getattr(torch, name)
-
-
-def native_bfloat16() -> bool:
-    """Whether the CPU multiplies bfloat16 in hardware, by Linux's list of its features."""
-    try:
-        return not {"avx512_bf16", "amx_bf16"}.isdisjoint(Path("/proc/cpuinfo").read_text().split())
-    except OSError:
-        return False
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -144,3 +144,17 @@ def sample(unet: UNet, schedule: Schedule, prompts: Prompts, unconditional: Prom
         if on_step:
             on_step(t, z, z_0)
     return z
+
+
+def timestep_weights(schedule: Schedule, kind: str) -> Tensor:
+    """The weight of each timestep's error, (T,): 1 ('uniform', Eq. 1), or by its signal-to-noise ratio.
+
+    Nearly clean z_t make most of the error of ε, little of which can be learnt; the noisiest, where the scene is
+    decided, make almost none. 'min-snr' (Hang et al. 2023, γ = 5) weights the former down, 'debias' (Yu et al. 2023)
+    the former down and the latter up.
+    """
+    if kind == "uniform":
+        return torch.ones(schedule.T)
+    snr = schedule.alpha_bar / (1 - schedule.alpha_bar)
+    weight = snr.clamp(max=5) / snr if kind == "min-snr" else snr.rsqrt()
+    return weight if schedule.config["prediction_type"] == "epsilon" else weight * snr / (snr + 1)

@@ -15,40 +15,48 @@ processes share a batch and in how many parts it is computed.
 """
 
 import argparse
-import hashlib
-import json
 import math
 import os
-import random
-import shutil
-import signal
 import sys
-import time
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Generator, Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
+from torch import Tensor
 
-from data import (SIGMA, THETA, Ads, BadInput, Item, Parser, canvas_size, categories_of, load_ad, one_line_errors,
-                  perturb, product_hint, read_items, save_image, sheet)
-from generate import (IDENTIFIER, TOY, branch_path, categories_file, encode_prompts, load_branch, native_bfloat16, paint,
-                      prompt_texts, real, whole)
+from data import SIGMA, THETA, Samples, load_ad, product_hint
+from generate import IDENTIFIER, TOY, branch_path, categories_file, encode_prompts, load_branch, paint, prompt_texts
 from model import CategoryGenerator, ControlNet, PersonalityGenerator, Prompts, UNet, predict_noise
-from sampler import Schedule, seeded
+from sampler import seeded, timestep_weights
+from support.cache import cached, digest, hashed
+from support.checkpoints import checkpoints
+from support.datasets import categories_of, read_items
+from support.files import (
+    BadInput,
+    Parser,
+    barrier,
+    check_folder,
+    native_bfloat16,
+    one_line_errors,
+    pick_device,
+    processes,
+    read_json,
+    real,
+    whole,
+)
+from support.images import canvas_size, sheet
+from support.trainer import Latents, Task, divisor, memory_format, mixed_precision, run
 from toy.world import write_world
-from weights import (CONTROL_FILES, TEXT_FILES, StableDiffusion, check_folder, control_config, load_stable_diffusion,
-                     pick_device, processes, read_json, read_log, read_tensors, save_control, version, write_atomic)
+from weights import (
+    CONTROL_FILES,
+    TEXT_FILES,
+    StableDiffusion,
+    control_config,
+    load_stable_diffusion,
+    save_control,
+    version,
+)
 
 TOY_DATA = TOY / "data"
 
@@ -73,463 +81,16 @@ WRITTEN = {"config.json", "categories.json", *CONTROL_FILES, *TEXT_FILES, "vocab
 # ---------------------------------------------------------------- processes
 
 
-def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def seed_of(*parts: object) -> int:
-    """A seed that depends on all of `parts`. 32 bits: torch's CPU generator reads no more of a seed."""
-    return random.Random(" ".join(map(str, parts))).getrandbits(32)
-
-
-class Batches:
-    """Sampler: every index once an epoch in random order, each with a seed of its own, from step `start` on.
-
-    Of each batch one process of several gets every `world`-th sample, from its rank on.
-    """
-
-    def __init__(self, count: int, batch: int, seed: int, start: int, steps: int, rank: int = 0, world: int = 1):
-        self.count, self.batch, self.seed, self.start, self.steps = count, batch, seed, start, steps
-        self.rank, self.world = rank, world
-
-    def __len__(self) -> int:
-        return self.steps - self.start
-
-    def __iter__(self):
-        epoch, order = -1, None
-        for step in range(self.start, self.steps):
-            keys = []
-            for position in range(step * self.batch, (step + 1) * self.batch):
-                if position // self.count != epoch:
-                    epoch = position // self.count
-                    generator = Generator().manual_seed(seed_of(self.seed, "order", epoch))
-                    order = torch.randperm(self.count, generator=generator).tolist()
-                keys.append((order[position % self.count], seed_of(self.seed, "sample", position)))
-            yield keys[self.rank :: self.world]
-
-
 # ---------------------------------------------------------------- the loop
-
-
-@dataclass
-class Task:
-    """What a stage trains."""
-
-    modules: dict[str, nn.Module]  # trained, by name
-    samples: Dataset  # samples[(index, seed)] -> dict of tensors
-    loss: Callable[[dict, Generator], Tensor]  # a batch -> scalar
-    draw: Callable  # () -> PIL sheet of what the model does now
-    save: Callable[[Path], None]  # writes the public folders
-
-
-class Step(nn.Module):
-    """A task's loss as a module, whose gradients DistributedDataParallel averages over the processes."""
-
-    def __init__(self, task: Task):
-        super().__init__()
-        self.trained, self.loss = nn.ModuleDict(task.modules), task.loss
-
-    def forward(self, batch: dict, generator: Generator) -> Tensor:
-        return self.loss(batch, generator)
-
-
-def mixed_precision(args) -> torch.autocast:
-    """With --amp, a context in which matrix products and convolutions are computed in half precision.
-
-    It keeps the weights' half-precision copies until it is left, except with --checkpointing, where memory counts more.
-    """
-    return torch.autocast(torch.device(args.device).type, args.amp, enabled=args.amp is not None,
-                          cache_enabled=not args.checkpointing)
-
-
-def memory_format(args) -> torch.memory_format:
-    """The order of a picture's numbers in memory that convolutions like best: float32 of full size is the exception."""
-    return torch.channels_last if args.amp or args.size <= 128 else torch.contiguous_format
-
-
-def learning_rate(step: int, args) -> float:
-    """Linear warm-up, constant, linear decay over the last part of the run. The paper's is constant throughout."""
-    up = min(1.0, (step + 1) / args.warmup) if args.warmup else 1.0
-    down = min(1.0, (args.steps - step) / (args.decay * args.steps)) if args.decay else 1.0
-    return args.lr * up * down
-
-
-def run(task: Task, args) -> None:
-    """Trains a task to args.steps, with log, sheets and checkpoints in args.out/training/<stage>.
-
-    On SIGTERM the step is finished, a checkpoint written, and the program left with status 143.
-    """
-    (rank, world), folder = processes(), args.out / "training" / args.stage
-    for module in task.modules.values():
-        module.to(memory_format=memory_format(args))
-    # On a CPU the fused attention's backward pass is slow: at the toy's size plain matrix products train faster
-    small = args.device == "cpu" and args.size <= 128
-    attention = partial(sdpa_kernel, SDPBackend.MATH) if small else nullcontext
-    parameters = {f"{m}.{n}": p for m, module in task.modules.items() for n, p in module.named_parameters()}
-    optimizer = torch.optim.AdamW(parameters.values(), args.lr, weight_decay=args.weight_decay, fused=True)
-    # Half-precision gradients would vanish below 6e-8: in float16 the loss is scaled up, and the gradients back down
-    scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=args.amp == torch.float16)
-    ema = {n: p.detach().clone() for n, p in parameters.items()} if args.ema else {}
-    start = load_checkpoint(args, parameters, ema, optimizer, scaler) if args.resume else 0
-    if start >= args.steps:
-        raise BadInput(f"{folder} is already at step {start}; to train further give --steps above {start}")
-    model = Step(task)
-    if world > 1:
-        model = DistributedDataParallel(model)
-    log = open_log(folder / "log.jsonl", start) if rank == 0 else None
-
-    loader = DataLoader(task.samples, num_workers=args.workers, pin_memory=args.device != "cpu", worker_init_fn=outlive,
-                        batch_sampler=Batches(len(task.samples), args.batch, args.seed, start, args.steps, rank, world))
-    bar = tqdm(loader, initial=start, total=args.steps, unit="step", disable=rank > 0 or not sys.stderr.isatty())
-    stopped = []
-    handler = signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
-    average, clock, seen = None, time.perf_counter(), 0
-    for step, batch in enumerate(bar, start):
-        lr = learning_rate(step, args)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        total = torch.zeros(2, device=args.device)  # the loss, and whether to stop; NCCL sums on GPUs only
-        while True:
-            try:
-                total[0] = accumulate(model, batch, step, scaler, attention, args)
-                break
-            except torch.OutOfMemoryError:
-                fit_memory(args)
-            optimizer.zero_grad(set_to_none=True)
-        total[1] = len(stopped)
-        if world > 1:
-            dist.all_reduce(total)
-        total, stop = total[0].item() / world, bool(total[1])
-        scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(parameters.values(), args.clip_gradient or math.inf).item()
-        # a scaler skips steps whose gradients overflow, and scales the next loss less
-        if not math.isfinite(total) or not (math.isfinite(norm) or scaler.is_enabled()):
-            raise BadInput(f"the loss is {total}, its gradient's length {norm} at step {step}; what {folder} holds of "
-                           "earlier steps is good: resume from it, or start again, with a lower --lr")
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        if ema:
-            rate = min(args.ema, (1 + step) / (10 + step))
-            torch._foreach_lerp_(list(ema.values()), [p.detach() for p in parameters.values()], 1 - rate)
-
-        done, seen = step + 1, seen + args.batch
-        average = total if average is None else 0.98 * average + 0.02 * total
-        if rank == 0:
-            if done % args.log_every == 0 or done == args.steps:
-                speed = seen / (time.perf_counter() - clock)
-                clock, seen = time.perf_counter(), 0
-                bar.set_postfix_str(f"loss {average:.4f}, lr {lr:.1e}, {speed:.1f} images/s")
-                line = {"step": done, "loss": round(average, 6), "lr": lr, "images_per_second": round(speed, 2)}
-                log.write(json.dumps(line | {"time": round(time.time(), 1)}) + "\n")
-                log.flush()
-            shown = done % args.sample_every == 0 or done == args.steps
-            try:
-                if shown:
-                    with averaged(parameters, ema), torch.no_grad(), mixed_precision(args):
-                        task.save(args.out)
-                if done % args.save_every == 0 or done == args.steps or stop:
-                    save_checkpoint(args, done, parameters, ema, optimizer, scaler)
-                if shown:  # last: it may not fit the memory
-                    try:
-                        with averaged(parameters, ema), torch.no_grad(), mixed_precision(args):
-                            save_image(task.draw(), folder / f"sheet_{done:06}.png")
-                    except torch.OutOfMemoryError:
-                        print("no sheet: painting it does not fit the GPU's memory", file=sys.stderr)
-                    clock, seen = time.perf_counter(), 0
-            except (OSError, SafetensorError) as error:
-                left = [f": {old.name} is whole" for old in checkpoints(args)[-1:]]
-                raise BadInput(f"{args.out} can't be written ({error}); make room and add --resume{''.join(left)}") from None
-        if stop and done < args.steps:
-            barrier()
-            print(f"stopped at step {done}; --resume goes on from there", file=sys.stderr)
-            raise SystemExit(128 + signal.SIGTERM)
-    signal.signal(signal.SIGTERM, handler)
-    if log:
-        log.close()
-    barrier()  # what the first process saves is there when any goes on
-
-
-def outlive(worker: int) -> None:
-    """A loader's worker leaves SIGTERM, which torchrun and batch systems send to all processes, to the one it serves."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def accumulate(model: nn.Module, batch: dict, step: int, scaler, attention: Callable, args) -> float:
-    """Adds up the gradients of a process's share of a batch, in parts of args.micro_batch samples -> its mean loss."""
-    rank, world = processes()
-    generator = Generator().manual_seed(seed_of(args.seed, "step", step, *([rank] if rank else [])))
-    parts, total = args.batch // world // args.micro_batch, 0.0
-    for i in range(parts):
-        micro = slice(i * args.micro_batch, (i + 1) * args.micro_batch)
-        part = {k: v[micro].to(args.device, non_blocking=True) for k, v in batch.items()}
-        last = nullcontext() if world == 1 or i == parts - 1 else model.no_sync()
-        with last, mixed_precision(args), attention():
-            loss = model(part, generator) / parts
-            scaler.scale(loss).backward()
-        total += loss.item()
-    return total
-
-
-def divisor(n: int, at_most: int) -> int:
-    """The largest divisor of n up to a limit."""
-    return max(d for d in range(1, min(n, at_most) + 1) if n % d == 0)
-
-
-def fit_memory(args) -> None:
-    """After a step that did not fit the memory: the next smaller micro-batch. Raises BadInput where there is none, and
-    where other processes are in the middle of the step.
-    """
-    if processes()[1] > 1 or args.micro_batch == 1 or args.stage == "clip":
-        raise BadInput(f"--micro-batch {args.micro_batch} does not fit the memory of {args.device}: "
-                       f"{'give a smaller one, or ' if args.micro_batch > 1 else ''}add --amp"
-                       f"{' or --checkpointing' if args.stage in BRANCHES else ''}")
-    smaller = divisor(args.batch, args.micro_batch - 1)
-    print(f"--micro-batch {args.micro_batch} does not fit the memory of {args.device}, goes on with {smaller}",
-          file=sys.stderr)
-    args.micro_batch = smaller
-    if args.device != "cpu":
-        torch.cuda.empty_cache()
-
-
-def open_log(file: Path, start: int):
-    """A log to append to, without the lines of steps after `start` that an interrupted run has left."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    lines = [line for line in (read_log(file) if start else []) if line["step"] <= start]
-    write_atomic(file, lambda new: new.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"))
-    return open(file, "a", encoding="utf-8")
-
-
-class averaged:
-    """Within this context the parameters hold their moving averages (EMA)."""
-
-    def __init__(self, parameters: dict[str, Tensor], ema: dict[str, Tensor]):
-        self.parameters, self.ema = parameters, ema
-
-    def swap(self, *_):
-        for name, average in self.ema.items():
-            p = self.parameters[name]
-            p.data, self.ema[name] = average, p.data
-
-    __enter__ = __exit__ = swap
 
 
 # ---------------------------------------------------------------- checkpoints
 
 
-def checkpoints(args) -> list[Path]:
-    """The run's checkpoints, oldest first."""
-    return sorted((args.out / "training" / args.stage).glob("checkpoint_*.safetensors"))
-
-
-def settings_of(args) -> dict:
-    """What must stay the same for a resumed run to be the run that was interrupted."""
-    names = ("data", "weights", "tokenizer", "cg", "init_control", "batch", "steps", "size", "lr", "warmup", "decay",
-             "weight_decay", "clip_gradient", "ema", "noise_offset", "weighting", "prompt_dropout", "theta", "sigma", "seed",
-             "amp")
-    values = {name: getattr(args, name) for name in names}
-    return {name: value if isinstance(value, (int, float, list)) else str(value)
-            for name, value in values.items()} | {"identifiers": hashed(args.identifiers), "frozen weights": args.frozen}
-
-
-def save_checkpoint(args, step: int, parameters: dict, ema: dict, optimizer, scaler) -> None:
-    """Weights, averages and Adam's moments in one safetensors file, the step and the settings in its header.
-
-    The newest --keep stay. Random states need no saving: they follow from seed and step.
-    """
-    tensors = {f"weights.{n}": p.detach() for n, p in parameters.items()} | {f"ema.{n}": p for n, p in ema.items()}
-    for name, p in parameters.items():
-        for moment in ("exp_avg", "exp_avg_sq"):
-            if p in optimizer.state:
-                tensors[f"{moment}.{name}"] = optimizer.state[p][moment]
-    # Adam counts fewer steps than the run where a scaler skipped some
-    counts = [int(state["step"]) for state in optimizer.state.values()]
-    header = {"step": str(step), "adam": str(max(counts, default=0)), "settings": json.dumps(settings_of(args)),
-              "scaler": json.dumps(scaler.state_dict())}
-    path = args.out / "training" / args.stage / f"checkpoint_{step:08}.safetensors"
-    write_atomic(path, lambda new: save_file({n: t.contiguous() for n, t in tensors.items()}, new, header))
-    for old in checkpoints(args)[: -args.keep]:
-        old.unlink()
-    for left in path.parent.glob(".checkpoint_*"):  # by a process killed while it wrote
-        shutil.rmtree(left)
-
-
-def load_checkpoint(args, parameters: dict, ema: dict, optimizer, scaler) -> int:
-    """Fills everything from the run's newest checkpoint -> its step. Tells on stderr which settings are not the run's.
-
-    Raises BadInput where the checkpoint is broken or of another model.
-    """
-    path = checkpoints(args)[-1]
-    try:
-        with safe_open(path, framework="pt") as file, torch.no_grad():
-            header = file.metadata()
-            step, settings = int(header["step"]), json.loads(header["settings"])
-            adam = float(header.get("adam", step))
-            for name, p in parameters.items():
-                p.copy_(file.get_tensor(f"weights.{name}"))
-                if ema:
-                    ema[name].copy_(file.get_tensor(f"ema.{name}"))
-                if f"exp_avg.{name}" in file.keys():
-                    moments = {m: torch.empty_like(p).copy_(file.get_tensor(f"{m}.{name}"))
-                               for m in ("exp_avg", "exp_avg_sq")}
-                    optimizer.state[p] = {"step": torch.tensor(adam, device=p.device), **moments}
-            if scaler.is_enabled():
-                scaler.load_state_dict(json.loads(header["scaler"]))
-    except (RuntimeError, KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
-        raise BadInput(f"{path} is broken, or of another model or other settings ({str(error).splitlines()[0]}); "
-                       "give the options of the run, or remove it to go on from the one before") from None
-    now = json.loads(json.dumps(settings_of(args)))
-    if settings.get("identifiers") != now["identifiers"]:
-        raise BadInput(f"the categories of {args.data}, or their identifiers, are not those that the run began with; "
-                       "give the run's --data and --identifier, or train anew to another --out")
-    changed = [f"{name} {settings.get(name)} -> {now[name]}" for name in now if settings.get(name) != now[name]]
-    if changed and processes()[0] == 0:
-        print(f"resumed with other settings than the run's: {', '.join(changed)}", file=sys.stderr)
-    return step
-
-
 # ---------------------------------------------------------------- what frozen networks make of the data, once
 
 
-def cached(folder: Path, key: object, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Tensors computed once and kept in a file named by a hash of all they depend on; memory-mapped.
-
-    Nothing stale is read: what has changed has another name. An interrupted computation leaves nothing.
-    """
-    path = folder / f"{hashed(key)}.safetensors"
-    if not path.exists():
-        write_atomic(path, lambda new: save_file({n: t.contiguous() for n, t in compute().items()}, new))
-    return read_tensors(path)
-
-
-def hashed(key: object) -> str:
-    """A hash of what JSON can hold."""
-    return hashlib.blake2b(json.dumps(key).encode(), digest_size=16).hexdigest()
-
-
-def digest(module: nn.Module) -> str:
-    """A hash of a module's weights."""
-    h = hashlib.blake2b(digest_size=16)
-    for p in module.state_dict().values():
-        h.update(p.contiguous().reshape(-1).view(torch.uint8).cpu().numpy())
-    return h.hexdigest()
-
-
-def stamp(path: Path | None) -> list:
-    """What changes when a file does."""
-    return [str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns] if path else []
-
-
-class Latents:
-    """The frozen VAE, once over a data set: mean and log-variance of every latent, in files of `PART` items each.
-
-    latents[i] -> mean, standard deviation, both (4, h, w) float32, scaled as the UNet's; and for an inpainting UNet
-    what it reads beside z_t, (5, h, w), else None. Processes share the work; files that are there are not made again.
-    """
-
-    PART = 1024
-
-    def __init__(self, sd: StableDiffusion, items: list[Item], args):
-        rank, world = processes()
-        self.scale, self.T, ads = sd.vae.scaling_factor, sd.schedule.T, Ads(items, args.size)
-        weights = [digest(sd.vae), args.size, str(args.amp), sd.unet.config["in_channels"]]
-        starts = range(0, len(items), self.PART)
-        stamps = [[stamp(item.image), stamp(item.mask), item.inverted] for item in items]
-        keys = [weights + stamps[start : start + self.PART] for start in starts]
-        bar = tqdm(total=len(items), desc="encoding", unit="image", disable=rank > 0 or not sys.stderr.isatty())
-
-        def encode(start: int) -> dict[str, Tensor]:
-            rows = {}
-            indices = range(start, min(start + self.PART, len(items)))
-            loader = DataLoader(torch.utils.data.Subset(ads, indices), min(8, args.micro_batch),
-                                num_workers=args.workers)
-            for batch in loader:
-                image, mask = batch["image"].to(args.device), batch["mask"].to(args.device)
-                with torch.no_grad(), mixed_precision(args):
-                    mean, logvar = sd.vae.encode(2 * image.to(sd.vae.quant_conv.weight) - 1)
-                    made = {"mean": mean, "logvar": logvar, "inpainting": sd.inpainting(image.to(mean), mask)}
-                for name, x in made.items():
-                    if x is not None:
-                        rows.setdefault(name, []).append(x.to("cpu", torch.float16))
-                bar.update(len(image) * world)
-            return {name: torch.cat(x) for name, x in rows.items()}
-
-        for start, key in list(zip(starts, keys))[rank::world]:
-            cached(args.cache, key, partial(encode, start))
-        bar.close()
-        barrier()
-        self.parts = [cached(args.cache, key, partial(encode, start)) for start, key in zip(starts, keys)]
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        part, row = self.parts[index // self.PART], index % self.PART
-        mean, std = part["mean"][row].float(), (part["logvar"][row].float() / 2).exp()
-        return mean * self.scale, std * self.scale, part["inpainting"][row].float() if "inpainting" in part else None
-
-
 # ---------------------------------------------------------------- samples
-
-
-class Samples(Dataset):
-    """Training samples by (index, seed); all randomness of one comes from its seed, on whichever worker makes it.
-
-    {"index"} and, of `pictures`, {"image", "mask"}; `perturbed` adds PG's hint "background" (Eq. 5, 6); with `latents`
-    what one step of Eq. 1 draws: "z_0", "eps", "t", and a number "drop" in [0, 1): is the prompt dropped?
-    """
-
-    def __init__(self, items: list[Item], args, latents: Latents | None = None, pictures: bool = True,
-                 perturbed: bool = False):
-        self.ads, self.args, self.latents = Ads(items, args.size), args, latents
-        self.pictures, self.perturbed = pictures, perturbed
-
-    def __len__(self) -> int:
-        return len(self.ads)
-
-    def __getitem__(self, key: tuple[int, int]) -> dict:
-        index, seed = key
-        args, generator = self.args, Generator().manual_seed(seed)
-        sample = self.ads[index] if self.pictures else {"index": index}
-        if self.perturbed:
-            step = int(torch.randint(1, max(2, len(self)), (), generator=generator))  # to another ad
-            other = self.ads[(sample["index"] + step) % len(self)]["image"]
-            sample["background"] = perturb(sample["image"], sample["mask"], other, generator, args.theta, args.sigma)
-        if self.latents:
-            mean, std, inpainting = self.latents[sample["index"]]
-            z_0, eps, t = diffuse(mean, std, generator, self.latents.T, args.noise_offset)
-            sample |= {"z_0": z_0, "eps": eps, "t": t}
-            sample["drop"] = torch.rand((), generator=generator)
-            if inpainting is not None:
-                sample["inpainting"] = inpainting
-        return sample
-
-
-def diffuse(mean: Tensor, std: Tensor, generator: Generator, T: int,
-            noise_offset: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    """A draw of z_0 (4, h, w) from the VAE's posterior, noise ε of its shape, and a timestep t () of T.
-
-    SD's noisiest z_t still tells the picture's mean, which the pure noise that sampling starts from does not: dark
-    scenes come out grey. With noise_offset > 0 the mean of ε varies too (Guttenberg 2023), and the model relies on the
-    prompt for the brightness.
-    """
-    draw = torch.randn(2, *mean.shape, generator=generator)
-    z_0, eps = mean + std * draw[0], draw[1]
-    if noise_offset:
-        eps = eps + noise_offset * torch.randn(len(mean), 1, 1, generator=generator)
-    return z_0, eps, torch.randint(T, (), generator=generator)
-
-
-def timestep_weights(schedule: Schedule, kind: str) -> Tensor:
-    """The weight of each timestep's error, (T,): 1 ('uniform', Eq. 1), or by its signal-to-noise ratio.
-
-    Nearly clean z_t make most of the error of ε, little of which can be learnt; the noisiest, where the scene is
-    decided, make almost none. 'min-snr' (Hang et al. 2023, γ = 5) weights the former down, 'debias' (Yu et al. 2023)
-    the former down and the latter up.
-    """
-    if kind == "uniform":
-        return torch.ones(schedule.T)
-    snr = schedule.alpha_bar / (1 - schedule.alpha_bar)
-    weight = snr.clamp(max=5) / snr if kind == "min-snr" else snr.rsqrt()
-    return weight if schedule.config["prediction_type"] == "epsilon" else weight * snr / (snr + 1)
 
 
 # ---------------------------------------------------------------- the paper's branches
@@ -821,7 +382,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    import train  # this file once more, as the module that toy/stages.py imports: there must be one of it
-
     with one_line_errors():
-        train.main()
+        main()

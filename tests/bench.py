@@ -70,8 +70,12 @@ def write_sd15(folder: Path) -> None:
     """Stable Diffusion 1.5, CG and PG in their public layout and full size, random weights, float32 (7.2 GB)."""
     import torch
 
-    from model import VAE, CategoryGenerator, PersonalityGenerator, TextEncoder, UNet
-    from weights import TEXT_FILES, UNET_FILES, control_config, save_control, save_module, train_tokenizer, write_json
+    from clip import TextEncoder
+    from model import CategoryGenerator, PersonalityGenerator, UNet
+    from support.files import write_json
+    from toy.stages import train_tokenizer
+    from vae import VAE
+    from weights import TEXT_FILES, UNET_FILES, control_config, save_control, save_module
 
     torch.manual_seed(0)
     unet = UNet(UNET)
@@ -330,7 +334,7 @@ def loader() -> None:
 
     sys.path.insert(0, str(ROOT))
     import train
-    from data import read_items
+    from support.datasets import read_items
     from toy.world import write_world
 
     with tempfile.TemporaryDirectory() as folder:

@@ -14,7 +14,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model import VAE, CategoryGenerator, PersonalityGenerator, Prompts, TextEncoder, UNet
+from clip import TextEncoder
+from model import CategoryGenerator, PersonalityGenerator, Prompts, UNet
+from vae import VAE
 from weights import control_config
 
 SD1 = {"_class_name": "UNet2DConditionModel", "in_channels": 4, "out_channels": 4, "act_fn": "silu", "sample_size": 16,

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 import data
-from data import BadInput, Item
+from support.datasets import Item
+from support.files import BadInput
 
 SIZE = 24  # pixels of the test images
 

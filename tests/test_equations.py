@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import SD1, inputs, random, randomise, relative_error
 from torch import nn
 
 import model
 from attention import Attention, Reused, TransformerBlock, attend, mask_at
-from conftest import SD1, inputs, random, randomise, relative_error
 from model import CategoryGenerator, ControlNet, PersonalityGenerator, Prompts, UNet, predict_noise
 from sampler import Schedule, ddim, ddim_step, sample, seeded
 from weights import control_config

@@ -13,15 +13,19 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import CLIP_CONFIG, random
 
 import evaluate
-from baselines import blended_diffusion, stable_diffusion
-from conftest import CLIP_CONFIG, random
-from data import BadInput, background_hint, load_ad, read_items
-from evaluate import frechet, interval, joint_frechet, similarity, tsne
+from clip import CLIP
+from data import background_hint, load_ad
 from generate import TOY, prompt_texts
-from model import CLIP, UNet
+from model import UNet
+from rivals.baselines import blended_diffusion, stable_diffusion
 from sampler import ddim, seeded
+from support.datasets import read_items
+from support.figures import tsne
+from support.files import BadInput
+from support.metrics import frechet, interval, joint_frechet, similarity
 from toy.world import write_world
 from weights import StableDiffusion, load_clip, load_stable_diffusion
 

@@ -15,9 +15,11 @@ from PIL import Image
 
 import data
 import generate
-from model import VAE, CategoryGenerator, PersonalityGenerator, TextEncoder, UNet
-from toy.stages import TOY_TEXT, TOY_UNET, TOY_VAE
-from weights import control_config, load_tokenizer, save_control, save_module, train_tokenizer
+from clip import TextEncoder, load_tokenizer
+from model import CategoryGenerator, PersonalityGenerator, UNet
+from toy.stages import TOY_TEXT, TOY_UNET, TOY_VAE, train_tokenizer
+from vae import VAE
+from weights import control_config, save_control, save_module
 
 ROOT = Path(generate.__file__).parent
 WEIGHTS = "diffusion_pytorch_model.safetensors"

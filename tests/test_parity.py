@@ -11,13 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import CLIP_CONFIG, TEXT_CONFIG, UNETS, VAE_CONFIG, inputs, random, randomise, relative_error
 from safetensors.torch import load_file, save_file
 
-from conftest import CLIP_CONFIG, TEXT_CONFIG, UNETS, VAE_CONFIG, inputs, random, randomise, relative_error
-from model import CLIP, VAE, CategoryGenerator, ControlNet, PersonalityGenerator, TextEncoder, UNet, predict_noise
+from clip import CLIP, TextEncoder, load_tokenizer
+from model import CategoryGenerator, ControlNet, PersonalityGenerator, UNet, predict_noise
 from sampler import Schedule, ddim, ddim_step
-from weights import (CONTROL_FILES, TEXT_FILES, UNET_FILES, control_config, load_module, load_tokenizer, save_control,
-                     save_module, train_tokenizer, write_json)
+from support.files import write_json
+from toy.stages import train_tokenizer
+from vae import VAE
+from weights import CONTROL_FILES, TEXT_FILES, UNET_FILES, control_config, load_module, save_control, save_module
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")

@@ -9,19 +9,32 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import random, randomise, relative_error
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import generate
 import train
-from conftest import random, randomise, relative_error
+from clip import CLIP, TextEncoder
 from generate import paint
-from model import CLIP, VAE, CategoryGenerator, ControlNet, TextEncoder, UNet
+from model import CategoryGenerator, ControlNet, UNet
 from sampler import draw_noise, seeded
-from weights import (RENAMES, TEXT_FILES, UNET_FILES, BadInput, control_config, load_control, load_module, load_stable_diffusion,
-                     make, rename, renamed, save_control, save_module, split, text_config, train_tokenizer, unet_config,
-                     vae_config, write_json)
+from support.files import BadInput, write_json
+from support.layouts import RENAMES, rename, renamed, split, text_config, unet_config, vae_config
+from toy.stages import train_tokenizer
+from vae import VAE
+from weights import (
+    TEXT_FILES,
+    UNET_FILES,
+    control_config,
+    load_control,
+    load_module,
+    load_stable_diffusion,
+    make,
+    save_control,
+    save_module,
+)
 
 LAYOUTS = Path(__file__).resolve().parents[2] / "shared" / "layouts"
 ROUNDING = 1e-5  # of the largest value: what float32 sums in another order may differ by

@@ -3,15 +3,17 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import relative_error
 from safetensors import safe_open
 
-from conftest import relative_error
-from data import load_cutout, load_masked, product_hint
+from data import product_hint
 from generate import TOY, encode_prompts, paint, texts_of
 from model import Prompts
 from sampler import draw_noise, sample, seeded
+from support.files import read_json
+from support.images import load_cutout, load_masked
 from toy.world import CATEGORIES, SAMPLES, Brand, product_caption, scene_caption
-from weights import load_clip, load_control, load_stable_diffusion, read_json
+from weights import load_clip, load_control, load_stable_diffusion
 
 WEIGHTS = [path for folder in ("base", "cg", "pg", "clip") for path in sorted((TOY / folder).rglob("*.safetensors"))]
 STEPS = 10

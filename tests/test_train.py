@@ -17,9 +17,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import train
-from data import BadInput, load_ad, read_items
-from model import VAE, ControlNet, TextEncoder, UNet
+from clip import TextEncoder
+from data import load_ad
+from model import ControlNet, UNet
+from support.datasets import read_items
+from support.files import BadInput
 from toy.world import write_world
+from vae import VAE
 from weights import StableDiffusion, load_control, load_stable_diffusion
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,14 +7,28 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import SD1, TEXT_CONFIG, VAE_CONFIG, random, randomise
 from safetensors.torch import load_file, save_file
 
-from conftest import SD1, TEXT_CONFIG, VAE_CONFIG, random, randomise
-from model import VAE, CategoryGenerator, TextEncoder, UNet
+from clip import TextEncoder, load_tokenizer
+from model import CategoryGenerator, UNet
 from sampler import Schedule
-from weights import (CONTROL_FILES, TEXT_FILES, UNET_FILES, BadInput, StableDiffusion, control_config, load_control,
-                     load_module, load_stable_diffusion, load_tokenizer, pick_device, read_log, read_tensors, save_control,
-                     save_module, train_tokenizer, version, write_atomic, write_json)
+from support.files import BadInput, pick_device, read_log, read_tensors, write_atomic, write_json
+from toy.stages import train_tokenizer
+from vae import VAE
+from weights import (
+    CONTROL_FILES,
+    TEXT_FILES,
+    UNET_FILES,
+    StableDiffusion,
+    control_config,
+    load_control,
+    load_module,
+    load_stable_diffusion,
+    save_control,
+    save_module,
+    version,
+)
 
 
 @pytest.fixture

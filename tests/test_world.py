@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import toy.world
-from data import load_ad, read_items
+from data import load_ad
+from support.datasets import read_items
 from toy.world import ALL_PRODUCTS, CATEGORIES, OTHERS, SCENES, Brand, draw, layers, write_world
 
 

@@ -6,20 +6,26 @@ VAE by reconstruction, CLIP by contrast of pictures and captions (its text tower
 denoising. All else is SD 1.5's shape made small. Nothing here is the paper's.
 """
 
+import json
 import math
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from tokenizers import models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
-from data import Ads, BadInput, canvas_size, read_items, sheet
+from clip import CLIP, TextEncoder, clip_bpe, load_tokenizer
+from data import Ads, Samples
 from generate import IDENTIFIER, paint
-from model import CLIP, VAE, TextEncoder, UNet
-from sampler import Schedule, seeded
-from train import Latents, Samples, Task, timestep_weights
-from weights import (TEXT_FILES, UNET_FILES, StableDiffusion, load_module, load_tokenizer, save_module, train_tokenizer,
-                     write_json)
+from model import UNet
+from sampler import Schedule, seeded, timestep_weights
+from support.datasets import read_items
+from support.files import BadInput, write_atomic, write_json
+from support.images import canvas_size, sheet
+from support.trainer import Latents, Task
+from vae import VAE
+from weights import TEXT_FILES, UNET_FILES, StableDiffusion, load_module, save_module
 
 KL = 1e-3  # stage vae: weight of the KL term
 
@@ -210,3 +216,29 @@ def unet_task(args) -> Task:
 
 
 STAGES = {"vae": vae_task, "clip": clip_task, "unet": unet_task}
+
+
+def train_tokenizer(texts: list[str], size: int, length: int, folder: Path) -> None:
+    """Grows a byte-pair vocabulary on texts and writes it as CLIP's files are: vocab.json, merges.txt, config."""
+    bpe = clip_bpe(models.BPE(end_of_word_suffix="</w>"))
+    # single bytes, within words and at their ends: any text can be spelt
+    single = [c + end for end in ("", "</w>") for c in sorted(pre_tokenizers.ByteLevel.alphabet())]
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=size - len(single) - 2, end_of_word_suffix="</w>", show_progress=False, special_tokens=[]))
+    grown = json.loads(bpe.to_str())["model"]
+    merges = [m if isinstance(m, list) else m.split(" ") for m in grown["merges"]]
+    # CLIP's order: single bytes, the same as ends of words, merges, and the two special tokens with the largest ids
+    tokens = [*single, *dict.fromkeys("".join(m) for m in merges), "<|startoftext|>", "<|endoftext|>"]
+
+    def write(scratch: Path) -> None:
+        scratch.mkdir()
+        vocabulary = {token: i for i, token in enumerate(tokens)}
+        (scratch / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+        lines = ["#version: 0.2", *(f"{a} {b}" for a, b in merges)]
+        (scratch / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": length, "do_lower_case": True,
+                    "bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>",
+                    "unk_token": "<|endoftext|>"}
+        (scratch / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+    write_atomic(folder, write)

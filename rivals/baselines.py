@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from clip import CLIP
 from data import background_hint
 from generate import encode_prompts
-from model import CLIP
 from sampler import GUIDANCE, STEPS, draw_noise, sample
 from weights import StableDiffusion
 

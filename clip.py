@@ -1,0 +1,237 @@
+"""CLIP, by hand: the text encoder that SD reads prompts with, the image tower that measures, and the tokenizer."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Regex, Tokenizer as BPETokenizer, models, normalizers, pre_tokenizers
+from torch import Tensor, nn
+
+from attention import attend
+from support.files import BadInput, read_json
+
+ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}
+
+
+class CLIPAttention(nn.Module):
+    """Multi-head self-attention with biases. (B, L, C) -> (B, L, C)."""
+
+    def __init__(self, channels: int, heads: int, causal: bool):
+        super().__init__()
+        self.heads, self.causal = heads, causal
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            self.add_module(name, nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_proj(attend(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads, self.causal))
+
+
+class CLIPMLP(nn.Module):
+    """(B, L, C) -> (B, L, C)."""
+
+    def __init__(self, channels: int, hidden: int, activation: str):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(channels, hidden), nn.Linear(hidden, channels)
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class CLIPLayer(nn.Module):
+    """Pre-norm transformer layer."""
+
+    def __init__(self, config: dict, causal: bool):
+        super().__init__()
+        channels, eps = config["hidden_size"], config.get("layer_norm_eps", 1e-5)
+        self.layer_norm1 = nn.LayerNorm(channels, eps)
+        self.self_attn = CLIPAttention(channels, config["num_attention_heads"], causal)
+        self.layer_norm2 = nn.LayerNorm(channels, eps)
+        self.mlp = CLIPMLP(channels, config["intermediate_size"], config.get("hidden_act", "quick_gelu"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class CLIPLayers(nn.Module):
+    """`encoder` of either tower."""
+
+    def __init__(self, config: dict, causal: bool):
+        super().__init__()
+        self.layers = nn.ModuleList(CLIPLayer(config, causal) for _ in range(config["num_hidden_layers"]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class TextEmbeddings(nn.Module):
+    """Token plus position. (B, L) -> (B, L, D)."""
+
+    def __init__(self, config: dict):
+        super().__init__()
+        self.token_embedding = nn.Embedding(config["vocab_size"], config["hidden_size"])
+        self.position_embedding = nn.Embedding(config["max_position_embeddings"], config["hidden_size"])
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
+
+
+class TextTransformer(nn.Module):
+    """(B, L) int64 -> (B, L, D), the last hidden state after the final norm."""
+
+    def __init__(self, config: dict):
+        super().__init__()
+        self.embeddings = TextEmbeddings(config)
+        self.encoder = CLIPLayers(config, causal=True)
+        self.final_layer_norm = nn.LayerNorm(config["hidden_size"], config.get("layer_norm_eps", 1e-5))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.final_layer_norm(self.encoder(self.embeddings(ids)))
+
+
+class TextEncoder(nn.Module):
+    """SD's prompt encoder: CLIP's text tower. ids (B, L) int64 -> P (B, L, D)."""
+
+    def __init__(self, config: dict):
+        super().__init__()
+        self.config = config
+        self.text_model = TextTransformer(config)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.text_model(ids)
+
+
+class VisionEmbeddings(nn.Module):
+    """Patches and a class token, plus position. (B, 3, S, S) -> (B, 1 + (S / patch)², D)."""
+
+    def __init__(self, config: dict):
+        super().__init__()
+        channels, patch = config["hidden_size"], config["patch_size"]
+        self.class_embedding = nn.Parameter(torch.zeros(channels))
+        self.patch_embedding = nn.Conv2d(3, channels, patch, stride=patch, bias=False)
+        self.position_embedding = nn.Embedding((config["image_size"] // patch) ** 2 + 1, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch_embedding(x).flatten(2).transpose(1, 2)
+        return torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1) + self.position_embedding.weight
+
+
+class VisionTransformer(nn.Module):
+    """(B, 3, S, S), normalised -> (B, D), the class token after the last norm."""
+
+    def __init__(self, config: dict):
+        super().__init__()
+        self.embeddings = VisionEmbeddings(config)
+        self.pre_layrnorm = nn.LayerNorm(config["hidden_size"], config.get("layer_norm_eps", 1e-5))  # (sic)
+        self.encoder = CLIPLayers(config, causal=False)
+        self.post_layernorm = nn.LayerNorm(config["hidden_size"], config.get("layer_norm_eps", 1e-5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.encoder(self.pre_layrnorm(self.embeddings(x)))
+        return self.post_layernorm(x[:, 0])
+
+
+class CLIP(nn.Module):
+    """Both towers with their projections into one space, where a picture lies near its caption.
+
+    The image tower measures (section 5.2); the text tower is also SD's prompt encoder.
+    """
+
+    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's preprocessing
+
+    def __init__(self, config: dict):
+        super().__init__()
+        self.config = config
+        text, vision, n = config["text_config"], config["vision_config"], config["projection_dim"]
+        self.text_model, self.vision_model = TextTransformer(text), VisionTransformer(vision)
+        self.text_projection = nn.Linear(text["hidden_size"], n, bias=False)
+        self.visual_projection = nn.Linear(vision["hidden_size"], n, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(config.get("logit_scale_init_value", 2.6592)))
+
+    def encode_text(self, ids: Tensor) -> Tensor:
+        """ids (B, L) -> (B, n), not normalised: the state at the end of the text, which has the largest id."""
+        x = self.text_model(ids)
+        return self.text_projection(x[torch.arange(len(x), device=x.device), ids.argmax(dim=-1)])
+
+    def preprocess(self, x: Tensor) -> Tensor:
+        """Pictures of any size, (B, 3, H, W) in [0, 1] -> (B, 3, S, S), S the config's image_size: the middle square.
+
+        The short side becomes S by antialiased bicubic interpolation. As CLIP's own, up to Pillow's rounding to 8 bits.
+        """
+        S, (h, w) = self.config["vision_config"]["image_size"], x.shape[2:]
+        if min(h, w) != S:
+            h, w = S * h // min(h, w), S * w // min(h, w)
+            x = F.interpolate(x, size=(h, w), mode="bicubic", antialias=True).clamp(0, 1)
+        top, left = (h - S) // 2, (w - S) // 2
+        return x[:, :, top : top + S, left : left + S]
+
+    def encode_image(self, x: Tensor) -> Tensor:
+        """x (B, 3, S, S) in [0, 1], S the config's image_size -> (B, n), not normalised."""
+        mean, std = (x.new_tensor(v)[:, None, None] for v in (self.mean, self.std))
+        return self.visual_projection(self.vision_model((x - mean) / std))
+
+
+class Tokenizer:
+    """CLIP's byte-pair encoding: lower case, words and digits apart, start and end tokens, padded to `length`."""
+
+    def __init__(self, bpe: BPETokenizer, length: int = 77, pad: str = "<|endoftext|>"):
+        self.bpe, self.length = bpe, length
+        self.start, self.end, self.pad = (bpe.token_to_id(t) for t in ("<|startoftext|>", "<|endoftext|>", pad))
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        """-> (B, length) int64; what is too long loses its end, never the end token."""
+        ids = torch.full((len(texts), self.length), self.pad)
+        for row, encoding in zip(ids, self.bpe.encode_batch(texts, add_special_tokens=False)):
+            tokens = [self.start, *encoding.ids[: self.length - 2], self.end]
+            row[: len(tokens)] = torch.tensor(tokens)
+        return ids
+
+
+def clip_bpe(model: models.BPE) -> BPETokenizer:
+    """CLIP's normalisation and splitting around a byte-pair model."""
+    bpe = BPETokenizer(model)
+    bpe.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+    words = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(words, behavior="removed", invert=True),
+                                                 pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bpe.add_special_tokens(["<|startoftext|>", "<|endoftext|>"])
+    return bpe
+
+
+def load_tokenizer(folder: Path | str, pad: str | None = None) -> Tokenizer:
+    """From vocab.json and merges.txt, or tokenizer.json; length and padding from the folder's settings if there.
+
+    pad: the padding token where the folder does not say; by default the end token.
+    """
+    folder = Path(folder)
+    settings = {"pad_token": pad or "<|endoftext|>"}
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):  # SD 2.x: they differ, and the second is right
+        if (folder / name).is_file():
+            settings |= {field: value for field, value in read_json(folder / name).items() if value is not None}
+    vocabulary, merges, whole = (folder / name for name in ("vocab.json", "merges.txt", "tokenizer.json"))
+    pair = vocabulary.is_file() and merges.is_file()
+    if not pair and not whole.is_file():
+        raise BadInput(f"{folder} holds no tokenizer; put CLIP's vocab.json and merges.txt there, or name the folder that "
+                       "holds them by --tokenizer")
+    try:
+        if pair:
+            bpe = clip_bpe(models.BPE.from_file(str(vocabulary), str(merges), unk_token="<|endoftext|>",
+                                                end_of_word_suffix="</w>"))
+        else:
+            bpe = BPETokenizer.from_file(str(whole))
+            bpe.no_padding()  # which transformers may have stored there; Tokenizer does both itself
+            bpe.no_truncation()
+    except Exception as error:  # the library raises bare Exceptions
+        raise BadInput(f"{folder}: the tokenizer can't be read ({error}); download its files again") from None
+    pad = settings["pad_token"]
+    pad = pad["content"] if isinstance(pad, dict) else pad
+    bpe.add_special_tokens([pad])  # so that a '!' that pads is never a part of a word, as in transformers
+    length = settings.get("model_max_length", 77)
+    tokenizer = Tokenizer(bpe, 77 if length > 10**6 else length, pad)  # transformers writes 10^30 for "not known"
+    if None in (tokenizer.start, tokenizer.end, tokenizer.pad):
+        raise BadInput(f"{folder} is not CLIP's tokenizer: its vocabulary lacks a start, end or padding token")
+    return tokenizer

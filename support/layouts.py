@@ -1,0 +1,186 @@
+"""Support: single files of public weights: the names' rules, what a file is, configurations from shapes; not needed to understand the paper."""
+
+import re
+from collections.abc import Iterable, Iterator
+
+from torch import Tensor
+
+# Where a single file keeps each model. A ControlNet's file may also hold it without any prefix.
+PREFIXES = {
+    "model.diffusion_model.": "unet",
+    "first_stage_model.": "vae",
+    "cond_stage_model.transformer.": "text_encoder",  # CLIP, as transformers names it: SD 1.x
+    "cond_stage_model.model.": "text_encoder",  # OpenCLIP: SD 2.x
+    "control_model.": "control",
+}
+
+# What a single file may hold beside them, and folders of weights.
+IGNORED = re.compile("|".join((
+    r".*\.position_ids",  # counts 0, 1, 2, …
+    r"model_ema\..*",  # moving averages of the weights, in files that are not pruned
+    r"(sqrt_|sqrt_recip_|sqrt_recipm1_|(sqrt|log)_one_minus_)?alphas_cumprod(_prev)?|betas|logvar|lvlb_weights",
+    r"posterior_(variance|log_variance_clipped|mean_coef[12])|scale_factor",  # the noise schedule: see sampler.py
+    r"cond_stage_model\.model\.transformer\.resblocks\.23\..*",  # SD 2.x reads OpenCLIP before its last layer
+    r"cond_stage_model\.model\.(logit_scale|text_projection|attn_mask)",
+)))
+
+# From the names of public files, without prefix, to ours; numbers in a pattern are the function's arguments.
+# Our own names come through unchanged.
+RENAMES = [(re.compile(pattern), name) for pattern, name in (
+    # The UNet's and ControlNet's levels: three input_blocks each, two layers and what halves the resolution
+    (r"^time_embed\.([02])\.", lambda i: f"time_embedding.linear_{i // 2 + 1}."),
+    (r"^input_blocks\.0\.0\.", "conv_in."),
+    (r"^input_blocks\.(\d+)\.0\.op\.", lambda i: f"down_blocks.{(i - 1) // 3}.downsamplers.0.conv."),
+    (r"^input_blocks\.(\d+)\.0\.", lambda i: f"down_blocks.{(i - 1) // 3}.resnets.{(i - 1) % 3}."),
+    (r"^input_blocks\.(\d+)\.1\.", lambda i: f"down_blocks.{(i - 1) // 3}.attentions.{(i - 1) % 3}."),
+    (r"^middle_block\.([02])\.", lambda i: f"mid_block.resnets.{i // 2}."),
+    (r"^middle_block\.1\.", "mid_block.attentions.0."),
+    # three output_blocks a level, the last of them followed by what doubles the resolution
+    (r"^output_blocks\.(\d+)\.[12]\.conv\.", lambda i: f"up_blocks.{i // 3}.upsamplers.0.conv."),
+    (r"^output_blocks\.(\d+)\.0\.", lambda i: f"up_blocks.{i // 3}.resnets.{i % 3}."),
+    (r"^output_blocks\.(\d+)\.1\.", lambda i: f"up_blocks.{i // 3}.attentions.{i % 3}."),
+    (r"^out\.0\.", "conv_norm_out."),
+    (r"^out\.2\.", "conv_out."),
+    # within a residual block
+    (r"\.in_layers\.0\.", ".norm1."),
+    (r"\.in_layers\.2\.", ".conv1."),
+    (r"\.emb_layers\.1\.", ".time_emb_proj."),
+    (r"\.out_layers\.0\.", ".norm2."),
+    (r"\.out_layers\.3\.", ".conv2."),
+    (r"\.(skip_connection|nin_shortcut)\.", ".conv_shortcut."),
+    # ControlNet: zero convolutions, and the hint encoder, whose odd layers are activations
+    (r"^zero_convs\.(\d+)\.0\.", lambda i: f"controlnet_down_blocks.{i}."),
+    (r"^middle_block_out\.0\.", "controlnet_mid_block."),
+    (r"^input_hint_block\.0\.", "controlnet_cond_embedding.conv_in."),
+    (r"^input_hint_block\.14\.", "controlnet_cond_embedding.conv_out."),
+    (r"^input_hint_block\.(\d+)\.", lambda i: f"controlnet_cond_embedding.blocks.{i // 2 - 1}."),
+    # VAE: the original counts the decoder's levels from the fine end
+    (r"^encoder\.down\.(\d)\.block\.", lambda i: f"encoder.down_blocks.{i}.resnets."),
+    (r"^encoder\.down\.(\d)\.downsample\.", lambda i: f"encoder.down_blocks.{i}.downsamplers.0."),
+    (r"^decoder\.up\.(\d)\.block\.", lambda i: f"decoder.up_blocks.{3 - i}.resnets."),
+    (r"^decoder\.up\.(\d)\.upsample\.", lambda i: f"decoder.up_blocks.{3 - i}.upsamplers.0."),
+    (r"\.mid\.block_([12])\.", lambda i: f".mid_block.resnets.{i - 1}."),
+    (r"\.mid\.attn_1\.", ".mid_block.attentions.0."),
+    (r"^((?:en|de)coder)\.norm_out\.", r"\1.conv_norm_out."),
+    # within its attention; then the public folders' names before 2023
+    (r"^((?:en|de)coder\.mid_block\.attentions\.0)\.norm\.", r"\1.group_norm."),
+    (r"^((?:en|de)coder\.mid_block\.attentions\.0)\.(?:q|query)\.", r"\1.to_q."),
+    (r"^((?:en|de)coder\.mid_block\.attentions\.0)\.(?:k|key)\.", r"\1.to_k."),
+    (r"^((?:en|de)coder\.mid_block\.attentions\.0)\.(?:v|value)\.", r"\1.to_v."),
+    (r"^((?:en|de)coder\.mid_block\.attentions\.0)\.(?:proj_out|proj_attn)\.", r"\1.to_out.0."),
+    # CLIP's text encoder: recent folders leave out its first word
+    (r"^(?=(?:embeddings|encoder\.layers|final_layer_norm)\.)", "text_model."),
+    # OpenCLIP's
+    (r"^transformer\.resblocks\.", "text_model.encoder.layers."),
+    (r"\.ln_([12])\.", lambda i: f".layer_norm{i}."),
+    (r"\.attn\.", ".self_attn."),
+    (r"\.mlp\.c_fc\.", ".mlp.fc1."),
+    (r"\.mlp\.c_proj\.", ".mlp.fc2."),
+    (r"^token_embedding\.", "text_model.embeddings.token_embedding."),
+    (r"^positional_embedding$", "text_model.embeddings.position_embedding.weight"),
+    (r"^ln_final\.", "text_model.final_layer_norm."),
+)]
+
+
+def rename(name: str) -> str:
+    """Our name of a tensor, from that in a public file (without the prefix of a single file)."""
+    for pattern, new in RENAMES:
+        name = pattern.sub(new if isinstance(new, str) else lambda match: new(*map(int, match.groups())), name)
+    return name
+
+
+def renamed(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors under our names. OpenCLIP's queries, keys and values come in one matrix and leave as three."""
+    for name, tensor in tensors.items():
+        name = rename(name)
+        if ".in_proj_" in name:
+            for letter, part in zip("qkv", tensor.chunk(3)):
+                yield name.replace(".in_proj_", f".{letter}_proj."), part
+        else:
+            yield name, tensor
+
+
+def split(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """A single file's tensors by model ("" where no prefix tells), without their prefix and what is ignored."""
+    parts = {part: {} for part in ("", *PREFIXES.values())}
+    for name, tensor in tensors.items():
+        if not IGNORED.fullmatch(name):
+            prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
+            parts[PREFIXES.get(prefix, "")][name[len(prefix) :]] = tensor
+    return parts
+
+
+# What a file is, by the first pattern that one of its names matches.
+SINGLE_FILE = "a whole Stable Diffusion"
+
+KINDS = [(re.compile(pattern), kind) for pattern, kind in (
+    (r"conditioner\.|add_embedding\.|label_emb\.", "SDXL"),
+    (r"(joint|double)_blocks\.|add_[qkv]_proj", "SD 3 or Flux"),
+    (r"lora_|\.lora[._]|_lora\.", "a LoRA"),
+    (r"^emb_params$|^string_to_param|^clip_[lg]$", "a textual inversion"),
+    (r"^ip_adapter\.|^image_proj\.", "an IP-Adapter"),
+    (r"control_model\.|input_hint_block\.|controlnet_|zero_convs\.", "a ControlNet"),
+    (r"^model\.diffusion_model\.", SINGLE_FILE),
+    (r"vision_model\.|visual\.", "a CLIP model"),
+    (r"text_model\.|resblocks\.", "a text encoder"),
+    (r"^(down_blocks|input_blocks)\.", "a UNet"),
+    (r"^(first_stage_model\.)?(encoder|decoder)\.", "a VAE"),
+)]
+
+
+def looks_like(names: Iterable[str], expected: str) -> str:
+    """The end of a message: what kind of file has these tensors, if another than expected."""
+    kind = next((kind for pattern, kind in KINDS if any(map(pattern.search, names))), expected)
+    return "" if kind == expected else f"; it looks like {kind}"
+
+
+# What shapes don't tell is the same in all public Stable Diffusions.
+UNET_CONSTANTS = {"norm_num_groups": 32, "norm_eps": 1e-5, "act_fn": "silu", "flip_sin_to_cos": True, "freq_shift": 0}
+
+
+def count(tensors: dict[str, Tensor], prefix: str) -> int:
+    """How many numbered modules there are under a prefix, such as "down_blocks."."""
+    return len({name[len(prefix) :].split(".")[0] for name in tensors if name.startswith(prefix)})
+
+
+def unet_config(tensors: dict[str, Tensor]) -> dict:
+    """The config.json of a UNet or a ControlNet, from its tensors' shapes. Raises KeyError where it is neither."""
+    levels = range(count(tensors, "down_blocks."))
+    channels = [tensors[f"down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in levels]
+    attention = [f"down_blocks.{i}.attentions.0.norm.weight" in tensors for i in levels]
+    first = f"down_blocks.{attention.index(True) if True in attention else 0}.attentions.0"
+    linear = tensors[f"{first}.proj_in.weight"].ndim == 2
+    config = {"in_channels": tensors["conv_in.weight"].shape[1], "block_out_channels": channels,
+              "layers_per_block": count(tensors, "down_blocks.0.resnets."), **UNET_CONSTANTS,
+              "cross_attention_dim": tensors[f"{first}.transformer_blocks.0.attn2.to_k.weight"].shape[1],
+              # SD 1.x has 8 heads, SD 2.x heads of 64 channels
+              "attention_head_dim": [c // 64 for c in channels] if linear else 8, "use_linear_projection": linear,
+              "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attention]}
+    if "controlnet_mid_block.weight" in tensors:
+        hint = "controlnet_cond_embedding."
+        strided = [tensors[f"{hint}blocks.{i}.weight"].shape[0] for i in range(1, count(tensors, f"{hint}blocks."), 2)]
+        return config | {"_class_name": "ControlNetModel", "conditioning_embedding_out_channels":
+                         [tensors[f"{hint}conv_in.weight"].shape[0], *strided]}
+    return config | {"_class_name": "UNet2DConditionModel", "out_channels": tensors["conv_out.weight"].shape[0],
+                     "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)]}
+
+
+def vae_config(tensors: dict[str, Tensor]) -> dict:
+    """The config.json of a VAE, from its tensors' shapes. Raises KeyError where it is none."""
+    levels = range(count(tensors, "encoder.down_blocks."))
+    return {"_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "norm_num_groups": 32, "act_fn": "silu",
+            "latent_channels": tensors["post_quant_conv.weight"].shape[0], "scaling_factor": 0.18215,
+            "block_out_channels": [tensors[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in levels],
+            "layers_per_block": count(tensors, "encoder.down_blocks.0.resnets."),
+            "down_block_types": ["DownEncoderBlock2D" for _ in levels],
+            "up_block_types": ["UpDecoderBlock2D" for _ in levels]}
+
+
+def text_config(tensors: dict[str, Tensor], activation: str) -> dict:
+    """The config.json of a text encoder, from its tensors' shapes. Raises KeyError where it is none."""
+    vocabulary, width = tensors["text_model.embeddings.token_embedding.weight"].shape
+    return {"model_type": "clip_text_model", "architectures": ["CLIPTextModel"], "vocab_size": vocabulary,
+            "hidden_size": width, "num_attention_heads": width // 64, "hidden_act": activation, "layer_norm_eps": 1e-5,
+            "num_hidden_layers": count(tensors, "text_model.encoder.layers."),
+            "intermediate_size": tensors["text_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
+            "max_position_embeddings": tensors["text_model.embeddings.position_embedding.weight"].shape[0]}
