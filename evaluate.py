@@ -45,23 +45,11 @@ from support.batch import paint_items, result_path
 from support.cache import cached, digest, hashed, stamp
 from support.datasets import MASK_OF_ITEM, Item, read_items
 from support.figures import cutout_of, drawn, picture_of, scatter, tsne
-from support.files import (
-    BadInput,
-    Parser,
-    barrier,
-    check_folder,
-    native_bfloat16,
-    one_line_errors,
-    pick_device,
-    pick_dtype,
-    processes,
-    real,
-    whole,
-    write_atomic,
-    write_json,
-)
+from support.files import BadInput, one_line_errors, write_atomic, write_json
 from support.images import load_masked, open_image, sheet, to_tensor
+from support.machine import barrier, bfloat16_is_faster, pick_device, pick_dtype, processes
 from support.metrics import RESAMPLES, frechet, interval, joint_frechet, similarity
+from support.options import Parser, check_folder, real_number, whole_number
 from weights import StableDiffusion, load_clip, version
 
 SINGLE = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS")}  # not torchrun's
@@ -191,7 +179,7 @@ class Lab:
         if not found or found[-1].name != f"checkpoint_{steps:08}.safetensors":
             command = [stage, "--steps", str(steps), *options, "--out", str(out), "--cache", "runs/cache"]
             command += ["--device", self.args.device]
-            command += ["--amp"] * native_bfloat16()
+            command += ["--amp"] * bfloat16_is_faster()
             if stage == "pg":
                 command += ["--cg", str(self.path("cg"))]
             print("training, once: python train.py", *command, file=sys.stderr)
@@ -488,16 +476,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("on what").add_argument
     add("--data", metavar="DIR", type=Path, default=train.TOY_DATA / "ads",
         help="BG60k as released, or metadata.jsonl [the toy's ads]")
-    add("--limit", metavar="N", type=whole(2, 10**9), help="only the first N items of the split [all]")
-    add("--centres", metavar="N", type=whole(1, 10**9), default=10**9,
+    add("--limit", metavar="N", type=whole_number(2, 10**9), help="only the first N items of the split [all]")
+    add("--centres", metavar="N", type=whole_number(1, 10**9), default=10**9,
         help="tsne: centres from the first N training ads [all]")
     add = parser.add_argument_group("how the methods paint").add_argument
-    add("--steps", metavar="N", type=whole(1, 500), default=STEPS, help=f"steps of DDIM [{STEPS}, the paper's]")
-    add("--guidance", metavar="X", type=real(1, 30), default=GUIDANCE,
+    add("--steps", metavar="N", type=whole_number(1, 500), default=STEPS, help=f"steps of DDIM [{STEPS}, the paper's]")
+    add("--guidance", metavar="X", type=real_number(1, 30), default=GUIDANCE,
         help=f"weight of the prompt [{GUIDANCE}, the paper's]")
-    add("--size", metavar="N", type=whole(8, 4096), help="longer side of the painted canvas [the base's]")
-    add("--seed", metavar="N", type=whole(0, 2**32 - 1), default=0, help="item i is painted with SEED + i [0]")
-    add("--strength", metavar="X", type=real(0, 1e6), default=STRENGTH,
+    add("--size", metavar="N", type=whole_number(8, 4096), help="longer side of the painted canvas [the base's]")
+    add("--seed", metavar="N", type=whole_number(0, 2**32 - 1), default=0, help="item i is painted with SEED + i [0]")
+    add("--strength", metavar="X", type=real_number(0, 1e6), default=STRENGTH,
         help=f"of Blended Diffusion's CLIP guidance [{STRENGTH:g}, chosen on the toy]")
     add = parser.add_argument_group("models [the toy's; what else they need is trained on first use]").add_argument
     add("--weights", metavar="PATH", type=Path, help="Stable Diffusion, a folder or a single file")
@@ -511,7 +499,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--clip", metavar="DIR", type=Path, help="CLIP that measures, such as openai/clip-vit-base-patch32")
     add("--guide-clip", metavar="DIR", type=Path, help="CLIP that guides Blended Diffusion: another one")
     add = parser.add_argument_group("machine and records").add_argument
-    add("--batch", metavar="N", type=whole(1, 1024), default=16, help="pictures painted at once [16]")
+    add("--batch", metavar="N", type=whole_number(1, 1024), default=16, help="pictures painted at once [16]")
     add("--device", metavar="NAME", default="auto", help="cpu, cuda, cuda:1, ... [auto: cuda where there is one]")
     add("--dtype", metavar="NAME", choices=["auto", "float32", "float16", "bfloat16"], default="auto",
         help="of painting: float32, float16, bfloat16 [auto: as generate.py]")

@@ -28,17 +28,7 @@ from model import ControlNet, Prompts
 from sampler import GUIDANCE, STEPS, sample, seeded
 from support.batch import paint_items, save_data_sheet
 from support.datasets import BROKEN, read_items
-from support.files import (
-    BadInput,
-    Parser,
-    check_folder,
-    one_line_errors,
-    pick_device,
-    pick_dtype,
-    read_json,
-    real,
-    whole,
-)
+from support.files import BadInput, one_line_errors, read_json
 from support.images import (
     SOLID,
     canvas_size,
@@ -51,6 +41,8 @@ from support.images import (
     sheet,
     thumbnail,
 )
+from support.machine import pick_device, pick_dtype
+from support.options import Parser, check_folder, real_number, whole_number
 from weights import StableDiffusion, load_control, load_stable_diffusion, version
 
 TOY = Path(__file__).resolve().parent / "toy"
@@ -356,16 +348,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--reference-mask", **files, help="mask of the product in the reference [its alpha channel]; one for each")
     add("--data", metavar="DIR", type=Path, help="BG60k as released, or metadata.jsonl; goes on where it stopped")
     add("--split", metavar="NAME", help="of the data set as released: bg60k, bg1k or bgpair [bg1k]")
-    add("--limit", metavar="N", type=whole(1, 10**9), help="only the first N items of the data set [all]")
+    add("--limit", metavar="N", type=whole_number(1, 10**9), help="only the first N items of the data set [all]")
     add("--prompt", metavar="TEXT", help="plain text-to-image with the base alone")
     add = parser.add_argument_group("how").add_argument
-    add("--num", metavar="N", type=whole(1, 9999), default=1, help="pictures, with seeds SEED, SEED + 1, ... [1]")
-    add("--seed", metavar="N", type=whole(0, 2**32 - 1), default=0,
+    add("--num", metavar="N", type=whole_number(1, 9999), default=1, help="pictures, with seeds SEED, SEED + 1, ... [1]")
+    add("--seed", metavar="N", type=whole_number(0, 2**32 - 1), default=0,
         help="of the noise; SEED + i for item i of --data [0]")
-    add("--steps", metavar="N", type=whole(1, 500), default=STEPS, help=f"steps of DDIM [{STEPS}, the paper's]")
-    add("--guidance", metavar="X", type=real(1, 30), default=GUIDANCE,
+    add("--steps", metavar="N", type=whole_number(1, 500), default=STEPS, help=f"steps of DDIM [{STEPS}, the paper's]")
+    add("--guidance", metavar="X", type=real_number(1, 30), default=GUIDANCE,
         help=f"weight of the prompt, 1: without guidance [{GUIDANCE}, the paper's]")
-    add("--size", metavar="N", type=whole(8, 4096),
+    add("--size", metavar="N", type=whole_number(8, 4096),
         help="longer side of the painted canvas in pixels [the base's: toy 128, SD 1.5 and the paper 512]")
     add("--start", metavar="FROM", choices=["reference", "noise"], default="reference",
         help="z_T: the reference's latent, noised, or pure noise [reference, the paper's; noise without a reference]")
@@ -383,7 +375,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="a plain ControlNet in place of CG, with the plain prompt 'A photo of NAME': the paper's baseline")
     add("--hint", choices=["product", "inpaint"], default="product",
         help="what --controlnet sees around the product: black, or -1 as ControlNet 1.1 inpaint was trained [product]")
-    add("--batch", metavar="N", type=whole(1, 1024), default=4, help="pictures painted at once [4]")
+    add("--batch", metavar="N", type=whole_number(1, 1024), default=4, help="pictures painted at once [4]")
     add("--device", metavar="NAME", default="auto", help="cpu, cuda, cuda:1, ... [auto: cuda where there is one]")
     add("--dtype", metavar="NAME", choices=["auto", "float32", "float16", "bfloat16"], default="auto",
         help="float32, float16, bfloat16 [auto: float16 on CUDA, bfloat16 on CPUs that have it, else float32]")

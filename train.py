@@ -32,20 +32,10 @@ from sampler import seeded, timestep_weights
 from support.cache import cached, digest, hashed
 from support.checkpoints import checkpoints
 from support.datasets import categories_of, read_items
-from support.files import (
-    BadInput,
-    Parser,
-    barrier,
-    check_folder,
-    native_bfloat16,
-    one_line_errors,
-    pick_device,
-    processes,
-    read_json,
-    real,
-    whole,
-)
+from support.files import BadInput, one_line_errors, read_json
 from support.images import canvas_size, sheet
+from support.machine import barrier, bfloat16_is_faster, cores, pick_device, processes
+from support.options import Parser, check_folder, real_number, whole_number
 from support.trainer import Latents, Task, divisor, memory_format, mixed_precision, run
 from toy.world import write_world
 from weights import (
@@ -249,52 +239,52 @@ def parse(arguments: list[str] | None = None):
         help="where latents and prompts are kept, encoded once; may be deleted [cache/ beside --out]")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     add = parser.add_argument_group("the method's settings [on the toy's data the toy's, else the paper's]").add_argument
-    add("--size", metavar="N", type=whole(32, 4096),
+    add("--size", metavar="N", type=whole_number(32, 4096),
         help="side of the training pictures, pixels [toy 128; paper 512, section 5.1]")
-    add("--prompt-dropout", metavar="X", type=real(0, 1),
+    add("--prompt-dropout", metavar="X", type=real_number(0, 1),
         help="part of the prompts replaced by '', stages cg to controlnet [0.5, as ControlNet; toy's CG 0.1]")
-    add("--theta", metavar="N", type=whole(0, 512),
+    add("--theta", metavar="N", type=whole_number(0, 512),
         help=f"PG's dilation in pixels of a 512-px image; 0: masks stay as they are [{THETA}, Eq. 5, section 5.1]")
-    add("--sigma", metavar=("LOW", "HIGH"), type=real(0, 1), nargs=2,
+    add("--sigma", metavar=("LOW", "HIGH"), type=real_number(0, 1), nargs=2,
         help=f"PG's mixup, range of the image's part; 1 1: none [{SIGMA[0]} {SIGMA[1]}, Eq. 6, section 5.1]")
-    add("--noise-offset", metavar="X", type=real(0, 10),
+    add("--noise-offset", metavar="X", type=real_number(0, 10),
         help="spread of the noise's mean, stages unet to controlnet [toy 0.1; paper 0]")
     add("--weighting", choices=["uniform", "min-snr", "debias"],
         help="of the error at each timestep, stages unet to controlnet [toy min-snr or debias; paper uniform, Eq. 1]")
     add("--identifier", metavar="TEXT",
         help=f"[D] of a category, with {{}} for its number, stages cg, joint and controlnet [{IDENTIFIER!r}, section 5.1]")
     add = parser.add_argument_group("the optimiser's settings [likewise]").add_argument
-    add("--lr", metavar="X", type=real(1e-9, 10),
+    add("--lr", metavar="X", type=real_number(1e-9, 10),
         help="learning rate of AdamW [toy 1e-3 or 2e-3; paper 1e-5, section 5.1]")
-    add("--batch", metavar="N", type=whole(1, 65536),
+    add("--batch", metavar="N", type=whole_number(1, 65536),
         help="pictures a step, over all processes [toy 12 to 64; paper 128, section 5.1]")
-    add("--micro-batch", metavar="N", type=whole(1, 65536),
+    add("--micro-batch", metavar="N", type=whole_number(1, 65536),
         help="of these, how many a process computes at once: less needs less memory "
              "[toy all; else 4, on one GPU 16, or as many of them as fit]")
-    add("--epochs", metavar="N", type=whole(1, 10**6),
+    add("--epochs", metavar="N", type=whole_number(1, 10**6),
         help="passes over the data, unless --steps is given [paper 300, section 5.1]")
-    add("--steps", metavar="N", type=whole(1, 10**9), help="steps in all [toy 800 to 10400; else from --epochs]")
-    add("--warmup", metavar="N", type=whole(0, 10**9), help="steps in which the rate rises [toy 50 or 100; paper 0]")
-    add("--decay", metavar="X", type=real(0, 1),
+    add("--steps", metavar="N", type=whole_number(1, 10**9), help="steps in all [toy 800 to 10400; else from --epochs]")
+    add("--warmup", metavar="N", type=whole_number(0, 10**9), help="steps in which the rate rises [toy 50 or 100; paper 0]")
+    add("--decay", metavar="X", type=real_number(0, 1),
         help="last part of the run in which it falls to 0 [toy 0.3 or 0.5; paper 0]")
-    add("--weight-decay", metavar="X", type=real(0, 10), default=1e-2, help="of AdamW [0.01, as ControlNet]")
-    add("--clip-gradient", metavar="X", type=real(0, 1e6),
+    add("--weight-decay", metavar="X", type=real_number(0, 10), default=1e-2, help="of AdamW [0.01, as ControlNet]")
+    add("--clip-gradient", metavar="X", type=real_number(0, 1e6),
         help="gradients longer than this are shortened to it; 0: none are [toy 1; paper 0]")
-    add("--ema", metavar="X", type=real(0, 0.99999),
+    add("--ema", metavar="X", type=real_number(0, 0.99999),
         help="decay of the weights' moving average [toy 0 to 0.999; paper 0: none]")
-    add("--seed", metavar="N", type=whole(0, 2**32 - 1), default=0, help="decides everything random [0]")
+    add("--seed", metavar="N", type=whole_number(0, 2**32 - 1), default=0, help="decides everything random [0]")
     add = parser.add_argument_group("machine and records").add_argument
     add("--device", metavar="NAME", default="auto", help="cpu, cuda, cuda:1, ... [auto: cuda where there is one]")
     add("--amp", nargs="?", const="bfloat16", choices=["bfloat16", "float16"],
         help="mixed precision: products in bfloat16, or in float16 with a gradient scaler; trained weights stay float32")
     add("--checkpointing", action="store_true",
         help="compute activations again for the backward pass instead of keeping them: less memory, more time")
-    add("--workers", metavar="N", type=whole(0, 256),
+    add("--workers", metavar="N", type=whole_number(0, 256),
         help="processes that load samples beside the computation [0 up to 128 px; else one a core, at most 8]")
-    add("--log-every", metavar="N", type=whole(1, 10**9), default=20, help="steps between lines of the log [20]")
-    add("--save-every", metavar="N", type=whole(1, 10**9), default=250, help="steps between checkpoints [250]")
-    add("--keep", metavar="N", type=whole(1, 10**6), default=2, help="so many of the newest checkpoints stay [2]")
-    add("--sample-every", metavar="N", type=whole(1, 10**9), default=500,
+    add("--log-every", metavar="N", type=whole_number(1, 10**9), default=20, help="steps between lines of the log [20]")
+    add("--save-every", metavar="N", type=whole_number(1, 10**9), default=250, help="steps between checkpoints [250]")
+    add("--keep", metavar="N", type=whole_number(1, 10**6), default=2, help="so many of the newest checkpoints stay [2]")
+    add("--sample-every", metavar="N", type=whole_number(1, 10**9), default=500,
         help="steps between sheets and saved models [500]")
     add("--save-dtype", metavar="NAME", choices=["float32", "float16"], default="float32",
         help="float32 or float16, of the saved models [float32]")
@@ -361,9 +351,9 @@ def main(arguments: list[str] | None = None) -> None:
     args.weights, args.identifier = args.weights or TOY / "base", args.identifier or IDENTIFIER
     args.theta, args.sigma = THETA if args.theta is None else args.theta, args.sigma or list(SIGMA)
     if args.workers is None:
-        args.workers = 0 if args.size <= 128 else min(8, os.cpu_count())
+        args.workers = 0 if args.size <= 128 else min(8, cores())
     args.amp, args.save_dtype = args.amp and getattr(torch, args.amp), getattr(torch, args.save_dtype)
-    if args.amp and args.device == "cpu" and not native_bfloat16() and rank == 0:
+    if args.amp and args.device == "cpu" and not bfloat16_is_faster() and rank == 0:
         print("--amp: this processor is not known to multiply bfloat16 in hardware, and may train faster without",
               file=sys.stderr)
     if args.device.startswith("cuda"):

@@ -24,11 +24,10 @@ from torch.overrides import TorchFunctionMode
 from clip import CLIP, TextEncoder, Tokenizer, load_tokenizer
 from model import BRANCHES, ControlNet, UNet
 from sampler import Schedule
-from support.files import PICKLES, UMASK, BadInput, read_json, read_tensors, write_atomic
+from support.files import PICKLES, BadInput, read_json, read_tensors, write_atomic
 from support.layouts import IGNORED, SINGLE_FILE, looks_like, renamed, split, text_config, unet_config, vae_config
 from vae import VAE
 
-os.umask(UMASK)  # there is no way to read it but to set it
 
 
 # ---------------------------------------------------------------- files

@@ -13,8 +13,9 @@ from tqdm import tqdm
 
 from data import Ad
 from support.datasets import MASK_OF_ITEM, Item
-from support.files import BadInput, processes, read_log
+from support.files import BadInput, read_log
 from support.images import load_cutout, load_masked, open_image, save_image, sheet, thumbnail
+from support.machine import processes
 
 
 def result_path(out: Path, index: int, item: Item) -> Path:

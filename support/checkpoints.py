@@ -10,7 +10,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from support.cache import hashed
-from support.files import BadInput, processes, write_atomic
+from support.files import BadInput, write_atomic
+from support.machine import processes
 
 
 def checkpoints(args) -> list[Path]:

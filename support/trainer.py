@@ -25,8 +25,9 @@ from data import Ads
 from support.cache import cached, digest, stamp
 from support.checkpoints import checkpoints, load_checkpoint, save_checkpoint
 from support.datasets import Item
-from support.files import BadInput, barrier, processes, read_log, write_atomic
+from support.files import BadInput, read_log, write_atomic
 from support.images import save_image
+from support.machine import barrier, processes
 from weights import StableDiffusion
 
 

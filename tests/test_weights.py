@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from clip import TextEncoder, load_tokenizer
 from model import CategoryGenerator, UNet
 from sampler import Schedule
-from support.files import BadInput, pick_device, read_log, read_tensors, write_atomic, write_json
+from support.files import BadInput, read_log, read_tensors, write_atomic, write_json
+from support.machine import pick_device
 from toy.stages import train_tokenizer
 from vae import VAE
 from weights import (
