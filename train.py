@@ -16,7 +16,6 @@ processes share a batch and in how many parts it is computed.
 
 import argparse
 import math
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path

@@ -9,7 +9,6 @@ names it. Only safetensors are read: a pickle runs code when it is opened.
 """
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -27,8 +26,6 @@ from sampler import Schedule
 from support.files import PICKLES, BadInput, read_json, read_tensors, write_atomic
 from support.layouts import IGNORED, SINGLE_FILE, looks_like, renamed, split, text_config, unet_config, vae_config
 from vae import VAE
-
-
 
 # ---------------------------------------------------------------- files
 
