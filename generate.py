@@ -27,8 +27,8 @@ from data import Ad, background_hint, dilate, product_hint
 from model import ControlNet, Prompts
 from sampler import GUIDANCE, STEPS, sample, seeded
 from support.batch import paint_items, save_data_sheet
-from support.datasets import BROKEN, read_items
-from support.files import BadInput, one_line_errors, read_json
+from support.datasets import BROKEN, read_identifiers, read_items
+from support.files import BadInput, one_line_errors
 from support.images import (
     SOLID,
     canvas_size,
@@ -42,7 +42,8 @@ from support.images import (
     thumbnail,
 )
 from support.machine import pick_device, pick_dtype
-from support.options import Parser, check_folder, real_number, whole_number
+from support.names import result_name
+from support.options import Parser, check_folder, real_number, whole_number, words
 from weights import StableDiffusion, load_control, load_stable_diffusion, version
 
 TOY = Path(__file__).resolve().parent / "toy"
@@ -201,7 +202,7 @@ def categories_file(branch: Path) -> Path:
 def check_identifiers(cg: Path, other: Path) -> None:
     """Raises BadInput where CG and the branch beside it were trained with different identifiers."""
     file = categories_file(other)
-    if file.is_file() and read_json(file) != read_json(categories_file(cg)):
+    if file.is_file() and read_identifiers(file) != read_identifiers(categories_file(cg)):
         raise BadInput(f"{other} was trained on other categories than {cg}, or with other identifiers: "
                        "give branches that belong together")
 
@@ -215,7 +216,7 @@ def texts_of(names: set[str], cg: Path | None, plain_prompt: bool | None) -> dic
     if cg is None:
         return {name: prompt_texts(name, None) for name in names}
     file = categories_file(cg)
-    known = {} if plain_prompt and not file.exists() else read_json(file)
+    known = {} if plain_prompt and not file.exists() else read_identifiers(file)
     if (unknown := sorted(names - set(known))) and not plain_prompt:
         some = ", ".join([*known][:20]) + (f", ... ({len(known):,} in all, see {file})" if len(known) > 20 else "")
         raise BadInput(f"CG was not trained on category {unknown[0]!r}; choose one of {some}"
@@ -282,9 +283,10 @@ def generate_product(args) -> None:
             if len(categories[i]) > 1:
                 stem += "_" + re.sub(r"\W+", "_", category)
             if demo or not references:
-                ads[f"{stem}_{seed}.png"] = ad
+                ads[result_name(f"{stem}_{seed}", ".png")] = ad
             for path, reference in zip(args.reference or (), references):
-                ads[f"{stem}_like_{path.stem}_{seed}.png"] = ad._replace(reference=reference)
+                name = result_name(f"{stem}_like_{path.stem}_{seed}", ".png")
+                ads[name] = ad._replace(reference=reference)
     names, pictures = list(ads), []
     small = partial(thumbnail, side=256 if len(ads) <= 8 else 160)  # for the sheet
     for start in range(0, len(names), args.batch):
@@ -342,14 +344,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     files = dict(metavar="FILE", type=Path, nargs="+")
     add("--product", **files, help="photo, or several (JPEG, PNG, WebP, ...); its alpha channel is its mask")
     add("--mask", **files, help="the product's mask, white on the product; one for each product")
-    add("--category", metavar="NAME", nargs="+", help="the product's category, of CG's; one for all or one for each; "
+    add("--category", metavar="NAME", type=words, nargs="+", help="the product's category, of CG's; one for all or one for each; "
         "for a single product also several: it is painted in each")
     add("--reference", **files, help="ad whose style the background follows (PG), or several [none: CG alone]")
     add("--reference-mask", **files, help="mask of the product in the reference [its alpha channel]; one for each")
     add("--data", metavar="DIR", type=Path, help="BG60k as released, or metadata.jsonl; goes on where it stopped")
     add("--split", metavar="NAME", help="of the data set as released: bg60k, bg1k or bgpair [bg1k]")
     add("--limit", metavar="N", type=whole_number(1, 10**9), help="only the first N items of the data set [all]")
-    add("--prompt", metavar="TEXT", help="plain text-to-image with the base alone")
+    add("--prompt", metavar="TEXT", type=words, help="plain text-to-image with the base alone")
     add = parser.add_argument_group("how").add_argument
     add("--num", metavar="N", type=whole_number(1, 9999), default=1, help="pictures, with seeds SEED, SEED + 1, ... [1]")
     add("--seed", metavar="N", type=whole_number(0, 2**32 - 1), default=0,

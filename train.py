@@ -30,8 +30,8 @@ from model import CategoryGenerator, ControlNet, PersonalityGenerator, Prompts, 
 from sampler import seeded, timestep_weights
 from support.cache import cached, digest, hashed
 from support.checkpoints import checkpoints
-from support.datasets import categories_of, read_items
-from support.files import BadInput, one_line_errors, read_json
+from support.datasets import categories_of, read_identifiers, read_items
+from support.files import BadInput, one_line_errors
 from support.images import canvas_size, sheet
 from support.machine import barrier, bfloat16_is_faster, cores, pick_device, processes
 from support.options import Parser, check_folder, real_number, whole_number
@@ -95,7 +95,7 @@ def branch_task(args) -> Task:
     if processes()[0] == 0:
         print(*notes, sep="\n", file=sys.stderr)
     cg = load_branch("category", args.cg, sd, args) if args.stage == "pg" else None
-    identifiers = (read_json(categories_file(args.cg)) if cg else
+    identifiers = (read_identifiers(categories_file(args.cg)) if cg else
                    {name: args.identifier.replace("{}", str(i)) for i, name in enumerate(categories_of(items))})
     args.identifiers, categories = identifiers, [*identifiers]
     args.frozen = hashed([version(path) for path in (args.weights, args.cg) if path])

@@ -1,6 +1,5 @@
 """Support: painting a whole data set: manifest, prefetching, shards; not needed to understand the paper."""
 
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -13,14 +12,15 @@ from tqdm import tqdm
 
 from data import Ad
 from support.datasets import MASK_OF_ITEM, Item
-from support.files import BadInput, read_log
+from support.files import BadInput, append_line, read_log
 from support.images import load_cutout, load_masked, open_image, save_image, sheet, thumbnail
 from support.machine import processes
+from support.names import result_name
 
 
 def result_path(out: Path, index: int, item: Item) -> Path:
     """Where the picture painted for item `index` of a data set lies."""
-    return out / f"{index:06}_{item.image.stem}.png"
+    return out / result_name(f"{index:06}_{item.image.stem}", ".png")
 
 
 def paint_items(items: list[Item], texts: dict[str, tuple[str, str, str]], paint_ads: Callable[[list[Ad]], list[Tensor]],
@@ -71,9 +71,7 @@ def paint_items(items: list[Item], texts: dict[str, tuple[str, str, str]], paint
     def write(ads: dict[int, Ad], pictures: list[Tensor], seconds: float) -> None:
         for i, picture in zip(ads, pictures):
             save_image(picture, paths[i])
-            line = entry(i) | {"seconds": round(seconds, 3)}
-            with open(manifest, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            append_line(entry(i) | {"seconds": round(seconds, 3)}, manifest)
 
     broken, chunks = 0, [todo[k : k + args.batch] for k in range(0, len(todo), args.batch)]
     # While a batch is painted, threads read the next one and write the last. Each computes alone: teams of threads that

@@ -1,7 +1,6 @@
 """Support: checkpoints of a training run; not needed to understand the paper."""
 
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -47,8 +46,6 @@ def save_checkpoint(args, step: int, parameters: dict, ema: dict, optimizer, sca
     write_atomic(path, lambda new: save_file({n: t.contiguous() for n, t in tensors.items()}, new, header))
     for old in checkpoints(args)[: -args.keep]:
         old.unlink()
-    for left in path.parent.glob(".checkpoint_*"):  # by a process killed while it wrote
-        shutil.rmtree(left)
 
 
 def load_checkpoint(args, parameters: dict, ema: dict, optimizer, scaler) -> int:
