@@ -28,6 +28,7 @@ from support.datasets import MASK_OF_ITEM, Item, drop_lines, list_folder, read_i
 from support.files import BadInput, one_line_errors
 from support.images import SOLID, fit, load_masked, save_image, sheet
 from support.machine import cores
+from support.names import one_line
 from support.options import Parser, check_folder, whole_number
 
 # Background perturbation, section 5.1
@@ -242,7 +243,7 @@ def check_items(items: list[Item], size: int, where: Path) -> tuple[list[Item], 
             samples.append(sample)
     refuse_many_broken(broken, len(ads), where)
     print(f"{len(ads) - len(broken):,} images load, {len(broken):,} are broken")
-    print(f"{len(blank):,} have a blank background", *(f"  {item.image}" for item in blank[:10]), sep="\n")
+    print(f"{len(blank):,} have a blank background", *(f"  {one_line(str(item.image))}" for item in blank[:10]), sep="\n")
     if len(blank) > 10:
         print(f"  ... and {len(blank) - 10:,} more")
     return blank, samples

@@ -15,7 +15,7 @@ from PIL import Image
 
 from support.files import BadInput, read_json, write_atomic, write_text
 from support.images import FORMATS, AnyPath, load_mask
-from support.names import is_hidden, is_unicode, nfc
+from support.names import is_hidden, is_unicode, nfc, one_line
 
 MASK_OF_ITEM = "'mask' in metadata.jsonl, or in the folders of masks"  # the remedy for a mask that is no good
 
@@ -293,7 +293,7 @@ def list_folder(root: Path) -> list[str]:
     notes = []
     if any(left_out.values()):
         reasons = (f"{len(names):,} {reason}, such as {names[0]}" for reason, names in left_out.items() if names)
-        notes.append(f"left out: {sum(map(len, left_out.values())):,} files: {'; '.join(reasons)}")
+        notes.append(one_line(f"left out: {sum(map(len, left_out.values())):,} files: {'; '.join(reasons)}"))
     if not lines:
         raise BadInput("; ".join([f"{root}: no pictures in folders of categories", expected, *notes]))
     write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), file)

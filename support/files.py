@@ -43,7 +43,7 @@ REMEDIES = {  # for what an operating system may answer; the last is for all oth
 def explain(error: Exception) -> str | None:
     """The line that says what is wrong and what to do, for errors that are the user's to mend; None for a bug of ours."""
     if isinstance(error, BadInput):
-        return str(error).split("BadInput: ")[-1]  # a DataLoader's worker puts its traceback in front
+        return str(error).split("BadInput: ")[-1].strip()  # a DataLoader's worker puts its traceback in front
     if isinstance(error, torch.OutOfMemoryError):
         return "the GPU's memory is full; lower --batch (in training --micro-batch) or --size"
     if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "can't allocate memory" in str(error):
@@ -71,7 +71,7 @@ def one_line_errors() -> Iterator[None]:
         yield
         sys.stdout.flush()
     except KeyboardInterrupt:
-        print("\ninterrupted; every file that was written is whole", file=sys.stderr)
+        print("interrupted; what was written is whole, and the same command can be given again", file=sys.stderr)
         raise SystemExit(130) from None
     except BrokenPipeError:  # as by `| head`: who read our output has left, and there is no one to say it to
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
