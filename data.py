@@ -156,6 +156,11 @@ def product_hint(image: Tensor, mask: Tensor) -> Tensor:
     return image * mask
 
 
+def inpaint_hint(image: Tensor, mask: Tensor) -> Tensor:
+    """What ControlNet 1.1 inpaint sees in their place: I, and −1 wherever 1 − M > 0.5, without a blend between them."""
+    return torch.where(1 - mask > 0.5, -1.0, image)
+
+
 def background_hint(image: Tensor, mask: Tensor) -> Tensor:
     """I ⊗ (1 − M), what PG sees of a reference. (..., 3, H, W) and (..., 1, H, W) -> (..., 3, H, W)."""
     return image * (1 - mask)
@@ -243,7 +248,9 @@ def check_items(items: list[Item], size: int, where: Path) -> tuple[list[Item], 
             samples.append(sample)
     refuse_many_broken(broken, len(ads), where)
     print(f"{len(ads) - len(broken):,} images load, {len(broken):,} are broken")
-    print(f"{len(blank):,} have a blank background", *(f"  {one_line(str(item.image))}" for item in blank[:10]), sep="\n")
+    print(f"{len(blank):,} have a blank background")
+    for item in blank[:10]:
+        print(f"  {one_line(str(item.image))}")
     if len(blank) > 10:
         print(f"  ... and {len(blank) - 10:,} more")
     return blank, samples

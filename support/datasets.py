@@ -1,4 +1,4 @@
-"""Support: lists of ads: BG60k as released, an imagefolder, a folder of categories; not needed to understand the paper."""
+"""Support: lists of ads: BG60k as released, imagefolders, folders of categories; not needed to understand the paper."""
 
 import io
 import json
@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import torch
 from PIL import Image
 
-from support.files import BadInput, read_json, write_atomic, write_text
+from support.files import BadInput, read_json, write_text
 from support.images import FORMATS, AnyPath, load_mask
 from support.names import is_hidden, is_unicode, nfc, one_line
 
@@ -87,7 +87,7 @@ def read_items(root: AnyPath, split: str = "bg60k") -> tuple[list[Item], list[st
 def refuse_many_broken(broken: list[str], total: int, where: AnyPath) -> None:
     """Raises BadInput, naming the first, if more than 1% is broken."""
     if len(broken) > BROKEN * total:
-        raise BadInput(f"{where}: {len(broken):,} of {total:,} images can't be used, more than {BROKEN:.0%}; mend them, "
+        raise BadInput(f"{where}: {len(broken):,} of {total:,} images can't be used, more than {BROKEN:.0%}; mend them "
                        f"or take them out of the list; the first: {broken[0]}")
 
 
@@ -101,7 +101,7 @@ def _read_imagefolder(root: Path) -> tuple[list[Item], list[str], str]:
     for number, line in _lines(_read_list(file)):
         try:
             entry = json.loads(line)
-            texts = {key: entry[key] and nfc(entry[key]).strip() for key in ("category", "product", "scene") if key in entry}
+            texts = {key: nfc(entry[key]).strip() for key in ("category", "product", "scene") if entry.get(key)}
             names = {key: entry[key] for key in ("file_name", "mask", "reference", "reference_mask") if entry.get(key)}
             faults = [f"{key} {name} {fault}" for key, name in names.items() if (fault := fault_of_name(name))]
         except (ValueError, AttributeError, TypeError, RecursionError) as error:
@@ -110,13 +110,14 @@ def _read_imagefolder(root: Path) -> tuple[list[Item], list[str], str]:
             raise BadInput(f"{file}:{number}: needs a file_name and a category; add them")
         if faults:
             raise BadInput(f"{file}:{number}: {faults[0]}")
-        if not all(is_unicode(text or "") for text in texts.values()):
+        if not all(map(is_unicode, texts.values())):
             raise BadInput(f"{file}:{number}: not UTF-8 text; convert it")
         paths = {key: find_file(root.absolute(), name, folders) for key, name in names.items()}
         if absent := [names[key] for key, path in paths.items() if path is None]:
             missing.append(f"{file}:{number}: no file {absent[0]}")
         else:
-            items.append(Item(image=paths.pop("file_name"), mask=paths.pop("mask", None), **paths, **texts, line=number))
+            image, mask = paths.pop("file_name"), paths.pop("mask", None)
+            items.append(Item(image, mask, **paths, **texts, line=number))
     return items, missing, "listed in metadata.jsonl"
 
 
@@ -162,11 +163,13 @@ def _read_bg60k(root: Path, split: str) -> tuple[list[Item], list[str], str]:
         image = images.get("/".join(path.parts[-2:])) or images.get(path.name)
         if image is None:
             return None, None
-        folder, stem = image.parent.name.replace("_imgs_", "_masks_"), nfc(image.stem)  # of the same number, or else any
+        stem, folder = nfc(image.stem), image.parent.name.replace("_imgs_", "_masks_")
+        # The mask in the folder of the same number, or else in any
         return image, masks.get(f"{folder}/{stem}") or masks.get(stem)
 
     # The release does not state its delimiter: it is the first that splits (nearly) every line.
-    for delimiter, delimiter_name in (("\t", "tabs"), (",", "commas"), (None, "white space")):
+    names_of_delimiters = {"\t": "tabs", ",": "commas", None: "white space"}
+    for delimiter in names_of_delimiters:
         if sum(not fields(line, delimiter) for _, line in lines) <= BROKEN * len(lines):
             break
     else:
@@ -190,7 +193,7 @@ def _read_bg60k(root: Path, split: str) -> tuple[list[Item], list[str], str]:
             missing.append(f"{file}:{number}: no single {('image', 'mask for')[i % 2]} {names[i // 2]}")
         else:
             items.append(Item(*paths[:2], nfc(category), *paths[2:], line=number))
-    return items, missing, f"columns separated by {delimiter_name}"
+    return items, missing, f"columns separated by {names_of_delimiters[delimiter]}"
 
 
 def _read_list(file: Path) -> str:
@@ -227,7 +230,7 @@ def _index(root: Path, prefix: str) -> dict[str, Path | None]:
                 for key in names | {f"{folder.name}/{name}" for name in names}:
                     index[key] = None if key in index else path
     if not index:
-        raise BadInput(f"{root}: expected files in folders {prefix}_0, {prefix}_1, ...; name the folder that holds them")
+        raise BadInput(f"{root}: no files in folders {prefix}_0, {prefix}_1, ...; name the folder that holds these")
     return index
 
 
@@ -317,7 +320,8 @@ def _list_category(folder: os.DirEntry, left_out: dict[str, list[str]]) -> list[
             stems[name] = nfc(PurePosixPath(entry.name).stem)
     # NAME_mask.* is a mask where NAME.* lies beside it, else a product that is called so
     beside = {*stems.values()}
-    masks = {stem: name for name, stem in stems.items() if stem.endswith("_mask") and stem.removesuffix("_mask") in beside}
+    masks = {stem: name for name, stem in stems.items()
+             if stem.endswith("_mask") and stem.removesuffix("_mask") in beside}
     lines = []
     for name, stem in stems.items():
         if stem not in masks:
@@ -349,6 +353,6 @@ def drop_lines(file: Path, numbers: set[int]) -> Path:
     known = {line.rstrip("\r\n") for line in io.StringIO(before, newline="")}
     ever = before + "".join(line for line in lines if line.rstrip("\r\n") not in known)
     left = "".join(line for number, line in enumerate(lines, 1) if number not in numbers)
-    for path, text in ((kept, ever), (file, left)):
-        write_atomic(path, lambda new: new.write_bytes(text.encode("utf-8", "surrogateescape")))
+    write_text(ever, kept, "surrogateescape")
+    write_text(left, file, "surrogateescape")
     return kept

@@ -41,7 +41,7 @@ REMEDIES = {  # for what an operating system may answer; the last is for all oth
 
 
 def explain(error: Exception) -> str | None:
-    """The line that says what is wrong and what to do, for errors that are the user's to mend; None for a bug of ours."""
+    """The line that says what is wrong and what to do, for an error that the user can mend; None for a bug of ours."""
     if isinstance(error, BadInput):
         return str(error).split("BadInput: ")[-1].strip()  # a DataLoader's worker puts its traceback in front
     if isinstance(error, torch.OutOfMemoryError):
@@ -174,7 +174,7 @@ def sweep(folder: Path) -> None:
 
 
 def _abandoned(scratch: Path) -> bool:
-    """Whether the process that made a scratch folder of write_atomic has ended; of other machines' we know by its age."""
+    """Whether the process that made a scratch folder has ended, or on another machine: whether the folder is old."""
     owner = re.fullmatch(r"\.scratch-([0-9a-f]{8})-(\d+)-\w+", scratch.name)
     try:
         if owner and scratch.stat().st_mtime > time.time() - DAY:
@@ -189,9 +189,11 @@ def _abandoned(scratch: Path) -> bool:
     return owner is not None
 
 
-def write_text(text: str, path: Path) -> None:
-    """Writes a UTF-8 file, atomically. In a name that is no Unicode the odd bytes become the escapes that JSON has."""
-    write_atomic(path, lambda new: new.write_bytes(text.encode("utf-8", "backslashreplace")))
+def write_text(text: str, path: Path, odd_bytes: str = "backslashreplace") -> None:
+    """Writes a UTF-8 file, atomically. The odd bytes of names that are no UTF-8 become JSON's escapes, or what Python's
+    error handler `odd_bytes` makes of them: "surrogateescape" writes them as they are.
+    """
+    write_atomic(path, lambda new: new.write_bytes(text.encode("utf-8", odd_bytes)))
 
 
 def write_json(content: object, path: Path) -> None:

@@ -51,7 +51,7 @@ def barrier() -> None:
 # ---------------------------------------------------------------- precision
 
 PRODUCT = 256  # the side of the matrices that are multiplied to find out
-CLEARLY_FASTER = 1.25  # measured, on busy machines too: 1.9 where bfloat16 is native (Zen 4), 0.5 or less where it is not
+CLEARLY_FASTER = 1.25  # measured, on busy machines too: 1.9 with native bfloat16 (Zen 4), 0.5 or less without
 
 
 def pick_dtype(name: str, device: str) -> torch.dtype:

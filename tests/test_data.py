@@ -472,7 +472,8 @@ def test_a_data_set_in_the_hugging_face_cache_is_read_under_the_names_that_are_w
     write_imagefolder(tmp_path / "own" / "snapshot", [MUG, POT])
     link_into_blobs(tmp_path / "own" / "snapshot")
     items = data.read_items(tmp_path / "own" / "snapshot")[0]
-    assert [item.image for item in items] == [tmp_path / "own/snapshot/images" / name for name in ("mug.png", "pot.png")]
+    images = tmp_path / "own" / "snapshot" / "images"
+    assert [item.image for item in items] == [images / "mug.png", images / "pot.png"]
     assert data.load_ad(items[0], SIZE)[0].shape == (3, SIZE, SIZE)
     write_bg60k(tmp_path / "bg60k" / "snapshot", [("1.jpg", "mug"), ("2.jpg", "pot")], "\t")
     link_into_blobs(tmp_path / "bg60k" / "snapshot")
@@ -525,8 +526,9 @@ def test_names_that_are_no_utf_8_are_listed_read_dropped_and_printed_by_escapes(
     put(tmp_path / "ads" / "mug" / f"{GBK}.png")
     put(tmp_path / "ads" / "mug" / "b.png")
     for arguments in (["--list"], []):
-        result = subprocess.run([sys.executable, data.__file__, tmp_path / "ads", "--size", "16", *arguments], text=True,
-                                capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii:strict"})
+        command = [sys.executable, data.__file__, tmp_path / "ads", "--size", "16", *arguments]
+        console = os.environ | {"PYTHONIOENCODING": "ascii:strict"}
+        result = subprocess.run(command, text=True, capture_output=True, env=console)
         assert result.returncode == 0 and "2 images load" in result.stdout, result.stderr
     assert (tmp_path / "ads" / "metadata.jsonl").read_text(encoding="utf-8").count(r"mug/\udcb1\udcad.png") == 1
     items = data.read_items(tmp_path / "ads")[0]
@@ -639,8 +641,8 @@ def test_what_a_listing_takes_and_what_it_leaves_out_is_said_in_one_note(tmp_pat
     assert [line["mask"] for line in lines if "mask" in line] == ["face/x_mask_mask.png"]
     assert notes[0].startswith("9 pictures listed") and len(notes) == 2 and "\n" not in notes[1]
     for part in ("1 not in the folder of a category, such as loose.png", "in deeper folders, such as mug/2024/a.png",
-                 "3 of other formats than JPEG, PNG", "such as face/sheet.tmp", "1 that are links to nothing, such as mug/gone.png",
-                 "2 to be renamed"):
+                 "3 of other formats than JPEG, PNG", "such as face/sheet.tmp",
+                 "1 that are links to nothing, such as mug/gone.png", "2 to be renamed"):
         assert part in notes[1], notes[1]
 
 
