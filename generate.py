@@ -46,7 +46,7 @@ from support.images import (
 )
 from support.models import TOY, ModelChoice, Models, load_models
 from support.names import result_name
-from support.options import Parser, check_folder, check_together, one_for_each, real_number, whole_number, words
+from support.options import Parser, check_folder, check_together, one_for_each, real_number, unicode_text, whole_number
 from support.record import command_of, record_of
 from weights import StableDiffusion
 
@@ -295,7 +295,7 @@ def options() -> Parser:
     files = dict(metavar="FILE", type=Path, nargs="+")
     add("--product", **files, help="photo, or several (JPEG, PNG, WebP, ...); its alpha channel is its mask")
     add("--mask", **files, help="the product's mask, white on the product; one for each product")
-    add("--category", metavar="NAME", type=words, nargs="+",
+    add("--category", metavar="NAME", type=unicode_text, nargs="+",
         help="the product's category, of CG's; one for all or one for each; "
         "for a single product also several: it is painted in each")
     add("--reference", **files, help="ad whose style the background follows (PG), or several [none: CG alone]")
@@ -303,7 +303,7 @@ def options() -> Parser:
     add("--data", metavar="DIR", type=Path, help="BG60k as released, or metadata.jsonl; goes on where it stopped")
     add("--split", metavar="NAME", help="of the data set as released: bg60k, bg1k or bgpair [bg1k]")
     add("--limit", metavar="N", type=whole_number(1, 10**9), help="only the first N items of the data set [all]")
-    add("--prompt", metavar="TEXT", type=words, help="plain text-to-image with the base alone")
+    add("--prompt", metavar="TEXT", type=unicode_text, help="plain text-to-image with the base alone")
     add("--how", metavar="FILE", type=Path, help="print the command that paints this picture again, and paint nothing")
     add = parser.add_argument_group("how").add_argument
     add("--num", metavar="N", type=whole_number(1, 9999), default=1,

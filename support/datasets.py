@@ -52,9 +52,10 @@ def read_items(root: AnyPath, split: str = "bg60k") -> tuple[list[Item], list[st
     BG60k was released. Raises BadInput where the folder is neither, a line can't be read, or over 1% of it is missing.
     """
     root = Path(root)
+    own_format = (root / "metadata.jsonl").is_file()
     if split not in SPLITS:
         raise BadInput(f"--split {split}: must be one of {', '.join(SPLITS)}")
-    if (root / "metadata.jsonl").is_file():
+    if own_format:
         items, missing, listed = _read_imagefolder(root)
     elif (root / f"{split}_info.txt").is_file():
         items, missing, listed = _read_bg60k(root, split)
@@ -67,9 +68,9 @@ def read_items(root: AnyPath, split: str = "bg60k") -> tuple[list[Item], list[st
     counts = Counter(item.category for item in items)
     category, largest = counts.most_common(1)[0]
     masks, covered = "masks taken as 1 on the product", masks_inverted(items)
-    if covered and (root / "metadata.jsonl").is_file():  # in our own format white is the product
+    if covered and own_format:  # where white is the product; BG60k's release does not say what it is
         masks += ", though most cover the border: are they white on the background?"
-    elif covered:  # of BG60k's release we are not told
+    elif covered:
         masks = "masks taken as 1 on the background: inverted, since most cover the border"
         items = [replace(item, inverted=True) for item in items]
     notes = [
@@ -141,7 +142,7 @@ def find_file(root: Path, name: str, folders: dict[Path, dict[str, str]]) -> Pat
     for part in PurePosixPath(name).parts:
         if path not in folders:
             folders[path] = {nfc(entry): entry for entry in os.listdir(path)} if os.path.isdir(path) else {}
-        path = path / folders[path].get(nfc(part), part)
+        path = path / (part if os.path.exists(path / part) else folders[path].get(nfc(part), part))
     return path if os.path.isfile(path) else None
 
 

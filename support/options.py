@@ -39,7 +39,7 @@ def real_number(low: float, high: float) -> Callable[[str], float]:
     return partial(_number, float, "number", low, high)
 
 
-def words(text: str) -> str:
+def unicode_text(text: str) -> str:
     """The kind of an option that becomes a prompt or a part of it: a category in the spelling of all categories."""
     if not is_unicode(text):
         raise argparse.ArgumentTypeError(f"{text!r} is no UTF-8 text; give it as UTF-8")

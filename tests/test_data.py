@@ -518,6 +518,9 @@ def test_a_category_spelt_in_two_ways_is_one(tmp_path):
     items = data.read_items(tmp_path)[0]
     assert {item.category for item in items} == {NFC} and len(items) == 3
     assert [item.mask and item.mask.name for item in items if item.image.stem == NFD] == [f"{NFC}_mask.png"]
+    line = {"file_name": f"{NFC}/{NFC}.png", "category": "x"}  # of which the folder is there, and the file in NFD
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(line))
+    assert data.read_items(tmp_path)[0][0].image == tmp_path / NFC / f"{NFD}.png"
     (tmp_path / "categories.json").write_text(json.dumps({NFD: "sks 0"}))
     assert read_identifiers(tmp_path / "categories.json") == {NFC: "sks 0"}
 

@@ -25,7 +25,7 @@ from support.files import (
 )
 from support.machine import bfloat16_is_faster, cores, pick_device, pick_dtype
 from support.names import is_hidden, is_unicode, result_name
-from support.options import Parser, check_folder, real_number, whole_number, words
+from support.options import Parser, check_folder, real_number, unicode_text, whole_number
 
 ROOT = Path(__file__).resolve().parent.parent
 GBK = os.fsdecode("杯".encode("gbk"))  # a name as a Chinese zip leaves it on Linux
@@ -318,10 +318,10 @@ def test_numbers_outside_of_their_range_are_refused_by_name():
             parser.parse_args([option, value])
 
 
-def test_words_are_composed_and_must_be_text():
-    assert words(unicodedata.normalize("NFD", "café")) == "caf\u00e9"
+def test_text_is_composed_and_must_be_unicode():
+    assert unicode_text(unicodedata.normalize("NFD", "café")) == "caf\u00e9"
     with pytest.raises(argparse.ArgumentTypeError, match="is no UTF-8 text"):
-        words(GBK)
+        unicode_text(GBK)
 
 
 def test_an_output_folder_that_cannot_be_made_is_refused_before_any_work(tmp_path):
