@@ -27,6 +27,7 @@ from data import Ad, background_hint, dilate, product_hint
 from model import ControlNet, Prompts
 from sampler import GUIDANCE, STEPS, sample, seeded
 from support.batch import paint_items, save_data_sheet
+from support.cutouts import SOLID, extend
 from support.datasets import BROKEN, read_items
 from support.files import (
     BadInput,
@@ -40,16 +41,15 @@ from support.files import (
     whole,
 )
 from support.images import (
-    SOLID,
     canvas_size,
-    extend,
     fit,
     load_cutout,
     load_masked,
-    resize,
+    resized_strips,
     save_image,
     sheet,
     thumbnail,
+    to_bytes,
 )
 from weights import StableDiffusion, load_control, load_stable_diffusion, version
 
@@ -106,7 +106,8 @@ def paint(sd: StableDiffusion, rgb: Tensor, mask: Tensor, texts: list[tuple[str,
 
 def paste_back(painted: Tensor, painted_mask: Tensor, box: tuple[int, int, int, int], rgb: Tensor,
                mask: Tensor) -> Tensor:
-    """The product over the painted canvas (3, h, w), in the product's own frame (3, H, W); box as `fit` returned it.
+    """The product over the painted canvas (3, h, w), in the product's own frame: (3, H, W) uint8, as it is saved; box
+    as `fit` returned it.
 
     Where M = 1 the result is the product's pixels, exactly: the product must stay unchanged (section 1). The networks
     paint the product too, blurred over its edge by a pixel of the canvas, where painted_mask (1, h, w) is M: there the
@@ -114,9 +115,11 @@ def paste_back(painted: Tensor, painted_mask: Tensor, box: tuple[int, int, int, 
     """
     painted = extend(painted, dilate(painted_mask, 3) <= 1 - SOLID)
     top, left, h, w = box
-    painted = resize(painted[:, top : top + h, left : left + w], *rgb.shape[1:])
-    mask = mask.masked_fill(mask >= SOLID, 1)
-    return rgb * mask + painted * (1 - mask)
+    result = torch.empty(rgb.shape, dtype=torch.uint8)
+    for rows, scene in resized_strips(painted[:, top : top + h, left : left + w], *rgb.shape[1:]):
+        M = mask[:, rows].masked_fill(mask[:, rows] >= SOLID, 1)
+        result[:, rows] = to_bytes(rgb[:, rows] * M + scene * (1 - M))
+    return result
 
 
 def steps_bar(args, text: str) -> tqdm:
