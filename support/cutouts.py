@@ -31,17 +31,16 @@ def strips(height: int, width: int) -> list[slice]:
 
 def black_and_white(mask: Image.Image) -> tuple[int, int]:
     """The levels of an 8-bit mask that stand for 0 and 1: 0 and 255 but for noise, a raised black or a grey white."""
-    histogram = mask.histogram()
-    low, high = mask.getextrema()
-    black = plateau(histogram, range(low, min(low + NOISE, 127) + 1))
-    white = plateau(histogram, range(high, max(high - NOISE, 128) - 1, -1))
-    return black, white if white >= FAINTEST_WHITE else 255
+    histogram, (low, high) = mask.histogram(), mask.getextrema()
+    black = plateau(histogram, range(low, min(low + NOISE, 127) + 1), sum(histogram[:128]))
+    white = plateau(histogram, range(max(high - NOISE, 128), high + 1), sum(histogram[128:]))
+    return black or 0, white if white and white >= FAINTEST_WHITE else 255
 
 
-def plateau(histogram: list[int], levels: range) -> int:
-    """The most frequent of some levels where it stands out; in a smooth gradient none does, and it is the first."""
-    counts = [histogram[level] for level in levels]
-    return levels[counts.index(max(counts))] if max(counts) > sum(counts) / 4 else levels[0]
+def plateau(histogram: list[int], levels: range, pixels: int) -> int | None:
+    """The most frequent of some levels, where it holds a tenth of so many pixels: a gradient has none."""
+    most = max(levels, key=lambda level: histogram[level])
+    return most if histogram[most] > pixels / 10 else None
 
 
 def covers_border(mask: Image.Image) -> bool:
@@ -157,8 +156,8 @@ def edge_holds(rgb: Tensor, mask: Tensor) -> str:
             continue
         C, first_F, B = (x[:, soft[0]] for x in (rgb[:, rows], foreground(rows), background(rows)))  # (3, pixels)
         M = mask[:, rows][soft]
-        explained = first_F, first_F * M / most, first_F * M + B * (1 - M)
-        off += torch.stack([(C - each).abs().sum() for each in explained])
+        explained = torch.stack([first_F, first_F * M / most, first_F * M + B * (1 - M)])  # (3, 3, pixels)
+        off += (C - explained).abs().sum(dim=(1, 2))
         soft_pixels += M.numel()
         brighter += int((C.amax(0) > M + NOISE / 255).sum())
     straight, premultiplied, stored = off.tolist()

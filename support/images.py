@@ -215,8 +215,13 @@ def canvas_size(height: int, width: int, size: int, multiple: int) -> tuple[int,
 # ---------------------------------------------------------------- small pictures
 
 
-def thumbnail(picture: Tensor | Image.Image, side: int = 256) -> Image.Image:
-    """A picture as an image, reduced where it is larger than `side` pixels."""
+def thumbnail(picture: Tensor | Image.Image, side: int = 256, mask: Tensor | None = None) -> Image.Image:
+    """A picture as an image, reduced where it is larger than `side` pixels; on white outside of a mask (1, H, W)."""
+    if mask is not None:
+        scale = min(1, side / max(mask.shape))
+        h, w = (max(1, round(scale * length)) for length in mask.shape[1:])
+        mask = resize(mask, h, w)
+        picture = resize(picture, h, w) * mask + 1 - mask
     image = to_image(picture) if isinstance(picture, Tensor) else picture
     return ImageOps.contain(image, (side, side)) if max(image.size) > side else image
 

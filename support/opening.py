@@ -1,5 +1,6 @@
 """Support: image files to 8-bit sRGB, and what is said of those that are none; not needed to understand the paper."""
 
+import struct
 import sys
 import warnings
 from functools import lru_cache
@@ -21,6 +22,9 @@ Image.MAX_IMAGE_PIXELS = 120_000_000  # a phone's 108-megapixel photo is read, a
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # open_image refuses them
 
 SRGB = ImageCms.createProfile("sRGB")
+SRGB_XY = np.array([[0.3127, 0.3290], [0.64, 0.33], [0.30, 0.60], [0.15, 0.06]])  # its white, red, green, blue
+D50 = np.array([0.9642, 1, 0.8249])  # XYZ
+BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])  # XYZ to cones
 
 
 @lru_cache(maxsize=None)
@@ -143,20 +147,18 @@ def in_srgb(image: Image.Image, path: AnyPath) -> Image.Image:
     """An image of any mode -> RGB, its numbers sRGB: converted through the profile that is embedded in it.
 
     sRGB's own profiles change nothing. A profile that is broken, or of another kind than the picture, is left out.
-    PNG's older gAMA and cHRM are not read: browsers differ on them.
     """
-    profile = image.info.get("icc_profile")
     if image.mode not in ("RGB", "CMYK", "LAB", "L"):
         image = image.convert("L" if image.mode in ("1", "LA") else "RGB")
-    if profile:
-        try:
+    try:
+        if profile := image.info.get("icc_profile") or chunks_profile(image.info):
             mode, transform = transform_of(profile)
             if mode != image.mode and (image.mode, mode) != ("L", "RGB"):
                 raise ImageCms.PyCMSError
             image = as_mode(image, mode)
             return ImageCms.applyTransform(image, transform) if transform else as_mode(image, "RGB")
-        except (ImageCms.PyCMSError, OSError, KeyError, ValueError):
-            note(f"{path}: its colour profile is broken or of another kind of picture, and is left out")
+    except (ImageCms.PyCMSError, OSError, KeyError, ValueError, ArithmeticError, struct.error):
+        note(f"{path}: its colour profile is broken, or made for another kind of picture; its colours are taken as sRGB")
     if image.mode == "CMYK":
         note(f"{path}: CMYK without a profile, so its colours are a guess; for the printed ones save it as sRGB")
     return as_mode(image, "RGB")
@@ -178,3 +180,31 @@ def transform_of(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform | None
         if max(high for _, high in change.getextrema()) <= 1:
             return mode, None
     return mode, transform
+
+
+def chunks_profile(info: dict) -> bytes | None:
+    """A PNG's gAMA and cHRM as an ICC profile, as browsers read them: where both are there, and no sRGB chunk.
+
+    None for the values that PNG's specification has written beside an sRGB chunk; many programs leave that out.
+    """
+    if "srgb" in info or "gamma" not in info or "chromaticity" not in info:
+        return None
+    exponent, xy = 1 / info["gamma"], np.array(info["chromaticity"]).reshape(4, 2)  # of white, red, green, blue
+    if abs(exponent - 2.2) < 0.02 and np.abs(xy - SRGB_XY).max() < 0.01:
+        return None
+    white, *primaries = (np.array([x / y, 1, (1 - x - y) / y]) for x, y in xy.tolist())  # XYZ
+    primaries = np.stack(primaries, axis=1)
+    primaries = primaries * np.linalg.solve(primaries, white)  # together they make white
+    cones = BRADFORD @ primaries
+    primaries = np.linalg.solve(BRADFORD, cones * (BRADFORD @ D50 / (BRADFORD @ white))[:, None])  # ICC's white is D50
+
+    fixed = struct.Struct(">3i")  # numbers in parts of 65536
+    parts = [b"XYZ \0\0\0\0" + fixed.pack(*(round(v * 65536) for v in column)) for column in primaries.T]
+    parts.append(b"curv\0\0\0\0" + struct.pack(">IHxx", 1, round(exponent * 256)))
+    names, start, table = (b"rXYZ", b"gXYZ", b"bXYZ", b"rTRC", b"gTRC", b"bTRC"), 128 + 4 + 6 * 12, b""
+    for i, name in enumerate(names):
+        part = parts[min(i, 3)]  # the three curves are one
+        table += name + struct.pack(">II", start + 20 * min(i, 3), len(part))
+    body = struct.pack(">I", len(names)) + table + b"".join(parts)
+    head = struct.pack(">I4sI4s4s4s12x4s", 128 + len(body), b"", 0x02100000, b"mntr", b"RGB ", b"XYZ ", b"acsp")
+    return head.ljust(68, b"\0") + fixed.pack(*(round(v * 65536) for v in D50)) + bytes(48) + body
