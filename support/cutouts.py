@@ -145,7 +145,7 @@ def edge_holds(rgb: Tensor, mask: Tensor) -> str:
 
     Programs differ: STRAIGHT F, M F (a composite over black), or the photo's M F + (1 − M) B. It is what explains the
     stored colours C best, F and B continued from where M is 1 and 0; but STRAIGHT unless another explains them twice
-    as well. Colours under M = 0 count for nothing by themselves: programs leave anything there, and lossy formats noise.
+    as well. Colours under M = 0 prove nothing by themselves: programs leave anything there, lossy formats noise.
     """
     solid, foreground, background = ends(rgb, mask)
     most, off = mask.max(), torch.zeros(3)  # the error that each leaves

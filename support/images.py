@@ -1,4 +1,4 @@
-"""Support: images to tensors and back, products and masks, fitting to a canvas, sheets; not needed to understand the paper."""
+"""Support: images to tensors, cut-outs, fitting to a canvas, contact sheets; not needed to understand the paper."""
 
 import zlib
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from support.cutouts import (
     unmix_edges,
 )
 from support.files import BadInput, write_atomic
-from support.opening import AnyPath, alpha_of, as_mode, decode, note, open_image
+from support.opening import AnyPath, as_mode, decode, note, open_image, take_alpha
 
 LARGE = 4_000_000  # from so many pixels on, a PNG is compressed in a third of the time, and a little less
 
@@ -76,7 +76,7 @@ def save_image(image: Tensor | Image.Image, path: AnyPath, text: dict[str, str] 
 def open_mask(path: AnyPath) -> tuple[Image.Image, str]:
     """The mask in a file as an 8-bit grey image, its numbers as stored, and what it is called in messages."""
     image = decode(path)
-    alpha = alpha_of(image)
+    alpha = take_alpha(image)
     return (alpha, f"alpha channel of mask {path}") if alpha else (as_mode(image, "L"), f"mask {path}")
 
 
@@ -162,7 +162,7 @@ def resize(x: Tensor, height: int, width: int) -> Tensor:
 
 
 def resized_strips(x: Tensor, height: int, width: int) -> Iterator[tuple[slice, Tensor]]:
-    """resize(x, height, width), a strip of rows at a time: (rows, (C, rows, width)), with little memory for a large one."""
+    """resize(x, height, width) with little memory, a strip of rows at a time: (rows, (C, rows, width))."""
     h = x.shape[1]
     wide = F.interpolate(x[None], size=(h, width), mode="bicubic", antialias=True)[0]
     identity = torch.eye(h)[None, None]

@@ -18,7 +18,7 @@ AnyPath = Path | str
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")  # what Pillow opens of them; JPEG: many phones' MPO too
 
-Image.MAX_IMAGE_PIXELS = 120_000_000  # a phone's 108-megapixel photo is read, at 16 bytes a pixel; larger ones are not
+Image.MAX_IMAGE_PIXELS = 120_000_000  # a phone's 108 megapixels are read: 27 bytes a pixel until the result is saved
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # open_image refuses them
 
 SRGB = ImageCms.createProfile("sRGB")
@@ -38,8 +38,9 @@ def note(text: str) -> None:
 STARTS = {  # how files start that are taken for pictures
     b"<svg": "an SVG drawing", b"<?xml": "an SVG drawing or another XML file", b"<": "a web page", b"{": "a JSON file",
     b"version https://git-lfs": "a pointer of Git LFS (git lfs pull fetches the picture)", b"%pdf": "a PDF document",
-    b"%!ps": "a PostScript file", b"8bps": "a Photoshop document", b"gimp xcf": "a GIMP document", b"pk\3\4": "a ZIP archive",
-    b"\xff\x0a": "a JPEG XL picture", b"\0\0\0\x0cjxl": "a JPEG XL picture", b"\0\0\0\x0cjp": "a JPEG 2000 picture",
+    b"%!ps": "a PostScript file", b"8bps": "a Photoshop document", b"gimp xcf": "a GIMP document",
+    b"pk\3\4": "a ZIP archive", b"\xff\x0a": "a JPEG XL picture", b"\0\0\0\x0cjxl": "a JPEG XL picture",
+    b"\0\0\0\x0cjp": "a JPEG 2000 picture",
     b"\xff\x4f\xff\x51": "a JPEG 2000 picture", b"fujifilm": "a camera's raw file", b"\0\0\1\0": "an icon",
     b"#?radiance": "a Radiance HDR picture", b"v/1\1": "an OpenEXR picture"}
 BRANDS = {b"heic": "HEIC", b"heix": "HEIC", b"heim": "HEIC", b"heis": "HEIC", b"hevc": "HEIC", b"mif1": "HEIC",
@@ -64,7 +65,7 @@ def unreadable(path: AnyPath) -> str:
             return kind
     if head[:2] in (b"II", b"MM") and b"*" in head[2:4]:
         return "a damaged TIFF, or one of numbers that are not read here (32-bit or floating point)"
-    if head[:3] in (b"\xff\xd8\xff", b"\x89PN", b"RIF", b"GIF", b"BM"):
+    if head.startswith((b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM")):
         return "damaged or cut short"
     return "a text file" if text and all(byte >= 32 or byte in b"\t\r\n" for byte in head) else "of an unknown format"
 
@@ -90,7 +91,8 @@ def decode(path: AnyPath) -> Image.Image:
     except Image.DecompressionBombError:
         raise BadInput(f"{path}: over {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller") from None
     except Exception as error:  # what Pillow's decoders raise on damaged files is not a closed list
-        raise BadInput(f"{path}: not a readable image: it is {unreadable(path)}; save it as PNG or JPEG") from error
+        raise BadInput(f"{path}: not a readable image: it is {unreadable(path)}; "
+                       "save the picture as PNG or JPEG") from error
     clear = image.info.get("transparency")
     if image.mode == "F":
         raise BadInput(f"{path}: holds 32-bit floating-point numbers, whose white is unknown; save it as PNG or JPEG")
@@ -114,11 +116,12 @@ def eight_bits(grey: np.ndarray, clear: int | None, info: dict, path: AnyPath) -
     return image
 
 
-def alpha_of(image: Image.Image) -> Image.Image | None:
-    """An image's transparency as a channel of its own, or None where it is opaque."""
+def take_alpha(image: Image.Image) -> Image.Image | None:
+    """An image's transparency as a channel of its own, or None where it is opaque. No colour stays transparent."""
     if not image.has_transparency_data:
         return None
     alpha = (image if "A" in image.getbands() else image.convert("RGBA")).getchannel("A")
+    image.info.pop("transparency", None)
     return alpha if alpha.getextrema()[0] < SOLID * 255 else None
 
 
@@ -129,7 +132,7 @@ def open_image(path: AnyPath) -> Image.Image:
     Raises BadInput where the file is missing, empty, cut short, no image of FORMATS, or above MAX_IMAGE_PIXELS.
     """
     image = decode(path)
-    alpha = alpha_of(image)
+    alpha = take_alpha(image)
     image = in_srgb(image, path)
     if alpha:
         image.putalpha(alpha)
@@ -158,7 +161,7 @@ def in_srgb(image: Image.Image, path: AnyPath) -> Image.Image:
             image = as_mode(image, mode)
             return ImageCms.applyTransform(image, transform) if transform else as_mode(image, "RGB")
     except (ImageCms.PyCMSError, OSError, KeyError, ValueError, ArithmeticError, struct.error):
-        note(f"{path}: its colour profile is broken, or made for another kind of picture; its colours are taken as sRGB")
+        note(f"{path}: its colour profile is broken, or another kind of picture's; the colours are taken as sRGB")
     if image.mode == "CMYK":
         note(f"{path}: CMYK without a profile, so its colours are a guess; for the printed ones save it as sRGB")
     return as_mode(image, "RGB")
@@ -185,7 +188,7 @@ def transform_of(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform | None
 def chunks_profile(info: dict) -> bytes | None:
     """A PNG's gAMA and cHRM as an ICC profile, as browsers read them: where both are there, and no sRGB chunk.
 
-    None for the values that PNG's specification has written beside an sRGB chunk; many programs leave that out.
+    None, too, for the values that stand for sRGB: many programs write them without the chunk.
     """
     if "srgb" in info or "gamma" not in info or "chromaticity" not in info:
         return None
