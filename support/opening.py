@@ -3,7 +3,7 @@
 import struct
 import sys
 import warnings
-from functools import lru_cache
+from functools import cache, lru_cache
 from io import BytesIO
 from pathlib import Path
 
@@ -27,7 +27,7 @@ D50 = np.array([0.9642, 1, 0.8249])  # XYZ
 BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])  # XYZ to cones
 
 
-@lru_cache(maxsize=None)
+@cache
 def note(text: str) -> None:
     """One line on stderr, once a process."""
     tqdm.write(f"note: {text}", file=sys.stderr)
