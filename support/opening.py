@@ -85,7 +85,7 @@ def decode(path: AnyPath) -> Image.Image:
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
     except IsADirectoryError:
-        raise BadInput(f"{path}: a folder; give a picture") from None
+        raise BadInput(f"{path}: not a readable image: it is a folder; give a picture") from None
     except PermissionError:
         raise BadInput(f"{path}: may not be read; change its permissions") from None
     except Image.DecompressionBombError:
