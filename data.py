@@ -12,21 +12,20 @@ and values between at soft edges.
 
 import argparse
 import sys
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from support.cutouts import SOLID
 from support.datasets import MASK_OF_ITEM, Item, drop_lines, list_folder, read_items, refuse_many_broken
 from support.files import BadInput, one_line_errors
-from support.images import SOLID, fit, load_masked, save_image, sheet
+from support.images import fit, load_masked, save_image, sheet
 from support.machine import cores
 from support.names import one_line
 from support.options import Parser, check_folder, whole_number
@@ -38,8 +37,6 @@ SIGMA = (0.75, 0.95)  # σ of the mixup is uniform in this range
 EXTRA_MASKS = 3  # at most so many, each a rectangle or an ellipse
 EXTRA_RADII = (0.03, 0.15)  # half their height and half their width
 TRANSLATION = 0.15  # the mask's copy moves at most so far, up or down and left or right
-
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # open_image refuses such pictures
 
 
 # ---------------------------------------------------------------- files and tensors

@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 
 from support.files import BadInput, read_json, write_text
-from support.images import FORMATS, AnyPath, load_mask
+from support.images import load_mask
 from support.names import is_hidden, is_unicode, nfc, one_line
+from support.opening import FORMATS, AnyPath
 
 MASK_OF_ITEM = "'mask' in metadata.jsonl, or in the folders of masks"  # the remedy for a mask that is no good
 
@@ -264,7 +265,8 @@ def read_identifiers(file: Path) -> dict[str, str]:
 @cache
 def _suffixes() -> set[str]:
     """Of all picture files that we read."""
-    return {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
+    formats = (*FORMATS, "MPO")  # the JPEG of many phones
+    return {suffix for suffix, name in Image.registered_extensions().items() if name in formats}
 
 
 def is_picture(name: str) -> bool:
