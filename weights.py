@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from clip import CLIP, TextEncoder, Tokenizer, load_tokenizer
 from model import BRANCHES, ControlNet, UNet
 from sampler import Schedule
-from support.files import BadInput, PICKLES, read_json, read_tensors, write_atomic
+from support.files import PICKLES, BadInput, read_json, read_tensors, write_atomic
 from support.layouts import IGNORED, SINGLE_FILE, looks_like, renamed, split, text_config, unet_config, vae_config
 from vae import VAE
 
