@@ -51,7 +51,8 @@ from support.images import (
     sheet,
     thumbnail,
 )
-from weights import StableDiffusion, load_control, load_stable_diffusion, version
+from support.tensors import fingerprint
+from weights import StableDiffusion, load_control, load_stable_diffusion
 
 TOY = Path(__file__).resolve().parent / "toy"
 SAMPLE = "perfume"  # of toy/samples, painted where no product is given
@@ -173,7 +174,7 @@ def painter_of(sd: StableDiffusion, cg: ControlNet, pg: ControlNet | None, args)
 def load_base(args) -> StableDiffusion:
     """The frozen base; also settles args.size: by default, what the base was trained at. Raises BadInput."""
     sd = load_stable_diffusion(args.weights or TOY / "base", args.device, args.dtype, args.tokenizer)
-    args.size = args.size or sd.unet.config.get("sample_size", 512 // sd.vae.factor) * sd.vae.factor
+    args.size = args.size or sd.size
     canvas_size(1, 1, args.size, sd.multiple)  # says so where the size does not fit the base
     return sd
 
@@ -242,7 +243,7 @@ def load_models(names: set[str], with_pg: bool, args):
     cg = load_branch("category" if cg_path else "controlnet", cg_path or args.controlnet, sd, args)
     pg = load_branch("personality", pg_path, sd, args) if with_pg else None
     # --data keeps a record of it
-    args.models = [version(path) for path in (args.weights or TOY / "base", cg_path or args.controlnet, pg_path) if path]
+    args.models = [fingerprint(path) for path in (args.weights or TOY / "base", cg_path or args.controlnet, pg_path) if path]
     return sd, cg, pg, texts
 
 

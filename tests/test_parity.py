@@ -20,7 +20,7 @@ from sampler import Schedule, ddim, ddim_step
 from support.files import write_json
 from toy.stages import train_tokenizer
 from vae import VAE
-from weights import CONTROL_FILES, TEXT_FILES, UNET_FILES, control_config, load_module, save_control, save_module
+from weights import CONTROL_FILE, TEXT_FILE, UNET_FILE, control_config, load_module, save_control, save_module
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
@@ -58,7 +58,7 @@ def pair(request, tmp_path):
 @pytest.mark.parametrize("config", UNETS.values(), ids=UNETS.keys())
 @torch.no_grad()
 def test_unet(pair, config):
-    ours, theirs = pair(UNet, config, diffusers.UNet2DConditionModel, UNET_FILES)
+    ours, theirs = pair(UNet, config, diffusers.UNet2DConditionModel, UNET_FILE)
     given = inputs()
     expected = theirs(given.z, given.t, given.prompts.P).sample
     assert relative_error(ours(given.z, given.t, given.prompts.P), expected) < TOLERANCE
@@ -69,7 +69,7 @@ def test_unet_of_an_odd_number_of_levels_and_another_latent_shape(pair):
     config = UNETS["sd1"] | {"block_out_channels": [16, 32, 24], "layers_per_block": 1,
                              "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2,
                              "up_block_types": ["CrossAttnUpBlock2D"] * 2 + ["UpBlock2D"]}
-    ours, theirs = pair(UNet, config, diffusers.UNet2DConditionModel, UNET_FILES)
+    ours, theirs = pair(UNet, config, diffusers.UNet2DConditionModel, UNET_FILE)
     z, P, t = random(2, 4, 12, 20), random(2, 5, 24, seed=1), torch.tensor([7, 999])
     assert relative_error(ours(z, t, P), theirs(z, t, P).sample) < TOLERANCE
 
@@ -77,7 +77,7 @@ def test_unet_of_an_odd_number_of_levels_and_another_latent_shape(pair):
 @pytest.mark.parametrize("config", UNETS.values(), ids=UNETS.keys())
 @torch.no_grad()
 def test_controlnet_and_the_unet_under_its_residuals(pair, config, unet):
-    ours, theirs = pair(ControlNet, control_config(config, 8), diffusers.ControlNetModel, CONTROL_FILES)
+    ours, theirs = pair(ControlNet, control_config(config, 8), diffusers.ControlNetModel, CONTROL_FILE)
     given = inputs()
     down, middle = theirs(given.z, given.t, given.prompts.P, controlnet_cond=given.hint, return_dict=False)
     residuals = ours(given.z, given.t, given.prompts.P, given.hint)
@@ -141,20 +141,20 @@ def check_vae(ours, theirs):
 
 
 def test_vae(pair):
-    ours, theirs = pair(VAE, VAE_CONFIG | {"scaling_factor": 0.3}, diffusers.AutoencoderKL, UNET_FILES)
+    ours, theirs = pair(VAE, VAE_CONFIG | {"scaling_factor": 0.3}, diffusers.AutoencoderKL, UNET_FILE)
     check_vae(ours, theirs)
     assert ours.scaling_factor == theirs.config.scaling_factor == 0.3
 
 
 def test_vae_with_the_attention_names_of_before_2023(vae, tmp_path):
-    save_module(vae, tmp_path / "vae", UNET_FILES[0])
-    file = tmp_path / "vae" / UNET_FILES[0]
+    save_module(vae, tmp_path / "vae", UNET_FILE)
+    file = tmp_path / "vae" / UNET_FILE
     old, tensors = {"to_q.": "query.", "to_k.": "key.", "to_v.": "value.", "to_out.0.": "proj_attn."}, load_file(file)
     for new_part, old_part in old.items():
         tensors = {name.replace(new_part, old_part): tensor for name, tensor in tensors.items()}
     assert sum("proj_attn" in name for name in tensors) == 4
     save_file(tensors, file)
-    check_vae(load_module(VAE, tmp_path / "vae", UNET_FILES, "cpu", torch.float32),
+    check_vae(load_module(VAE, tmp_path / "vae", UNET_FILE, "cpu", torch.float32),
               diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae").eval())
 
 
@@ -173,7 +173,7 @@ def ids(vocabulary: int = 600) -> torch.Tensor:
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
 @torch.no_grad()
 def test_text_encoder(pair, activation):
-    ours, theirs = pair(TextEncoder, TEXT_CONFIG | {"hidden_act": activation}, transformers.CLIPTextModel, TEXT_FILES)
+    ours, theirs = pair(TextEncoder, TEXT_CONFIG | {"hidden_act": activation}, transformers.CLIPTextModel, TEXT_FILE)
     assert relative_error(ours(ids()), theirs(ids()).last_hidden_state) < TOLERANCE
 
 
@@ -181,18 +181,18 @@ def test_text_encoder(pair, activation):
 @torch.no_grad()
 def test_text_encoder_file_with_and_without_its_prefix(text_encoder, tmp_path, prefix):
     """SD 1.5's own file has text_model. before every name, and position_ids beside; files saved lately have neither."""
-    save_module(text_encoder, tmp_path / "t", TEXT_FILES[0])
-    tensors = {n.replace("text_model.", prefix): t for n, t in load_file(tmp_path / "t" / TEXT_FILES[0]).items()}
+    save_module(text_encoder, tmp_path / "t", TEXT_FILE)
+    tensors = {n.replace("text_model.", prefix): t for n, t in load_file(tmp_path / "t" / TEXT_FILE).items()}
     if prefix:
         tensors["text_model.embeddings.position_ids"] = torch.arange(77)[None]
-    save_file(tensors, tmp_path / "t" / TEXT_FILES[0])
-    ours = load_module(TextEncoder, tmp_path / "t", TEXT_FILES, "cpu", torch.float32)
+    save_file(tensors, tmp_path / "t" / TEXT_FILE)
+    ours = load_module(TextEncoder, tmp_path / "t", TEXT_FILE, "cpu", torch.float32)
     assert torch.equal(ours(ids()), text_encoder(ids()))
 
 
 @torch.no_grad()
 def test_clip_image_and_text_encoders(pair):
-    ours, theirs = pair(CLIP, CLIP_CONFIG, transformers.CLIPModel, TEXT_FILES)
+    ours, theirs = pair(CLIP, CLIP_CONFIG, transformers.CLIPModel, TEXT_FILE)
     images = random(2, 3, 32, 32, seed=6)
     expected = theirs(input_ids=ids(), pixel_values=((images - MEAN) / STD))
     text, image = (torch.nn.functional.normalize(e, dim=-1) for e in (ours.encode_text(ids()),

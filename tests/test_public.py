@@ -21,17 +21,17 @@ from generate import paint
 from model import CategoryGenerator, ControlNet, UNet
 from sampler import draw_noise, seeded
 from support.files import BadInput, write_json
-from support.layouts import RENAMES, rename, renamed, split, text_config, unet_config, vae_config
+from support.layouts import RENAMES, our_name, split_by_model, text_config, under_our_names, unet_config, vae_config
 from toy.stages import train_tokenizer
 from vae import VAE
 from weights import (
-    TEXT_FILES,
-    UNET_FILES,
+    TEXT_FILE,
+    UNET_FILE,
+    build_module,
     control_config,
     load_control,
     load_module,
     load_stable_diffusion,
-    make,
     save_control,
     save_module,
 )
@@ -64,12 +64,12 @@ POSITIONS = "cond_stage_model.transformer.text_model.embeddings.position_ids"
 @pytest.mark.parametrize("name", ["sd15_single_file", "sd15_full_ema_single_file", "sd15_inpainting_single_file"])
 def test_each_tensor_of_a_single_file_lands_on_one_parameter_of_its_shape(name):
     tensors = layout(name)
-    parts = split(tensors)
+    parts = split_by_model(tensors)
     assert not parts[""] and not parts["control"]
     folder = "sd15_inpainting" if "inpainting" in name else "sd15"
     for kind, part in ((UNet, "unet"), (VAE, "vae"), (TextEncoder, "text_encoder")):
-        module = make(kind, public_config(folder, f"{part}/config.json"), parts[part], Path(name), "meta", torch.float32)
-        assert len(parts[part]) == len(module.state_dict())  # `make` is strict about names and shapes
+        module = build_module(kind, public_config(folder, f"{part}/config.json"), parts[part], Path(name), "meta", torch.float32)
+        assert len(parts[part]) == len(module.state_dict())  # `build_module` is strict about names and shapes
 
     ignored = set(tensors) - {prefix + key for prefix, part in (("model.diffusion_model.", "unet"),
                               ("first_stage_model.", "vae"), ("cond_stage_model.transformer.", "text_encoder"))
@@ -110,15 +110,15 @@ def public_config(name: str, file: str) -> dict:
 @pytest.mark.parametrize("name, kind, configs, file, ignored", FOLDERS, ids=[f[0] for f in FOLDERS])
 def test_each_tensor_of_a_folder_lands_on_one_parameter_of_its_shape(name, kind, configs, file, ignored):
     tensors = layout(name)
-    module = make(kind, public_config(configs, file), tensors, Path(name), "meta", torch.float32)
-    assert {rename(key) for key in tensors} - set(module.state_dict()) <= ignored
+    module = build_module(kind, public_config(configs, file), tensors, Path(name), "meta", torch.float32)
+    assert {our_name(key) for key in tensors} - set(module.state_dict()) <= ignored
     assert len(module.state_dict()) == len(set(tensors) - ignored)
 
 
 @layouts
 def test_each_tensor_of_a_controlnets_single_file_lands_on_one_parameter_of_its_shape():
-    parts = split(layout("controlnet_v11p_sd15_inpaint_single_file"))
-    module = make(CategoryGenerator, config("controlnet_diffusers", "config.json"), parts["control"], Path("c"), "meta", None)
+    parts = split_by_model(layout("controlnet_v11p_sd15_inpaint_single_file"))
+    module = build_module(CategoryGenerator, config("controlnet_diffusers", "config.json"), parts["control"], Path("c"), "meta", None)
     assert len(parts["control"]) == len(module.state_dict()) == 340
 
 
@@ -126,7 +126,7 @@ def test_each_tensor_of_a_controlnets_single_file_lands_on_one_parameter_of_its_
 @pytest.mark.parametrize("name", ["clip_vit_b32", "clip_vit_l14"])
 def test_each_tensor_of_clip_lands_on_one_parameter_of_its_shape(name):
     configs = json.loads((LAYOUTS / f"{name}_configs.json").read_text())
-    module = make(CLIP, configs["config.json"], layout(name), Path(name), "meta", torch.float32)
+    module = build_module(CLIP, configs["config.json"], layout(name), Path(name), "meta", torch.float32)
     ignored = {f"{tower}_model.embeddings.position_ids" for tower in ("text", "vision")}
     assert len(module.state_dict()) == len(set(layout(name)) - ignored)
 
@@ -139,21 +139,21 @@ def test_shapes_tell_the_public_configurations():
             k: theirs[k] for k in ours if k in theirs and k not in unknown}
 
     for name, folder in (("sd15_single_file", "sd15"), ("sd15_inpainting_single_file", "sd15_inpainting")):
-        parts = {part: dict(renamed(tensors)) for part, tensors in split(layout(name)).items()}
+        parts = {part: dict(under_our_names(tensors)) for part, tensors in split_by_model(layout(name)).items()}
         agrees(unet_config(parts["unet"]), folder, "unet/config.json")
         agrees(vae_config(parts["vae"]), folder, "vae/config.json")
         agrees(text_config(parts["text_encoder"], "quick_gelu"), folder, "text_encoder/config.json")
     agrees(unet_config(layout("sd21_diffusers_unet")), "sd21_diffusers", "unet/config.json")
     agrees(text_config(layout("sd21_text_encoder"), "gelu"), "sd21_diffusers", "text_encoder/config.json")
-    control = dict(renamed(split(layout("controlnet_v11p_sd15_inpaint_single_file"))["control"]))
+    control = dict(under_our_names(split_by_model(layout("controlnet_v11p_sd15_inpaint_single_file"))["control"]))
     agrees(unet_config(control), "controlnet_diffusers", "config.json")
 
 
 @layouts
 def test_every_rename_rule_is_needed_by_a_public_file():
     files = [path.stem for path in LAYOUTS.glob("*.json") if path.name.startswith(("sd", "control", "clip"))]
-    names = {key for file in files if "config" not in file for part in split(layout(file)).values() for key in part}
-    names |= set(split(original_text_sd2(wide_text()[1]))["text_encoder"])  # SD 2.x's single file, of no manifest
+    names = {key for file in files if "config" not in file for part in split_by_model(layout(file)).values() for key in part}
+    names |= set(split_by_model(original_text_sd2(wide_text()[1]))["text_encoder"])  # SD 2.x's single file, of no manifest
     names |= {key.removeprefix("text_model.") for key in names}
     unused = [pattern.pattern for pattern, _ in RENAMES if not any(pattern.search(step) for key in names
               for step in steps_of(key))]
@@ -170,7 +170,7 @@ def steps_of(name: str) -> list[str]:
 
 def test_our_own_names_come_through_the_rules_unchanged(unet, cg, vae, text_encoder):
     for module in (unet, cg, vae, text_encoder):
-        assert all(rename(name) == name for name in module.state_dict())
+        assert all(our_name(name) == name for name in module.state_dict())
 
 
 # ---------------------------------------------------------------- single files in the original names
@@ -351,7 +351,7 @@ def test_diffusers_converts_a_single_file_to_the_same_weights(single, version):
         converted = utils.convert_open_clip_checkpoint(their_text, {k: v for k, v in tensors.items() if "23" not in k})
         pairs.append((converted, text, "text_encoder"))
     for theirs, _, part in pairs:
-        ours = dict(renamed(split(tensors)[part]))
+        ours = dict(under_our_names(split_by_model(tensors)[part]))
         for name in ours.keys() & theirs.keys():
             assert torch.equal(ours[name].squeeze(), theirs[name].squeeze()), name
         assert not [name for name in theirs if name not in ours and "projection" not in name]
@@ -381,17 +381,17 @@ def test_a_controlnet_in_one_file_with_and_without_prefix(tmp_path, prefix):
 def test_the_file_of_a_folder_is_read_with_the_folders_configuration(tmp_path, cg):
     """Its shapes would tell 8 heads where the toy has other numbers."""
     save_control(cg, tmp_path / "cg")
-    assert load_control(tmp_path / "cg" / UNET_FILES[0]).config == load_control(tmp_path / "cg").config
+    assert load_control(tmp_path / "cg" / UNET_FILE).config == load_control(tmp_path / "cg").config
 
 
 def test_numbers_at_odd_addresses_are_read(tmp_path, unet):
     """Some public files have headers of odd length."""
-    save_module(unet, tmp_path / "unet", UNET_FILES[0])
-    file = tmp_path / "unet" / UNET_FILES[0]
+    save_module(unet, tmp_path / "unet", UNET_FILE)
+    file = tmp_path / "unet" / UNET_FILE
     raw = file.read_bytes()
     length = int.from_bytes(raw[:8], "little")
     file.write_bytes((length + 2).to_bytes(8, "little") + raw[8 : 8 + length] + b"  " + raw[8 + length :])
-    loaded = load_module(UNet, tmp_path / "unet", UNET_FILES, "cpu", None)
+    loaded = load_module(UNet, tmp_path / "unet", UNET_FILE, "cpu", None)
     assert all(p.data_ptr() % 4 == 0 for p in loaded.parameters())
     assert all(torch.equal(t, unet.state_dict()[name]) for name, t in loaded.state_dict().items())
 
@@ -462,9 +462,9 @@ def folders(tmp_path_factory):
     """A tiny SD 1 folder, the same with a 9-channel UNet, and a ControlNet; as both programs read them."""
     root = tmp_path_factory.mktemp("folders")
     for name, channels in (("sd", 4), ("inpainting", 9)):
-        save_module(randomise(UNet(WIDE | {"in_channels": channels})), root / name / "unet", UNET_FILES[0])
-        save_module(randomise(VAE(WIDE_VAE), seed=3), root / name / "vae", UNET_FILES[0])
-        save_module(wide_text()[1], root / name / "text_encoder", TEXT_FILES[0])
+        save_module(randomise(UNet(WIDE | {"in_channels": channels})), root / name / "unet", UNET_FILE)
+        save_module(randomise(VAE(WIDE_VAE), seed=3), root / name / "vae", UNET_FILE)
+        save_module(wide_text()[1], root / name / "text_encoder", TEXT_FILE)
         train_tokenizer([MUG] * 3, 600, 77, root / name / "tokenizer")
         scheduler = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085,
                      "beta_end": 0.012, "steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False}
@@ -582,7 +582,7 @@ def test_cg_trains_beside_an_inpainting_base_from_a_controlnets_single_file(fold
     save_file(original_unet(control, "control_model."), tmp_path / "control.safetensors")
     train.main([str(x) for x in ("cg", "--data", tmp_path / "ads", "--weights", folders / "inpainting", "--size", 128,
                 "--init-control", tmp_path / "control.safetensors", "--batch", 2, "--steps", 1, "--out", tmp_path / "run")])
-    trained = load_file(tmp_path / "run" / "cg" / UNET_FILES[0])
+    trained = load_file(tmp_path / "run" / "cg" / UNET_FILE)
     assert all((trained[name] - t).abs().max() < 1e-4 for name, t in control.state_dict().items())  # a step of lr 1e-5
 
 
@@ -610,19 +610,19 @@ def test_the_real_sizes_agree_with_the_references_within_a_thousandth(tmp_path):
     control = diffusers.ControlNetModel.from_unet(unet)
     for zero in (*control.controlnet_down_blocks, control.controlnet_mid_block, control.controlnet_cond_embedding.conv_out):
         torch.nn.init.normal_(zero.weight, std=0.05)
-    errors = {"UNet": compare(unet, UNet, UNET_FILES, lambda m: [m(z, t, P)], lambda m: [m(z, t, P).sample])}
+    errors = {"UNet": compare(unet, UNet, UNET_FILE, lambda m: [m(z, t, P)], lambda m: [m(z, t, P).sample])}
     del unet
     errors["ControlNet"] = compare(
-        control, ControlNet, UNET_FILES, lambda m: m(z, t, P, hint),
+        control, ControlNet, UNET_FILE, lambda m: m(z, t, P, hint),
         lambda m: [x for part in [m(z, t, P, hint, return_dict=False)] for x in (*part[0], part[1])])
     del control
     vae = diffusers.AutoencoderKL(
         block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, norm_num_groups=32,
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
-    errors["VAE decoder"] = compare(vae, VAE, UNET_FILES, lambda m: [m.decode(z)], lambda m: [m.decode(z).sample])
+    errors["VAE decoder"] = compare(vae, VAE, UNET_FILE, lambda m: [m.decode(z)], lambda m: [m.decode(z).sample])
     text = transformers.CLIPTextModel(transformers.CLIPTextConfig(
         hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12))
-    errors["text encoder"] = compare(text, TextEncoder, TEXT_FILES, lambda m: [m(ids)],
+    errors["text encoder"] = compare(text, TextEncoder, TEXT_FILE, lambda m: [m(ids)],
                                      lambda m: [m(ids).last_hidden_state])
     print("largest relative errors:", {name: f"{error:.1e}" for name, error in errors.items()})
     assert max(errors.values()) < 1e-3

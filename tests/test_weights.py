@@ -14,12 +14,13 @@ from clip import TextEncoder, load_tokenizer
 from model import CategoryGenerator, UNet
 from sampler import Schedule
 from support.files import BadInput, pick_device, read_log, read_tensors, write_atomic, write_json
+from support.tensors import fingerprint
 from toy.stages import train_tokenizer
 from vae import VAE
 from weights import (
-    CONTROL_FILES,
-    TEXT_FILES,
-    UNET_FILES,
+    CONTROL_FILE,
+    TEXT_FILE,
+    UNET_FILE,
     StableDiffusion,
     control_config,
     load_control,
@@ -27,18 +28,17 @@ from weights import (
     load_stable_diffusion,
     save_control,
     save_module,
-    version,
 )
 
 
 @pytest.fixture
 def folder(tmp_path, unet):
-    save_module(unet, tmp_path / "unet", UNET_FILES[0])
+    save_module(unet, tmp_path / "unet", UNET_FILE)
     return tmp_path / "unet"
 
 
 def load(folder, dtype=torch.float32) -> UNet:
-    return load_module(UNet, folder, UNET_FILES, "cpu", dtype)
+    return load_module(UNet, folder, UNET_FILE, "cpu", dtype)
 
 
 # ---------------------------------------------------------------- saving and loading
@@ -52,14 +52,14 @@ def test_what_is_saved_comes_back_bit_for_bit(folder, unet):
 
 
 def test_the_dtype_of_the_file_and_of_the_model_are_independent(tmp_path, unet):
-    save_module(unet, tmp_path / "half", UNET_FILES[0], torch.float16)
-    assert {t.dtype for t in load_file(tmp_path / "half" / UNET_FILES[0]).values()} == {torch.float16}
+    save_module(unet, tmp_path / "half", UNET_FILE, torch.float16)
+    assert {t.dtype for t in load_file(tmp_path / "half" / UNET_FILE).values()} == {torch.float16}
     assert {p.dtype for p in load(tmp_path / "half").parameters()} == {torch.float32}
     assert {p.dtype for p in load(tmp_path / "half", torch.bfloat16).parameters()} == {torch.bfloat16}
 
 
 def test_the_fp16_variant_is_found_and_full_precision_preferred(folder, unet):
-    file = folder / UNET_FILES[0]
+    file = folder / UNET_FILE
     file.rename(folder / "diffusion_pytorch_model.fp16.safetensors")
     assert torch.equal(load(folder).conv_in.weight, unet.conv_in.weight)
     save_file({n: t + 1 for n, t in unet.state_dict().items()}, file)
@@ -75,12 +75,12 @@ def test_a_controls_file_that_is_named_is_the_one_that_is_loaded(tmp_path, cg):
 
 
 def test_a_bases_version_changes_with_its_files_and_not_with_what_is_trained_beside_them(tmp_path, unet, cg):
-    save_module(unet, tmp_path / "unet", UNET_FILES[0])
-    before = version(tmp_path)
+    save_module(unet, tmp_path / "unet", UNET_FILE)
+    before = fingerprint(tmp_path)
     save_control(cg, tmp_path / "cg")
-    assert version(tmp_path) == before
+    assert fingerprint(tmp_path) == before
     os.utime(tmp_path / "unet" / "config.json", (0, 0))
-    assert version(tmp_path) != before
+    assert fingerprint(tmp_path) != before
 
 
 def test_saving_again_replaces_the_whole_folder(tmp_path, cg):
@@ -121,9 +121,9 @@ def sd_folder(tmp_path, unet, vae):
     """A complete Stable Diffusion folder with a tiny vocabulary of its own."""
     train_tokenizer(["a photo of a red sneaker"], 600, 77, tmp_path / "sd" / "tokenizer")
     config = TEXT_CONFIG | {"vocab_size": load_tokenizer(tmp_path / "sd" / "tokenizer").bpe.get_vocab_size()}
-    save_module(randomise(TextEncoder(config)), tmp_path / "sd" / "text_encoder", TEXT_FILES[0])
-    save_module(unet, tmp_path / "sd" / "unet", UNET_FILES[0])
-    save_module(vae, tmp_path / "sd" / "vae", UNET_FILES[0])
+    save_module(randomise(TextEncoder(config)), tmp_path / "sd" / "text_encoder", TEXT_FILE)
+    save_module(unet, tmp_path / "sd" / "unet", UNET_FILE)
+    save_module(vae, tmp_path / "sd" / "vae", UNET_FILE)
     write_json({"prediction_type": "v_prediction", "num_train_timesteps": 500}, tmp_path / "sd/scheduler/scheduler_config.json")
     return tmp_path / "sd"
 
@@ -162,9 +162,9 @@ def test_the_hint_encoder_halves_as_often_as_the_vae():
 
 
 def rewrite(folder, change) -> None:
-    tensors = load_file(folder / UNET_FILES[0])
+    tensors = load_file(folder / UNET_FILE)
     change(tensors)
-    save_file(tensors, folder / UNET_FILES[0])
+    save_file(tensors, folder / UNET_FILE)
 
 
 @pytest.mark.parametrize("change, words", [
@@ -177,28 +177,28 @@ def test_tensors_that_do_not_fit_are_named(folder, change, words):
     rewrite(folder, change)
     with pytest.raises(BadInput, match=words) as error:
         load(folder)
-    assert "\n" not in str(error.value) and UNET_FILES[0] in str(error.value)
+    assert "\n" not in str(error.value) and UNET_FILE in str(error.value)
 
 
 def test_two_names_for_one_tensor_are_an_error(vae, tmp_path):
-    save_module(vae, tmp_path / "vae", UNET_FILES[0])
+    save_module(vae, tmp_path / "vae", UNET_FILE)
     new = "decoder.mid_block.attentions.0.to_q.weight"
     rewrite(tmp_path / "vae", lambda t: t.update({new.replace("to_q", "query"): t[new] + 1}))
     with pytest.raises(BadInput, match="twice"):
-        load_module(VAE, tmp_path / "vae", UNET_FILES, "cpu", torch.float32)
+        load_module(VAE, tmp_path / "vae", UNET_FILE, "cpu", torch.float32)
 
 
 def truncate(folder):
-    data = (folder / UNET_FILES[0]).read_bytes()
-    (folder / UNET_FILES[0]).write_bytes(data[: len(data) // 2])
+    data = (folder / UNET_FILE).read_bytes()
+    (folder / UNET_FILE).write_bytes(data[: len(data) // 2])
 
 
 @pytest.mark.parametrize("damage, words", [
     (truncate, "not a whole safetensors file"),
-    (lambda f: (f / UNET_FILES[0]).write_bytes(b""), "not a whole safetensors file"),
-    (lambda f: (f / UNET_FILES[0]).write_text("<html>404</html>" * 9), "not a whole safetensors file"),
-    (lambda f: (f / UNET_FILES[0]).rename(f / "diffusion_pytorch_model.bin"), "pickle"),
-    (lambda f: (f / UNET_FILES[0]).unlink(), "holds no diffusion_pytorch_model.safetensors"),
+    (lambda f: (f / UNET_FILE).write_bytes(b""), "not a whole safetensors file"),
+    (lambda f: (f / UNET_FILE).write_text("<html>404</html>" * 9), "not a whole safetensors file"),
+    (lambda f: (f / UNET_FILE).rename(f / "diffusion_pytorch_model.bin"), "pickle"),
+    (lambda f: (f / UNET_FILE).unlink(), "holds no diffusion_pytorch_model.safetensors"),
     (lambda f: shutil.rmtree(f), "is missing"),
     (lambda f: (f / "config.json").unlink(), "config.json is missing"),
     (lambda f: (f / "config.json").write_text("{"), "can't be read as JSON"),
@@ -272,7 +272,7 @@ def test_padding_is_what_tokenizer_config_says(tmp_path):
 
 def test_control_files_are_ordinary_controlnet_folders(tmp_path, cg):
     save_control(cg, tmp_path / "cg")
-    assert CONTROL_FILES[0] in {p.name for p in (tmp_path / "cg").iterdir()}
+    assert CONTROL_FILE in {p.name for p in (tmp_path / "cg").iterdir()}
     assert json.loads((tmp_path / "cg" / "config.json").read_text())["_class_name"] == "ControlNetModel"
 
 
@@ -312,7 +312,7 @@ def test_a_log_loses_only_the_line_that_was_cut_even_within_a_letter(tmp_path):
 def test_a_unet_that_is_none_of_stable_diffusions_is_refused(key, value, words, sd_folder, unet):
     if key == "in_channels":
         unet = UNet(unet.config | {key: value})
-        save_module(unet, sd_folder / "unet", UNET_FILES[0])
+        save_module(unet, sd_folder / "unet", UNET_FILE)
     else:
         file = sd_folder / "unet" / "config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
