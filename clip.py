@@ -191,7 +191,7 @@ class Tokenizer:
         ids = torch.full((len(texts), self.length), self.pad)
         for text, row, encoding in zip(texts, ids, self.bpe.encode_batch(texts, add_special_tokens=False)):
             if (excess := len(encoding.ids) - self.room) > 0:
-                self.note(text, f"has {excess} tokens more than the {self.room} that the text encoder reads; its end is cut")
+                self.note(text, f"has {excess} tokens more than the {self.room} that the text encoder reads: cut")
             tokens = [self.start, *encoding.ids[: self.room], self.end]
             row[: len(tokens)] = torch.tensor(tokens)
         return ids
@@ -213,7 +213,7 @@ class Tokenizer:
             return text
         end = bisect_right(range(len(text)), self.room, key=lambda i: self.count(before + text[: i + 1] + after))
         words = text[:end].rstrip()
-        if end < len(text) and not text[end].isspace() and len(words.split()) > 1:
+        if len(words) == end and end < len(text) and not text[end].isspace() and len(words.split()) > 1:
             words = words.rsplit(maxsplit=1)[0]  # the last one is not whole
         self.note(text, f"is too long for the text encoder beside '{before}{after}'; it is cut to {words!r}")
         return words
@@ -242,8 +242,8 @@ def read_bpe(folder: Path) -> BPETokenizer:
     vocabulary, merges, whole = (folder / name for name in ("vocab.json", "merges.txt", "tokenizer.json"))
     pair = vocabulary.is_file() and merges.is_file()
     if not pair and not whole.is_file():
-        raise BadInput(f"{folder} holds no tokenizer; put CLIP's vocab.json and merges.txt there, or name the folder that "
-                       "holds them by --tokenizer")
+        raise BadInput(f"{folder} holds no tokenizer; put CLIP's vocab.json and merges.txt there, or name the folder "
+                       "that holds them by --tokenizer")
     try:
         if pair:
             lines = merges.read_text(encoding="utf-8-sig").split("\n")
@@ -260,8 +260,8 @@ def read_bpe(folder: Path) -> BPETokenizer:
 
 
 def add_trained_tokens(bpe: BPETokenizer, folder: Path, settings: dict) -> None:
-    """Adds the tokens that were trained beside the vocabulary (textual inversion), each under the id that the folder gives
-    it: in added_tokens.json, or in the settings' added_tokens_decoder. Raises BadInput where an id can't be had.
+    """Adds the tokens that were trained beside the vocabulary (textual inversion) under the ids that the folder gives
+    them, in added_tokens.json or in the settings' added_tokens_decoder. Raises BadInput where an id can't be had.
     """
     file = folder / "added_tokens.json"
     tokens = {id: AddedToken(text, normalized=True) for text, id in read_json(file).items()} if file.is_file() else {}
@@ -290,17 +290,19 @@ def load_tokenizer(folder: Path | str, pad: str | None = None) -> Tokenizer:
     for name in ("tokenizer_config.json", "special_tokens_map.json"):  # SD 2.x: they differ, and the second is right
         if (folder / name).is_file():
             settings |= {field: value for field, value in read_json(folder / name).items() if value is not None}
-    # A special token comes as a string or as an object with its flags
-    settings = {field: value.get("content", value) if isinstance(value, dict) else value for field, value in settings.items()}
-    for field, value in (("bos_token", START), ("eos_token", END), ("padding_side", "right"), ("truncation_side", "right")):
+    for field, value in settings.items():
+        if isinstance(value, dict) and "content" in value:  # a special token with its flags
+            settings[field] = value["content"]
+    supported = {"bos_token": START, "eos_token": END, "padding_side": "right", "truncation_side": "right"}
+    for field, value in supported.items():
         if settings.get(field, value) != value:
             raise BadInput(f"{folder}: {field} {settings[field]!r} is not supported ({value!r} is, as CLIP has it)")
     add_trained_tokens(bpe, folder, settings)
-    bpe.add_special_tokens([settings["pad_token"]])  # so that a '!' that pads is never a part of a word, as in transformers
-    length = settings.get("model_max_length", 77)
+    pad, length = settings["pad_token"], settings.get("model_max_length", 77)
+    bpe.add_special_tokens([pad])  # so that a '!' that pads is never a part of a word, as in transformers
     if not isinstance(length, (int, float)) or length < 3:
         raise BadInput(f"{folder}: model_max_length {length!r} is no number of tokens; 77 is CLIP's")
-    tokenizer = Tokenizer(bpe, 77 if length > 10**6 else int(length), settings["pad_token"])  # 10^30 stands for "not known"
+    tokenizer = Tokenizer(bpe, 77 if length > 10**6 else int(length), pad)  # transformers writes 10^30 for "not known"
     if None in (tokenizer.start, tokenizer.end, tokenizer.pad):
         raise BadInput(f"{folder} is not CLIP's tokenizer: its vocabulary lacks a start, end or padding token")
     return tokenizer

@@ -50,7 +50,7 @@ class Schedule:
         else:
             ts = np.arange(steps)[::-1] * (self.T // steps) + self.config["steps_offset"]
         if steps > self.T or ts[0] >= self.T:
-            raise BadInput(f"{steps} steps are too many for this model's schedule of {self.T} timesteps; give fewer --steps")
+            raise BadInput(f"--steps {steps}: too many for this model's schedule of {self.T} timesteps; give fewer")
         return ts.astype(int).tolist()
 
     def alpha_bar_at(self, t: int) -> Tensor:

@@ -1,9 +1,10 @@
 """Public weights in and out: finds a folder's files, checks every tensor's name and shape, loads and saves safetensors.
 
-A Stable Diffusion folder holds unet/, vae/, text_encoder/, tokenizer/ and scheduler/. A ControlNet folder (CG and PG are
-ones) holds config.json and one file of weights, or several with an index; a CLIP folder likewise. Stable Diffusion and
-ControlNet also come as a single file in the names of the original code: support/layouts.py has the rules that map them
-to ours, and infers the configuration from the tensors' shapes. support/configs.py lists what a config.json may say.
+A Stable Diffusion folder holds unet/, vae/, text_encoder/, tokenizer/ and scheduler/. A ControlNet folder (CG and PG
+are ones) holds config.json and one file of weights, or several with an index; a CLIP folder likewise. Stable Diffusion
+and ControlNet also come as a single file in the names of the original code: support/layouts.py has the rules that map
+them to ours, and infers the configuration from the tensors' shapes. support/configs.py lists what a config.json may
+say.
 Models are built on the meta device and filled from memory-mapped tensors: nothing is initialised only to be
 overwritten, and nothing lies in memory twice. Loading is strict: a missing, extra or misshapen tensor is an error that
 names it. Only safetensors are read: a pickle runs code when it is opened.
@@ -125,11 +126,11 @@ def check_together(sd: StableDiffusion, path: Path, tokenizer: Path) -> None:
     """Raises BadInput where one network does not read what another writes."""
     unet, text, n = sd.unet.config, sd.text_encoder.config, sd.vae.config["latent_channels"]
     if unet["in_channels"] not in (n, 2 * n + 1) or unet["out_channels"] != n:
-        raise BadInput(f"{path}: its UNet reads {unet['in_channels']} channels and writes {unet['out_channels']}; choose one "
-                       f"that writes {n} and reads {n} (text-to-image) or {2 * n + 1} (inpainting)")
+        raise BadInput(f"{path}: its UNet reads {unet['in_channels']} channels and writes {unet['out_channels']}; "
+                       f"choose one that reads {n} (text-to-image) or {2 * n + 1} (inpainting), and writes {n}")
     if unet["cross_attention_dim"] != text["hidden_size"]:
-        raise BadInput(f"{path}: its UNet reads prompts of width {unet['cross_attention_dim']}, its text encoder writes "
-                       f"{text['hidden_size']}; they belong to different models")
+        raise BadInput(f"{path}: its text encoder writes prompts of width {text['hidden_size']}, its UNet reads "
+                       f"{unet['cross_attention_dim']}; give parts of one model")
     length, vocabulary = sd.tokenizer.length, sd.tokenizer.bpe.get_vocab_size()
     if length > text["max_position_embeddings"] or vocabulary > text["vocab_size"]:
         raise BadInput(f"{tokenizer} is not the tokenizer of {path}: it makes {length} tokens of a vocabulary of "
@@ -216,7 +217,8 @@ def load_clip(path: Path | str, device="cpu", dtype=torch.float32) -> CLIP:
 
 def file_kind(build: type[nn.Module]) -> str:
     """How messages and the tables of support/ name the files of a network."""
-    return {UNet: "a UNet", VAE: "a VAE", TextEncoder: "a text encoder", CLIP: "a CLIP model"}.get(build, "a ControlNet")
+    kinds = {UNet: "a UNet", VAE: "a VAE", TextEncoder: "a text encoder", CLIP: "a CLIP model"}
+    return kinds.get(build, "a ControlNet")
 
 
 class NoInit(TorchFunctionMode):
@@ -239,7 +241,7 @@ def build_module(build: type[nn.Module], config: dict, tensors: dict[str, Tensor
     return assign_weights(module, tensors, source, device, dtype)
 
 
-def build_from_shapes(build: type[nn.Module], configure: Callable[[dict[str, Tensor]], dict], tensors: dict[str, Tensor],
+def build_from_shapes(build: type[nn.Module], configure: Callable[[dict], dict], tensors: dict[str, Tensor],
                       source: Path, device, dtype) -> nn.Module:
     """A network whose configuration is inferred from the shapes of its tensors."""
     named = dict(under_our_names(tensors))

@@ -1,5 +1,4 @@
-"""Support: the fields that public config.json files may hold, and which of them are refused; not needed to understand
-the paper.
+"""Support: the fields of public config.json files, and which are refused; not needed to understand the paper.
 
 A field that is ignored although it changes what a model computes makes a silently wrong picture. So each field is
 listed with the values for which our networks compute the same as the reference; any other value is refused by name.
@@ -14,7 +13,6 @@ from support.files import BadInput, read_json
 # What a field may be: a value, a type, a list of these for a JSON list of them, or a tuple of alternatives.
 ANYTHING = object()  # what changes nothing that is computed here
 NO = (False, None)
-BLOCKS = ["CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"]
 
 
 def harmless(names: str) -> dict[str, object]:
@@ -25,17 +23,19 @@ def harmless(names: str) -> dict[str, object]:
 ENCODER = {
     "in_channels": int, "block_out_channels": [int], "layers_per_block": int, "attention_head_dim": (int, [int]),
     "cross_attention_dim": int, "norm_num_groups": int, "norm_eps": float, "use_linear_projection": bool,
-    "down_block_types": BLOCKS[:2],
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
     "act_fn": ("silu", "swish"), "addition_embed_type": None, "addition_time_embed_dim": None, "class_embed_type": None,
     "downsample_padding": 1, "encoder_hid_dim": None, "encoder_hid_dim_type": None, "flip_sin_to_cos": True,
-    "freq_shift": 0, "mid_block_scale_factor": 1, "mid_block_type": "UNetMidBlock2DCrossAttn", "num_attention_heads": None,
-    "num_class_embeds": None, "only_cross_attention": (*NO, [False]), "projection_class_embeddings_input_dim": None,
-    "resnet_time_scale_shift": "default", "transformer_layers_per_block": (1, [1]),
-    **harmless("""addition_embed_type_num_heads decay dropout gradient_checkpointing inv_gamma min_decay optimization_step
-               power sample_size upcast_attention update_after_step use_ema_warmup"""),  # some are of averaged weights
+    "freq_shift": 0, "mid_block_scale_factor": 1, "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "num_attention_heads": None, "num_class_embeds": None, "only_cross_attention": (*NO, [False]),
+    "projection_class_embeddings_input_dim": None, "resnet_time_scale_shift": "default",
+    "transformer_layers_per_block": (1, [1]),
+    **harmless("addition_embed_type_num_heads dropout gradient_checkpointing sample_size upcast_attention"),
+    # how averaged weights were averaged
+    **harmless("decay inv_gamma min_decay optimization_step power update_after_step use_ema_warmup"),
 }
 UNET = ENCODER | {
-    "_class_name": "UNet2DConditionModel", "out_channels": int, "up_block_types": BLOCKS[2:],
+    "_class_name": "UNet2DConditionModel", "out_channels": int, "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
     "sample_size": (None, int, [int]),
     "attention_type": "default", "center_input_sample": False, "class_embeddings_concat": False, "conv_in_kernel": 3,
     "conv_out_kernel": 3, "cross_attention_norm": None, "dual_cross_attention": False,
@@ -53,20 +53,22 @@ VAE = {
     "scaling_factor": float,
     "_class_name": "AutoencoderKL", "act_fn": ("silu", "swish"), "down_block_types": ["DownEncoderBlock2D"],
     "in_channels": 3, "latents_mean": None, "latents_std": None, "mid_block_add_attention": True, "out_channels": 3,
-    "shift_factor": (None, 0), "up_block_types": ["UpDecoderBlock2D"], "use_post_quant_conv": True, "use_quant_conv": True,
+    "shift_factor": (None, 0), "up_block_types": ["UpDecoderBlock2D"], "use_post_quant_conv": True,
+    "use_quant_conv": True,
     **harmless("force_upcast sample_size"),
 }
 
 # transformers writes into every config.json how it would initialise, train and generate texts
 TRANSFORMERS = {
     "add_cross_attention": NO, "is_decoder": NO, "is_encoder_decoder": NO, "pruned_heads": (None, {}),
-    **harmless("""architectures attention_dropout bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
-               cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dropout dtype early_stopping
-               encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
-               forced_bos_token_id forced_eos_token_id gradient_checkpointing id2label initializer_factor
-               initializer_range label2id length_penalty max_length min_length model_max_length no_repeat_ngram_size
-               num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states output_scores
-               pad_token_id prefix problem_type projection_dim remove_invalid_values repetition_penalty return_dict
+    **harmless("""architectures attention_dropout attn_implementation bad_words_ids begin_suppress_tokens bos_token_id
+               chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id diversity_penalty
+               do_sample dropout dtype early_stopping encoder_no_repeat_ngram_size eos_token_id
+               exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
+               gradient_checkpointing id2label initializer_factor initializer_range label2id length_penalty
+               max_length min_length model_max_length no_repeat_ngram_size num_beam_groups num_beams
+               num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix
+               problem_type projection_dim remove_invalid_values repetition_penalty return_dict
                return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss
                tie_encoder_decoder tie_word_embeddings tokenizer_class top_k top_p torch_dtype torchscript
                transformers_version typical_p use_bfloat16 use_cache"""),
@@ -91,13 +93,14 @@ SCHEDULER = {
                     "HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler",
                     "LMSDiscreteScheduler", "PNDMScheduler", "UniPCMultistepScheduler"),
     "beta_schedule": "scaled_linear", "clip_sample": False, "interpolation_type": "linear", "predict_epsilon": True,
-    "rescale_betas_zero_snr": False, "shift_terminal": None, "sigma_max": None, "sigma_min": None, "thresholding": False, "timestep_type": "discrete",
-    "trained_betas": None, "use_beta_sigmas": False, "use_dynamic_shifting": False, "use_exponential_sigmas": False,
-    "use_flow_sigmas": False, "use_karras_sigmas": False, "use_lu_lambdas": False,
+    "rescale_betas_zero_snr": False, "shift_terminal": None, "sigma_max": None, "sigma_min": None,
+    "thresholding": False, "timestep_type": "discrete", "trained_betas": None, "use_beta_sigmas": False,
+    "use_dynamic_shifting": False, "use_exponential_sigmas": False, "use_flow_sigmas": False,
+    "use_karras_sigmas": False, "use_lu_lambdas": False,
     "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
-    **harmless("""algorithm_type clip_sample_range denoise_final disable_corrector dynamic_thresholding_ratio euler_at_final
-               final_sigmas_type flow_shift lambda_min_clipped lower_order_final predict_x0 sample_max_value skip_prk_steps
-               solver_order solver_p solver_type tensor_format time_shift_type"""),
+    **harmless("""algorithm_type clip_sample_range denoise_final disable_corrector dynamic_thresholding_ratio
+               euler_at_final final_sigmas_type flow_shift lambda_min_clipped lower_order_final predict_x0
+               sample_max_value skip_prk_steps solver_order solver_p solver_type tensor_format time_shift_type"""),
 }
 
 FIELDS = {"a UNet": UNET, "a ControlNet": CONTROLNET, "a VAE": VAE, "a text encoder": TEXT, "a CLIP model": CLIP,

@@ -143,7 +143,7 @@ def read_log(file: Path) -> list[dict]:
 def read_json(path: Path) -> dict:
     """The object in a JSON file. Raises BadInput where it is missing or holds none."""
     try:
-        content = json.loads(path.read_bytes())  # UTF-8, 16 or 32, with or without the mark that some editors put in front
+        content = json.loads(path.read_bytes())  # UTF-8, 16 or 32, with or without the mark that editors put in front
     except FileNotFoundError:
         raise BadInput(f"{path} is missing; is {path.parent} a complete folder of weights?") from None
     except (ValueError, OSError) as error:

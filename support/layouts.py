@@ -1,4 +1,4 @@
-"""Support: single files of public weights: the names' rules, what a file is, configurations from shapes; not needed to understand the paper."""
+"""Support: public weights' names, what a file is, configurations from shapes; not needed to understand the paper."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -20,7 +20,8 @@ IGNORED = re.compile("|".join((
     r".*\.num_batches_tracked",  # counts training steps
     r"model_ema\..*",  # moving averages of the weights, in files that are not pruned
     r"(sqrt_|sqrt_recip_|sqrt_recipm1_|(sqrt|log)_one_minus_)?alphas_cumprod(_prev)?|betas|logvar|lvlb_weights",
-    r"posterior_(variance|log_variance_clipped|mean_coef[12])|scale_factor|denoiser\.sigmas",  # the schedule: sampler.py
+    r"posterior_(variance|log_variance_clipped|mean_coef[12])|scale_factor",  # the noise schedule: see sampler.py
+    r"denoiser\.sigmas",
     r"(first_stage_model\.)?loss\..*|embedding_manager\..*",  # what only training needs
     r"cond_stage_model\.model\.transformer\.resblocks\.23\..*",  # SD 2.x reads OpenCLIP before its last layer
     r"(cond_stage_model\.)?(model\.|transformer\.)?(logit_scale|text_projection(\.weight)?|attn_mask)",
@@ -161,7 +162,8 @@ def unet_config(tensors: dict[str, Tensor]) -> dict:
               "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attention]}
     if "controlnet_mid_block.weight" in tensors:
         hint = "controlnet_cond_embedding."
-        strided = [tensors[f"{hint}blocks.{i}.weight"].shape[0] for i in range(1, modules_under(f"{hint}blocks.", tensors), 2)]
+        blocks = modules_under(f"{hint}blocks.", tensors)
+        strided = [tensors[f"{hint}blocks.{i}.weight"].shape[0] for i in range(1, blocks, 2)]
         return config | {"_class_name": "ControlNetModel", "conditioning_embedding_out_channels":
                          [tensors[f"{hint}conv_in.weight"].shape[0], *strided]}
     return config | {"_class_name": "UNet2DConditionModel", "out_channels": tensors["conv_out.weight"].shape[0],
@@ -171,8 +173,8 @@ def unet_config(tensors: dict[str, Tensor]) -> dict:
 def vae_config(tensors: dict[str, Tensor]) -> dict:
     """The config.json of a VAE, from its tensors' shapes. Raises KeyError where it is none."""
     levels = range(modules_under("encoder.down_blocks.", tensors))
-    return {"_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "norm_num_groups": 32, "act_fn": "silu",
-            "latent_channels": tensors["post_quant_conv.weight"].shape[0], "scaling_factor": 0.18215,
+    return {"_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "norm_num_groups": 32,
+            "act_fn": "silu", "latent_channels": tensors["post_quant_conv.weight"].shape[0], "scaling_factor": 0.18215,
             "block_out_channels": [tensors[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in levels],
             "layers_per_block": modules_under("encoder.down_blocks.0.resnets.", tensors),
             "down_block_types": ["DownEncoderBlock2D" for _ in levels],

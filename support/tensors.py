@@ -21,16 +21,16 @@ def find_weights(folder: Path, name: str) -> Path:
     """The safetensors file in a folder by its public name, or the index of its shards; half-precision variants last."""
     if not folder.is_dir():
         raise BadInput(f"{folder} is {'a file' if folder.is_file() else 'missing'}; expected a folder with {name}")
-    stem = name.removesuffix(".safetensors")
     for variant in ("", ".fp16", ".bf16"):
-        for file in (f"{stem}{variant}.safetensors", f"{name}.index{variant}.json", f"{stem}{variant}.safetensors.index.json"):
-            if (folder / file).is_file():
-                return folder / file
+        file = name.replace(".safetensors", f"{variant}.safetensors")
+        for found in (folder / file, folder / f"{name}.index{variant}.json", folder / f"{file}.index.json"):
+            if found.is_file():
+                return found
     for other in sorted(folder.iterdir()):
         if other.suffix in PICKLES:
             raise pickle_refused(other, folder / name)
         if other.suffix == ".safetensors":
-            raise BadInput(f"{folder} holds no {name} and no {name}.index.json, only {other.name}: is that another model's?")
+            raise BadInput(f"{folder} holds {other.name}, but no {name} and no {name}.index.json; download it again")
     raise BadInput(f"{folder} holds no {name}: is it a folder of weights?")
 
 
@@ -38,7 +38,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """Memory-mapped tensors of a safetensors file, or of all shards that an index names."""
     tensors = read_shards(path) if path.suffix == ".json" else read_tensors(path)
     if marker := next((marker for marker in REFUSED_MARKERS if marker in tensors), None):
-        raise BadInput(f"{path} is marked by a tensor {marker}: {REFUSED_MARKERS[marker]}, which is not supported; choose "
+        raise BadInput(f"{path} holds the marker {marker}: {REFUSED_MARKERS[marker]}, which is not supported; choose "
                        "another model")
     bare = {WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
     if len(bare) < len(tensors):
@@ -54,13 +54,12 @@ def read_shards(index: Path) -> dict[str, Tensor]:
         raise BadInput(f"{index} is not an index of weights; download it again")
     shards = {file: read_tensors(index.parent / file) for file in sorted(set(places.values()))}
     if missing := next((name for name, file in places.items() if name not in shards[file]), None):
-        raise BadInput(f"{index.parent / places[missing]} lacks {missing}, which {index.name} says it holds; download both "
-                       "again")
+        raise BadInput(f"{index.parent / places[missing]} lacks {missing}, which {index.name} names; download it again")
     return {name: shards[file][name] for name, file in places.items()}
 
 
 def fingerprint(path: Path) -> list[list]:
-    """Changes when a model's files do: their names, sizes and times, without those of what is trained in the same folder.
+    """Changes when a model's files do: their names, sizes and times, and not with what is trained into its folder.
 
     Raises BadInput where the path is missing.
     """
