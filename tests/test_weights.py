@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CLIP_CONFIG, SD1, TEXT_CONFIG, VAE_CONFIG, random, randomise
+from conftest import CLIP_CONFIG, SD1, TEXT_CONFIG, VAE_CONFIG, equal_weights, random, randomise
 from safetensors.torch import load_file, save_file
 
 from clip import CLIP, TextEncoder, load_tokenizer
@@ -50,7 +50,7 @@ def load(folder, dtype=torch.float32) -> UNet:
 
 def test_what_is_saved_comes_back_bit_for_bit(folder, unet):
     loaded = load(folder)
-    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), unet.parameters(), strict=True))
+    assert equal_weights(loaded, unet)
     assert loaded.config == unet.config and not loaded.training
     assert not any(p.requires_grad for p in loaded.parameters())
 
@@ -510,7 +510,7 @@ def shard(folder: Path, names: tuple[str, str], index: str) -> dict[str, str]:
     ("diffusion_pytorch_model-{}-of-00002.fp16.safetensors", "diffusion_pytorch_model.fp16.safetensors.index.json")])
 def test_weights_in_shards_are_read_by_their_index(names, index, folder, unet):
     shard(folder, (names.format("00001"), names.format("00002")), index)
-    assert all(torch.equal(t, unet.state_dict()[name]) for name, t in load(folder).state_dict().items())
+    assert equal_weights(load(folder), unet)
 
 
 @pytest.mark.parametrize("damage, words", [
@@ -541,8 +541,7 @@ def test_what_a_text_encoder_was_cut_from_is_let_lie(tmp_path, text_encoder):
         "text_projection.weight", "logit_scale", "vision_model.encoder.x", "visual_projection.weight", "position_ids",
         "text_model.embeddings.position_ids", "x.num_batches_tracked")}
     save_file(load_file(tmp_path / "t" / TEXT_FILE) | extra, tmp_path / "t" / TEXT_FILE)
-    loaded = load_module(TextEncoder, tmp_path / "t", TEXT_FILE, "cpu", torch.float32)
-    assert loaded.state_dict().keys() == text_encoder.state_dict().keys()
+    assert equal_weights(load_module(TextEncoder, tmp_path / "t", TEXT_FILE, "cpu", torch.float32), text_encoder)
 
 
 def test_an_image_tower_with_more_than_its_configuration_says_is_refused(tmp_path):
