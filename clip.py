@@ -190,8 +190,8 @@ class Tokenizer:
         """-> (B, length) int64. A text that is too long loses its end, never the end token; stderr has a line on it."""
         ids = torch.full((len(texts), self.length), self.pad)
         for text, row, encoding in zip(texts, ids, self.bpe.encode_batch(texts, add_special_tokens=False)):
-            if (excess := len(encoding.ids) - self.room) > 0:
-                self.note(text, f"has {excess} tokens more than the {self.room} that the text encoder reads: cut")
+            if (cut := len(encoding.ids) - self.room) > 0:
+                self.note(text, f"has {self.room + cut} tokens; the text encoder reads {self.room}, the last {cut} are cut")
             tokens = [self.start, *encoding.ids[: self.room], self.end]
             row[: len(tokens)] = torch.tensor(tokens)
         return ids

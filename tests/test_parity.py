@@ -1,7 +1,7 @@
 """Parity with the reference implementations, diffusers and transformers, through files and in both directions.
 
-Each network is tiny, in the real one's shape, with random weights. One writes the public folder, the other reads it, and
-both must compute the same: within 1e-4 of the largest value, in float32. Skipped where the references aren't installed.
+Each network is tiny, in the real one's shape, with random weights. One writes the public folder, the other reads it,
+and both must compute the same: within 1e-4 of the largest value, in float32. Skipped where the references are missing.
 """
 
 import inspect
@@ -56,12 +56,12 @@ def config_of(theirs) -> dict:
 
 @pytest.fixture(params=["ours to theirs", "theirs to ours"])
 def pair(request, tmp_path):
-    """pair(kind, config, their class, file names) -> (ours, theirs), where one has loaded what the other has saved."""
+    """pair(kind, config, their class, file name) -> (ours, theirs), where one has loaded what the other has saved."""
 
-    def make(kind, config, their_kind, files):
+    def saved_and_loaded(kind, config, their_kind, file):
         if request.param == "ours to theirs":
             ours = randomise(kind(config), seed=5)
-            save_module(ours, tmp_path / "model", files[0])
+            save_module(ours, tmp_path / "model", file)
             theirs, report = their_kind.from_pretrained(tmp_path / "model", output_loading_info=True)
             assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
         else:
@@ -70,10 +70,10 @@ def pair(request, tmp_path):
             else:
                 theirs = their_kind.from_config(config)
             randomise(theirs, seed=5).save_pretrained(tmp_path / "model")
-            ours = load_module(kind, tmp_path / "model", files, "cpu", torch.float32)
+            ours = load_module(kind, tmp_path / "model", file, "cpu", torch.float32)
         return ours, theirs.eval()
 
-    return make
+    return saved_and_loaded
 
 
 @pytest.mark.parametrize("config", UNETS.values(), ids=UNETS.keys())
@@ -170,7 +170,8 @@ def test_every_field_that_diffusers_writes_is_in_the_table(kind, name):
 
 
 def test_every_field_that_transformers_writes_is_let_pass(tmp_path):
-    for kind, config in (("a text encoder", transformers.CLIPTextConfig()), ("a CLIP model", transformers.CLIPConfig())):
+    configs = {"a text encoder": transformers.CLIPTextConfig(), "a CLIP model": transformers.CLIPConfig()}
+    for kind, config in configs.items():
         check_config(kind, json.loads(config.to_json_string(use_diff=False)), tmp_path / "config.json")
 
 
@@ -290,8 +291,8 @@ def test_timesteps_are_those_of_ddim_scheduler(spacing, T):
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("spacing, steps, to_one", [
-    ("leading", 50, False), ("leading", 7, True), ("trailing", 1, False), ("trailing", 4, True), ("trailing", 30, False),
-    ("linspace", 20, True), ("linspace", 7, False)])
+    ("leading", 50, False), ("leading", 7, True), ("trailing", 1, False), ("trailing", 4, True),
+    ("trailing", 30, False), ("linspace", 20, True), ("linspace", 7, False)])
 def test_ddim_goes_the_same_way_as_ddim_scheduler(spacing, steps, to_one, prediction):
     config = SD_SCHEDULE | {"prediction_type": prediction, "timestep_spacing": spacing, "set_alpha_to_one": to_one}
     theirs = diffusers.DDIMScheduler.from_config(config)
@@ -357,7 +358,8 @@ CLIP_VOCABULARY = Path(__file__).resolve().parents[2] / "shared" / "clip_tokeniz
 def test_a_grown_vocabulary_reads_the_same_in_transformers(tmp_path):
     texts = ["A photo of a red sneaker, in the background of a sunny beach", "sks D0123456789"] * 4
     train_tokenizer(texts, 640, 77, tmp_path / "tokenizer")
-    equal_ids(load_tokenizer(tmp_path / "tokenizer"), transformers.CLIPTokenizer.from_pretrained(tmp_path / "tokenizer"))
+    theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path / "tokenizer")
+    equal_ids(load_tokenizer(tmp_path / "tokenizer"), theirs)
 
 
 vocabulary = pytest.mark.skipif(not CLIP_VOCABULARY.is_dir(), reason=f"needs CLIP's vocabulary in {CLIP_VOCABULARY}")

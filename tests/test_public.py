@@ -156,7 +156,7 @@ def test_shapes_imply_the_public_configurations():
 def test_every_rename_rule_is_needed_by_a_public_file():
     files = [path.stem for path in LAYOUTS.glob("*.json") if path.name.startswith(("sd", "control", "clip"))]
     parts = [part for file in files if "config" not in file for part in split_by_model(layout(file)).values()]
-    parts.append(split_by_model(original_text_sd2(wide_text()[1]))["text_encoder"])  # SD 2.x's single file has no manifest
+    parts.append(split_by_model(original_text_sd2(wide_text()[1]))["text_encoder"])  # there is no manifest of SD 2.x's
     names = {key for part in parts for key in part}
     names |= {key.removeprefix("text_model.") for key in names}
     unused = [pattern.pattern for pattern, _ in RENAMES if not any(pattern.search(step) for key in names
@@ -332,7 +332,7 @@ def test_a_single_file_holds_the_same_networks_as_folders(single, version):
     sd = load_stable_diffusion(file, tokenizer=file.parent / "tokenizer")
     assert equal_weights(sd.unet, unet) and equal_weights(sd.vae, vae) and equal_weights(sd.text_encoder, text)
     z, t, P, ids = random(1, 4, 16, 16), torch.tensor([500]), random(1, 77, 64), torch.arange(77)[None]
-    # The configurations, inferred from shapes, are the same too; sums over mapped memory may be rounded in another order
+    # The configurations, inferred from shapes, are the same too; sums over mapped memory may be rounded otherwise
     assert relative_error(sd.unet(z, t, P), unet(z, t, P)) < ROUNDING
     assert relative_error(sd.vae.decode(z), vae.decode(z)) < ROUNDING
     assert relative_error(sd.text_encoder(ids), text(ids)) < ROUNDING
@@ -350,7 +350,7 @@ EXTRA = {"cond_stage_model.logit_scale": (), "cond_stage_model.text_projection":
 
 @pytest.mark.parametrize("version, front, marker", [(1, "", ""), (1, "state_dict.", ""), (1, "", "v_pred"),
                                                     (2, "", "v_pred")])
-def test_what_other_tools_leave_in_single_files_changes_nothing_but_by_its_meaning(single, tmp_path, version, front, marker):
+def test_what_other_tools_leave_in_single_files_counts_by_its_meaning(single, tmp_path, version, front, marker):
     file, (unet, vae, text), tensors = single(version)
     tensors = {front + name: tensor for name, tensor in tensors.items()}
     tensors |= {front + name: torch.zeros(shape) for name, shape in EXTRA.items()}
@@ -604,8 +604,8 @@ def test_cg_trains_beside_an_inpainting_base_from_a_controlnets_single_file(fold
     control = load_control(folders / "control")
     save_file(original_unet(control, "control_model."), tmp_path / "control.safetensors")
     train.main([str(x) for x in (
-        "cg", "--data", tmp_path / "ads", "--weights", folders / "inpainting", "--size", SIZE, "--batch", 2, "--steps", 1,
-        "--init-control", tmp_path / "control.safetensors", "--out", tmp_path / "run")])
+        "cg", "--data", tmp_path / "ads", "--weights", folders / "inpainting", "--size", SIZE, "--batch", 2,
+        "--steps", 1, "--init-control", tmp_path / "control.safetensors", "--out", tmp_path / "run")])
     trained = load_file(tmp_path / "run" / "cg" / UNET_FILE)
     assert all((trained[name] - t).abs().max() < 1e-4 for name, t in control.state_dict().items())  # a step of lr 1e-5
 
