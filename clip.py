@@ -1,4 +1,8 @@
-"""CLIP, by hand: the text encoder that SD reads prompts with, the image tower that measures, and the tokenizer."""
+"""CLIP, by hand: the text encoder that SD reads prompts with, the image tower that measures, and the tokenizer.
+
+Built from the fields of the public config.json files, with their names. Shapes: token ids (B, L), L = 77 for SD;
+prompts P (B, L, D); pictures (B, 3, S, S). The byte-pair merging comes from a library.
+"""
 
 import sys
 from bisect import bisect_right
@@ -42,7 +46,7 @@ class CLIPMLP(nn.Module):
 
 
 class CLIPLayer(nn.Module):
-    """Pre-norm transformer layer."""
+    """Self-attention and MLP, each on the normalised input and added to it. (B, L, C) -> (B, L, C)."""
 
     def __init__(self, config: dict, causal: bool):
         super().__init__()
@@ -58,7 +62,7 @@ class CLIPLayer(nn.Module):
 
 
 class CLIPLayers(nn.Module):
-    """`encoder` of either tower."""
+    """The `encoder` of either tower: (B, L, C) -> (B, L, C)."""
 
     def __init__(self, config: dict, causal: bool):
         super().__init__()
@@ -190,8 +194,8 @@ class Tokenizer:
         """-> (B, length) int64. A text that is too long loses its end, never the end token; stderr has a line on it."""
         ids = torch.full((len(texts), self.length), self.pad)
         for text, row, encoding in zip(texts, ids, self.bpe.encode_batch(texts, add_special_tokens=False)):
-            if (cut := len(encoding.ids) - self.room) > 0:
-                self.note(text, f"has {self.room + cut} tokens; the text encoder reads {self.room}, the last {cut} are cut")
+            if (n := len(encoding.ids)) > self.room:
+                self.note(text, f"has {n} tokens; the text encoder reads {self.room}, the last {n - self.room} are cut")
             tokens = [self.start, *encoding.ids[: self.room], self.end]
             row[: len(tokens)] = torch.tensor(tokens)
         return ids
@@ -264,8 +268,9 @@ def add_trained_tokens(bpe: BPETokenizer, folder: Path, settings: dict) -> None:
     them, in added_tokens.json or in the settings' added_tokens_decoder. Raises BadInput where an id can't be had.
     """
     file = folder / "added_tokens.json"
-    tokens = {id: AddedToken(text, normalized=True) for text, id in read_json(file).items()} if file.is_file() else {}
+    older = read_json(file) if file.is_file() else {}
     try:
+        tokens = {id: AddedToken(text, normalized=True) for text, id in older.items()}
         for id, token in settings.get("added_tokens_decoder", {}).items():
             flags = {name: token[name] for name in ("lstrip", "normalized", "rstrip", "single_word") if name in token}
             tokens[int(id)] = AddedToken(token["content"], **flags)
@@ -298,7 +303,7 @@ def load_tokenizer(folder: Path | str, pad: str | None = None) -> Tokenizer:
         if settings.get(field, value) != value:
             raise BadInput(f"{folder}: {field} {settings[field]!r} is not supported ({value!r} is, as CLIP has it)")
     add_trained_tokens(bpe, folder, settings)
-    pad, length = settings["pad_token"], settings.get("model_max_length", 77)
+    pad, length = str(settings["pad_token"]), settings.get("model_max_length", 77)
     bpe.add_special_tokens([pad])  # so that a '!' that pads is never a part of a word, as in transformers
     if not isinstance(length, (int, float)) or length < 3:
         raise BadInput(f"{folder}: model_max_length {length!r} is no number of tokens; 77 is CLIP's")

@@ -111,8 +111,7 @@ def load_stable_diffusion(path: Path | str, device="cpu", dtype=torch.float32,
         text_encoder = load_module(TextEncoder, path / "text_encoder", TEXT_FILE, device, dtype)
         unet = load_module(UNet, path / "unet", UNET_FILE, device, dtype)
         vae = load_module(VAE, path / "vae", VAE_FILE, device, dtype)
-        scheduler = path / "scheduler" / "scheduler_config.json"
-        schedule = read_schedule(scheduler) if scheduler.is_file() else Schedule()
+        schedule = read_schedule(path / "scheduler" / "scheduler_config.json", unet)
         folder, pad = Path(tokenizer or path / "tokenizer"), None
     else:
         text_encoder, unet, vae, schedule = load_single_file(path, device, dtype)
@@ -138,8 +137,13 @@ def check_together(sd: StableDiffusion, path: Path, tokenizer: Path) -> None:
                        f"{text['vocab_size']:,}; give its own by --tokenizer")
 
 
-def read_schedule(file: Path) -> Schedule:
-    """The schedule in a scheduler_config.json. Raises BadInput for one of another kind than Stable Diffusion's."""
+def read_schedule(file: Path, unet: UNet) -> Schedule:
+    """The schedule in a scheduler_config.json; SD 1.x's own where it has none. Raises BadInput for another kind."""
+    if not file.is_file() and not unet.config.get("use_linear_projection"):
+        return Schedule()
+    if not file.is_file():
+        # Tensors don't distinguish an SD 2.x that predicts v (2.1, 768 px) from one that predicts ε (2.1-base, 512 px)
+        raise BadInput(f"{file} is missing: an SD 2.x may predict ε or v; put the one from its public folder there")
     try:
         return Schedule(read_scheduler_config(file))
     except (LookupError, TypeError, RuntimeError) as error:
@@ -161,16 +165,11 @@ def load_single_file(path: Path, device, dtype) -> tuple[TextEncoder, UNet, VAE,
             (TextEncoder, partial(text_config, activation="gelu" if openclip else "quick_gelu"), "text_encoder"),
             (UNet, unet_config, "unet"), (VAE, vae_config, "vae")))
     schedule, beside = Schedule(), path.parent / "scheduler_config.json"
-    if openclip and beside.is_file():
-        schedule = read_schedule(beside)
-    elif openclip and not predicts_v:
-        # Tensors don't distinguish an SD 2.x that predicts v (2.1, 768 px) from one that predicts ε (2.1-base, 512 px)
-        raise BadInput(f"{path} is an SD 2.x, which may predict ε or v; put its public folder's "
-                       f"scheduler_config.json beside it: {beside}")
+    if openclip and (beside.is_file() or not predicts_v):
+        schedule = read_schedule(beside, unet)
     if predicts_v:
         schedule = Schedule(schedule.config | {"prediction_type": "v_prediction"})
-    predicts_v = schedule.config["prediction_type"] == "v_prediction"
-    unet.config["sample_size"] = 96 if openclip and predicts_v else 64
+    unet.config["sample_size"] = 96 if openclip and schedule.config["prediction_type"] == "v_prediction" else 64
     return text_encoder, unet, vae, schedule
 
 

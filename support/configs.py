@@ -45,7 +45,7 @@ UNET = ENCODER | {
 }
 CONTROLNET = ENCODER | {
     "_class_name": "ControlNetModel", "conditioning_embedding_out_channels": [int],
-    "attention": ("mask-guided", "plain"),  # ours, of a branch: see save_control
+    "attention": ("mask-guided", "plain"),  # our own field, of a branch that train.py has trained
     "conditioning_channels": 3, "controlnet_conditioning_channel_order": "rgb", "global_pool_conditions": False,
 }
 VAE = {

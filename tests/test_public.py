@@ -468,7 +468,7 @@ def test_a_single_file_without_tokenizer_says_what_to_get(single):
 
 def test_a_single_file_of_sd2_wants_its_schedule(single, tmp_path):
     (tmp_path / "sd2.safetensors").write_bytes(single(2)[0].read_bytes())
-    with pytest.raises(BadInput, match="put its public folder's scheduler_config.json beside it"):
+    with pytest.raises(BadInput, match="scheduler_config.json is missing: an SD 2.x may predict ε or v"):
         load_stable_diffusion(tmp_path / "sd2.safetensors", tokenizer=single(2)[0].parent / "tokenizer")
 
 

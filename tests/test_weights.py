@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CLIP_CONFIG, SD1, TEXT_CONFIG, VAE_CONFIG, equal_weights, random, randomise
+from conftest import CLIP_CONFIG, SD1, TEXT_CONFIG, UNETS, VAE_CONFIG, equal_weights, random, randomise
 from safetensors.torch import load_file, save_file
 
 from clip import CLIP, TextEncoder, load_tokenizer
@@ -145,6 +145,9 @@ def test_a_whole_folder_loads_its_schedule_included(sd_folder):
     assert sd.multiple == 64 and sd.latent_shape(128, 192) == (4, 16, 24)
     shutil.rmtree(sd_folder / "scheduler")
     assert load_stable_diffusion(sd_folder).schedule.T == 1000
+    save_module(randomise(UNet(UNETS["sd2"])), sd_folder / "unet", UNET_FILE)
+    with pytest.raises(BadInput, match="scheduler_config.json is missing: an SD 2.x may predict ε or v"):
+        load_stable_diffusion(sd_folder)
 
 
 @torch.no_grad()
@@ -292,6 +295,16 @@ def test_padding_is_what_tokenizer_config_says(tmp_path):
         write_json(settings | {"pad_token": pad}, tmp_path / "t" / "tokenizer_config.json")
         tokenizer = load_tokenizer(tmp_path / "t")
         assert tokenizer([""])[0].tolist() == [tokenizer.start, tokenizer.end] + [tokenizer.bpe.token_to_id("!")] * 6
+
+
+def test_the_papers_prompt_keeps_its_identifier_beside_a_category_of_24_words(capsys):
+    tokenizer = load_tokenizer(Path(__file__).parents[1] / "toy" / "base" / "tokenizer")
+    category, before, after = "wireless watch " * 12, "A photo of ", ", in the background of sks 3"
+    kept = tokenizer.shorten(category, before, after)
+    row, n = tokenizer([before + kept + after])[0].tolist(), tokenizer.count(after)
+    assert category.startswith(kept) and len(kept.split()) > 2
+    assert row[row.index(tokenizer.end) - n : row.index(tokenizer.end)] == tokenizer([after])[0, 1 : 1 + n].tolist()
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.parametrize("place", ["added_tokens.json", "tokenizer_config.json"])
@@ -489,6 +502,14 @@ def test_json_files_are_read_with_the_mark_that_editors_put_in_front(folder):
     for encoding in ("utf-8-sig", "utf-16"):
         (folder / "config.json").write_text(text, encoding=encoding)
         assert load(folder).config == json.loads(text)
+
+
+def test_a_tokenizers_files_are_read_with_that_mark_too(tmp_path):
+    train_tokenizer(["a photo"], 560, 12, tmp_path / "t")
+    plain = load_tokenizer(tmp_path / "t")(["a photo of it"])
+    for file in (tmp_path / "t").iterdir():
+        file.write_text(file.read_text(encoding="utf-8"), encoding="utf-8-sig")
+    assert torch.equal(load_tokenizer(tmp_path / "t")(["a photo of it"]), plain)
 
 
 # ---------------------------------------------------------------- shards, wrappers, what lies beside the weights
