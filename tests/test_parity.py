@@ -153,7 +153,8 @@ def test_two_branches_sum_as_multi_controlnet_does(unet):
     expected = their_unet.eval()(given.z, given.t, given.prompts.P, down_block_additional_residuals=down,
                                  mid_block_additional_residual=middle).sample
     ours = predict_noise(unet, given.z, given.t, given.prompts,
-                         [(branches[0], given.hint), (branches[1], given.hint_ref)], given.mask)
+                         [(branch, branch.hint_features(hint)) for branch, hint in
+                          zip(branches, (given.hint, given.hint_ref))], given.mask)
     assert relative_error(ours, expected) < TOLERANCE
 
 
