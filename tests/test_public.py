@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import generate
-import train
 from clip import CLIP, TextEncoder
 from generate import Canvas, paint
 from model import CategoryGenerator, ControlNet, UNet
@@ -599,6 +598,8 @@ def test_branches_trained_beside_an_inpainting_base_read_z_alone(folders):
 
 
 def test_cg_trains_beside_an_inpainting_base_from_a_controlnets_single_file(folders, tmp_path):
+    import train  # here: nothing else in this file needs the trainer
+
     write = "\n".join(json.dumps({"file_name": "mug.png", "category": "mug"}) for _ in range(2))
     (tmp_path / "ads").mkdir()
     shutil.copy(folders / "mug.png", tmp_path / "ads")
