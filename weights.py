@@ -216,8 +216,9 @@ def load_clip(path: Path | str, device="cpu", dtype=torch.float32) -> CLIP:
 
 def file_kind(build: type[nn.Module]) -> str:
     """How messages and the tables of support/ name the files of a network."""
-    kinds = {UNet: "a UNet", VAE: "a VAE", TextEncoder: "a text encoder", CLIP: "a CLIP model"}
-    return kinds.get(build, "a ControlNet")
+    kinds = {UNet: "a UNet", ControlNet: "a ControlNet", VAE: "a VAE", TextEncoder: "a text encoder",
+             CLIP: "a CLIP model"}
+    return next(kind for network, kind in kinds.items() if issubclass(build, network))
 
 
 class NoInit(TorchFunctionMode):
