@@ -24,7 +24,17 @@ from torch.overrides import TorchFunctionMode
 from clip import CLIP, TextEncoder, Tokenizer, load_tokenizer
 from model import BRANCHES, ControlNet, UNet
 from sampler import Schedule
-from support.files import PICKLES, UMASK, BadInput, read_json, read_tensors, write_atomic
+from support.convert import convert
+from support.files import (
+    PICKLES,
+    UMASK,
+    BadInput,
+    Parser,
+    one_line_errors,
+    read_json,
+    read_tensors,
+    write_atomic,
+)
 from support.layouts import IGNORED, SINGLE_FILE, looks_like, renamed, split, text_config, unet_config, vae_config
 from vae import VAE
 
@@ -305,3 +315,31 @@ def control_config(unet_config: dict, factor: int) -> dict:
             "in_channels": unet_config["out_channels"],  # z's alone, also beside an inpainting UNet
             "conditioning_embedding_out_channels": [16, 32, 96, 256][: factor.bit_length()],
             "flip_sin_to_cos": True, "freq_shift": 0}
+
+
+# ---------------------------------------------------------------- python weights.py convert FILE OUT
+
+NEXT = {SINGLE_FILE: '--weights {} --tokenizer DIR --prompt "a photo of a mug"',
+        "a ControlNet": "--weights SD --controlnet {} --product mug.png --category mug"}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(prog="weights.py", description="Converts a public pickle to safetensors, without running what is in it")
+    parser.add_argument("command", choices=["convert"])
+    parser.add_argument("file", metavar="FILE", type=Path, help="what torch.save wrote: a .ckpt, .pth, .pt or .bin")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the .safetensors to write; replaced if it is there")
+    args = parser.parse_args(argv)
+    names, left_out = convert(args.file, args.out)
+    kind = looks_like(names, "")
+    print(f"{args.out}: {len(names):,} tensors, {args.out.stat().st_size / 1e6:,.1f} MB{kind}")
+    if left_out:
+        more = f" and {len(left_out) - 10:,} more" if len(left_out) > 10 else ""
+        print(f"left out: {', '.join(left_out[:10])}{more}")
+    use = next((f"python generate.py {options}" for what, options in NEXT.items() if kind.endswith(what)),
+               "give {} where these weights are asked for")
+    print("next:", use.format(args.out))
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

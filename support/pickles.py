@@ -1,49 +1,30 @@
-"""Support: public pickles to safetensors, without running what is in them; not needed to understand the paper.
+"""Support: reads pickles without running what is in them; not needed to understand the paper.
 
 A pickle is a program for a small stack machine. Most of its instructions push a number or fill a list. But GLOBAL
 imports whatever name it gives, and REDUCE calls it: a file in which somebody wrote os.system there runs a command on
 the computer that loads it. A checkpoint needs containers, strings, numbers and five functions, and that is all
 `unpickle` knows. Every other name becomes a Placeholder, which holds what it is given and does nothing.
 
-torch.save writes a zip that holds a pickle and one member for each storage, and before version 1.6 wrote five pickles
-in a row and the storages after them. In both a tensor's numbers lie outside the pickle; they are copied as bytes.
+Why not pickle.Unpickler with another find_class: its REDUCE still calls, BUILD sets attributes, EXT1 takes classes from
+a cache, and one LONG_BINPUT makes its memo as long as the file says. Here, what is in no table cannot happen, and no
+instruction costs more than what it takes from the file or from the stack.
 """
 
 import io
-import json
-import math
 import pickletools
-import re
-import struct
-import zipfile
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-from tqdm import tqdm
-
-from support.files import PICKLES, BadInput, write_atomic
-
-# Public checkpoints' pickles stay below 2 MB and 200,000 instructions. An instruction costs at most some 300 bytes here.
-LARGEST_PICKLE, MOST_INSTRUCTIONS = 32 << 20, 2_000_000
-LARGEST_GROWTH = 4  # written to read: tied weights, which a checkpoint holds once, are written under each of their names
+# A tensor takes some 36 instructions and 150 bytes of the pickle; each instruction at most 170 bytes of memory here.
+LARGEST_PICKLE, MOST_INSTRUCTIONS = 32 << 20, 1_000_000
 LONGEST_NAME = 300
-MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # the first two pickles before version 1.6
 
 # Types of storages: their names in safetensors, if they have one, and the bytes of a number
 STORAGES = {f"torch.{kind}Storage": (dtype, width) for kind, dtype, width in (
     ("Double", "F64", 8), ("Float", "F32", 4), ("Half", "F16", 2), ("BFloat16", "BF16", 2), ("Long", "I64", 8),
     ("Int", "I32", 4), ("Short", "I16", 2), ("Char", "I8", 1), ("Byte", "U8", 1), ("Bool", "BOOL", 1),
-    ("ComplexDouble", None, 16), ("ComplexFloat", None, 8), ("QInt8", None, 1), ("QUInt8", None, 1), ("QInt32", None, 4))}
-
-# How other files begin that are taken for checkpoints
-OTHERS = {rb"\s*<|\xef\xbb\xbf\s*<": "a web page", rb"version https://git-lfs": "a pointer of Git LFS, without the file",
-          rb'.{8}\{\s*"': "a safetensors file already", rb"\x1f\x8b": "compressed by gzip: unpack it",
-          rb".{257}ustar": "a tar file: unpack it, or if torch 0.1 wrote it, save it anew"}
-
-MALFORMED = (ArithmeticError, AttributeError, EOFError, LookupError, NotImplementedError, OSError, TypeError, ValueError,
-             struct.error, zipfile.BadZipFile)  # what the reading of a broken file raises
+    ("ComplexDouble", None, 16), ("ComplexFloat", None, 8),
+    ("QInt8", None, 1), ("QUInt8", None, 1), ("QInt32", None, 4))}
 
 
 class Storage(NamedTuple):
@@ -56,7 +37,7 @@ class Storage(NamedTuple):
 
 
 class View(NamedTuple):
-    """A tensor as the pickle describes it: offset and strides count numbers of its storage. `bytes_in` checks them."""
+    """A tensor as the pickle describes it, unchecked: offset and strides count numbers of its storage."""
 
     storage: Storage
     offset: int
@@ -72,7 +53,7 @@ class Placeholder:
     content: list = field(default_factory=list)
 
 
-# ---------------------------------------------------------------- the pickle
+# ---------------------------------------------------------------- in place of imports and calls
 
 
 def find_storage(identifier: object, storages: dict[str, Storage]) -> Storage | Placeholder:
@@ -96,8 +77,8 @@ def tensor(storage, offset, size, stride, requires_grad=False, hooks=None, metad
     return View(storage, offset, size, stride)
 
 
-# All that can be called. An OrderedDict must start empty: with a list of pairs, two bytes of the file that call it again
-# would cost as much memory as the list.
+# All that can be "called". An OrderedDict must start empty: one made of a list of pairs would cost as much memory as the
+# list, each time that a few bytes of the file call it again.
 CALLS = {"collections.OrderedDict": lambda *pairs: Placeholder("collections.OrderedDict", [pairs]) if pairs else {},
          "torch._utils._rebuild_tensor": tensor,
          "torch._utils._rebuild_tensor_v2": tensor,
@@ -119,6 +100,9 @@ def name_class(taken: list) -> Placeholder:
     if sum(map(len, taken)) > LONGEST_NAME:  # joined anew by each two bytes of the file that ask for it
         raise ValueError("its pickle holds a name that is too long")
     return Placeholder(".".join(taken))
+
+
+# ---------------------------------------------------------------- the machine
 
 
 def append(container: list | Placeholder, values: list) -> None:
@@ -157,9 +141,7 @@ CHANGES = {"APPEND": (1, append), "APPENDS": (MARKED, append), "ADDITEMS": (MARK
 def unpickle(stream: io.BytesIO, storages: dict[str, Storage]) -> object:
     """Carries out one pickle's instructions up to STOP; puts the storages it names into `storages`.
 
-    Why not pickle.Unpickler with another find_class: its REDUCE still calls, BUILD sets attributes, EXT1 takes classes
-    from a cache, and one LONG_BINPUT makes its memo as long as the file says. Here, what is in no table cannot happen,
-    and no instruction costs more than what it takes from the file or the stack. Raises one of MALFORMED.
+    A broken or hostile pickle raises ArithmeticError, AttributeError, LookupError, TypeError or ValueError.
     """
     stack, marks, memo = [], [], {}
 
@@ -200,92 +182,7 @@ def unpickle(stream: io.BytesIO, storages: dict[str, Storage]) -> object:
             raise ValueError(f"its pickle holds {name}, which torch.save does not write")
 
 
-# ---------------------------------------------------------------- the file
-
-
-class BoundedFile(io.FileIO):
-    """A file that is read in small pieces, whatever lengths are written in it."""
-
-    def read(self, size: int = -1) -> bytes:
-        if size > LARGEST_PICKLE:
-            raise ValueError(f"its pickle or its directory is larger than {LARGEST_PICKLE >> 20} MB")
-        return super().read(LARGEST_PICKLE if size < 0 else size)
-
-
-def read_zip(file: BoundedFile) -> tuple[object, dict[str, tuple[int, int]]]:
-    """-> what is pickled, and the place of each storage in the file: its first byte and its length."""
-
-    def place(name: str) -> tuple[int, int]:
-        member = archive.getinfo(name)
-        if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
-            raise ValueError("its members are compressed or encrypted, which torch.save never does")
-        file.seek(member.header_offset)
-        lengths = struct.unpack("<26x2H", file.read(30))  # of the name and the padding before the member's bytes
-        return member.header_offset + 30 + sum(lengths), member.file_size
-
-    def read(name: str) -> bytes:
-        start, length = place(name)
-        file.seek(start)
-        return file.read(length)
-
-    archive = zipfile.ZipFile(file)
-    names = archive.namelist()
-    folder = next((name[: -len("data.pkl")] for name in names if re.fullmatch("[^/]*/data[.]pkl", name)), None)
-    if folder is None:
-        packed = next((name for name in names if name.endswith(PICKLES)), "what is in it")
-        raise ValueError(f"it is a zip of other files: unpack it and convert {packed}")
-    if f"{folder}byteorder" in names and read(f"{folder}byteorder") != b"little":
-        raise ValueError("its numbers are big-endian")
-    storages = {}
-    root = unpickle(io.BytesIO(read(f"{folder}data.pkl")), storages)
-    return root, {key: place(f"{folder}data/{key}") for key in storages}
-
-
-def read_legacy(file: BoundedFile) -> tuple[object, dict[str, tuple[int, int]]]:
-    """The same from a file before version 1.6: magic number, protocol, system, object, keys; the storages."""
-    file.seek(0)
-    stream, storages, places = io.BytesIO(file.read()), {}, {}
-    magic = unpickle(stream, {})
-    if magic != MAGIC or unpickle(stream, {}) != PROTOCOL:
-        raise ValueError(f"torch.save did not write it, it is a pickle of something else {survey(magic, set())}".strip())
-    if unpickle(stream, {})["little_endian"] is not True:
-        raise ValueError("its numbers are big-endian")
-    root, keys = unpickle(stream, storages), unpickle(stream, {})
-    end = stream.tell()
-    for key in keys:
-        if not isinstance(key, str) or key not in storages:
-            raise ValueError("it holds a storage of an unknown type")
-        file.seek(end)
-        (numel,) = struct.unpack("<q", file.read(8))
-        places[key] = end + 8, numel * storages[key].width
-        end += 8 + numel * storages[key].width
-    return root, places
-
-
-def bytes_in(view: View, places: dict[str, tuple[int, int]], end: int) -> int:
-    """A tensor's length. Raises ValueError unless it lies in its storage, and that in its place and the file's `end`."""
-    (key, _, width, numel), offset, size, stride = view
-    fits = len(size) == len(stride) <= 32 and all(type(n) is int and 0 <= n < 2**48 for n in (numel, offset, *size, *stride))
-    if fits and 0 not in size:
-        start, length = places[key]
-        last = offset + sum((n - 1) * step for n, step in zip(size, stride))
-        fits = last < numel and numel * width <= length and start + length <= end
-    if not fits or math.prod(n or 1 for n in size) >= 2**48:
-        raise ValueError("it holds a tensor that reaches beyond its storage")
-    return math.prod(size) * width
-
-
-def read_tensor(source: Path, view: View, start: int) -> np.ndarray:
-    """A tensor as unsigned integers of its numbers' width: what the bytes mean does not matter here."""
-    (_, _, width, numel), offset, size, stride = view
-    if 0 in size:
-        return np.empty(0, np.uint8)
-    numbers = np.memmap(source, f"u{width}", "r", start, shape=(numel,))
-    steps = [step * width if n > 1 else 0 for n, step in zip(size, stride)]
-    return np.ascontiguousarray(np.lib.stride_tricks.as_strided(numbers[offset:], size, steps))
-
-
-# ---------------------------------------------------------------- what is written
+# ---------------------------------------------------------------- what came out
 
 
 def printable(text: str, length: int = 80) -> str:
@@ -306,89 +203,3 @@ def survey(value: object, seen: set[int]) -> str:
     parts = [f"{tensors:,} tensor{'s' * (tensors > 1)}"] if tensors else []
     parts += [printable(name) for name in [*classes][:3]] + ["..."] * (len(classes) > 3)
     return f"({', '.join(parts)})" if parts else ""
-
-
-def attributes(root: Placeholder) -> dict[str, View]:
-    """The tensors of a TorchScript module and the modules in it, by their attributes' path."""
-    found, seen, left = {}, set(), [("", root)]
-    while left:
-        path, value = left.pop()
-        if isinstance(value, View):
-            found[path] = value
-        elif isinstance(value, Placeholder) and id(value) not in seen:
-            seen.add(id(value))
-            for state in (state for state in value.content if isinstance(state, dict)):
-                paths = ((f"{path}.{name}".lstrip("."), state[name]) for name in state if isinstance(name, str))
-                left += [(path, value) for path, value in paths if len(path) <= LONGEST_NAME]
-    return found
-
-
-def choose(root: object) -> tuple[dict[str, View], list[str]]:
-    """-> the tensors to write, by name, and what else the pickle holds.
-
-    They are those in the dict under "state_dict", where Lightning keeps a model beside its optimizer's; else those in
-    the dict that has most, be it the top or one in it ("model", "params", ...).
-    """
-
-    def tensors_in(values: dict) -> int:
-        return sum(isinstance(value, View) for value in values.values())
-
-    rest = []
-    if isinstance(root, Placeholder) and root.name.startswith("__torch__."):
-        chosen, rest = attributes(root), [("the code of a TorchScript", None)]
-    elif isinstance(root, dict):
-        dicts = {id(value): value for value in (root, *root.values()) if isinstance(value, dict)}
-        chosen = dicts.get(id(root.get("state_dict"))) or max(dicts.values(), key=tensors_in)
-        rest = [item for item in root.items() if chosen is not root and item[1] is not chosen]
-    else:
-        chosen = {type(root).__name__: root}
-    tensors = {name: value for name, value in chosen.items() if isinstance(value, View)
-               and isinstance(name, str) and name.isprintable() and name != "__metadata__"}
-    rest += [item for item in chosen.items() if item[0] not in tensors]
-    seen = set()
-    return tensors, [f"{printable(name) if isinstance(name, str) else '?'} {survey(value, seen)}".strip()
-                     for name, value in rest]
-
-
-def convert(source: Path, out: Path) -> tuple[list[str], list[str]]:
-    """Writes a checkpoint's tensors to a safetensors file. -> their names, and what is left out.
-
-    Raises BadInput where the file is no whole checkpoint, or `out` is no name for a safetensors file.
-    """
-    if out.suffix != ".safetensors" or out.exists() and source.exists() and out.samefile(source):
-        raise BadInput(f"{out}: give the output another name, one that ends in .safetensors")
-    if not source.is_file():
-        raise BadInput(f"{source} is {'not a file' if source.exists() else 'missing'}; give a .ckpt, .pth, .pt or .bin")
-    end = source.stat().st_size
-    with BoundedFile(source) as file:
-        try:
-            start = file.read(512)
-            if other := next((kind for pattern, kind in OTHERS.items() if re.match(pattern, start, re.DOTALL)), None):
-                raise ValueError(f"it is {other}")
-            root, places = (read_zip if start[:2] == b"PK" else read_legacy)(file)
-            tensors, left_out = choose(root)
-            if not tensors:
-                raise ValueError(f"it holds no tensors by name, but {', '.join(left_out[:5]) or 'an empty dict'}")
-            sizes = {name: bytes_in(view, places, end) for name, view in tensors.items()}
-            if sum(sizes.values()) > LARGEST_GROWTH * end:
-                raise ValueError("its tensors repeat themselves: they would be much larger than the file")
-        except MALFORMED as error:
-            raise BadInput(f"{source} can't be converted: {printable(str(error), 200)}; download it again, or get its "
-                           ".safetensors version") from None
-
-    names = sorted(tensors, key=lambda name: -tensors[name].storage.width)  # so that all addresses stay multiples of it
-    header, at = {"__metadata__": {"format": "pt"}}, 0
-    for name in names:
-        header[name] = {"dtype": tensors[name].storage.dtype, "shape": tensors[name].size,
-                        "data_offsets": [at, at := at + sizes[name]]}
-    text = json.dumps(header, ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-
-    def write(scratch: Path) -> None:
-        with scratch.open("wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            for name in tqdm(names, "converting", disable=None):
-                file.write(read_tensor(source, tensors[name], places[tensors[name].storage.key][0]))
-
-    write_atomic(out, write)
-    return names, left_out
