@@ -324,7 +324,7 @@ NEXT = {SINGLE_FILE: '--weights {} --tokenizer DIR --prompt "a photo of a mug"',
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="weights.py", description="Converts a public pickle to safetensors, without running what is in it")
+    parser = Parser(prog="weights.py", description="A public pickle to safetensors, without running what is in it")
     parser.add_argument("command", choices=["convert"])
     parser.add_argument("file", metavar="FILE", type=Path, help="what torch.save wrote: a .ckpt, .pth, .pt or .bin")
     parser.add_argument("out", metavar="OUT", type=Path, help="the .safetensors to write; replaced if it is there")

@@ -31,8 +31,8 @@ OTHERS = {rb"(\xef\xbb\xbf)?\s*<": "a web page",
           rb"(?!PK|\x80)": "not what torch.save writes"}
 
 # What reading a broken file raises
-MALFORMED = (ArithmeticError, AttributeError, EOFError, LookupError, NotImplementedError, OSError, TypeError, ValueError,
-             struct.error, zipfile.BadZipFile)
+MALFORMED = (ArithmeticError, AttributeError, EOFError, LookupError, NotImplementedError, OSError, TypeError,
+             ValueError, struct.error, zipfile.BadZipFile)
 
 
 class BoundedFile(io.FileIO):
@@ -95,7 +95,7 @@ def read_legacy(file: BoundedFile) -> tuple[object, dict[str, tuple[int, int]]]:
 
 
 def bytes_in(view: View, places: dict[str, tuple[int, int]], end: int) -> int:
-    """A tensor's length. Raises ValueError unless it lies in its storage, its storage in its place, that in the file."""
+    """A tensor's length. Raises ValueError unless it lies in its storage, that in its place, that in the file."""
     (key, _, width, numel), offset, size, stride = view
     fits = len(size) == len(stride) <= 32
     fits = fits and all(type(n) is int and 0 <= n < 2**48 for n in (numel, offset, *size, *stride))

@@ -77,8 +77,8 @@ def tensor(storage, offset, size, stride, requires_grad=False, hooks=None, metad
     return View(storage, offset, size, stride)
 
 
-# All that can be "called". An OrderedDict must start empty: one made of a list of pairs would cost as much memory as the
-# list, each time that a few bytes of the file call it again.
+# All that can be "called". An OrderedDict must start empty: one made of a list of pairs would cost as much memory as
+# the list, each time that a few bytes of the file call it again.
 CALLS = {"collections.OrderedDict": lambda *pairs: Placeholder("collections.OrderedDict", [pairs]) if pairs else {},
          "torch._utils._rebuild_tensor": tensor,
          "torch._utils._rebuild_tensor_v2": tensor,

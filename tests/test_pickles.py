@@ -39,7 +39,7 @@ def converted(content: object, folder: Path, **options) -> tuple[dict[str, torch
     return load_file(folder / "out.safetensors"), left_out
 
 
-def archive(path: Path, pickled: bytes, members: dict[str, bytes] | None = None, compression=zipfile.ZIP_STORED) -> Path:
+def archive(path: Path, pickled: bytes, members: dict | None = None, compression=zipfile.ZIP_STORED) -> Path:
     """A zip as torch.save writes it, around a pickle of one's own."""
     with zipfile.ZipFile(path, "w", compression) as file:
         for name, content in {"data.pkl": pickled, **(members or {})}.items():
@@ -87,7 +87,8 @@ def test_views_scalars_empty_tensors_parameters_and_tied_weights(tmp_path, optio
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_tensors_that_safetensors_do_not_hold_are_left_out_by_name(tmp_path):
-    tensors = {"kept": torch.ones(2), "complex": torch.ones(2, dtype=torch.complex64), "sparse": torch.eye(2).to_sparse(),
+    tensors = {"kept": torch.ones(2), "complex": torch.ones(2, dtype=torch.complex64),
+               "sparse": torch.eye(2).to_sparse(),
                "quantized": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)}
     ours, left_out = converted(tensors, tmp_path)
     assert equal(ours, {"kept": tensors["kept"]})
@@ -129,15 +130,17 @@ def test_a_lightning_checkpoint_opens_without_its_classes_and_what_is_left_out_i
     callback = class_in("pytorch_lightning", "ModelCheckpoint", monkeypatch)
     config.parent = {"flags": {1, 2}, "frozen": frozenset([3]), ("a", 1): b"bytes"}
     model = {"model.diffusion_model.out.2.weight": torch.ones(2, 3), "model_ema.decay": torch.tensor(0.5)}
-    torch.save({"epoch": 3, "state_dict": model, "hyper_parameters": config, "callbacks": {callback: {"best": Path("a")}},
+    torch.save({"epoch": 3, "state_dict": model, "hyper_parameters": config,
+                "callbacks": {callback: {"best": Path("a")}},
                 "optimizer_states": [{"state": {0: {"exp_avg": torch.ones(2)}, 1: {"exp_avg": torch.ones(3)}}}]},
                tmp_path / "last.ckpt", **options)
     for module in ("omegaconf", "pytorch_lightning"):
         monkeypatch.setitem(sys.modules, module, None)  # an import would raise
     _, left_out = convert(tmp_path / "last.ckpt", tmp_path / "out.safetensors")
     assert equal(load_file(tmp_path / "out.safetensors"), model)
-    assert left_out == ["epoch", "hyper_parameters (omegaconf.DictConfig)", "callbacks (pathlib.PosixPath)",
-                        "optimizer_states (2 tensors)"]
+    settings = left_out.pop(1)
+    assert settings.startswith("hyper_parameters (omegaconf.DictConfig")  # and in protocol 2 what makes a set
+    assert left_out == ["epoch", "callbacks (pathlib.PosixPath)", "optimizer_states (2 tensors)"]
 
 
 def test_a_stable_diffusion_ckpt_loads_after_its_conversion(single, tmp_path, capsys):  # noqa: F811
@@ -196,8 +199,8 @@ COMMANDS = {  # pickles that make a file, each in another way: path -> bytes
     "STACK_GLOBAL": lambda ran: (
         b"\x80\x04" + text("builtins") + text("exec") + b"\x93" + text(f"open({str(ran)!r}, 'w')") + b"\x85R."),
     "NEWOBJ": lambda ran: (  # list(map(exec, [code]))
-        b"\x80\x02" + name("builtins", "list") + name("builtins", "map") + EXEC + b"(" + text(f"open({str(ran)!r}, 'w')")
-        + b"t\x86\x81\x85R."),
+        b"\x80\x02" + name("builtins", "list") + name("builtins", "map") + EXEC
+        + b"(" + text(f"open({str(ran)!r}, 'w')") + b"t\x86\x81\x85R."),
     "BUILD": lambda ran: (  # an attribute __setstate__, which the second BUILD calls
         b"\x80\x02" + name("types", "SimpleNamespace") + b")\x81}" + text("__setstate__") + EXEC + b"sb"
         + text(f"open({str(ran)!r}, 'w')") + b"b."),
@@ -238,13 +241,18 @@ STORAGE = b"(" + text("storage") + name("torch", "FloatStorage") + text("0") + t
 
 def tensor(size: bytes, stride: bytes, offset: bytes = b"K\x00", storage: bytes = STORAGE) -> bytes:
     """A pickle of {"a": a tensor}."""
-    return (b"\x80\x04}" + text("a") + name("torch._utils", "_rebuild_tensor_v2") + b"(" + storage + offset + size + stride
-            + b"\x89}tRs.")
+    return (b"\x80\x04}" + text("a") + name("torch._utils", "_rebuild_tensor_v2")
+            + b"(" + storage + offset + size + stride + b"\x89}tRs.")
 
 
 def number(n: int) -> bytes:
     """LONG1"""
     return b"\x8a\x08" + n.to_bytes(8, "little", signed=True)
+
+
+def storage_of(n: bytes) -> bytes:
+    """STORAGE with another number of numbers."""
+    return STORAGE.replace(b"K\x04", n)
 
 
 HUGE = 10**12
@@ -260,18 +268,19 @@ BOMBS = {  # what each asks for
     + number(HUGE) + b"\x85C\x01b\x87R.",
     "a tensor of 10^12 numbers": tensor(number(HUGE) + b"\x85", b"K\x01\x85"),
     "a tensor that repeats one number": tensor(number(HUGE) + b"\x85", b"K\x00\x85"),
-    "a storage of 10^12 numbers": tensor(number(HUGE) + b"\x85", b"K\x01\x85", storage=STORAGE.replace(b"K\x04", number(HUGE))),
+    "a storage of 10^12 numbers": tensor(number(HUGE) + b"\x85", b"K\x01\x85", storage=storage_of(number(HUGE))),
     "a product of sizes beyond 64 bits": tensor((number(2**40) * 3 + b"\x87"), b"K\x00K\x00K\x00\x87"),
-    "a size of a megabyte": tensor(b"\x8b" + struct.pack("<i", 1 << 20) + b"\x7f" * (1 << 20) + b"\x85", b"K\x01\x85"),
+    "a size of a megabyte": tensor(b"\x8b\x00\x00\x10\x00" + b"\x7f" * (1 << 20) + b"\x85", b"K\x01\x85"),
     "lists of lists, doubled 60 times": b"\x80\x04](K\x01K\x02e\x940" + b"".join(
         b"](h%ch%ce\x940" % (i, i) for i in range(60)) + b"h<.",
-    "a dict's key that takes 2^60 steps": b"\x80\x04})\x940" + b"".join(b"h%ch%c\x86\x940" % (i, i) for i in range(60)) + b"h<Ns.",
+    "a dict's key that takes 2^60 steps": b"\x80\x04})\x940" + b"".join(
+        b"h%ch%c\x86\x940" % (i, i) for i in range(60)) + b"h<Ns.",
     "one long name, joined again and again": b"\x80\x04" + text("a" * 10**6) + b"\x94" + b"h\x00h\x00\x93" * 10_000 + b".",
-    "one long list, made a dict again and again": b"\x80\x04](" + b"NN\x86" * 10**5 + b"e\x940"
+    "one long list, made a dict again and again": b"\x80\x04](" + b"NN\x86" * 10**4 + b"e\x940"
     + (name("collections", "OrderedDict") + b"h\x00\x85R") * 10_000 + b".",
     "one state, set again and again": b"\x80\x04}(" + b"".join(text(f"{i}") + b"N" for i in range(10**4)) + b"u\x940"
-    + name("__torch__", "A") + b")\x81" + b"h\x00b" * 10**5 + b".",
-    "nested 300,000 deep": b"\x80\x04N" + b"\x85" * 300_000 + b".",
+    + name("__torch__", "A") + b")\x81" + b"h\x00b" * 10**4 + b".",
+    "nested 100,000 deep": b"\x80\x04N" + b"\x85" * 100_000 + b".",
     "more instructions than any checkpoint has": b"\x80\x04" + b"}" * 1_000_001 + b".",
 }
 
@@ -281,7 +290,7 @@ def test_pickles_that_allocate_without_bound_are_refused_in_bounded_memory(tmp_p
     for i, pickled in enumerate(BOMBS.values()):
         archive(tmp_path / f"{i:02}.pth", pickled, {"data/0": bytes(16)})
     flat, many = bytes(10**6), b"".join(text(f"{i}") + b"h\x00" for i in range(1000))
-    view = tensor(number(250_000) + b"\x85", b"K\x01\x85", storage=STORAGE.replace(b"K\x04", number(250_000)))
+    view = tensor(number(250_000) + b"\x85", b"K\x01\x85", storage=storage_of(number(250_000)))
     archive(tmp_path / "many names.pth", view[:-2].replace(b"}tR", b"}tR\x94", 1) + b"s(" + many + b"u.", {"data/0": flat})
     archive(tmp_path / "compressed.pth", view, {"data/0": bytes(10**6)}, zipfile.ZIP_DEFLATED)
     program = """
@@ -306,9 +315,10 @@ for file in sorted(Path(sys.argv[1]).glob("*.pth")):
 
 @pytest.mark.parametrize("pickled", [
     tensor(b"K\x05\x85", b"K\x01\x85"), tensor(b"K\x03\x85", b"K\x02\x85"), tensor(b"K\x04\x85", b"K\x01\x85", b"K\x01"),
-    tensor(b"K\x04\x85", b"K\x01\x85", number(-1)), tensor(number(-4) + b"\x85", b"K\x01\x85"), tensor(b"K\x02\x85", number(-1) + b"\x85"),
-    tensor(b"K\x04\x85", b"K\x01K\x01\x86"), tensor(b"\x88\x85", b"K\x01\x85"), tensor(text("4"), text("1")),
-    tensor(b"K\x04\x85", b"K\x01\x85", storage=STORAGE.replace(b"K\x04", b"K\x05")),
+    tensor(b"K\x04\x85", b"K\x01\x85", number(-1)), tensor(number(-4) + b"\x85", b"K\x01\x85"),
+    tensor(b"K\x02\x85", number(-1) + b"\x85"), tensor(b"K\x04\x85", b"K\x01K\x01\x86"),
+    tensor(b"\x88\x85", b"K\x01\x85"), tensor(text("4"), text("1")),
+    tensor(b"K\x04\x85", b"K\x01\x85", storage=storage_of(b"K\x05")),
 ], ids=["size", "stride", "offset", "offset < 0", "size < 0", "stride < 0", "dimensions", "a bool", "text", "storage"])  # fmt: skip
 def test_a_tensor_must_lie_in_its_storage_and_that_in_the_file(tmp_path, pickled):
     assert "beyond its storage" in refusal(archive(tmp_path / "in.pth", pickled, {"data/0": bytes(16)}))
