@@ -147,7 +147,8 @@ def choose(root: object) -> tuple[dict[str, View], list[str]]:
     def tensors_in(values: dict) -> int:
         return sum(isinstance(value, View) for value in values.values())
 
-    chosen, rest = {}, [("no dict", root)]
+    kind = {View: "a tensor", Placeholder: "an object"}.get(type(root), f"a {type(root).__name__}")
+    chosen, rest = {}, [(kind, root)]
     if isinstance(root, Placeholder) and root.name.startswith("__torch__."):
         chosen, rest = attributes(root), [("a TorchScript's code and lists", None)]
     elif isinstance(root, dict):
@@ -202,7 +203,7 @@ def convert(source: Path, out: Path) -> tuple[list[str], list[str]]:
             raise BadInput(f"{source} can't be converted: {reason}; download it again, or get its .safetensors version"
                            ) from None
     if not tensors:
-        raise BadInput(f"{source} holds no dict of tensors: {', '.join(left_out[:5]) or 'an empty one'}; save the "
+        raise BadInput(f"{source} holds no dict of tensors, but {', '.join(left_out[:5]) or 'an empty one'}; save the "
                        "model's state_dict() where you trust it, or get its .safetensors version")
 
     write_atomic(out, lambda scratch: write_safetensors(scratch, source, tensors, sizes, places))

@@ -135,7 +135,7 @@ MAKES = {"EMPTY_TUPLE": (0, tuple), "TUPLE1": (1, tuple), "TUPLE2": (2, tuple), 
          "REDUCE": (2, call), "NEWOBJ": (2, call), "NEWOBJ_EX": (3, call)}
 # and those that change the value below.
 CHANGES = {"APPEND": (1, append), "APPENDS": (MARKED, append), "ADDITEMS": (MARKED, append), "SETITEM": (2, set_items),
-           "SETITEMS": (MARKED, set_items), "BUILD": (1, set_state), "POP": (1, lambda *_: None)}
+           "SETITEMS": (MARKED, set_items), "BUILD": (1, set_state)}
 
 
 def unpickle(stream: io.BytesIO, storages: dict[str, Storage]) -> object:
@@ -176,6 +176,8 @@ def unpickle(stream: io.BytesIO, storages: dict[str, Storage]) -> object:
             stack.append(Placeholder(arg.replace(" ", ".")))
         elif name == "BINPERSID":
             stack.append(find_storage(*take(1), storages))
+        elif name == "POP":
+            take(1)
         elif name == "STOP":
             return stack.pop()
         elif name not in ("PROTO", "FRAME"):
