@@ -99,8 +99,8 @@ def bytes_in(view: View, places: dict[str, tuple[int, int]], end: int) -> int:
     (key, _, width, numel), offset, size, stride = view
     fits = len(size) == len(stride) <= 32
     fits = fits and all(type(n) is int and 0 <= n < 2**48 for n in (numel, offset, *size, *stride))
+    start, length = places[key]
     if fits and 0 not in size:
-        start, length = places[key]
         last = offset + sum((n - 1) * step for n, step in zip(size, stride))
         fits = last < numel and numel * width <= length and start + length <= end
     if not fits or math.prod(n or 1 for n in size) >= 2**48:

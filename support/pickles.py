@@ -15,7 +15,7 @@ import pickletools
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-# A tensor takes some 36 instructions and 150 bytes of the pickle; each instruction at most 170 bytes of memory here.
+# A tensor takes some 40 instructions and 200 bytes of the pickle; each instruction at most 170 bytes of memory here.
 LARGEST_PICKLE, MOST_INSTRUCTIONS = 32 << 20, 1_000_000
 LONGEST_NAME = 300
 
@@ -97,7 +97,7 @@ def call(taken: list) -> object:
 
 def name_class(taken: list) -> Placeholder:
     """In place of an import, from [module, name]."""
-    if sum(map(len, taken)) > LONGEST_NAME:  # joined anew by each two bytes of the file that ask for it
+    if sum(map(len, taken)) > LONGEST_NAME:  # it is joined anew each time that a few bytes of the file ask for it
         raise ValueError("its pickle holds a name that is too long")
     return Placeholder(".".join(taken))
 
