@@ -316,7 +316,8 @@ for file in sorted(Path(sys.argv[1]).glob("*.pth")):
 
 @pytest.mark.parametrize("pickled", [
     tensor(b"K\x05\x85", b"K\x01\x85"), tensor(b"K\x03\x85", b"K\x02\x85"),
-    tensor(b"K\x04\x85", b"K\x01\x85", b"K\x01"), tensor(b"K\x04\x85", b"K\x01\x85", number(-1)), tensor(number(-4) + b"\x85", b"K\x01\x85"),
+    tensor(b"K\x04\x85", b"K\x01\x85", b"K\x01"), tensor(b"K\x04\x85", b"K\x01\x85", number(-1)),
+    tensor(number(-4) + b"\x85", b"K\x01\x85"),
     tensor(b"K\x02\x85", number(-1) + b"\x85"), tensor(b"K\x04\x85", b"K\x01K\x01\x86"),
     tensor(b"\x88\x85", b"K\x01\x85"), tensor(text("4"), text("1")),
     tensor(b"K\x04\x85", b"K\x01\x85", storage=storage_of(b"K\x05")),
