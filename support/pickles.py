@@ -13,6 +13,7 @@ instruction costs more than what it takes from the file or from the stack.
 import io
 import pickletools
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import NamedTuple
 
 # A tensor takes some 40 instructions and 200 bytes of the pickle; each instruction at most 170 bytes of memory here.
@@ -112,9 +113,10 @@ def append(container: list | Placeholder, values: list) -> None:
 def set_items(container: dict | Placeholder, values: list) -> None:
     """From [key, value, key, value, ...]. Only short strings stay keys: tuples of tuples can take 2^depth to hash."""
     if isinstance(container, Placeholder):
-        return append(container, values)
-    for key, value in zip(values[::2], values[1::2], strict=True):
-        container[key if isinstance(key, str) and len(key) <= LONGEST_NAME else object()] = value
+        append(container, values)
+    else:
+        for key, value in zip(values[::2], values[1::2], strict=True):
+            container[key if isinstance(key, str) and len(key) <= LONGEST_NAME else object()] = value
 
 
 def set_state(container: object, values: list) -> None:
@@ -153,10 +155,8 @@ def unpickle(stream: io.BytesIO, storages: dict[str, Storage]) -> object:
         del stack[start:]
         return values
 
-    for i, (opcode, arg, _) in enumerate(pickletools.genops(stream)):
+    for opcode, arg, _ in islice(pickletools.genops(stream), MOST_INSTRUCTIONS):
         name = opcode.name
-        if i == MOST_INSTRUCTIONS:
-            raise ValueError(f"its pickle has more than {MOST_INSTRUCTIONS:,} instructions")
         if name in ("BINGET", "LONG_BINGET"):
             stack.append(memo[arg])
         elif name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
@@ -182,6 +182,7 @@ def unpickle(stream: io.BytesIO, storages: dict[str, Storage]) -> object:
             return stack.pop()
         elif name not in ("PROTO", "FRAME"):
             raise ValueError(f"its pickle holds {name}, which torch.save does not write")
+    raise ValueError(f"its pickle has more than {MOST_INSTRUCTIONS:,} instructions")
 
 
 # ---------------------------------------------------------------- what came out
