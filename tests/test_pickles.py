@@ -104,6 +104,7 @@ def test_the_dict_under_state_dict_is_taken_or_the_one_with_most_tensors(tmp_pat
         assert equal(ours, taken) and left_out == left
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_torchscript_archive_gives_its_modules_tensors_by_their_paths(tmp_path):
     """As big-lama.pt is public."""
     inner = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
