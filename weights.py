@@ -7,7 +7,7 @@ them to ours, and infers the configuration from the tensors' shapes. support/con
 say.
 Models are built on the meta device and filled from memory-mapped tensors: nothing is initialised only to be
 overwritten, and nothing lies in memory twice. Loading is strict: a missing, extra or misshapen tensor is an error that
-names it. Only safetensors are read: a pickle runs code when it is opened.
+names it. Only safetensors are read: opening a pickle can run code. `python weights.py convert` reads its tensors alone.
 """
 
 import json
@@ -26,7 +26,8 @@ from clip import CLIP, TextEncoder, Tokenizer, load_tokenizer
 from model import BRANCHES, ControlNet, UNet
 from sampler import Schedule
 from support.configs import check_config, read_scheduler_config
-from support.files import BadInput, read_json, write_atomic
+from support.convert import convert
+from support.files import BadInput, Parser, one_line_errors, read_json, write_atomic
 from support.layouts import (
     IGNORED,
     IMAGE_TOWER,
@@ -296,3 +297,31 @@ def save_module(module: nn.Module, folder: Path, name: str, dtype=None, extra: d
         save_file(tensors, scratch / name, metadata={"format": "pt"})
 
     write_atomic(folder, write)
+
+
+# ---------------------------------------------------------------- python weights.py convert FILE OUT
+
+NEXT = {SINGLE_FILE: '--weights {} --tokenizer DIR --prompt "a photo of a mug"',
+        "a ControlNet": "--weights SD --controlnet {} --product mug.png --category mug"}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(prog="weights.py", description="A public pickle to safetensors, without running what is in it")
+    parser.add_argument("command", choices=["convert"])
+    parser.add_argument("file", metavar="FILE", type=Path, help="what torch.save wrote: a .ckpt, .pth, .pt or .bin")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the .safetensors to write; replaced if it is there")
+    args = parser.parse_args(argv)
+    names, left_out = convert(args.file, args.out)
+    kind = looks_like(names, "")
+    print(f"{args.out}: {len(names):,} tensors, {args.out.stat().st_size / 1e6:,.1f} MB{kind}")
+    if left_out:
+        more = f" and {len(left_out) - 10:,} more" if len(left_out) > 10 else ""
+        print(f"left out: {', '.join(left_out[:10])}{more}")
+    use = next((f"python generate.py {options}" for what, options in NEXT.items() if kind.endswith(what)),
+               "give {} where these weights are asked for")
+    print("next:", use.format(args.out))
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
