@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from attention import mask_at
 from model import Prompts, UNet, predict_noise
+from support.files import BadInput
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Painting:
 
 
 class Schedule:
-    """How much of a picture is left at each timestep: z_t = √ᾱ_t z_0 + √(1 − ᾱ_t) ε.
+    """How much of a picture is left at each timestep: z_t = √ᾱ_t z_0 + √(1 − ᾱ_t) ε; and which timesteps a walk visits.
 
     Built from the fields of a public scheduler_config.json; the defaults are Stable Diffusion's.
     """
@@ -35,7 +37,7 @@ class Schedule:
     def __init__(self, config: dict | None = None):
         self.config = config = {"beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000,
                                 "steps_offset": 1, "set_alpha_to_one": False, "prediction_type": "epsilon",
-                                **(config or {})}
+                                "timestep_spacing": "leading", **(config or {})}
         self.T = config["num_train_timesteps"]
         # scaled linear: √β grows linearly
         beta = torch.linspace(config["beta_start"] ** 0.5, config["beta_end"] ** 0.5, self.T) ** 2
@@ -43,10 +45,23 @@ class Schedule:
         self.final_alpha_bar = torch.tensor(1.0) if config["set_alpha_to_one"] else self.alpha_bar[0]
 
     def timesteps(self, steps: int) -> list[int]:
-        """`steps` timesteps, evenly spaced ('leading' spacing): 981, 961, …, 1 for 50. Where T is no multiple of `steps`
-        the noisy end is cut: 400 start at 799.
+        """`steps` timesteps, evenly spaced, the noisiest first; for 50 of T = 1000, by the field timestep_spacing:
+
+        - leading: 981, 961, …, 1. Where T is no multiple of `steps` the noisy end is cut: 400 start at 799.
+        - trailing: 999, 979, …, 19. Few-step models are trained for it: a single step visits 999.
+        - linspace: 999, 979, 958, …, 0.
+
+        Whatever the spacing, a step at t ends at t − T // steps, as in the reference. Raises BadInput for too many.
         """
-        return [i * (self.T // steps) + self.config["steps_offset"] for i in reversed(range(steps))]
+        if self.config["timestep_spacing"] == "trailing":
+            ts = np.arange(self.T, 0, -self.T / steps)[:steps].round() - 1
+        elif self.config["timestep_spacing"] == "linspace":
+            ts = np.linspace(0, self.T - 1, steps).round()[::-1]
+        else:
+            ts = np.arange(steps)[::-1] * (self.T // steps) + self.config["steps_offset"]
+        if steps > self.T or ts[0] >= self.T:
+            raise BadInput(f"--steps {steps}: too many for this model's schedule of {self.T} timesteps; give fewer")
+        return ts.astype(int).tolist()
 
     def alpha_bar_at(self, t: int) -> Tensor:
         """ᾱ_t, and its value for the end of the walk below t = 0."""
@@ -58,7 +73,7 @@ class Schedule:
         return (alpha_bar.sqrt() * z_0 + (1 - alpha_bar).sqrt() * eps).to(z_0.dtype)
 
     def target(self, z_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """What the UNet is to predict of z_t: ε, or for a v-prediction model v = √ᾱ_t ε − √(1 − ᾱ_t) z_0."""
+        """What the UNet is to predict from z_t: ε, or for a v-prediction model v = √ᾱ_t ε − √(1 − ᾱ_t) z_0."""
         if self.config["prediction_type"] == "epsilon":
             return eps
         alpha_bar = self.alpha_bar.to(z_0.device)[t].view(-1, 1, 1, 1)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import sys
@@ -242,11 +243,16 @@ def read_json(path: Path) -> dict:
     return content
 
 
+def pickle_refused(path: Path, out: Path) -> BadInput:
+    """The error for a pickle, with the command that writes its weights to `out`."""
+    return BadInput(f"{path} is a pickle, which can run code when it is opened, and is not read; convert it safely: "
+                    f"python weights.py convert {shlex.quote(str(path))} {shlex.quote(str(out))}")
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Memory-mapped tensors of a safetensors file. Raises BadInput for a pickle, or a broken or missing file."""
     if path.suffix in PICKLES:
-        raise BadInput(f"{path} is a pickle, which can run code when opened, and is not read; "
-                       "get the .safetensors version of these weights")
+        raise pickle_refused(path, path.with_suffix(".safetensors"))
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}

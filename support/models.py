@@ -9,7 +9,8 @@ from support.datasets import read_identifiers
 from support.files import BadInput
 from support.images import canvas_size
 from support.machine import pick_device, pick_dtype
-from weights import StableDiffusion, load_control, load_stable_diffusion, version
+from support.tensors import fingerprint
+from weights import StableDiffusion, load_control, load_stable_diffusion
 
 TOY = Path(__file__).resolve().parent.parent / "toy"
 
@@ -59,11 +60,11 @@ def load_models(choice: ModelChoice, size: int | None, categories: set[str] = fr
         check_identifiers(paths["cg"], paths["pg"])
     device = pick_device(choice.device)
     sd = load_stable_diffusion(paths["base"], device, pick_dtype(choice.dtype, device), choice.tokenizer)
-    size = size or sd.unet.config.get("sample_size", 512 // sd.vae.factor) * sd.vae.factor
+    size = size or sd.size
     canvas_size(1, 1, size, sd.multiple)  # refuses a size that does not fit the base
     cg = load_branch("controlnet" if choice.controlnet else "category", paths["cg"], sd) if categories else None
     pg = load_branch("personality", paths["pg"], sd) if with_pg else None
-    return Models(sd, cg, pg, identifiers, size, [version(path) for path in paths.values()])
+    return Models(sd, cg, pg, identifiers, size, [fingerprint(path) for path in paths.values()])
 
 
 def branch_path(option: str, given: Path | None, weights: Path | None) -> Path:

@@ -77,7 +77,7 @@ def write_sd15(folder: Path) -> None:
     from support.files import write_json
     from toy.stages import train_tokenizer
     from vae import VAE
-    from weights import TEXT_FILES, UNET_FILES, control_config, save_control, save_module
+    from weights import TEXT_FILE, UNET_FILE, control_config, save_control, save_module
 
     torch.manual_seed(0)
     unet = UNet(UNET)
@@ -87,9 +87,9 @@ def write_sd15(folder: Path) -> None:
         for layer in (*branch.controlnet_down_blocks, branch.controlnet_mid_block):
             torch.nn.init.normal_(layer.weight, std=0.01)
         save_control(branch, folder / name, categories={"mug": "sks 0"})
-    save_module(unet, folder / "unet", UNET_FILES[0])
-    save_module(VAE(VAE_CONFIG), folder / "vae", UNET_FILES[0])
-    save_module(TextEncoder(TEXT), folder / "text_encoder", TEXT_FILES[0])
+    save_module(unet, folder / "unet", UNET_FILE)
+    save_module(VAE(VAE_CONFIG), folder / "vae", UNET_FILE)
+    save_module(TextEncoder(TEXT), folder / "text_encoder", TEXT_FILE)
     train_tokenizer(["a photo of a mug"] * 3, 600, 77, folder / "tokenizer")
     write_json({"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
                 "steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False},
