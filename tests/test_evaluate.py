@@ -23,7 +23,7 @@ from model import UNet
 from rivals.baselines import blended_diffusion, stable_diffusion
 from sampler import ddim, seeded
 from support.datasets import read_items
-from support.figures import tsne
+from support.figures import neighbour_probabilities, scatter, tsne, tsne_loss
 from support.files import BadInput
 from support.metrics import frechet, interval, joint_frechet, similarity
 from toy.world import write_world
@@ -187,12 +187,62 @@ def test_blended_diffusion_follows_the_gradient_of_the_clip_distance(sd, ads, mo
 # ---------------------------------------------------------------- figures
 
 
-def test_tsne_keeps_apart_what_is_apart():
-    """Three far clusters in 20 dimensions: every point's nearest neighbours in the plane are of its own."""
-    x = torch.cat([random(25, 20, seed=i) + 12 * random(1, 20, seed=10 + i) for i in range(3)])
+def clusters(sizes, spreads, dimensions=20, seed=0):
+    """Far clusters of these sizes and standard deviations, and the cluster of each row."""
+    x = [spread * random(n, dimensions, seed=seed + i) + 12 * random(1, dimensions, seed=seed + 100 + i)
+         for i, (n, spread) in enumerate(zip(sizes, spreads))]
+    return torch.cat(x), torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+
+
+def kl_divergence(x, y, perplexity):
+    """KL(P ‖ Q), written out: Q by Student's t with one degree of freedom."""
+    P, w = neighbour_probabilities(x.double(), perplexity), 1 / (1 + (y[:, None] - y).double().square().sum(2))
+    Q = w.fill_diagonal_(0) / w.sum()
+    return (P * (P / Q).log())[P > 0].sum().item()
+
+
+@pytest.mark.parametrize("n, perplexity", [(40, 10), (7, 30)])
+def test_each_points_neighbours_have_the_wanted_perplexity(n, perplexity):
+    """Before it is made symmetric; here by points on a circle, which are all alike, so that P is symmetric already."""
+    angle = torch.arange(n).double() * 2 * math.pi / n
+    P = neighbour_probabilities(torch.stack([angle.cos(), angle.sin()], dim=1), perplexity)
+    assert P.sum().item() == pytest.approx(1) and torch.equal(P, P.T) and not P.diag().any()
+    assert torch.special.entr(P * n).sum(1).exp().tolist() == pytest.approx([min(perplexity, (n - 1) / 3)] * n)
+
+
+def test_the_loss_of_tsne_is_the_kl_divergence_and_its_gradient_is_right():
+    x, y = random(12, 5, dtype=torch.float64), random(12, 2, seed=1, dtype=torch.float64)
+    P = neighbour_probabilities(x, 3)
+    assert (tsne_loss(y, P)[0] - torch.special.entr(P).sum()).item() == pytest.approx(kl_divergence(x, y, 3))
+    expected = torch.autograd.functional.jacobian(lambda y: tsne_loss(y, P, 4)[0], y)
+    torch.testing.assert_close(tsne_loss(y, P, 4)[1], expected)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("sizes, spreads", [([25, 25, 25], [1, 1, 1]), ([60, 20, 6, 30], [1, 0.1, 2, 0.01])])
+def test_tsne_keeps_apart_what_is_apart(sizes, spreads, seed):
+    """Every point's nearest neighbours in the plane are of its own cluster."""
+    x, cluster = clusters(sizes, spreads, seed=1000 * seed)
     y = tsne(x, perplexity=10, steps=250)
     nearest = torch.cdist(y, y).fill_diagonal_(math.inf).topk(5, largest=False).indices
-    assert torch.equal(nearest // 25, (torch.arange(75) // 25)[:, None].expand(75, 5))
+    assert torch.equal(cluster[nearest], cluster[:, None].expand(-1, 5))
+
+
+@pytest.mark.parametrize("x", [
+    *(random(n, 16, seed=n) for n in range(3, 11)), random(100, 30), clusters([25] * 15, [3] * 15, 64)[0],
+    random(9, 8).repeat(4, 1), torch.linspace(0, 1, 40)[:, None].expand(40, 3), 1e-4 * random(20, 8) + 10,
+], ids=[*map(str, range(3, 11)), "one cluster", "375", "each four times", "a line", "nearly equal"])
+def test_tsne_is_nearer_than_the_principal_components_at_their_best_size(x):
+    y, (U, S, _) = tsne(x), torch.linalg.svd(x.double() - x.double().mean(0), full_matrices=False)
+    components = (U * S)[:, :2] / S[0]
+    best = min(kl_divergence(x, 2.0**k * components, 30) for k in range(-6, 10))
+    assert y.isfinite().all() and kl_divergence(x, y, 30) < 0.95 * best
+
+
+def test_tsne_of_equal_points_is_a_picture_too():
+    y = tsne(torch.ones(20, 5))
+    assert y.isfinite().all()
+    assert scatter(y, [("CG", "mug")] * 20, ["mug"]).size == (1130, 900)
 
 
 # ---------------------------------------------------------------- the command line
