@@ -41,8 +41,10 @@ def tsne(x: Tensor, perplexity: float = 30.0, steps: int = 500) -> Tensor:
 
 
 def neighbour_probabilities(x: Tensor, perplexity: float) -> Tensor:
-    """P of t-SNE, symmetric, its sum 1: each point's neighbours by a Gaussian around it, as wide as gives them the wanted
-    perplexity (of n points at most (n − 1) / 3). (n, d) -> (n, n)
+    """P of t-SNE: how likely two points are neighbours; symmetric, and its sum is 1. (n, d) -> (n, n)
+
+    A Gaussian around each point weighs the others. It is as wide as gives them the wanted perplexity, which is at most
+    (n − 1) / 3.
     """
     n, d2 = len(x), torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").square()
     d2 = d2 / d2.mean().clamp(min=TINY)
@@ -59,7 +61,7 @@ def neighbour_probabilities(x: Tensor, perplexity: float) -> Tensor:
 def tsne_loss(y: Tensor, P: Tensor, exaggeration: float = 1.0) -> tuple[Tensor, Tensor]:
     """KL(P ‖ Q) of positions y (n, 2), up to the entropy of P, which is constant, and its gradient (n, 2).
 
-    Q = w / Σ w with w = 1 / (1 + d²), so that −Σ P log Q = Σ P log(1 + d²) + log Σ w; exaggeration weighs the first term.
+    Q = w / Σ w with w = 1 / (1 + d²), so that −Σ P log Q = Σ P log(1 + d²) + log Σ w. exaggeration multiplies P.
     """
     d2 = torch.cdist(y, y).square()
     w = (1 / (1 + d2)).fill_diagonal_(0)
@@ -68,8 +70,8 @@ def tsne_loss(y: Tensor, P: Tensor, exaggeration: float = 1.0) -> tuple[Tensor, 
 
 
 def scatter(y: Tensor, kinds: list[tuple[str, str]], categories: list[str], side: int = 900) -> Image.Image:
-    """Points (n, 2) as Fig. 5a draws them: centres as circles, CG's as triangles, ControlNet's as squares, a colour a
-    category.
+    """Points (n, 2) as Fig. 5a draws them, in a colour for each category: centres are circles, CG's points triangles,
+    ControlNet's squares.
     """
     scale, edge, legend = 2, 40, 230  # drawn at twice the size
     page = Image.new("RGB", ((side + legend) * scale, side * scale), "white")
@@ -106,7 +108,9 @@ def cutout_of(item: Item) -> Tensor:
     return rgb * mask + 1 - mask
 
 
-def drawn(items: list, count: int) -> list:
-    """`count` of the items, the same ones every time; not at even distances: lists often go round the categories."""
+def choose(items: list, count: int) -> list:
+    """Some of the items at random, the same ones every time. Evenly spaced ones would not do: lists often go round the
+    categories.
+    """
     chosen = torch.randperm(len(items), generator=Generator().manual_seed(0))[:count]
     return [items[i] for i in sorted(chosen.tolist())]
