@@ -138,9 +138,9 @@ def table(lab: Lab, name: str) -> None:
     our_label = next(row.label for row in rows if row.method == ours)
     counts = " or ".join(map(str, sorted({len(m.kept) for m in measured.values()})))
     lines = [*markdown(results, protocols, metrics), *lines_ahead(results, our_label, protocols, metrics), "",
-             f"{counts} pictures a figure; ± is half of the 95% interval ({RESAMPLES} bootstrap samples)."]
+             f"Each number is from {counts} pictures; ± is half of its 95% interval ({RESAMPLES} bootstrap samples)."]
     if not own_base:
-        lines[-1] += " The paper's figures are from BG60k and another CLIP: compare only the order."
+        lines[-1] += " The paper's are from BG60k and another CLIP: compare only the order."
     settings = {"data": str(lab.data), "steps": lab.how.steps, "guidance": lab.how.guidance, "seed": lab.seed}
     write_json(settings | {"rows": results}, lab.out / f"{name}.json")
     write_atomic(lab.out / f"{name}.md", lambda new: new.write_text("\n".join(lines) + "\n", encoding="utf-8"))
@@ -172,11 +172,11 @@ def lines_ahead(results: list[dict], ours: str, protocols: list[str], metrics: l
     """How far our method is ahead of each other one: a paragraph for each protocol."""
     names, lines = ", ".join(METRICS[metric][:-2] for metric in metrics), []
     for protocol in protocols:
-        others = [f"{result['method']}: " + ", ".join(map(plus_minus, result["measured"]["ours_ahead"].values()))
+        others = [f"of {result['method']} by {', '.join(map(plus_minus, result['measured']['ours_ahead'].values()))}"
                   for result in results
                   if result["protocol"] == protocol and result["measured"] and result["method"] != ours]
-        head = f"{PROTOCOLS[protocol]} {ours} ahead, on the same items, by {names}: ".lstrip()
-        lines += ["", head + "; ".join(others) + "."]
+        head = f"{PROTOCOLS[protocol]}: {ours}".removeprefix(": ")
+        lines += ["", f"{head} is ahead on the same items ({names}): {'; '.join(others)}."]
     return lines
 
 
@@ -315,7 +315,8 @@ def lab_of(args: argparse.Namespace) -> Lab:
     device = pick_device(args.device)
     networks = Networks({name: vars(args)[name.replace("-", "_")] for name in OPTIONS}, TRAINED, device)
     # without the options that name networks: Lab.pictures records the fingerprints of those that a method uses
-    record = {name: value for name, value in record_of(args).items() if name.replace("_", "-") not in OPTIONS}
+    record = record_of(args, seed=args.seed)
+    record = {name: value for name, value in record.items() if name.replace("_", "-") not in OPTIONS}
     return Lab(data=args.data.absolute(), limit=args.limit, centres=args.centres, networks=networks,
                choice=ModelChoice(args.weights, args.tokenizer, device=device, dtype=args.dtype),
                how=Painting(args.steps, args.guidance, hint=args.hint), size=args.size, strength=args.strength,
@@ -333,7 +334,7 @@ def main(arguments: list[str] | None = None) -> None:
     if world > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=7))  # processes wait for one another while all paint
     lab, (command, following) = lab_of(args), COMMANDS[args.what]
-    train.toy_data(lab.data)
+    train.draw_toy_data(lab.data)
     with redirect_stdout(io.StringIO()) if rank else nullcontext():  # the first process speaks for all
         command(lab)
         print(f"next: {following}; the pictures lie in {args.out / 'pictures'}")

@@ -20,7 +20,7 @@ from generate import paint, paint_ads, prompt_texts
 from rivals.baselines import blended_diffusion, stable_diffusion
 from sampler import Painting
 from support.batch import paint_items, result_path
-from support.cache import hashed, stamp
+from support.cache import file_fingerprint, fingerprint
 from support.datasets import Item, read_items
 from support.files import BadInput, barrier
 from support.metrics import embed_pictures
@@ -125,9 +125,9 @@ class Lab:
         used = [version(self.networks.path(network)) for network in ("weights", *method.networks())]
         record = self.record | {"method": name, "strength": self.strength if method.clip else None, "models": used}
         split = self.all_items(folder) if folder in PROTOCOLS else items
-        files = [[item.category, *map(stamp, (item.image, item.mask, item.reference, item.reference_mask))]
+        files = [[item.category, *map(file_fingerprint, (item.image, item.mask, item.reference, item.reference_mask))]
                  for item in split]
-        out = self.out / "pictures" / folder / f"{name}-{hashed([record, files])[:8]}"
+        out = self.out / "pictures" / folder / f"{name}-{fingerprint([record, files])[:8]}"
         paths = [result_path(out, i, item) for i, item in enumerate(items)]
         missing = not all(path.exists() for path in paths)
         barrier()  # every process has looked before any paints

@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 from tqdm import tqdm
 
 from clip import CLIP
-from support.cache import cached, digest, stamp
+from support.cache import compute_once, file_fingerprint, weights_fingerprint
 from support.datasets import MASK_OF_ITEM, Item
 from support.files import BadInput
 from support.images import load_masked, open_image, to_tensor
@@ -46,8 +46,9 @@ def embed_pictures(clip: CLIP, paths: list[Path], items: list[Item] | None, fold
         batches = (torch.cat([preprocessed(*pair) for pair in pairs[k : k + 64]]) for k in bar)
         return {"embeddings": torch.cat([clip.encode_image(batch).cpu() for batch in batches])}
 
-    masks = [[stamp(item.image), stamp(item.mask), item.inverted] for item in items or ()]
-    return cached(folder, [digest(clip), [stamp(path) for path in paths], masks], compute)["embeddings"]
+    masks = [[file_fingerprint(item.image), file_fingerprint(item.mask), item.inverted] for item in items or ()]
+    key = [weights_fingerprint(clip), [file_fingerprint(path) for path in paths], masks]
+    return compute_once(folder, key, compute)["embeddings"]
 
 
 def similarity(x: Tensor, y: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from support.cache import hashed
-from support.files import BadInput, barrier, native_bfloat16, processes
+from support.cache import fingerprint
+from support.files import BadInput, barrier, processes, read_json
 from support.models import TOY, branch_path, check_identifiers, identifiers_of
 from weights import version
 
@@ -52,6 +52,15 @@ class Networks(NamedTuple):
             identifiers_of(categories, self.given("cg"))
         for name in paths.keys() & {"cg-plain", "pg"}:
             check_identifiers(self.given("cg"), paths[name])
+        for name, attention in (("cg", "mask-guided"), ("cg-plain", "plain")):
+            if name in paths and (found := attention_of(paths[name])) != attention:
+                raise BadInput(f"--{name} {paths[name]} is a CG with {found} attention; give one with {attention}")
+
+
+def attention_of(cg: Path) -> str:
+    """What train.py cg --attention recorded in a CG's config.json."""
+    config = (cg.parent if cg.is_file() else cg) / "config.json"
+    return read_json(config).get("attention", "mask-guided") if config.is_file() else "mask-guided"
 
 
 def train_once(name: str, command: list[str], frozen: list[Path], device: str) -> Path:
@@ -60,19 +69,17 @@ def train_once(name: str, command: list[str], frozen: list[Path], device: str) -
     Under torchrun one process trains and the others wait. A training that was interrupted goes on.
     """
     key = [command, [version(path) for path in frozen]]
-    out = Path("runs", "evaluate", f"{name}-{hashed(key)[:8]}")
+    out = Path("runs", "evaluate", f"{name}-{fingerprint(key)[:8]}")
     if processes()[0] == 0 and not out.exists():
         unfinished = out.with_name(f"{out.name}.unfinished")
-        command = [*command, "--out", str(unfinished), "--cache", "runs/cache", "--device", device]
+        command = [*command, "--out", str(unfinished), "--cache", "runs/cache", "--device", device, "--amp"]
         if command[0] == "pg":
             command += ["--cg", str(frozen[1])]
-        if native_bfloat16():
-            command.append("--amp")
         print("training, once: python train.py", *command, file=sys.stderr)
         if [*unfinished.glob("training/*/checkpoint_*")]:
             command.append("--resume")
         alone = {name: x for name, x in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS")}
-        if subprocess.run([sys.executable, TRAIN, *command], env=alone).returncode:
+        if subprocess.run([sys.executable, TRAIN, *command], env=alone, stdout=2).returncode:  # stdout is the table's
             raise BadInput("the training failed, as it says above; once that is mended, this command goes on")
         unfinished.rename(out)
     barrier()
