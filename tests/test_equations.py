@@ -404,6 +404,17 @@ def test_watched_weights_are_those_that_attention_uses():
     torch.testing.assert_close(blend, layer.to_out[0](read[0] * M + read[1] * (1 - M)))
 
 
+@torch.no_grad()
+def test_both_passes_of_the_guidance_in_one_batch_are_each_pass_alone(unet, cg, pg):
+    """One row of z_t for two prompts: the same as row by row."""
+    i, without = inputs(2), Prompts(*(random(2, 7, 24, seed=30 + k) for k in range(3)))
+    branches, t = with_features((cg, i.hint), (pg, i.hint_ref)), torch.tensor([981])
+    both = Prompts(*(torch.cat(pair) for pair in zip(without, i.prompts)))
+    together = predict_noise(unet, i.z, t, both, branches, i.mask.repeat(2, 1, 1, 1))
+    for half, prompts in zip(together.chunk(2), (without, i.prompts), strict=True):
+        assert relative_error(half, predict_noise(unet, i.z, t, prompts, branches, i.mask)) < 1e-5
+
+
 @torch.inference_mode()
 def test_what_does_not_change_over_the_walk_is_computed_before_it(unet, cg, pg, prompts, unconditional, monkeypatch):
     """The hint encoders run once a picture, however many steps follow."""
@@ -440,7 +451,7 @@ class Still(nn.Module):
 
     def forward(self, z, t, context, residuals=None):
         self.seen.append((z.clone(), t.clone(), context))
-        return torch.zeros_like(z)
+        return torch.zeros(len(context), *z.shape[1:])  # a row a prompt: both passes of the guidance
 
 
 @pytest.fixture
@@ -492,8 +503,7 @@ def test_with_a_reference_z_T_is_its_latent_noised_to_the_first_timestep(prompts
     still, z_ref, a = Still(), random(3, 4, 16, 16, seed=8), alpha_bars()[981]
     eps = torch.cat([torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(n)) for n in range(3)])
     sample(still, Schedule(), Conditions(prompts, unconditional), seeded(0, 3), (4, 16, 16), Painting(), z_ref)
-    (z_T, without), t, _ = still.seen[0][0].chunk(2), *still.seen[0][1:]
-    assert torch.equal(z_T, without)  # both passes of the guidance
+    z_T, t, _ = still.seen[0]
     assert len(still.seen) == 50 and (t == 981).all()
     expected = math.sqrt(a) * z_ref + math.sqrt(1 - a) * eps
     torch.testing.assert_close(z_T, expected, rtol=1e-4, atol=1e-5)
