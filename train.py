@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data import SIGMA, THETA, Samples, load_ad, product_hint
-from generate import IDENTIFIER, TOY, branch_path, categories_file, encode_prompts, load_branch, paint, prompt_texts
+from generate import IDENTIFIER, encode_prompts, paint, prompt_texts
 from model import CategoryGenerator, ControlNet, PersonalityGenerator, Prompts, UNet, predict_noise
 from sampler import seeded, timestep_weights
 from support.cache import cached, digest, hashed
@@ -34,6 +34,7 @@ from support.datasets import categories_of, read_identifiers, read_items
 from support.files import BadInput, one_line_errors
 from support.images import canvas_size, sheet
 from support.machine import barrier, bfloat16_is_faster, cores, pick_device, processes
+from support.models import TOY, branch_path, categories_file, load_branch
 from support.options import Parser, check_folder, real_number, whole_number
 from support.tensors import fingerprint
 from support.trainer import Latents, Task, divisor, memory_format, mixed_precision, run
