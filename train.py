@@ -6,13 +6,13 @@
     python train.py cg --attention plain                                    # without Eq. 3, to measure what it adds
     python train.py cg --resume                                             # goes on exactly where it stopped
     torchrun --nproc_per_node 8 train.py cg --data BG60K --weights SD15     # on eight GPUs
-    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py ...   # on each of two
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py ...  # on each of two
 
-Stages: vae, clip, unet (in toy/stages.py) make a base from pictures with captions; cg, then pg with CG frozen, or joint,
-train the paper's branches on a frozen base; controlnet trains a general ControlNet on captions, to compare with. One loop
-serves all; a stage is what is trained, on which samples, and its loss. Everything random in a sample is drawn from the
-run's seed and the sample's position in the run: where a run was interrupted changes nothing; nor, for the paper's branches,
-how many processes share a batch and in how many parts it is computed.
+Stages: vae, clip and unet (in toy/stages.py) make a base from pictures with captions. cg, then pg with CG frozen, or
+joint train the paper's branches on a frozen base. controlnet trains a general ControlNet on captions, to compare with.
+One loop serves all; a stage is what is trained, on which samples, and its loss. Everything random in a sample is drawn
+from the run's seed and the sample's position in the run, so an interruption changes nothing; for the paper's branches
+neither does the number of processes that share a batch, nor the number of parts in which it is computed.
 """
 
 import argparse
@@ -31,13 +31,22 @@ from generate import IDENTIFIER, Canvas, paint, prompt_texts
 from model import CategoryGenerator, ControlNet, PersonalityGenerator, Prompts, UNet, predict_noise
 from sampler import Painting, Schedule, seeded, timestep_weights
 from support.cache import fingerprint
-from support.datasets import read_items
+from support.datasets import Item, read_items
 from support.encoded import CaptionPrompts, CategoryPrompts, Latents, prompt_table
 from support.files import BadInput, Parser, barrier, one_line_errors, processes, real, whole
 from support.identifiers import category_identifiers
 from support.images import canvas_size, sheet
 from support.models import TOY, load_branch
-from support.settings import BASE_STAGES, BRANCH_STAGES, Settings, add_machine_options, fastest_amp, settle, start_processes
+from support.settings import (
+    BASE_STAGES,
+    BRANCH_STAGES,
+    Settings,
+    add_machine_options,
+    fastest_amp,
+    next_commands,
+    settle,
+    start_processes,
+)
 from support.sheets import held_out_ads
 from support.trainer import Task, Trainer
 from toy.stages import STAGES
@@ -136,72 +145,75 @@ def build_branches(sd: StableDiffusion, settings: Settings) -> dict[str, Control
     return branches
 
 
+def batch_prompts(sd: StableDiffusion, items: list[Item], identifiers: dict[str, str] | None,
+                  settings: Settings) -> Callable[[Tensor, Tensor], Prompts]:
+    """Eq1.prompts: by category with its identifier, encoded here once; without identifiers by caption."""
+    if identifiers is None:  # as many as pictures: encoded when they are needed
+        return CaptionPrompts(replace(sd, unet=None, vae=None).prompts, [", ".join(item.caption) for item in items])
+    texts = [prompt_texts(*pair) for pair in identifiers.items()] + [("", "", "")]
+    rows = {name: row for row, name in enumerate(identifiers)}
+    return CategoryPrompts(prompt_table(sd, texts, settings.cache, settings.amp),
+                           [rows[item.category] for item in items], settings.device)
+
+
 def branch_task(settings: Settings) -> Task:
     """Stages cg, pg, joint and controlnet: Eq. 1 over the parameters of CG, of PG beside a frozen CG, of both, or of an
     ordinary ControlNet that reads captions.
     """
+    stage, size = settings.stage, settings.size
     sd = load_stable_diffusion(settings.weights, settings.device, tokenizer=settings.tokenizer)
-    canvas_size(1, 1, settings.size, sd.multiple)  # says so where the size does not fit the base
+    fingerprints = fingerprint([version(path) for path in (settings.weights, settings.cg) if path])
+    canvas_size(1, 1, size, sd.multiple)  # refuses a size that does not fit the base
     items, notes = read_items(settings.data)
     if processes()[0] == 0:
         print(*notes, sep="\n", file=sys.stderr)
-    captions = [item.caption and ", ".join(item.caption) for item in items]
-    if settings.stage == "controlnet" and None in captions:
-        raise BadInput(f"{settings.data}: stage controlnet trains on captions, which this data set lacks; for an ordinary "
-                       "ControlNet on these ads: train.py cg --attention plain")
-    identifiers = None if settings.stage == "controlnet" else category_identifiers(items, settings, IDENTIFIER)
+    if stage == "controlnet" and not all(item.caption for item in items):
+        raise BadInput(f"{settings.data}: stage controlnet trains on captions, which this data set lacks; an ordinary "
+                       "ControlNet on these ads is trained by train.py cg --attention plain")
+    identifiers = None if stage == "controlnet" else category_identifiers(items, settings, IDENTIFIER)
 
     trained = build_branches(sd, settings)
-    cg = load_branch("category", settings.cg, sd) if settings.stage == "pg" else None
-    for frozen in (sd.unet, sd.vae, sd.text_encoder, *([cg] if cg else [])):
+    cg = load_branch("category", settings.cg, sd) if stage == "pg" else trained.get("cg")
+    control, pg = trained.get("controlnet"), trained.get("pg")
+    for frozen in (sd.unet, sd.vae, sd.text_encoder, *([cg] if stage == "pg" else [])):
         frozen.to(settings.amp or torch.float32, memory_format=settings.memory_format)
     if settings.checkpointing:
         sd.unet.recompute_activations()
-    first, pg = cg or trained.get("cg") or trained["controlnet"], trained.get("pg")
 
-    cache, amp = settings.cache, settings.amp
-    latents = Latents(sd, items, settings.size, cache, min(8, settings.micro_batch), amp, settings.workers)
-    if identifiers:
-        texts = {name: prompt_texts(name, identifier) for name, identifier in identifiers.items()}
-        table, row = prompt_table(sd, [*texts.values(), ("", "", "")], cache, amp), {name: i for i, name in enumerate(texts)}
-        prompts = CategoryPrompts(table, [row[item.category] for item in items], settings.device)
-    else:
-        texts = None
-        prompts = CaptionPrompts(replace(sd, unet=None, vae=None).prompts, captions)
-    eq1 = Eq1(sd.unet, sd.schedule, [(first, "product")] + ([(pg, "background")] if pg else []), prompts,
-              settings.prompt_dropout, timestep_weights(sd.schedule, settings.weighting).to(settings.device))
-    samples = Samples(items, settings.size, latents, perturbed=pg is not None, theta=settings.theta, sigma=settings.sigma,
+    latents = Latents(sd, items, size, settings.cache, min(8, settings.micro_batch), settings.amp, settings.workers)
+    samples = Samples(items, size, latents, perturbed=pg is not None, theta=settings.theta, sigma=settings.sigma,
                       noise_offset=settings.noise_offset)
+    branches = [(branch, shows) for branch, shows in ((cg or control, "product"), (pg, "background")) if branch]
+    eq1 = Eq1(sd.unet, sd.schedule, branches, batch_prompts(sd, items, identifiers, settings), settings.prompt_dropout,
+              timestep_weights(sd.schedule, settings.weighting).to(settings.device))
+    cg_name = "CG with plain attention" if settings.attention == "plain" else "CG"
+    name = {"cg": cg_name, "pg": "PG", "joint": f"{cg_name} and PG", "controlnet": "a ControlNet"}[stage]
+    canvas = held_out_canvas(items, identifiers, settings, with_references=pg is not None)
 
     def save(out: Path) -> None:
-        for name, branch in trained.items():
-            save_control(branch, out / name, settings.save_dtype, identifiers)
+        for folder, branch in trained.items():
+            save_control(branch, out / folder, settings.save_dtype, identifiers)
 
-    canvas = Canvas(*held_out_ads(items, texts, settings, with_references=pg is not None))
-    name = {"cg": "CG", "pg": "PG", "joint": "CG and PG", "controlnet": "a ControlNet"}[settings.stage]
-    name += ", with plain attention" if settings.attention == "plain" else ""
     return Task(name, trained, samples, lambda batch, generator: eq1(batch),
-                partial(draw_branches, sd.unet, first, pg, canvas, settings), save, next_commands(settings), identifiers,
-                fingerprint([version(path) for path in (settings.weights, settings.cg) if path]))
+                partial(draw_branches, sd.unet, cg or control, pg, canvas, settings), save,
+                next_commands(settings, toy=settings.data == TOY_DATA / "ads"), identifiers, fingerprints)
 
 
-def next_commands(settings: Settings) -> list[list[str]]:
-    """What can be done with the trained branches: paint, and after CG train PG."""
-    stage, out = settings.stage, settings.out
-    branches = {"cg": {"cg": out / "cg"}, "pg": {"cg": settings.cg, "pg": out / "pg"},
-                "joint": {"cg": out / "cg", "pg": out / "pg"}, "controlnet": {"controlnet": out / "controlnet"}}[stage]
-    commands = [settings.command("generate.py", ("weights", "tokenizer"), **branches)]
-    if settings.data != TOY_DATA / "ads":  # else a sample of the toy is painted
-        commands[0] += ["--product", "PHOTO.png", "--category", "NAME"]
-    if stage == "cg":
-        commands.insert(0, settings.command("train.py pg", ("weights", "tokenizer", "data"), **branches))
-    return commands
+def held_out_canvas(items: list[Item], identifiers: dict[str, str] | None, settings: Settings,
+                    with_references: bool) -> Canvas:
+    """The ads that sheets are painted from, with their categories' prompts, or without identifiers their captions."""
+    split = "bgpair" if with_references else "bg1k"
+    ads, (rgb, mask, *references) = held_out_ads(settings.data, split, items, identifiers, settings.size)
+    texts = [prompt_texts(ad.category, identifiers[ad.category]) if identifiers else (", ".join(ad.caption),) * 3
+             for ad in ads]
+    return Canvas(rgb, mask, texts, [], *(references if with_references else ()))
 
 
 def draw_branches(unet: UNet, cg: ControlNet, pg: ControlNet | None, canvas: Canvas, settings: Settings):
-    """A column for each ad: product, with PG the reference, the picture painted, and the ad that the product is from."""
-    fresh = load_stable_diffusion(settings.weights, "cpu", tokenizer=settings.tokenizer)  # VAE and text encoder, for a moment
-    sd = replace(fresh, unet=unet, vae=fresh.vae.to(settings.device), text_encoder=fresh.text_encoder.to(settings.device))
+    """A column for each ad: product, with PG the reference, the painted picture, the ad that the product is from."""
+    base = load_stable_diffusion(settings.weights, "cpu", tokenizer=settings.tokenizer)  # training dropped its VAE
+    vae, text_encoder = base.vae.to(settings.device), base.text_encoder.to(settings.device)
+    sd = replace(base, unet=unet, vae=vae, text_encoder=text_encoder)
     canvas = canvas._replace(generators=seeded(settings.seed, len(canvas.texts)))
     painted = paint(sd, canvas, Painting(steps=25), cg, pg)
     rows = {"product": product_hint(canvas.rgb, canvas.mask)} | ({"reference": canvas.reference} if pg else {})
@@ -233,7 +245,7 @@ def options() -> Parser:
     add("--init", **path, help="stages vae and unet: start from these weights [random]")
     add("--init-control", **path, help="branches: start from a ControlNet, CG or PG [SD's encoder, zero convolutions]")
     add = parser.add_argument_group("the method [on the toy's data the toy's settings, else the paper's]").add_argument
-    add("--size", metavar="N", type=whole(32, 4096), help="side of the pictures in pixels [toy 128; paper 512, section 5.1]")
+    add("--size", metavar="N", type=whole(32, 4096), help="side of the pictures in pixels [toy 128; paper 512]")
     add("--attention", choices=["mask-guided", "plain"],
         help="CG's: Eq. 3, or Eq. 2 on P, which makes it an ordinary ControlNet (ours) [mask-guided, the paper's]")
     add("--prompt-dropout", metavar="X", type=real(0, 1),
@@ -248,16 +260,16 @@ def options() -> Parser:
     add("--identifier", metavar="TEXT",
         help=f"[D] of a category, with {{}} for its number [{IDENTIFIER!r}, section 5.1; known categories keep theirs]")
     add = parser.add_argument_group("the optimiser [likewise]").add_argument
-    add("--lr", metavar="X", type=real(1e-9, 10), help="AdamW's learning rate [toy 1e-3 or 2e-3; paper 1e-5, section 5.1]")
-    add("--batch", metavar="N", type=whole(1, 65536), help="pictures a step, by all processes [toy 12 to 64; paper 128]")
+    add("--lr", metavar="X", type=real(1e-9, 10), help="AdamW's learning rate [toy 1e-3 or 2e-3; paper 1e-5]")
+    add("--batch", metavar="N", type=whole(1, 65536), help="pictures a step, all processes [toy 12 to 64; paper 128]")
     add("--epochs", metavar="N", type=whole(1, 10**6), help="passes over the data, unless --steps is given [paper 300]")
     add("--steps", metavar="N", type=whole(1, 10**9), help="steps in all [toy 800 to 10400; else from --epochs]")
     add("--warmup", metavar="N", type=whole(0, 10**9), help="steps in which the rate rises [toy 50 or 100; paper 0]")
-    add("--decay", metavar="X", type=real(0, 1), help="last part of the run, in which it falls to 0 [toy 0.3 or 0.5; paper 0]")
+    add("--decay", metavar="X", type=real(0, 1), help="last part of the run, where it falls [toy 0.3, 0.5; paper 0]")
     add("--weight-decay", metavar="X", type=real(0, 10), default=1e-2, help="AdamW's [0.01, as ControlNet]")
     add("--clip-gradient", metavar="X", type=real(0, 1e6),
-        help="longer gradients are shortened to this length; 0: none are [toy 1; paper 0]")
-    add("--ema", metavar="X", type=real(0, 0.99999), help="decay of the weights' moving average [toy 0 to 0.999; paper 0: none]")
+        help="longer gradients are shortened to this length; 0: none [toy 1; paper 0]")
+    add("--ema", metavar="X", type=real(0, 0.99999), help="decay of the moving average [toy 0 to 0.999; paper 0: none]")
     add("--seed", metavar="N", type=whole(0, 2**32 - 1), default=0, help="decides everything random [0]")
     add_machine_options(parser)
     return parser
@@ -272,8 +284,9 @@ def main(arguments: list[str] | None = None) -> None:
     if args.amp == "auto":
         settings = replace(settings, amp=fastest_amp(settings))
     if not settings.steps:
-        settings = replace(settings, steps=math.ceil(settings.epochs * len(read_items(settings.data)[0]) / settings.batch))
-    fit((STAGES | dict.fromkeys(BRANCH_STAGES, branch_task))[settings.stage](settings), settings)
+        pictures = settings.epochs * len(read_items(settings.data)[0])
+        settings = replace(settings, steps=math.ceil(pictures / settings.batch))
+    fit(STAGES.get(settings.stage, branch_task)(settings), settings)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def read_header(folder: Path) -> dict:
-    """What the newest checkpoint says beside its tensors: "settings", and from CG and PG the "identifiers" of categories.
-    Empty where it can't be read: `Checkpoints.load` says why.
+    """What the newest checkpoint holds beside its tensors: "settings", the categories' "identifiers", ... Empty where
+    it can't be read: `Checkpoints.load` says why.
     """
     try:
         with safe_open(list_checkpoints(folder)[-1], framework="pt") as file:
@@ -92,8 +92,8 @@ class Checkpoints:
         else:  # a checkpoint from before categories could be added to a run
             same = then.get("identifiers") == fingerprint(self.identifiers)
         if not same:
-            raise BadInput(f"the categories of {now['data']}, or their identifiers, are not those that the run began with; "
-                           "give the run's --data and --identifier, or train anew to another --out")
+            raise BadInput(f"the categories of {now['data']}, or their identifiers, are not those that the run began "
+                           "with; give the run's --data and --identifier, or train anew to another --out")
         changed = [f"{name} {then[name]} -> {now[name]}" for name in now if name in then and then[name] != now[name]]
         if changed and processes()[0] == 0:
             print(f"resumed with other settings than the run's: {', '.join(changed)}", file=sys.stderr)

@@ -18,8 +18,9 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def draw_curve(lines: list[dict], title: str) -> Image.Image:
-    """The lines of a log, each with "step", "loss" (smoothed) and "raw" (the mean since the line
-    before; runs of older versions lack it), as a curve over the steps. The axis of the loss ends where 2% of the raw values lie beyond it: one bad batch does not flatten the curve.
+    """The lines of a log, each with "step", "loss" (smoothed) and "raw" (the mean since the line before; older versions
+    did not log it), as curves over the steps. The loss's axis leaves 2% of the values beyond each end, so that
+    one bad batch does not flatten the curve.
     """
     steps = [line["step"] for line in lines]
     smooth, raw = [line["loss"] for line in lines], [line.get("raw", line["loss"]) for line in lines]

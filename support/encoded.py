@@ -1,4 +1,4 @@
-"""Support: what the frozen VAE and text encoder make of a data set, computed once; not needed to understand the paper."""
+"""Support: latents and prompts of a data set, encoded once; not needed to understand the paper."""
 
 import sys
 from collections.abc import Callable, Iterable
@@ -27,10 +27,10 @@ def autocast(device: torch.device | str, dtype: torch.dtype | None, cache: bool 
 
 
 class Latents:
-    """The posteriors of the frozen VAE for a data set's square pictures of `size` pixels, in files of `PART` items each.
+    """What the frozen VAE makes of a data set's pictures, cut to squares of `size` pixels; in files of PART items each.
 
-    latents[i] -> mean and standard deviation, both (4, h, w) float32, scaled as the UNet's z; and for an inpainting UNet
-    what it reads beside z_t, (5, h, w), else None. Processes share the work; files that exist are not computed again.
+    latents[i] -> mean and standard deviation, both (4, h, w) float32, scaled as the UNet's z; and for an inpainting
+    UNet what it reads beside z_t, (5, h, w), else None. Processes share the work; what exists is not computed again.
     """
 
     PART = 1024
@@ -96,7 +96,7 @@ def prompt_table(sd: StableDiffusion, texts: list[tuple[str, str, str]], folder:
 
 
 class CategoryPrompts:
-    """The prompts of a batch of ads by their categories (section 3.2), from the rows of a prompt table; its last row is ''.
+    """A batch's prompts by category (section 3.2), from the rows of a prompt table, whose last row encodes ''.
 
     row_of_item (n,): the row of each item of the data set.
     """
@@ -111,8 +111,8 @@ class CategoryPrompts:
 
 
 class CaptionPrompts:
-    """Each picture's own caption as P, and for a branch without Eq. 3 nothing else: encoded when needed, since there are as
-    many captions as pictures.
+    """A batch's prompts by caption, for a branch that reads P alone: encoded when needed, since there are as many
+    captions as pictures.
     """
 
     def __init__(self, encode: Callable[[list[str]], Tensor], captions: list[str]):

@@ -8,15 +8,15 @@ from support.settings import Settings
 
 
 def category_identifiers(items: list[Item], settings: Settings, template: str) -> dict[str, str]:
-    """The identifier [D] of each category by name. Those that the frozen CG, --init-control or the resumed run knows stay;
-    categories that are new get the next numbers. template: what --identifier is by default.
+    """The identifier [D] of each category by name. Those that the frozen CG, --init-control or the resumed run knows
+    stay; new categories get the next numbers. template: what --identifier is by default.
     """
     names, known, source = categories_of(items), {}, settings.folder
     if settings.stage == "pg":
         known = read_json(categories_file(settings.cg))
         if unknown := [name for name in names if name not in known]:
-            raise BadInput(f"{settings.data}: category {unknown[0]} was not in CG's training set; train CG on this data "
-                           f"first, by train.py cg, with --init-control {settings.cg} to go on from this one")
+            raise BadInput(f"{settings.data}: category {unknown[0]} was not in CG's training set; train CG on this "
+                           f"data first (train.py cg; --init-control {settings.cg} starts from this CG)")
         return known
     if settings.resume:
         known = read_header(settings.folder).get("identifiers") or {}

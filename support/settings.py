@@ -11,8 +11,15 @@ import torch.distributed as dist
 from data import SIGMA, THETA
 from support.checkpoints import list_checkpoints, read_header
 from support.encoded import autocast
-from support.files import BadInput, check_folder, cores, pick_device, processes, whole
-from support.files import native_bfloat16 as bfloat16_is_faster
+from support.files import (
+    BadInput,
+    check_folder,
+    cores,
+    native_bfloat16 as bfloat16_is_faster,
+    pick_device,
+    processes,
+    whole,
+)
 from support.models import TOY, branch_path
 from weights import CONTROL_FILES, TEXT_FILES
 
@@ -87,20 +94,14 @@ class Settings:
         return torch.channels_last if self.amp or self.size <= 128 else torch.contiguous_format
 
     def autocast(self) -> torch.autocast:
-        """With --amp the context of half precision. Kept copies of the weights would cost --checkpointing its memory."""
+        """With --amp the context of half precision. It keeps half copies of the weights, unless memory counts more."""
         return autocast(self.device, self.amp, cache=not self.checkpointing)
-
-    def command(self, program: str, options: tuple[str, ...], **paths: Path) -> list[str]:
-        """A command line with `paths`, and those of this run's options that are not the toy's."""
-        given = {option: getattr(self, option) for option in options}
-        shown = {option: path for option, path in given.items() if path and TOY not in path.absolute().parents}
-        return ["python", *program.split(), *(w for option, path in (shown | paths).items() for w in (f"--{option}", str(path)))]
 
     def recorded(self) -> dict:
         """What must stay the same for a resumed run to be the run that was interrupted, as JSON can hold it."""
-        names = ("data", "weights", "tokenizer", "cg", "init_control", "attention", "batch", "steps", "size", "lr", "warmup",
-                 "decay", "weight_decay", "clip_gradient", "ema", "noise_offset", "weighting", "prompt_dropout", "theta",
-                 "sigma", "seed", "amp")
+        names = ("data", "weights", "tokenizer", "cg", "init_control", "attention", "batch", "steps", "size", "lr",
+                 "warmup", "decay", "weight_decay", "clip_gradient", "ema", "noise_offset", "weighting",
+                 "prompt_dropout", "theta", "sigma", "seed", "amp")
         values = {name: getattr(self, name) for name in names}
         return {name: value if isinstance(value, (int, float, tuple)) else str(value) for name, value in values.items()}
 
@@ -110,12 +111,13 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("machine and records").add_argument
     add("--device", metavar="NAME", default="auto", help="cpu, cuda, cuda:1, ... [auto: cuda where there is one]")
     add("--amp", nargs="?", const="auto", choices=["auto", "bfloat16", "float16"],
-        help="mixed precision; trained weights stay float32; without a value: bfloat16 where this machine multiplies it faster")
+        help="mixed precision; trained weights stay float32 [without a value: bfloat16 if that is faster here]")
     add("--micro-batch", metavar="N", type=whole(1, 65536),
-        help="pictures that a process computes at once: fewer need less memory [toy all; else 4, on one GPU 16 or what fits]")
+        help="pictures a process computes at once; fewer need less memory [toy all; else 4, on one GPU 16; or fewer]")
     add("--checkpointing", action="store_true",
         help="compute activations again for the backward pass instead of keeping them: less memory, more time")
-    add("--workers", metavar="N", type=whole(0, 256), help="processes that load samples [0 up to 128 px; else one a core, at most 8]")
+    add("--workers", metavar="N", type=whole(0, 256),
+        help="processes that load samples beside the computation [0 up to 128 px; else one a core, at most 8]")
     add("--out", metavar="DIR", type=Path, help="where models, log, sheets and checkpoints go [runs/STAGE]")
     add("--cache", metavar="DIR", type=Path,
         help="where latents and prompts are kept, encoded once; may be deleted [cache/ beside --out]")
@@ -123,12 +125,13 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
     add("--log-every", metavar="N", type=whole(1, 10**9), default=20, help="steps between lines of the log [20]")
     add("--save-every", metavar="N", type=whole(1, 10**9), default=250, help="steps between checkpoints [250]")
     add("--keep", metavar="N", type=whole(1, 10**6), default=2, help="how many of the newest checkpoints stay [2]")
-    add("--sample-every", metavar="N", type=whole(1, 10**9), default=500, help="steps between sheets and saved models [500]")
+    add("--sample-every", metavar="N", type=whole(1, 10**9), default=500,
+        help="steps between sheets and saved models [500]")
     add("--save-dtype", choices=["float32", "float16"], default="float32", help="of the saved models [float32]")
 
 
 def settle(args: argparse.Namespace, defaults: dict, toy_data: Path) -> Settings:
-    """The options over the stage's default settings. Raises BadInput for what can be found wrong before anything is loaded.
+    """The options over the stage's defaults. Raises BadInput for what can be found wrong before anything is loaded.
 
     Still open afterwards: steps are 0 where only --epochs is given, and amp is None for --amp alone.
     """
@@ -137,7 +140,8 @@ def settle(args: argparse.Namespace, defaults: dict, toy_data: Path) -> Settings
     given = {name: value for name, value in vars(args).items() if value is not None}
     if "epochs" in given:
         defaults = {name: value for name, value in defaults.items() if name != "steps"}
-    values = dict.fromkeys(Settings.__dataclass_fields__) | {"steps": 0, "theta": THETA, "sigma": SIGMA} | defaults | given
+    values = dict.fromkeys(Settings.__dataclass_fields__) | {"steps": 0, "theta": THETA, "sigma": SIGMA}
+    values |= defaults | given
     device = pick_device(args.device)
     at_most = values["batch"] if toy else 16 if device.startswith("cuda") and processes()[1] == 1 else 4
     values |= {
@@ -175,8 +179,8 @@ def largest_divisor(n: int, at_most: int) -> int:
 
 
 def settle_micro_batch(batch: int, given: int | None, at_most: int, stage: str) -> int:
-    """How many of a batch's pictures a process computes at once: as given, else as many as divide its share of the batch, up
-    to a limit. Raises BadInput where the processes or the parts can't share the batch.
+    """How many of a batch's pictures a process computes at once: as given, else the largest part of its share up to a
+    limit. Raises BadInput where the processes or the parts can't share the batch.
     """
     world = processes()[1]
     if batch % world:
@@ -202,8 +206,8 @@ def check_out(settings: Settings) -> None:
                            "choose another folder")
     found = list_checkpoints(settings.folder)
     if settings.resume and not found:
-        raise BadInput(f"nothing to resume: {settings.folder} holds no checkpoint; leave out --resume, or give the run's "
-                       "--out")
+        raise BadInput(f"nothing to resume: {settings.folder} holds no checkpoint; leave out --resume, or give the "
+                       "run's --out")
     if found and not settings.resume:
         raise BadInput(f"--out {out} holds a run of this stage; add --resume to go on, or name another folder")
 
@@ -235,3 +239,21 @@ def fastest_amp(settings: Settings) -> torch.dtype | None:
         print("--amp: " + (f"trains in mixed precision, {str(choice[0])[6:]}" if choice[0] else
                            "trains in float32: this machine does not multiply bfloat16 faster"), file=sys.stderr)
     return choice[0]
+
+
+def next_commands(settings: Settings, toy: bool) -> list[list[str]]:
+    """What can be done with trained branches: paint, and after CG train PG; on the toy's ads, paint its sample."""
+
+    def command(program: str, *options: str) -> list[str]:
+        given = {option: getattr(settings, option) for option in options}
+        paths = {option: path for option, path in given.items() if path and TOY not in path.absolute().parents}
+        return ["python", *program.split(), *(word for o, path in (paths | branches).items()
+                                              for word in (f"--{o}", str(path)))]
+
+    stage, out = settings.stage, settings.out
+    branches = {"cg": {"cg": out / "cg"}, "pg": {"cg": settings.cg, "pg": out / "pg"},
+                "joint": {"cg": out / "cg", "pg": out / "pg"}, "controlnet": {"controlnet": out / "controlnet"}}[stage]
+    paint = command("generate.py", "weights", "tokenizer")
+    if stage == "controlnet" or not toy:
+        paint += ["--product", "PHOTO.png", "--category", "NAME"]
+    return [command("train.py pg", "weights", "tokenizer", "data"), paint] if stage == "cg" else [paint]

@@ -1,38 +1,41 @@
 """Support: the ads that a training run's sheets are painted from; not needed to understand the paper."""
 
+from collections.abc import Container
 from dataclasses import replace
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from data import load_ad
 from support.datasets import Item, read_items
 from support.files import BadInput
-from support.settings import Settings
 
 
-def held_out_ads(items: list[Item], texts: dict[str, tuple[str, str, str]] | None, settings: Settings,
-                 with_references: bool, count: int = 8) -> tuple:
-    """The first ads of the test split, where the data set has one, then the last ones of the training set, with the prompts
-    of their categories (texts None: their captions).
+def held_out_ads(data: Path, split: str, items: list[Item], categories: Container[str] | None, size: int,
+                 count: int = 8) -> tuple[list[Item], list[Tensor]]:
+    """The first ads of a test split, where the data set has it, then the last ones of the training set; only those in
+    the given categories, if any are given.
 
-    -> images (n, 3, S, S), masks (n, 1, S, S), prompts, generators (none yet), and with_references the references and
-    their masks; an ad without one is its own.
+    -> the ads; their images and masks, their references and the references' masks, all (n, 3 or 1, size, size). An ad
+    without a reference is its own.
     """
-    split, test = "bgpair" if with_references else "bg1k", []
-    if (settings.data / f"{split}_info.txt").is_file():
+    test = []
+    if (data / f"{split}_info.txt").is_file():
         try:
-            test = read_items(settings.data, split)[0]
+            test = read_items(data, split)[0]
         except BadInput:
             pass  # its folders may not be there
-    prompts, pictures = [], []
+    ads, pictures = [], []
     for item in (*test, *items[::-1]):
-        prompt = item.caption and (", ".join(item.caption),) * 3 if texts is None else texts.get(item.category)
+        if len(ads) == count:
+            break
+        if categories is not None and item.category not in categories:
+            continue
         reference = replace(item, image=item.reference, mask=item.reference_mask) if item.reference else item
-        if prompt and len(prompts) < count:
-            try:
-                pictures.append((*load_ad(item, settings.size), *load_ad(reference, settings.size)))
-                prompts.append(prompt)
-            except BadInput:
-                continue  # named when it is read as part of the data set
-    rgb, mask, *references = (torch.stack(parts) for parts in zip(*pictures))
-    return rgb, mask, prompts, [], *(references if with_references else ())
+        try:
+            pictures.append((*load_ad(item, size), *load_ad(reference, size)))
+        except BadInput:
+            continue  # named when it is read as part of the data set
+        ads.append(item)
+    return ads, [torch.stack(parts) for parts in zip(*pictures)]

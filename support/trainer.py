@@ -1,7 +1,7 @@
-"""Support: what makes the training loop robust: processes, guards, averages, logs, memory; not needed to understand the paper.
+"""Support: what makes the training loop robust; not needed to understand the paper.
 
-`train.fit` is the loop; a Trainer does each of its steps. Everything random in a step follows from the run's seed and the
-step's number, so that a run can be resumed bit for bit.
+`train.fit` is the loop; a Trainer does its steps: it knows of processes, guards, averages, logs and memory. Everything
+random in a step follows from the run's seed and the step's number, so that a run can be resumed bit for bit.
 """
 
 import json
@@ -135,8 +135,8 @@ class MovingAverage:
 
 
 class Log:
-    """log.jsonl: a line every `every` steps, with the smoothed loss and the raw one, the mean since the line before. The
-    line goes to `bar`, too, or without a terminal to stderr.
+    """log.jsonl: a line every so many steps, with the smoothed loss and the raw one, the mean since the line before. It
+    is shown beside `bar`, too, or without a terminal on stderr.
     """
 
     def __init__(self, file: Path, start: int, settings: Settings):
@@ -188,14 +188,15 @@ class Trainer:
         self.parameters = {f"{m}.{n}": p for m, module in task.modules.items() for n, p in module.named_parameters()}
         self.optimizer = torch.optim.AdamW(self.parameters.values(), settings.lr, weight_decay=settings.weight_decay,
                                            fused=True)
-        # Half-precision gradients would vanish below 6e-8: in float16 the loss is scaled up, and the gradients back down
+        # float16 gradients would vanish below 6e-8: the loss is scaled up, and the gradients back down
         self.scaler = torch.amp.GradScaler(torch.device(settings.device).type, enabled=settings.amp == torch.float16)
         self.ema = MovingAverage(self.parameters, settings.ema)
         self.checkpoints = Checkpoints(folder, settings.keep, settings.recorded() | {"frozen weights": task.frozen},
                                        task.identifiers)
         self.start = self.checkpoints.load(*self.state()) if settings.resume else 0
         if self.start >= settings.steps:
-            raise BadInput(f"{folder} is already at step {self.start}; to train further give --steps above {self.start}")
+            raise BadInput(f"{folder} is already at step {self.start}; to train further give --steps above "
+                           f"{self.start}")
         loss = Loss(task)
         self.loss = DistributedDataParallel(loss) if self.world > 1 else loss
         self.log = Log(folder / "log.jsonl", self.start, settings) if self.rank == 0 else None
@@ -204,15 +205,15 @@ class Trainer:
         if self.rank == 0:
             millions = sum(p.numel() for p in self.parameters.values()) / 1e6
             print(f"training {task.name}, {millions:.1f} million parameters, on {len(task.samples):,} pictures from "
-                  f"{settings.data}: steps {self.start + 1:,} to {settings.steps:,} of {settings.batch} pictures each, on "
-                  f"{settings.device}", file=sys.stderr)
+                  f"{settings.data}: steps {self.start + 1:,} to {settings.steps:,} of {settings.batch} pictures each, "
+                  f"on {settings.device}", file=sys.stderr)
 
     def state(self) -> tuple:
         """What a checkpoint holds."""
         return self.parameters, self.ema.values, self.optimizer, self.scaler
 
     def batches(self) -> Iterator[tuple[int, dict]]:
-        """The steps still to be taken, counted from 0, and this process's share of each batch. SIGTERM is noted meanwhile."""
+        """The steps still to be taken, counted from 0, and this process's share of each batch."""
         s = self.settings
         order = Batches(len(self.task.samples), s.batch, s.seed, self.start, s.steps, self.rank, self.world)
         loader = DataLoader(self.task.samples, batch_sampler=order, num_workers=s.workers, pin_memory=s.device != "cpu",
@@ -268,8 +269,8 @@ class Trainer:
         return total
 
     def shrink_micro_batch(self) -> None:
-        """After a step that did not fit the memory: the next smaller micro-batch. Raises BadInput where there is none, and
-        where other processes are in the middle of the step.
+        """After a step that did not fit the memory: the next smaller micro-batch. Raises BadInput where there is none,
+        and where other processes are in the middle of the step.
         """
         s, size = self.settings, self.micro_batch
         message = f"--micro-batch {size} does not fit the memory of {s.device}"
@@ -282,8 +283,8 @@ class Trainer:
             torch.cuda.empty_cache()
 
     def update(self, step: int, loss: float) -> None:
-        """AdamW's step by the gradients, and the averages'. Raises BadInput where loss or gradients are not finite, before
-        they change a weight.
+        """AdamW's step, and the averages'. Raises BadInput where loss or gradients are not finite, before they change a
+        weight.
         """
         s = self.settings
         for group in self.optimizer.param_groups:
@@ -307,7 +308,7 @@ class Trainer:
     # ------------------------------------------------------------ what the first process writes
 
     def due(self, step: int, every: int) -> bool:
-        """Whether this process is to write something after a step: the first one, every so often and after the last step."""
+        """Whether this process is to write something: the first one, every so many steps and after the last step."""
         return self.rank == 0 and ((step + 1) % every == 0 or step + 1 == self.settings.steps)
 
     @contextmanager

@@ -131,7 +131,7 @@ class CLIPLoss:
     """Contrastive: among the pictures of a batch each caption finds its own, and the other way round."""
 
     clip: CLIP
-    ids: tuple[Tensor, Tensor, Tensor]  # tokens of the items' whole captions, their first and their second halves, (n, L)
+    ids: tuple[Tensor, Tensor, Tensor]  # tokens of the captions, of their first and their second halves, (n, L)
 
     def __call__(self, batch: dict, generator: torch.Generator) -> Tensor:
         indices, (whole, product, scene) = batch["index"].cpu(), self.ids
