@@ -169,6 +169,11 @@ def product_hint(image: Tensor, mask: Tensor) -> Tensor:
     return image * mask
 
 
+def inpaint_hint(image: Tensor, mask: Tensor) -> Tensor:
+    """What ControlNet 1.1 inpaint sees in their place: I, and −1 wherever 1 − M > 0.5, without a blend between them."""
+    return torch.where(1 - mask > 0.5, -1.0, image)
+
+
 def background_hint(image: Tensor, mask: Tensor) -> Tensor:
     """I ⊗ (1 − M), what PG sees of a reference. (..., 3, H, W) and (..., 1, H, W) -> (..., 3, H, W)."""
     return image * (1 - mask)

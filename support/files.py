@@ -214,3 +214,28 @@ def native_bfloat16() -> bool:
         return not {"avx512_bf16", "amx_bf16"}.isdisjoint(Path("/proc/cpuinfo").read_text().split())
     except OSError:
         return False
+
+
+def one_for_each(values: list | None, others: list | None, option: str, other: str) -> list:
+    """One value of an option for each of another's. Raises BadInput unless the option was given zero times, once, or once
+    for each.
+    """
+    values, count = values or [None], len(others or ())
+    if len(values) not in (1, count) or (option.endswith("mask") and values[0] and len(values) != count):
+        raise BadInput(f"{option}: {len(values)} given for {count} of {other}; give one for each")
+    return values * count if len(values) == 1 else values
+
+
+def check_together(args, exclusive: list[tuple[str, ...]] = (), needed: list[tuple[str, str]] = ()) -> None:
+    """Raises BadInput where options of one group of `exclusive` are given together, or the first of a pair in `needed`
+    without the second.
+    """
+    def given(option: str) -> bool:
+        return getattr(args, option) not in (None, False)
+
+    for group in exclusive:
+        if len(some := [f"--{option.replace('_', '-')}" for option in group if given(option)]) > 1:
+            raise BadInput(f"{some[0]} and {some[1]} exclude each other; leave one out")
+    for option, other in needed:
+        if given(option) and not given(other):
+            raise BadInput(f"--{option.replace('_', '-')} goes with --{other}; add that one")

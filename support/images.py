@@ -6,6 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from support.files import BadInput, write_atomic
@@ -54,10 +55,12 @@ def to_image(x: Tensor) -> Image.Image:
     return Image.fromarray(x.permute(1, 2, 0).squeeze(2).numpy())
 
 
-def save_image(image: Tensor | Image.Image, path: AnyPath) -> None:
-    """Write a tensor (as in to_image) or an image as PNG, whatever the name's suffix."""
-    image = to_image(image) if isinstance(image, Tensor) else image
-    write_atomic(path, lambda temporary: image.save(temporary, format="PNG"))
+def save_image(image: Tensor | Image.Image, path: AnyPath, text: dict[str, str] | None = None) -> None:
+    """Write a tensor (as in to_image) or an image as PNG, whatever the name's suffix, with text chunks by keyword."""
+    image, chunks = to_image(image) if isinstance(image, Tensor) else image, PngInfo()
+    for keyword, value in (text or {}).items():
+        chunks.add_itxt(keyword, value)
+    write_atomic(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=chunks))
 
 
 def load_mask(path: AnyPath) -> Tensor:
