@@ -1,6 +1,7 @@
 """Support: the settings of a training run, and what is wrong with them; not needed to understand the paper."""
 
 import argparse
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,6 @@ from support.encoded import autocast
 from support.files import (
     BadInput,
     check_folder,
-    cores,
     native_bfloat16 as bfloat16_is_faster,
     pick_device,
     processes,
@@ -153,7 +153,7 @@ def settle(args: argparse.Namespace, defaults: dict, toy_data: Path) -> Settings
         "sigma": tuple(values["sigma"]),
         "micro_batch": settle_micro_batch(values["batch"], args.micro_batch, at_most, stage),
         "amp": None if args.amp in (None, "auto") else getattr(torch, args.amp),
-        "workers": values["workers"] if args.workers is not None else 0 if values["size"] <= 128 else min(8, cores()),
+        "workers": given.get("workers", 0 if values["size"] <= 128 else min(8, os.cpu_count())),
         "save_dtype": getattr(torch, args.save_dtype)}
     settings = Settings(**{name: values[name] for name in Settings.__dataclass_fields__})
     check_out(settings)
