@@ -247,7 +247,7 @@ def options() -> Parser:
     add = parser.add_argument_group("the method [on the toy's data the toy's settings, else the paper's]").add_argument
     add("--size", metavar="N", type=whole(32, 4096), help="side of the pictures in pixels [toy 128; paper 512]")
     add("--attention", choices=["mask-guided", "plain"],
-        help="CG's: Eq. 3, or Eq. 2 on P, which makes it an ordinary ControlNet (ours) [mask-guided, the paper's]")
+        help="CG's: Eq. 3, or Eq. 2 on P as an ordinary ControlNet's (ours) [mask-guided, the paper's]")
     add("--prompt-dropout", metavar="X", type=real(0, 1),
         help="branches: part of the prompts replaced by '' [0.5, as ControlNet; toy's CG 0.1]")
     add("--theta", metavar="N", type=whole(0, 512),

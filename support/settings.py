@@ -29,6 +29,9 @@ BELONGS = {"init": ("vae", "unet"), "cg": ("pg",), "theta": ("pg", "joint"), "si
            "identifier": ("cg", "joint"), "attention": ("cg", "joint"),
            **dict.fromkeys(("init_control", "checkpointing", "prompt_dropout", "tokenizer"), BRANCH_STAGES),
            **dict.fromkeys(("weights", "weighting", "noise_offset"), ("unet", *BRANCH_STAGES))}
+# Settings that a resumed run may change without becoming another run
+HARMLESS = {"stage", "resume", "init", "identifier", "out", "cache", "micro_batch", "epochs", "device", "checkpointing",
+            "workers", "log_every", "save_every", "keep", "sample_every", "save_dtype"}
 WRITTEN = {"config.json", "categories.json", *CONTROL_FILES, *TEXT_FILES, "vocab.json", "merges.txt",
            "tokenizer_config.json"}  # to a trained model's folder
 
@@ -99,10 +102,7 @@ class Settings:
 
     def recorded(self) -> dict:
         """What must stay the same for a resumed run to be the run that was interrupted, as JSON can hold it."""
-        names = ("data", "weights", "tokenizer", "cg", "init_control", "attention", "batch", "steps", "size", "lr",
-                 "warmup", "decay", "weight_decay", "clip_gradient", "ema", "noise_offset", "weighting",
-                 "prompt_dropout", "theta", "sigma", "seed", "amp")
-        values = {name: getattr(self, name) for name in names}
+        values = {name: value for name, value in vars(self).items() if name not in HARMLESS}
         return {name: value if isinstance(value, (int, float, tuple)) else str(value) for name, value in values.items()}
 
 
@@ -113,7 +113,7 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
     add("--amp", nargs="?", const="auto", choices=["auto", "bfloat16", "float16"],
         help="mixed precision; trained weights stay float32 [without a value: bfloat16 if that is faster here]")
     add("--micro-batch", metavar="N", type=whole(1, 65536),
-        help="pictures a process computes at once; fewer need less memory [toy all; else 4, on one GPU 16; or fewer]")
+        help="pictures a process computes at once; fewer need less memory [toy all; else 4, on one GPU 16]")
     add("--checkpointing", action="store_true",
         help="compute activations again for the backward pass instead of keeping them: less memory, more time")
     add("--workers", metavar="N", type=whole(0, 256),
