@@ -194,7 +194,7 @@ def generate_text(args) -> None:
         for seed, picture in zip(seeds, pictures):
             line = line_of(Item(None, None, None), seed, models.dtype, record) | {"prompt": args.prompt}
             save(picture, args.out / f"prompt_{seed}.png", line)
-    print(f"{args.num} painted by the base alone; next: --product FILE --category NAME paints around a product")
+    say_next("--product PHOTO --mask MASK --category NAME paints around a product")
 
 
 def generate_product(args) -> None:
@@ -246,9 +246,9 @@ def generate_product(args) -> None:
     elif len(pictures) > 1:
         heads = [[None, *[small(rgb) for rgb, _ in styles] * len(categories[0])]] if styles else []
         save(sheet(heads + cells), args.out / "sheet.png")
-    print("next: " + ("--product PHOTO --mask MASK --category NAME paints around a product of your own" if demo else
-                      "--num 4 paints more of them; --how FILE prints the command that paints one again" if styles else
-                      "--reference AD --reference-mask MASK paints in the style of an ad"))
+    say_next("--product PHOTO --mask MASK --category NAME paints around a product of your own" if demo else
+             "--num 4 paints more of them; --how FILE prints the command that paints one again" if styles else
+             "--reference AD --reference-mask MASK paints in the style of an ad")
 
 
 def generate_data(args) -> None:
@@ -264,7 +264,7 @@ def generate_data(args) -> None:
     print(f"{args.out}: {painted:,} painted, {there:,} were there, {broken:,} broken")
     if broken > BROKEN * (painted + there + broken):
         raise BadInput(f"{args.data}: {broken:,} items can't be used, more than {BROKEN:.0%}; they are named above")
-    print(f"{args.out / 'sheet.png'} shows the first; {args.out / 'manifest.jsonl'} says what each was painted from")
+    say_next(f"look at {args.out / 'sheet.png'}; {args.out / 'manifest.jsonl'} says what each was painted from")
 
 
 def in_batches(values: list, size: int) -> list[list]:
@@ -275,6 +275,11 @@ def save(image, path: Path, line: dict | None = None) -> None:
     """Writes a PNG and says so; line: what it was painted from and how, kept in the PNG."""
     save_image(image, path, {"how": json.dumps(line)} if line else None)
     print(path)
+
+
+def say_next(text: str) -> None:
+    """What a user may want to do after this; not among the paths on stdout."""
+    print(f"next: {text}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------- the command line
@@ -334,10 +339,14 @@ def options() -> Parser:
 
 def check(args) -> None:
     """Raises BadInput for options that do not go together and for an --out that can't be written."""
-    check_together(args, [("product", "data", "prompt"), ("controlnet", "cg"),
-                          *(("prompt", option) for option in ("cg", "pg", "controlnet"))],
-                   [("mask", "product"), ("category", "product"), ("reference", "product"), ("product", "category"),
+    check_together(args, [("product", "data", "prompt"), ("controlnet", "cg")],
+                   [("mask", "product"), ("category", "product"), ("reference", "product"),
                     ("reference_mask", "reference"), ("split", "data"), ("limit", "data")])
+    for option in ("cg", "pg", "controlnet"):
+        if args.prompt is not None and getattr(args, option):
+            raise BadInput(f"--prompt is painted by the base alone, without --{option}; leave one out")
+    if args.product and not args.category:
+        raise BadInput("--product goes with --category; add the product's category")
     if args.hint == "inpaint" and not args.controlnet:
         raise BadInput("--hint goes with --controlnet; add that one")
     names = [re.sub(r"\W+", "_", category) for category in dict.fromkeys(args.category or ())]

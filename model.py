@@ -102,6 +102,14 @@ def run_layer(block: nn.Module, *inputs) -> Tensor:
     return block.layer(*inputs)
 
 
+def rows_of(context, x: Tensor) -> Tensor:
+    """x (B, C, h, w) with as many rows as the prompts. Guidance runs each picture with and without its prompt; up to the
+    first cross-attention both passes are the same, and one row serves both.
+    """
+    rows = len(context[0]) if isinstance(context, tuple) else len(context)
+    return x if len(x) == rows else x.repeat(rows // len(x), 1, 1, 1)
+
+
 class DownBlock(nn.Module):
     """One level of the encoder. x (B, C_in, h, w), time (B, T) -> its output, (B, C, h/2, w/2) or for the last level
     (B, C, h, w), and what each layer and the downsampling leave as skip connections, of C channels each.
@@ -122,7 +130,7 @@ class DownBlock(nn.Module):
 
     def layer(self, i, x, time, context, mask):
         x = self.resnets[i](x, time)
-        return self.attentions[i](x, context, mask) if hasattr(self, "attentions") else x
+        return self.attentions[i](rows_of(context, x), context, mask) if hasattr(self, "attentions") else x
 
     def forward(self, x, time, context, mask=None):
         skips = []
@@ -224,7 +232,7 @@ class UNetEncoder(nn.Module):
             x, left = block(x, time, context, mask)
             skips += left
         x = self.mid_block(x, time, context, mask)
-        return x, skips
+        return x, [rows_of(context, skip) for skip in skips]
 
     def recompute_activations(self) -> None:
         """Gradient checkpointing from now on, see `run_layer`."""

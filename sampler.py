@@ -140,20 +140,15 @@ def guided(unet: UNet, schedule: Schedule, given: Conditions, guidance: float) -
 
     Both passes run as one batch of 2 B rows; guidance 1 runs the pass with the prompt alone.
     """
-    prompts, passes = given.prompts, 1 if guidance == 1 else 2
-    if passes == 2:
+    prompts, mask = given.prompts, given.mask
+    if guidance != 1:
         prompts = Prompts(*(torch.cat(pair) for pair in zip(given.unconditional, given.prompts)))
-
-    def for_each_pass(x: Tensor | None) -> Tensor | None:
-        return x if x is None else x.repeat(passes, 1, 1, 1)
-
-    branches = [(branch, for_each_pass(features)) for branch, features in given.branches]
-    mask, inpainting = for_each_pass(given.mask), for_each_pass(given.inpainting)
+        mask = None if mask is None else mask.repeat(2, 1, 1, 1)
 
     def eps_model(z: Tensor, t: int) -> Tensor:
-        z_passes, t_all = for_each_pass(z.to(unet.conv_in.weight.dtype)), torch.full((1,), t, device=z.device)
-        output = predict_noise(unet, z_passes, t_all, prompts, branches, mask, inpainting).float()
-        if passes == 2:
+        z_t, t_all = z.to(unet.conv_in.weight.dtype), torch.full((1,), t, device=z.device)
+        output = predict_noise(unet, z_t, t_all, prompts, given.branches, mask, given.inpainting).float()
+        if guidance != 1:
             without, with_prompt = output.chunk(2)
             output = without + guidance * (with_prompt - without)
         return schedule.eps_from(output, z, t)

@@ -63,7 +63,8 @@ class Manifest:
                 self.refuse(file, "with other weights" if name == "models" else f"with {option}")
 
     def refuse(self, file: str, how: str) -> None:
-        raise BadInput(f"--out {self.file.parent} holds {file}, which was painted {how}; name another folder")
+        raise BadInput(f"--out {self.file.parent} holds {file}, which was painted {how}; name another folder, or give the "
+                       "options it was painted with")
 
     def append(self, line: dict) -> None:
         with open(self.file, "a", encoding="utf-8") as file:

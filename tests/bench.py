@@ -121,12 +121,13 @@ sd = load_stable_diffusion(folder, device, dtype)
 cg, pg = (load_control(f"{folder}/{n}", k, device, dtype) for n, k in (("cg", "category"), ("pg", "personality")))
 out = {"load": time.perf_counter() - start}
 if steps:
-    from generate import paint
-    from sampler import seeded
+    from generate import Canvas, paint
+    from sampler import Painting, seeded
     marks, picture, mask = [], torch.rand(1, 3, 512, 512), torch.zeros(1, 1, 512, 512)
     mask[..., 128:384, 128:384] = 1
     begin = time.perf_counter()
-    paint(sd, picture, mask, [("a photo of mug", "mug", "sks 0")], seeded(0), cg, pg, picture, mask, False, steps=steps,
+    canvas = Canvas(picture, mask, [("a photo of mug", "mug", "sks 0")], seeded(0), picture, mask)
+    paint(sd, canvas, Painting(steps, from_reference=False), cg, pg,
           on_step=lambda *_: (device == "cuda" and torch.cuda.synchronize(), marks.append(time.perf_counter()))).cpu()
     out |= {"picture": time.perf_counter() - begin, "step": min(b - a for a, b in zip(marks, marks[1:]))}
 """
@@ -173,7 +174,7 @@ def flops_of_a_step() -> float:
     from weights import control_config
 
     with torch.device("meta"):
-        branches = [(kind(control_config(UNET, 8)), torch.empty(2, 3, 512, 512))
+        branches = [(kind(control_config(UNET, 8)), torch.empty(2, 320, 64, 64))
                     for kind in (CategoryGenerator, PersonalityGenerator)]
         arguments = (UNet(UNET), torch.empty(2, 4, 64, 64), torch.empty(1),
                      Prompts(*(torch.empty(2, 77, 768) for _ in range(3))), branches, torch.empty(2, 1, 512, 512))
@@ -277,8 +278,10 @@ for network in frozen:
     network.to(device, dtype, memory_format=torch.channels_last if half else torch.preserve_format)
 for network in (unet, branch) if recompute else ():
     network.recompute_activations()
-branches, prompts = [(network, hint) for network in [*frozen[1:], branch]], Prompts(P, P, P)
-forward = lambda: predict_noise(unet, z, t, prompts, branches, mask)
+prompts = Prompts(P, P, P)
+def forward():
+    branches = [(network, network.hint_features(hint)) for network in [*frozen[1:], branch]]
+    return predict_noise(unet, z, t, prompts, branches, mask)
 """)
 THEIRS_TRAIN = TRAIN.replace("{fused}", "").replace("{setup}", """
 from diffusers import ControlNetModel, UNet2DConditionModel
