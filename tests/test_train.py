@@ -576,7 +576,7 @@ def test_a_run_is_not_overwritten_and_other_settings_are_named(world, base, tmp_
     with pytest.raises(BadInput, match="already at step 1"):
         command(*run, "--resume")
     command(*run, "--steps", 2, "--lr", 1e-4, "--resume")
-    assert "steps 1 -> 2, lr 0.001 -> 0.0001" in capsys.readouterr().err
+    assert "resumed with other settings than the run's: lr 0.001 -> 0.0001, steps 1 -> 2\n" in capsys.readouterr().err
     path = tmp_path / "training" / "cg" / "checkpoint_00000002.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(BadInput, match="checkpoint_00000002.safetensors is broken"):
