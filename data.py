@@ -143,9 +143,9 @@ def diffuse(mean: Tensor, std: Tensor, generator: Generator, T: int,
             noise_offset: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     """Draws z_0 (4, h, w) from the VAE's posterior, noise ε of the same shape, and a timestep t () below T.
 
-    Even at the largest t, z_t still carries the picture's mean brightness; the pure noise that sampling starts from does
-    not, and dark scenes come out grey. With noise_offset > 0 the mean of ε varies too (Guttenberg 2023), so that the
-    model relies on the prompt for the brightness.
+    Even at the largest t, z_t still carries the picture's mean brightness; the pure noise that sampling starts from
+    does not, and dark scenes come out grey. With noise_offset > 0 the mean of ε varies too (Guttenberg 2023), so that
+    the model relies on the prompt for the brightness.
     """
     draw = torch.randn(2, *mean.shape, generator=generator)
     z_0, eps = mean + std * draw[0], draw[1]
