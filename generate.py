@@ -30,19 +30,19 @@ from data import Ad, background_hint, dilate, inpaint_hint, product_hint
 from model import ControlNet, Prompts
 from sampler import Conditions, Painting, sample, seeded
 from support.batch import line_of, paint_items, save_data_sheet
+from support.cutouts import SOLID, extend
 from support.datasets import BROKEN, Item, read_items
 from support.files import BadInput, Parser, check_folder, check_together, one_for_each, one_line_errors, real, whole
 from support.images import (
-    SOLID,
     canvas_size,
-    extend,
     fit,
     load_cutout,
     load_masked,
-    resize,
+    resized_strips,
     save_image,
     sheet,
     thumbnail,
+    to_bytes,
 )
 from support.models import TOY, ModelChoice, Models, load_models
 from support.record import command_of, record_of
@@ -112,7 +112,8 @@ def paint(sd: StableDiffusion, canvas: Canvas, how: Painting, cg: ControlNet | N
 
 def paste_back(painted: Tensor, painted_mask: Tensor, box: tuple[int, int, int, int], rgb: Tensor,
                mask: Tensor) -> Tensor:
-    """The product over the painted canvas (3, h, w), in the product's own frame (3, H, W); box as `fit` returned it.
+    """The product over the painted canvas (3, h, w), in the product's own frame: (3, H, W) uint8, as it is saved; box
+    as `fit` returned it.
 
     Where M = 1 the result is the product's pixels, exactly: the product must stay unchanged (section 1). The networks
     paint the product too, blurred over its edge by a pixel of the canvas, where painted_mask (1, h, w) is M: there the
@@ -120,9 +121,11 @@ def paste_back(painted: Tensor, painted_mask: Tensor, box: tuple[int, int, int, 
     """
     painted = extend(painted, dilate(painted_mask, 3) <= 1 - SOLID)
     top, left, h, w = box
-    painted = resize(painted[:, top : top + h, left : left + w], *rgb.shape[1:])
-    mask = mask.masked_fill(mask >= SOLID, 1)
-    return rgb * mask + painted * (1 - mask)
+    result = torch.empty(rgb.shape, dtype=torch.uint8)
+    for rows, scene in resized_strips(painted[:, top : top + h, left : left + w], *rgb.shape[1:]):
+        M = mask[:, rows].masked_fill(mask[:, rows] >= SOLID, 1)
+        result[:, rows] = to_bytes(rgb[:, rows] * M + scene * (1 - M))
+    return result
 
 
 def steps_bar(steps: int, text: str) -> tqdm:
@@ -131,7 +134,7 @@ def steps_bar(steps: int, text: str) -> tqdm:
 
 
 def paint_ads(ads: list[Ad], painter: Callable, size: int, multiple: int, steps: int) -> list[Tensor]:
-    """Finished ads, each (3, H, W) in its product's frame.
+    """Finished ads, each (3, H, W) uint8 in its product's frame.
 
     Ads with the same canvas size, and all with or all without a reference, are batched together. painter(canvas,
     on_step=...) -> (B, 3, h, w), as `paint`; size: the canvas's longer side; multiple: its sides are multiples of it.
@@ -237,7 +240,7 @@ def generate_product(args) -> None:
             ad, item = jobs[name]
             save(picture, args.out / name, line_of(item, ad.seed, models.dtype, record))
             pictures.append(small(picture))
-    cells = [[small(products[i][0] * products[i][1] + 1 - products[i][1]), *row]
+    cells = [[small(products[i][0], mask=products[i][1]), *row]
              for (i, _), row in zip(rows, in_batches(pictures, len(pictures) // len(rows)))]
     if demo:
         name = "ControlNet" if args.controlnet else "CG"

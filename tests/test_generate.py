@@ -153,7 +153,7 @@ def test_no_glow_of_the_painted_product():
     small, large = (torch.from_numpy(disc(side, side)).float()[None] / 255 for side in (32, 128))
     blurred = F.avg_pool2d(small, 3, stride=1, padding=1)
     painted, red = 1 - torch.tensor([0.0, 1, 1])[:, None, None] * blurred, torch.tensor([1.0, 0, 0])[:, None, None]
-    pasted = generate.paste_back(painted, small, (0, 0, 32, 32), red.expand(3, 128, 128), large)
+    pasted = generate.paste_back(painted, small, (0, 0, 32, 32), red.expand(3, 128, 128), large) / 255
     naive = red * large + resize(painted, 128, 128) * (1 - large)
     room = (large == 0).expand_as(pasted)
     assert naive[room].min() < 0.8 and pasted[room].min() > 0.97
@@ -165,7 +165,7 @@ def test_the_product_is_exact_where_a_jpegs_mask_is_not_quite_white():
     black, mask = torch.zeros(3, 8, 8), torch.full((1, 8, 8), 253 / 255)
     mask[:, :, :2] = 0
     pasted = generate.paste_back(torch.ones(3, 8, 8), mask, (0, 0, 8, 8), black, mask)
-    assert pasted[:, :, 2:].max() == 0 and pasted[:, :, :2].min() == 1
+    assert pasted[:, :, 2:].max() == 0 and pasted[:, :, :2].min() == 255
 
 
 # ---------------------------------------------------------------- reproducible pictures
