@@ -91,31 +91,32 @@ class Ads(Dataset):
 
 
 class Samples(Dataset):
-    """Training samples by (index, seed); all randomness of one comes from its seed, on whichever worker makes it.
+    """Training samples by (index, seed); all randomness in one comes from its seed, on whichever worker makes it.
 
-    {"index"} and, of `pictures`, {"image", "mask"}; `perturbed` adds PG's hint "background" (Eq. 5, 6); with `latents`
-    what one step of Eq. 1 draws: "z_0", "eps", "t", and a number "drop" in [0, 1): is the prompt dropped?
+    Always "index". `pictures` adds "image" and "mask"; `perturbed` PG's hint "background" (Eq. 5, 6), by `theta` and
+    `sigma` as in `perturb`; `latents` what one step of Eq. 1 draws, "z_0", "eps" and "t" (see `diffuse`), and a number
+    "drop" in [0, 1), which decides whether the prompt is dropped.
     """
 
-    def __init__(self, items: list[Item], args, latents=None, pictures: bool = True,
-                 perturbed: bool = False):
-        self.ads, self.args, self.latents = Ads(items, args.size), args, latents
-        self.pictures, self.perturbed = pictures, perturbed
+    def __init__(self, items: list[Item], size: int, latents=None, pictures: bool = True, perturbed: bool = False,
+                 theta: int = THETA, sigma: tuple[float, float] = SIGMA, noise_offset: float = 0.0):
+        self.ads, self.latents, self.pictures, self.perturbed = Ads(items, size), latents, pictures, perturbed
+        self.theta, self.sigma, self.noise_offset = theta, sigma, noise_offset
 
     def __len__(self) -> int:
         return len(self.ads)
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         index, seed = key
-        args, generator = self.args, Generator().manual_seed(seed)
+        generator = Generator().manual_seed(seed)
         sample = self.ads[index] if self.pictures else {"index": index}
         if self.perturbed:
             step = int(torch.randint(1, max(2, len(self)), (), generator=generator))  # to another ad
             other = self.ads[(sample["index"] + step) % len(self)]["image"]
-            sample["background"] = perturb(sample["image"], sample["mask"], other, generator, args.theta, args.sigma)
+            sample["background"] = perturb(sample["image"], sample["mask"], other, generator, self.theta, self.sigma)
         if self.latents:
             mean, std, inpainting = self.latents[sample["index"]]
-            z_0, eps, t = diffuse(mean, std, generator, self.latents.T, args.noise_offset)
+            z_0, eps, t = diffuse(mean, std, generator, self.latents.T, self.noise_offset)
             sample |= {"z_0": z_0, "eps": eps, "t": t}
             sample["drop"] = torch.rand((), generator=generator)
             if inpainting is not None:
@@ -125,11 +126,11 @@ class Samples(Dataset):
 
 def diffuse(mean: Tensor, std: Tensor, generator: Generator, T: int,
             noise_offset: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    """A draw of z_0 (4, h, w) from the VAE's posterior, noise ε of its shape, and a timestep t () of T.
+    """Draws z_0 (4, h, w) from the VAE's posterior, noise ε of the same shape, and a timestep t () below T.
 
-    SD's noisiest z_t still tells the picture's mean, which the pure noise that sampling starts from does not: dark
-    scenes come out grey. With noise_offset > 0 the mean of ε varies too (Guttenberg 2023), and the model relies on the
-    prompt for the brightness.
+    Even at the largest t, z_t still carries the picture's mean brightness; the pure noise that sampling starts from
+    does not, and dark scenes come out grey. With noise_offset > 0 the mean of ε varies too (Guttenberg 2023), so that
+    the model relies on the prompt for the brightness.
     """
     draw = torch.randn(2, *mean.shape, generator=generator)
     z_0, eps = mean + std * draw[0], draw[1]

@@ -41,7 +41,7 @@ from support.machine import pick_device, processes
 from support.metrics import RESAMPLES, Measured, compare, interval, similarity
 from support.models import ModelChoice
 from support.networks import OPTIONS, Networks
-from support.options import Parser, check_folder
+from support.options import Parser, check_folder, real_number, whole_number
 from support.record import record_of
 
 # ---------------------------------------------------------------- the tables as data

@@ -20,13 +20,14 @@ from generate import paint, paint_ads, prompt_texts
 from rivals.baselines import blended_diffusion, stable_diffusion
 from sampler import Painting
 from support.batch import paint_items, result_path
+from support.cache import file_fingerprint, fingerprint
 from support.datasets import Item, read_items
 from support.files import BadInput
 from support.machine import barrier
 from support.metrics import embed_pictures
 from support.models import ModelChoice, Models, identifiers_of, load_models
 from support.networks import Networks
-from support.tensors import fingerprint
+from support.tensors import model_fingerprint
 from weights import load_clip
 
 
@@ -123,7 +124,7 @@ class Lab:
         share the whole split's folder.
         """
         method = METHODS[name]
-        used = [fingerprint(self.networks.path(network)) for network in ("weights", *method.networks())]
+        used = [model_fingerprint(self.networks.path(network)) for network in ("weights", *method.networks())]
         record = self.record | {"method": name, "strength": self.strength if method.clip else None, "models": used}
         split = self.all_items(folder) if folder in PROTOCOLS else items
         files = [[item.category, *map(file_fingerprint, (item.image, item.mask, item.reference, item.reference_mask))]

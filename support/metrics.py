@@ -13,6 +13,7 @@ from torch import Generator, Tensor
 from tqdm import tqdm
 
 from clip import CLIP
+from support.cache import compute_once, file_fingerprint, weights_fingerprint
 from support.datasets import MASK_OF_ITEM, Item
 from support.files import BadInput
 from support.images import load_masked, to_tensor

@@ -9,7 +9,7 @@ from support.datasets import read_identifiers
 from support.files import BadInput
 from support.images import canvas_size
 from support.machine import pick_device, pick_dtype
-from support.tensors import fingerprint
+from support.tensors import model_fingerprint
 from weights import StableDiffusion, load_control, load_stable_diffusion
 
 TOY = Path(__file__).resolve().parent.parent / "toy"
@@ -64,7 +64,7 @@ def load_models(choice: ModelChoice, size: int | None, categories: set[str] = fr
     canvas_size(1, 1, size, sd.multiple)  # refuses a size that does not fit the base
     cg = load_branch("controlnet" if choice.controlnet else "category", paths["cg"], sd) if categories else None
     pg = load_branch("personality", paths["pg"], sd) if with_pg else None
-    return Models(sd, cg, pg, identifiers, size, [fingerprint(path) for path in paths.values()])
+    return Models(sd, cg, pg, identifiers, size, [model_fingerprint(path) for path in paths.values()])
 
 
 def branch_path(option: str, given: Path | None, weights: Path | None) -> Path:

@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from support.cache import fingerprint
 from support.files import BadInput, read_json
 from support.machine import barrier, processes
 from support.models import TOY, branch_path, check_identifiers, identifiers_of
-from support.tensors import fingerprint
+from support.tensors import model_fingerprint
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 OPTIONS = ("weights", "cg", "pg", "controlnet", "cg-plain", "clip", "guide-clip")  # of evaluate.py that name networks
@@ -47,7 +48,7 @@ class Networks(NamedTuple):
         """
         paths = {name: path for name in names if (path := self.given(name))}
         for path in paths.values():
-            fingerprint(path)
+            model_fingerprint(path)
         if categories:
             identifiers_of(categories, self.given("cg"))
         for name in paths.keys() & {"cg-plain", "pg"}:
@@ -68,7 +69,7 @@ def train_once(name: str, command: list[str], frozen: list[Path], device: str) -
 
     Under torchrun one process trains and the others wait. A training that was interrupted goes on.
     """
-    key = [command, [fingerprint(path) for path in frozen]]
+    key = [command, [model_fingerprint(path) for path in frozen]]
     out = Path("runs", "evaluate", f"{name}-{fingerprint(key)[:8]}")
     if processes()[0] == 0 and not out.exists():
         unfinished = out.with_name(f"{out.name}.unfinished")

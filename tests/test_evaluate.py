@@ -33,10 +33,20 @@ from support.metrics import frechet, interval, joint_frechet, similarity
 from support.models import TOY
 from support.networks import Networks
 from support.opening import open_image
+from support.settings import check_options
 from toy.stages import TOY_TEXT, TOY_UNET, TOY_VAE, train_tokenizer
 from toy.world import CATEGORIES, write_world
 from vae import VAE
-from weights import StableDiffusion, control_config, load_clip, load_stable_diffusion, save_control, save_module
+from weights import (
+    TEXT_FILE,
+    UNET_FILE,
+    StableDiffusion,
+    control_config,
+    load_clip,
+    load_stable_diffusion,
+    save_control,
+    save_module,
+)
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +64,9 @@ def tiny(tmp_path_factory):
     tokenizer = load_tokenizer(folder / "base" / "tokenizer")
     text = TOY_TEXT | {"vocab_size": tokenizer.bpe.get_vocab_size(), "eos_token_id": tokenizer.end, "hidden_size": 32}
     unet = TOY_UNET | {"sample_size": 16, "block_out_channels": [8, 16, 16, 16], "cross_attention_dim": 32}
-    save_module(randomise(TextEncoder(text)), folder / "base" / "text_encoder", TEXT_FILES[0])
-    save_module(randomise(VAE(TOY_VAE | {"block_out_channels": [8, 8, 16]})), folder / "base" / "vae", UNET_FILES[0])
-    save_module(randomise(UNet(unet)), folder / "base" / "unet", UNET_FILES[0])
+    save_module(randomise(TextEncoder(text)), folder / "base" / "text_encoder", TEXT_FILE)
+    save_module(randomise(VAE(TOY_VAE | {"block_out_channels": [8, 8, 16]})), folder / "base" / "vae", UNET_FILE)
+    save_module(randomise(UNet(unet)), folder / "base" / "unet", UNET_FILE)
     options, config = {"--weights": folder / "base"}, control_config(unet, 4)
     branches = {"cg": CategoryGenerator(config), "pg": PersonalityGenerator(config), "controlnet": ControlNet(config),
                 "cg-plain": CategoryGenerator(config | {"attention": "plain"})}
@@ -66,7 +76,7 @@ def tiny(tmp_path_factory):
         save_control(randomise(branch, seed=i), folder / name, categories=None if name == "controlnet" else identifiers)
     for i, name in enumerate(("clip", "guide-clip")):
         options[f"--{name}"] = folder / name
-        save_module(randomise(CLIP(CLIP_CONFIG), seed=i), folder / name, TEXT_FILES[0])
+        save_module(randomise(CLIP(CLIP_CONFIG), seed=i), folder / name, TEXT_FILE)
     return options
 
 

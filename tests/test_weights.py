@@ -16,7 +16,7 @@ from model import CategoryGenerator, UNet
 from sampler import Schedule
 from support.configs import check_config, read_scheduler_config
 from support.files import BadInput, read_tensors, write_json
-from support.tensors import fingerprint
+from support.tensors import model_fingerprint
 from toy.stages import train_tokenizer
 from vae import VAE
 from weights import (
@@ -80,11 +80,11 @@ def test_a_controls_file_that_is_named_is_the_one_that_is_loaded(tmp_path, cg):
 
 def test_a_bases_fingerprint_changes_with_its_files_and_not_with_what_is_trained_beside_them(tmp_path, unet, cg):
     save_module(unet, tmp_path / "unet", UNET_FILE)
-    before = fingerprint(tmp_path)
+    before = model_fingerprint(tmp_path)
     save_control(cg, tmp_path / "cg")
-    assert fingerprint(tmp_path) == before
+    assert model_fingerprint(tmp_path) == before
     os.utime(tmp_path / "unet" / "config.json", (0, 0))
-    assert fingerprint(tmp_path) != before
+    assert model_fingerprint(tmp_path) != before
 
 
 def test_saving_again_replaces_the_whole_folder(tmp_path, cg):
