@@ -134,9 +134,9 @@ def test_cg_paints_half_of_the_categories_own_scenes_at_least(sd, clip):
     categories = [SAMPLES[name].product for name in names]
     scenes = [PRODUCTS[category].scene for category in categories]
     texts = [f"in the background of {scene_caption(scene, Brand(k))}" for scene in scenes for k in range(64)]
-    text = F.normalize(clip.encode_text(sd.tokenizer(texts)), dim=-1).unflatten(0, (8, 64)).mean(dim=1)
+    text = F.normalize(clip.encode_text(sd.tokenizer(texts)), dim=-1).unflatten(0, (len(names), 64)).mean(dim=1)
     told = (embed(clip, painted(sd, names, categories)) @ text.T).argmax(dim=1)
-    assert (told == torch.arange(8)).sum() >= 4
+    assert (told == torch.arange(len(names))).sum() >= len(names) / 2
 
 
 def test_the_category_decides_cgs_scene_and_not_the_product(sd):
@@ -144,11 +144,12 @@ def test_the_category_decides_cgs_scene_and_not_the_product(sd):
 
     A CG that tells the scene by the product's looks paints the same eight times.
     """
-    sneaker, mug = (painted(sd, [name] * 8, list(PRODUCTS), seeds=[0] * 8) for name in ("sneaker", "mug"))
+    sneaker, mug = (painted(sd, [name] * len(PRODUCTS), list(PRODUCTS), seeds=[0] * len(PRODUCTS))
+                    for name in ("sneaker", "mug"))
     background = (1 - canvas("sneaker")[1]) * (1 - canvas("mug")[1])
     distance = (sneaker[:, None] - mug).abs() * background  # (sneaker as, mug as, 3, H, W)
     found = distance.mean(dim=(2, 3, 4)).argmin(dim=1)
-    assert (found == torch.arange(8)).sum() >= 6
+    assert (found == torch.arange(len(PRODUCTS))).sum() >= 3 / 4 * len(PRODUCTS)
 
 
 def test_pg_follows_its_reference(sd):

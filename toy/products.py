@@ -7,7 +7,8 @@ A product of PRODUCTS is a category: its entry names its scene.
 import math
 import random
 from collections import ChainMap
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 

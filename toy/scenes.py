@@ -7,7 +7,8 @@ frame on every side, so that the camera can pan a little.
 
 import math
 import random
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
