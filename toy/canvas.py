@@ -39,7 +39,7 @@ def shade(colour: tuple, k: float) -> tuple:
 
 
 def barrel(colour: tuple) -> list:
-    """The gradient across an upright cylinder lit from the left."""
+    """The gradient across an upright cylinder lit from the left, as a fill."""
     return [shade(colour, k) for k in (0.62, 1.0, 1.22, 1.05, 0.95, 0.62)]
 
 
@@ -88,8 +88,8 @@ class Canvas:
     """A picture drawn in unit coordinates: x and y run from 0 to 1 over its width and height, y downwards.
 
     Lengths (line widths, radii, blurs) are in canvas widths. A fill is a colour, or a list of colours: a gradient down
-    the shape, or across it. Each shape returns its patch, which can clip later shapes. `cover` is 255 where anything
-    has been painted: a product's cut-out.
+    the shape, or across it. Each shape takes _paint's options, and returns its patch, which can clip later shapes.
+    `cover` is 255 where anything has been painted: a product's cut-out.
     """
 
     def __init__(self, width: int, height: int, pan: tuple = (0.0, 0.0)):
@@ -98,7 +98,11 @@ class Canvas:
         self.cover = Image.new("L", (width, height))
 
     def _paint(self, points, stencil, fill, across=False, alpha=1.0, blur=0.0, spread=0.0, clip=None):
-        """Fill what `stencil(draw, points)` draws in white, with points in pixels; only its bounding box is touched."""
+        """Fill what `stencil(draw, points)` draws in white, with points in pixels -> its patch: (mask, top left corner).
+
+        across: a gradient runs from left to right. alpha: opacity. blur: of the edge. spread: how far the stencil
+        reaches beyond the points. clip: a patch that bounds this one. Only the bounding box is touched.
+        """
         points = [((x + self.pan[0]) * self.width, (y + self.pan[1]) * self.height) for x, y in points]
         margin = 2 + (spread + 3 * blur) * self.width
         left, top = (max(0, int(min(axis) - margin)) for axis in zip(*points))
@@ -129,6 +133,7 @@ class Canvas:
         return self._paint(points, lambda draw, p: draw.polygon(p, fill=255), fill, **how)
 
     def blob(self, points, fill, **how):
+        """A closed smooth curve through the points."""
         return self.polygon(smooth(points), fill, **how)
 
     def rectangle(self, x0, y0, x1, y1, fill, radius=0.0, **how):

@@ -500,7 +500,7 @@ class Scene(NamedTuple):
     elements: tuple[str, str, str, str]  # and one of these
 
     def words(self, brand: Brand) -> tuple[str, str]:
-        """The layout and the elements of a brand's ads in this scene."""
+        """The words of a brand's layout and elements in this scene."""
         return self.layouts[brand.layout], self.elements[brand.elements]
 
 
