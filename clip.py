@@ -1,15 +1,22 @@
-"""CLIP, by hand: the text encoder that SD reads prompts with, the image tower that measures, and the tokenizer."""
+"""CLIP, by hand: the text encoder that SD reads prompts with, the image tower that measures, and the tokenizer.
 
+Built from the fields of the public config.json files, with their names. Shapes: token ids (B, L), L = 77 for SD;
+prompts P (B, L, D); pictures (B, 3, S, S). The byte-pair merging comes from a library.
+"""
+
+import sys
+from bisect import bisect_right
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Regex, Tokenizer as BPETokenizer, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer as BPETokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 
 from attention import attend
 from support.files import BadInput, read_json
 
+START, END = "<|startoftext|>", "<|endoftext|>"
 ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}
 
 
@@ -39,7 +46,7 @@ class CLIPMLP(nn.Module):
 
 
 class CLIPLayer(nn.Module):
-    """Pre-norm transformer layer."""
+    """Self-attention and MLP, each on the normalised input and added to it. (B, L, C) -> (B, L, C)."""
 
     def __init__(self, config: dict, causal: bool):
         super().__init__()
@@ -55,7 +62,7 @@ class CLIPLayer(nn.Module):
 
 
 class CLIPLayers(nn.Module):
-    """`encoder` of either tower."""
+    """The `encoder` of either tower: (B, L, C) -> (B, L, C)."""
 
     def __init__(self, config: dict, causal: bool):
         super().__init__()
@@ -159,13 +166,14 @@ class CLIP(nn.Module):
     def preprocess(self, x: Tensor) -> Tensor:
         """Pictures of any size, (B, 3, H, W) in [0, 1] -> (B, 3, S, S), S the config's image_size: the middle square.
 
-        The short side becomes S by antialiased bicubic interpolation. As CLIP's own, up to Pillow's rounding to 8 bits.
+        The short side becomes S by antialiased bicubic interpolation; a margin that can't be halved is rounded to even.
+        As in OpenAI's code, up to Pillow's rounding to 8 bits; transformers rounds such margins down, one pixel off.
         """
         S, (h, w) = self.config["vision_config"]["image_size"], x.shape[2:]
         if min(h, w) != S:
             h, w = S * h // min(h, w), S * w // min(h, w)
             x = F.interpolate(x, size=(h, w), mode="bicubic", antialias=True).clamp(0, 1)
-        top, left = (h - S) // 2, (w - S) // 2
+        top, left = round((h - S) / 2), round((w - S) / 2)
         return x[:, :, top : top + S, left : left + S]
 
     def encode_image(self, x: Tensor) -> Tensor:
@@ -177,17 +185,48 @@ class CLIP(nn.Module):
 class Tokenizer:
     """CLIP's byte-pair encoding: lower case, words and digits apart, start and end tokens, padded to `length`."""
 
-    def __init__(self, bpe: BPETokenizer, length: int = 77, pad: str = "<|endoftext|>"):
+    def __init__(self, bpe: BPETokenizer, length: int = 77, pad: str = END):
         self.bpe, self.length = bpe, length
-        self.start, self.end, self.pad = (bpe.token_to_id(t) for t in ("<|startoftext|>", "<|endoftext|>", pad))
+        self.start, self.end, self.pad = (bpe.token_to_id(t) for t in (START, END, pad))
+        self.noted = set()  # texts that were too long: each is reported once
 
     def __call__(self, texts: list[str]) -> Tensor:
-        """-> (B, length) int64; what is too long loses its end, never the end token."""
+        """-> (B, length) int64. A text that is too long loses its end, never the end token; stderr has a line on it."""
         ids = torch.full((len(texts), self.length), self.pad)
-        for row, encoding in zip(ids, self.bpe.encode_batch(texts, add_special_tokens=False)):
-            tokens = [self.start, *encoding.ids[: self.length - 2], self.end]
+        for text, row, encoding in zip(texts, ids, self.bpe.encode_batch(texts, add_special_tokens=False)):
+            if (n := len(encoding.ids)) > self.room:
+                self.note(text, f"has {n} tokens; the text encoder reads {self.room}, the last {n - self.room} are cut")
+            tokens = [self.start, *encoding.ids[: self.room], self.end]
             row[: len(tokens)] = torch.tensor(tokens)
         return ids
+
+    @property
+    def room(self) -> int:
+        """How many tokens of a text are read: all but start and end."""
+        return self.length - 2
+
+    def count(self, text: str) -> int:
+        """How many tokens a text has, without start and end."""
+        return len(self.bpe.encode(text, add_special_tokens=False).ids)
+
+    def shorten(self, text: str, before: str = "", after: str = "") -> str:
+        """The text, without its last words where before + text + after would be too long: then it is the text that is
+        cut, with a line on stderr, and never what stands around it.
+        """
+        if self.count(before + text + after) <= self.room:
+            return text
+        end = bisect_right(range(len(text)), self.room, key=lambda i: self.count(before + text[: i + 1] + after))
+        words = text[:end].rstrip()
+        if len(words) == end and end < len(text) and not text[end].isspace() and len(words.split()) > 1:
+            words = words.rsplit(maxsplit=1)[0]  # the last one is not whole
+        self.note(text, f"is too long for the text encoder beside '{before}{after}'; it is cut to {words!r}")
+        return words
+
+    def note(self, text: str, what: str) -> None:
+        """Says on stderr, once for each text, what is done with it."""
+        if text not in self.noted:
+            self.noted.add(text)
+            print(f"{text if len(text) <= 60 else text[:60] + '...'!r} {what}", file=sys.stderr)
 
 
 def clip_bpe(model: models.BPE) -> BPETokenizer:
@@ -198,40 +237,77 @@ def clip_bpe(model: models.BPE) -> BPETokenizer:
     words = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(words, behavior="removed", invert=True),
                                                  pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    bpe.add_special_tokens(["<|startoftext|>", "<|endoftext|>"])
+    bpe.add_special_tokens([START, END])
     return bpe
 
 
-def load_tokenizer(folder: Path | str, pad: str | None = None) -> Tokenizer:
-    """From vocab.json and merges.txt, or tokenizer.json; length and padding from the folder's settings if there.
-
-    pad: the padding token where the folder does not say; by default the end token.
-    """
-    folder = Path(folder)
-    settings = {"pad_token": pad or "<|endoftext|>"}
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):  # SD 2.x: they differ, and the second is right
-        if (folder / name).is_file():
-            settings |= {field: value for field, value in read_json(folder / name).items() if value is not None}
+def read_bpe(folder: Path) -> BPETokenizer:
+    """The byte-pair encoding in vocab.json and merges.txt, or in tokenizer.json. Raises BadInput."""
     vocabulary, merges, whole = (folder / name for name in ("vocab.json", "merges.txt", "tokenizer.json"))
     pair = vocabulary.is_file() and merges.is_file()
     if not pair and not whole.is_file():
-        raise BadInput(f"{folder} holds no tokenizer; put CLIP's vocab.json and merges.txt there, or name the folder that "
-                       "holds them by --tokenizer")
+        raise BadInput(f"{folder} holds no tokenizer; put CLIP's vocab.json and merges.txt there, or name the folder "
+                       "that holds them by --tokenizer")
     try:
         if pair:
-            bpe = clip_bpe(models.BPE.from_file(str(vocabulary), str(merges), unk_token="<|endoftext|>",
-                                                end_of_word_suffix="</w>"))
-        else:
-            bpe = BPETokenizer.from_file(str(whole))
-            bpe.no_padding()  # which transformers may have stored there; Tokenizer does both itself
-            bpe.no_truncation()
+            lines = merges.read_text(encoding="utf-8-sig").split("\n")
+            pairs = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
+            return clip_bpe(models.BPE(read_json(vocabulary), pairs, unk_token=END, end_of_word_suffix="</w>"))
+        bpe = BPETokenizer.from_str(whole.read_text(encoding="utf-8-sig"))
+    except BadInput:
+        raise
     except Exception as error:  # the library raises bare Exceptions
         raise BadInput(f"{folder}: the tokenizer can't be read ({error}); download its files again") from None
-    pad = settings["pad_token"]
-    pad = pad["content"] if isinstance(pad, dict) else pad
+    bpe.no_padding()  # which transformers may have stored there; Tokenizer does both itself
+    bpe.no_truncation()
+    return bpe
+
+
+def add_trained_tokens(bpe: BPETokenizer, folder: Path, settings: dict) -> None:
+    """Adds the tokens that were trained beside the vocabulary (textual inversion) under the ids that the folder gives
+    them, in added_tokens.json or in the settings' added_tokens_decoder. Raises BadInput where an id can't be had.
+    """
+    file = folder / "added_tokens.json"
+    older = read_json(file) if file.is_file() else {}
+    try:
+        tokens = {id: AddedToken(text, normalized=True) for text, id in older.items()}
+        for id, token in settings.get("added_tokens_decoder", {}).items():
+            flags = {name: token[name] for name in ("lstrip", "normalized", "rstrip", "single_word") if name in token}
+            tokens[int(id)] = AddedToken(token["content"], **flags)
+        tokens = {id: token for id, token in sorted(tokens.items()) if token.content not in (START, END)}
+        bpe.add_tokens([*tokens.values()])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise BadInput(f"{folder}: its added tokens can't be read ({error}); download its files again") from None
+    for id, token in tokens.items():
+        if bpe.token_to_id(token.content) != id:
+            raise BadInput(f"{folder}: the token {token.content!r} has the id {id}, and would get "
+                           f"{bpe.token_to_id(token.content)} after those of its vocabulary; download its files again")
+
+
+def load_tokenizer(folder: Path | str, pad: str | None = None) -> Tokenizer:
+    """From vocab.json and merges.txt, or tokenizer.json; length, padding and trained tokens from the folder's settings.
+
+    pad: the padding token where the folder does not name one; by default the end token. Raises BadInput.
+    """
+    folder = Path(folder)
+    bpe = read_bpe(folder)
+    settings = {"pad_token": pad or END}
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):  # SD 2.x: they differ, and the second is right
+        if (folder / name).is_file():
+            settings |= {field: value for field, value in read_json(folder / name).items() if value is not None}
+    for field, value in settings.items():
+        if isinstance(value, dict) and "content" in value:  # a special token with its flags
+            settings[field] = value["content"]
+    supported = {"bos_token": START, "eos_token": END, "padding_side": "right", "truncation_side": "right"}
+    for field, value in supported.items():
+        if settings.get(field, value) != value:
+            raise BadInput(f"{folder}: {field} {settings[field]!r} is not supported ({value!r} is, as CLIP has it)")
+    add_trained_tokens(bpe, folder, settings)
+    pad, length = str(settings["pad_token"]), settings.get("model_max_length", 77)
     bpe.add_special_tokens([pad])  # so that a '!' that pads is never a part of a word, as in transformers
-    length = settings.get("model_max_length", 77)
-    tokenizer = Tokenizer(bpe, 77 if length > 10**6 else length, pad)  # transformers writes 10^30 for "not known"
+    if not isinstance(length, (int, float)) or length < 3:
+        raise BadInput(f"{folder}: model_max_length {length!r} is no number of tokens; 77 is CLIP's")
+    tokenizer = Tokenizer(bpe, 77 if length > 10**6 else int(length), pad)  # transformers writes 10^30 for "not known"
     if None in (tokenizer.start, tokenizer.end, tokenizer.pad):
         raise BadInput(f"{folder} is not CLIP's tokenizer: its vocabulary lacks a start, end or padding token")
     return tokenizer

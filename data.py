@@ -12,21 +12,20 @@ and values between at soft edges.
 
 import os
 import sys
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from support.cutouts import SOLID
 from support.datasets import MASK_OF_ITEM, Item, _tolerate, drop_lines, list_folder, read_items
 from support.files import BadInput, Parser, check_folder, one_line_errors
-from support.images import SOLID, fit, load_masked, save_image, sheet
+from support.images import fit, load_masked, save_image, sheet
 
 # Background perturbation, section 5.1
 THETA = 50  # kernel of the dilation in pixels of a 512 x 512 image; scaled along with other sizes
@@ -35,8 +34,6 @@ SIGMA = (0.75, 0.95)  # σ of the mixup is uniform in this range
 EXTRA_MASKS = 3  # at most so many, each a rectangle or an ellipse
 EXTRA_RADII = (0.03, 0.15)  # half their height and half their width
 TRANSLATION = 0.15  # the mask's copy moves at most so far, up or down and left or right
-
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # open_image refuses such pictures
 
 BLANK = 0.04, 0.98  # a background is blank where so large a part of it is so near to its median colour
 
@@ -166,6 +163,11 @@ class Ad(NamedTuple):
 def product_hint(image: Tensor, mask: Tensor) -> Tensor:
     """I ⊗ M, what CG sees. (..., 3, H, W) and (..., 1, H, W) -> (..., 3, H, W)."""
     return image * mask
+
+
+def inpaint_hint(image: Tensor, mask: Tensor) -> Tensor:
+    """What ControlNet 1.1 inpaint sees in their place: I, and −1 wherever 1 − M > 0.5, without a blend between them."""
+    return torch.where(1 - mask > 0.5, -1.0, image)
 
 
 def background_hint(image: Tensor, mask: Tensor) -> Tensor:

@@ -62,7 +62,8 @@ from support.files import (
 )
 from support.images import load_masked, open_image, sheet, to_tensor
 from support.metrics import RESAMPLES, frechet, interval, joint_frechet, similarity
-from weights import StableDiffusion, load_clip, version
+from support.tensors import fingerprint
+from weights import StableDiffusion, load_clip
 
 SINGLE = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS")}  # not torchrun's
 
@@ -169,7 +170,7 @@ class Lab:
         names = [name for method in methods for name in METHODS[method].models()]
         for path in (self.args.weights or TOY / "base", *map(self.given, [*names, "clip"])):
             if path:
-                version(path)
+                fingerprint(path)
         if not all(METHODS[method].plain for method in methods):
             texts_of({item.category for item in items}, self.given("cg"), None)
             for path in filter(None, map(self.given, {*names} - {"controlnet", "guide-clip"})):
@@ -182,7 +183,7 @@ class Lab:
             return path
         stage, steps, options = TRAINED[name]
         frozen = {"clip": [], "controlnet": [TOY / "base"], "pg": [TOY / "base", self.path("cg")]}[stage]
-        out = Path("runs", "evaluate", f"{name}-{hashed([steps, options, list(map(version, frozen))])[:8]}")
+        out = Path("runs", "evaluate", f"{name}-{hashed([steps, options, list(map(fingerprint, frozen))])[:8]}")
         rank, world = processes()
         alone = stage == "clip" and world > 1  # tells a whole batch's pictures apart: the first process trains it
         if alone and rank:
@@ -255,7 +256,7 @@ class Lab:
             key += [args.strength]
         for item in self.all_items(folder) if folder in PROTOCOLS else items:  # whatever --limit is
             key += [item.category, *map(stamp, (item.image, item.mask, item.reference, item.reference_mask))]
-        out = args.out / "pictures" / folder / f"{name}-{hashed([key, list(map(version, models))])[:8]}"
+        out = args.out / "pictures" / folder / f"{name}-{hashed([key, list(map(fingerprint, models))])[:8]}"
         paths = [result_path(out, i, item) for i, item in enumerate(items)]
         missing = not all(path.exists() for path in paths)
         barrier()  # every process has looked before any paints

@@ -1,61 +1,55 @@
-"""From a product photo to an ad image: CG alone, or CG and PG after a reference (Fig. 2, inference; section 5.1).
+"""From a product photo to an ad: CG alone, or CG and PG in the style of a reference ad (Fig. 2; section 5.1).
 
     python generate.py                                                        # a sample product and reference
     python generate.py --product mug.png --category mug                       # CG: the common style of the category
-    python generate.py --product mug.png --category mug --reference ad.png    # CG + PG: the style of a reference ad
+    python generate.py --product mug.png --category mug --reference ad.png    # CG + PG: the style of that ad
     python generate.py --data BG60K --split bgpair --out results              # every item of a data set
     python generate.py --prompt "a photo of a mug"                            # the base alone
 
-A product comes with its mask: an image with an alpha channel, or --mask FILE, white on the product. The result has the
-product's frame, and the product's own pixels where the mask is 1.
+A product comes with its mask: an image with an alpha channel, or --mask FILE, white on the product. The result keeps
+the product's frame, and the product's own pixels where the mask is 1.
 """
 
 import argparse
+import json
 import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Ad, background_hint, dilate, product_hint
+from data import Ad, background_hint, dilate, inpaint_hint, product_hint
 from model import ControlNet, Prompts
-from sampler import GUIDANCE, STEPS, sample, seeded
-from support.batch import paint_items, save_data_sheet
-from support.datasets import BROKEN, read_items
-from support.files import (
-    BadInput,
-    Parser,
-    check_folder,
-    one_line_errors,
-    pick_device,
-    pick_dtype,
-    read_json,
-    real,
-    whole,
-)
+from sampler import Conditions, Painting, sample, seeded
+from support.batch import line_of, paint_items, save_data_sheet
+from support.cutouts import SOLID, extend
+from support.datasets import BROKEN, Item, read_items
+from support.files import BadInput, Parser, check_folder, check_together, one_for_each, one_line_errors, real, whole
 from support.images import (
-    SOLID,
     canvas_size,
-    extend,
     fit,
     load_cutout,
     load_masked,
-    resize,
+    resized_strips,
     save_image,
     sheet,
     thumbnail,
+    to_bytes,
 )
-from weights import StableDiffusion, load_control, load_stable_diffusion, version
+from support.models import TOY, ModelChoice, Models, load_models
+from support.record import command_of, record_of
+from weights import StableDiffusion
 
-TOY = Path(__file__).resolve().parent / "toy"
 SAMPLE = "perfume"  # of toy/samples, painted where no product is given
-IDENTIFIER = "sks {}"  # [D], section 5.1: 'sks' and the category's id, its position in the sorted list
+IDENTIFIER = "sks {}"  # [D], section 5.1: 'sks' and the category's id
 
 # ---------------------------------------------------------------- a batch on its canvas
 
@@ -77,27 +71,39 @@ def encode_prompts(sd: StableDiffusion, texts: list[tuple[str, str, str]]) -> Pr
     return Prompts(*(encoded[[row[triple[k]] for triple in texts]] for k in range(3)))
 
 
-@torch.inference_mode()
-def paint(sd: StableDiffusion, rgb: Tensor, mask: Tensor, texts: list[tuple[str, str, str]],
-          generators: list[torch.Generator], cg: ControlNet | None = None, pg: ControlNet | None = None,
-          reference: Tensor | None = None, reference_mask: Tensor | None = None, from_reference: bool = True,
-          steps: int = STEPS, guidance: float = GUIDANCE, on_step=None, hint_background: float = 0.0) -> Tensor:
-    """Paints a batch of backgrounds -> (B, 3, H, W) float32 in [0, 1], the products not yet pasted back.
+class Canvas(NamedTuple):
+    """A batch of B products at the size they are painted at, and their references at the same size."""
 
-    rgb (B, 3, H, W) and mask (B, 1, H, W): the products on their canvas; reference and reference_mask of the same
-    shapes. With them z_T is the reference's latent noised, unless not from_reference (section 3.3), and PG, where given,
-    reads its background. In place of CG a plain ControlNet; hint_background is what its hint holds outside of the
-    product.
+    rgb: Tensor  # (B, 3, H, W)
+    mask: Tensor  # (B, 1, H, W), M
+    texts: list[tuple[str, str, str]]  # for P, P_fg, P_bg
+    generators: list[torch.Generator]  # one a picture, for its noise
+    reference: Tensor | None = None  # (B, 3, H, W), I_ref
+    reference_mask: Tensor | None = None  # (B, 1, H, W), M_ref
+
+
+@torch.inference_mode()
+def paint(sd: StableDiffusion, canvas: Canvas, how: Painting, cg: ControlNet | None = None,
+          pg: ControlNet | None = None, on_step: Callable | None = None) -> Tensor:
+    """Paints backgrounds (Fig. 2) -> (B, 3, H, W) float32 in [0, 1], the products not yet pasted back.
+
+    Without cg the base paints alone; in its place a plain ControlNet can stand. pg paints where there are references.
+    on_step as in `sample`.
     """
-    weight = sd.unet.conv_in.weight
-    rgb, mask = rgb.to(weight), mask.to(weight)
-    branches = [(cg, product_hint(rgb, mask) + hint_background * (1 - mask))] if cg else []
-    if pg:
-        branches.append((pg, background_hint(reference.to(weight), reference_mask.to(weight))))
-    z_ref = sd.encode(reference) if from_reference and reference is not None else None
-    z = sample(sd.unet, sd.schedule, encode_prompts(sd, texts), encode_prompts(sd, [("", "", "")] * len(texts)),
-               generators, sd.latent_shape(*rgb.shape[2:]), branches, mask, z_ref, steps, guidance,
-               inpainting=sd.inpainting(rgb, mask), on_step=on_step)
+    weight, branches, z_ref = sd.unet.conv_in.weight, [], None
+    rgb, mask = canvas.rgb.to(weight), canvas.mask.to(weight)
+    if cg:
+        hint = inpaint_hint(rgb, mask) if how.hint == "inpaint" else product_hint(rgb, mask)
+        branches.append((cg, cg.hint_features(hint)))
+    if canvas.reference is not None:
+        if pg:
+            hint = background_hint(canvas.reference.to(weight), canvas.reference_mask.to(weight))
+            branches.append((pg, pg.hint_features(hint)))
+        if how.from_reference:
+            z_ref = sd.encode(canvas.reference)
+    given = Conditions(encode_prompts(sd, canvas.texts), encode_prompts(sd, [("", "", "")] * len(rgb)), branches, mask,
+                       sd.inpainting(rgb, mask))
+    z = sample(sd.unet, sd.schedule, given, canvas.generators, sd.latent_shape(*rgb.shape[2:]), how, z_ref, on_step)
     return sd.decode(z)
 
 
@@ -106,7 +112,8 @@ def paint(sd: StableDiffusion, rgb: Tensor, mask: Tensor, texts: list[tuple[str,
 
 def paste_back(painted: Tensor, painted_mask: Tensor, box: tuple[int, int, int, int], rgb: Tensor,
                mask: Tensor) -> Tensor:
-    """The product over the painted canvas (3, h, w), in the product's own frame (3, H, W); box as `fit` returned it.
+    """The product over the painted canvas (3, h, w), in the product's own frame: (3, H, W) uint8, as it is saved; box
+    as `fit` returned it.
 
     Where M = 1 the result is the product's pixels, exactly: the product must stay unchanged (section 1). The networks
     paint the product too, blurred over its edge by a pixel of the canvas, where painted_mask (1, h, w) is M: there the
@@ -114,236 +121,174 @@ def paste_back(painted: Tensor, painted_mask: Tensor, box: tuple[int, int, int, 
     """
     painted = extend(painted, dilate(painted_mask, 3) <= 1 - SOLID)
     top, left, h, w = box
-    painted = resize(painted[:, top : top + h, left : left + w], *rgb.shape[1:])
-    mask = mask.masked_fill(mask >= SOLID, 1)
-    return rgb * mask + painted * (1 - mask)
+    result = torch.empty(rgb.shape, dtype=torch.uint8)
+    for rows, scene in resized_strips(painted[:, top : top + h, left : left + w], *rgb.shape[1:]):
+        M = mask[:, rows].masked_fill(mask[:, rows] >= SOLID, 1)
+        result[:, rows] = to_bytes(rgb[:, rows] * M + scene * (1 - M))
+    return result
 
 
-def steps_bar(args, text: str) -> tqdm:
+def steps_bar(steps: int, text: str) -> tqdm:
     """A bar over the denoising steps on stderr, where that is a terminal."""
-    return tqdm(total=args.steps, desc=text, unit="step", leave=False, disable=not sys.stderr.isatty())
+    return tqdm(total=steps, desc=text, unit="step", leave=False, disable=not sys.stderr.isatty())
 
 
-def paint_ads(ads: list[Ad], painter: Callable, multiple: int, args) -> list[Tensor]:
-    """Finished ads, each (3, H, W) in its product's frame. Those of one canvas, with or without reference, make a batch.
+def paint_ads(ads: list[Ad], painter: Callable, size: int, multiple: int, steps: int) -> list[Tensor]:
+    """Finished ads, each (3, H, W) uint8 in its product's frame.
 
-    painter(rgb, mask, texts, generators, reference, reference_mask, on_step) -> (B, 3, h, w), as `paint`; multiple: of
-    which the canvas's sides are (StableDiffusion.multiple).
+    Ads with the same canvas size, and all with or all without a reference, are batched together. painter(canvas,
+    on_step=...) -> (B, 3, h, w), as `paint`; size: the canvas's longer side; multiple: its sides are multiples of it.
     """
     batches = defaultdict(list)
     for i, ad in enumerate(ads):
-        batches[canvas_size(*ad.mask.shape[1:], args.size, multiple), ad.reference is not None].append(i)
+        batches[canvas_size(*ad.mask.shape[1:], size, multiple), ad.reference is not None].append(i)
     results = [None] * len(ads)
     for ((h, w), with_reference), batch in batches.items():
-        chosen, references = [ads[i] for i in batch], (None, None)
+        chosen = [ads[i] for i in batch]
         rgb, boxes = zip(*(fit(ad.rgb, h, w, "contain") for ad in chosen))
-        rgb, mask = torch.stack(rgb), torch.stack([fit(ad.mask, h, w, "contain")[0] for ad in chosen])
+        masks = [fit(ad.mask, h, w, "contain")[0] for ad in chosen]
+        canvas = Canvas(torch.stack(rgb), torch.stack(masks), [ad.texts for ad in chosen],
+                        [seeded(ad.seed)[0] for ad in chosen])
         if with_reference:
-            references = [torch.stack([fit(ad.reference[k], h, w, "cover")[0] for ad in chosen]) for k in (0, 1)]
-        with steps_bar(args, f"{len(batch)} at once{', after references' if with_reference else ''}") as bar:
-            painted = painter(rgb, mask, [ad.texts for ad in chosen], [seeded(ad.seed)[0] for ad in chosen],
-                              *references, on_step=lambda *_: bar.update()).cpu()
-        check_finite(painted, args)
-        for i, ad, picture, painted_mask, box in zip(batch, chosen, painted, mask, boxes):
-            results[i] = paste_back(picture, painted_mask, box, ad.rgb, ad.mask)
+            references = (torch.stack([fit(ad.reference[k], h, w, "cover")[0] for ad in chosen]) for k in (0, 1))
+            canvas = Canvas(*canvas[:4], *references)
+        with steps_bar(steps, f"{len(batch)} at once{', with references' if with_reference else ''}") as bar:
+            painted = painter(canvas, on_step=lambda *_: bar.update()).cpu()
+        check_finite(painted)
+        for i, ad, picture, mask, box in zip(batch, chosen, painted, masks, boxes):
+            results[i] = paste_back(picture, mask, box, ad.rgb, ad.mask)
     return results
 
 
-def check_finite(painted: Tensor, args) -> None:
+def check_finite(painted: Tensor) -> None:
+    """Raises BadInput where the model produced NaN or infinite pixels."""
     if not painted.isfinite().all():
-        raise BadInput("the pictures are not numbers: the weights are broken, or their training failed"
-                       if args.dtype == torch.float32 else
-                       f"--dtype: the networks overflow in {str(args.dtype)[6:]}; add --dtype float32")
-
-
-def painter_of(sd: StableDiffusion, cg: ControlNet, pg: ControlNet | None, args) -> Callable:
-    """The paper's method as `paint_ads` calls it: CG, and PG for those that have a reference."""
-
-    def painter(rgb, mask, texts, generators, reference, reference_mask, on_step=None):
-        return paint(sd, rgb, mask, texts, generators, cg, pg if reference is not None else None, reference,
-                     reference_mask, args.start == "reference", args.steps, args.guidance, on_step,
-                     hint_background=-1.0 if args.hint == "inpaint" else 0.0)
-
-    return painter
-
-
-# ---------------------------------------------------------------- models and categories
-
-
-def load_base(args) -> StableDiffusion:
-    """The frozen base; also settles args.size: by default, what the base was trained at. Raises BadInput."""
-    sd = load_stable_diffusion(args.weights or TOY / "base", args.device, args.dtype, args.tokenizer)
-    args.size = args.size or sd.unet.config.get("sample_size", 512 // sd.vae.factor) * sd.vae.factor
-    canvas_size(1, 1, args.size, sd.multiple)  # says so where the size does not fit the base
-    return sd
-
-
-def branch_path(option: str, args) -> Path:
-    """Folder or file of "cg" or "pg": by default the toy's. Raises BadInput where the base is another."""
-    path = getattr(args, option)
-    if path is None and args.weights:
-        raise BadInput(f"--{option} is missing: the base {args.weights} needs a {option.upper()} trained on it; "
-                       f"train one by train.py {option} --weights {args.weights}")
-    return path or TOY / option
-
-
-def load_branch(kind: str, path: Path, sd: StableDiffusion, args) -> ControlNet:
-    """CG ("category"), PG ("personality") or a "controlnet". Raises BadInput where its weights are broken, or made for
-    another base.
-    """
-    branch = load_control(path, kind, args.device, args.dtype)
-    ours, base = branch.config, sd.unet.config
-    hint_factor = 2 ** (len(ours["conditioning_embedding_out_channels"]) - 1)
-    if (any(ours[key] != base[key] for key in ("block_out_channels", "layers_per_block", "cross_attention_dim"))
-            or ours["in_channels"] != base["out_channels"] or hint_factor != sd.vae.factor):
-        raise BadInput(f"{path} was trained on another base than {args.weights or TOY / 'base'}: "
-                       "give weights and branches that belong together")
-    return branch
-
-
-def categories_file(branch: Path) -> Path:
-    """Lies in CG's and PG's folder, or beside a single file: the identifier [D] of each category it was trained on."""
-    return (branch.parent if branch.is_file() else branch) / "categories.json"
-
-
-def check_identifiers(cg: Path, other: Path) -> None:
-    """Raises BadInput where CG and the branch beside it were trained with different identifiers."""
-    file = categories_file(other)
-    if file.is_file() and read_json(file) != read_json(categories_file(cg)):
-        raise BadInput(f"{other} was trained on other categories than {cg}, or with other identifiers: "
-                       "give branches that belong together")
-
-
-def texts_of(names: set[str], cg: Path | None, plain_prompt: bool | None) -> dict[str, tuple[str, str, str]]:
-    """The prompts of each category in `names`, with the identifiers that are saved with CG.
-
-    Raises BadInput for a name that is not among them, unless the plain prompt is asked for instead (None: can't be).
-    Without a CG (None) all get the plain one.
-    """
-    if cg is None:
-        return {name: prompt_texts(name, None) for name in names}
-    file = categories_file(cg)
-    known = {} if plain_prompt and not file.exists() else read_json(file)
-    if (unknown := sorted(names - set(known))) and not plain_prompt:
-        some = ", ".join([*known][:20]) + (f", ... ({len(known):,} in all, see {file})" if len(known) > 20 else "")
-        raise BadInput(f"CG was not trained on category {unknown[0]!r}; choose one of {some}"
-                       + "; or add --plain-prompt" * (plain_prompt is not None))
-    return {name: prompt_texts(name, known.get(name)) for name in names}
-
-
-def load_models(names: set[str], with_pg: bool, args):
-    """-> the base, CG (or the plain ControlNet in its place), PG or None, and the prompts of the categories `names`."""
-    cg_path = None if args.controlnet else branch_path("cg", args)
-    pg_path = branch_path("pg", args) if with_pg else None
-    texts = texts_of(names, cg_path, args.plain_prompt)
-    if cg_path and pg_path and not args.plain_prompt:
-        check_identifiers(cg_path, pg_path)
-    sd = load_base(args)
-    cg = load_branch("category" if cg_path else "controlnet", cg_path or args.controlnet, sd, args)
-    pg = load_branch("personality", pg_path, sd, args) if with_pg else None
-    # --data keeps a record of it
-    args.models = [version(path) for path in (args.weights or TOY / "base", cg_path or args.controlnet, pg_path) if path]
-    return sd, cg, pg, texts
+        raise BadInput("--dtype: the painted pixels are not finite; add --dtype float32; if they still are not, the "
+                       "weights are broken")
 
 
 # ---------------------------------------------------------------- the three commands
 
 
+def load(args, categories: set[str] = frozenset(), with_pg: bool = False) -> tuple[Models, Painting, dict]:
+    """The models, how to paint with them, and the record of both."""
+    choice = ModelChoice(args.weights, args.tokenizer, args.cg, args.pg, args.controlnet, args.device, args.dtype)
+    models = load_models(choice, args.size, categories, with_pg, args.plain_prompt)
+    how = Painting(args.steps, args.guidance, args.eta, args.start == "reference", args.hint)
+    return models, how, record_of(args, size=models.size, models=models.fingerprints)
+
+
+def painter_of_ads(models: Models, how: Painting) -> Callable[[list[Ad]], list[Tensor]]:
+    """`paint_ads` by the paper's method."""
+    painter = partial(paint, models.sd, how=how, cg=models.cg, pg=models.pg)
+    return partial(paint_ads, painter=painter, size=models.size, multiple=models.sd.multiple, steps=how.steps)
+
+
 def generate_text(args) -> None:
     """--prompt: the base alone."""
-    sd = load_base(args)
+    models, how, record = load(args)
     for start in range(0, args.num, args.batch):
-        count = min(args.batch, args.num - start)
-        blank = torch.zeros(count, 3, args.size, args.size)
-        with steps_bar(args, "base") as bar:
-            pictures = paint(sd, blank, blank[:, :1], [(args.prompt,) * 3] * count, seeded(args.seed + start, count),
-                             steps=args.steps, guidance=args.guidance, on_step=lambda *_: bar.update())
-        check_finite(pictures, args)
-        for i, picture in enumerate(pictures, args.seed + start):
-            save(picture, args.out / f"prompt_{i}.png")
+        seeds = range(args.seed + start, args.seed + min(start + args.batch, args.num))
+        blank = torch.zeros(len(seeds), 3, models.size, models.size)
+        canvas = Canvas(blank, blank[:, :1], [(args.prompt,) * 3] * len(seeds), [seeded(seed)[0] for seed in seeds])
+        with steps_bar(how.steps, "base") as bar:
+            pictures = paint(models.sd, canvas, how, on_step=lambda *_: bar.update())
+        check_finite(pictures)
+        for seed, picture in zip(seeds, pictures):
+            line = line_of(Item(None, None, None), seed, models.dtype, record) | {"prompt": args.prompt}
+            save(picture, args.out / f"prompt_{seed}.png", line)
+    say_next("--product PHOTO --mask MASK --category NAME paints around a product")
 
 
 def generate_product(args) -> None:
-    """--product: every product, after every reference if any, each --num times; several pictures come with a sheet.
+    """--product: every product, in the style of every reference if any, each --num times, and a sheet of them.
 
     A single product is painted in each of several categories. Without --product the samples, CG alone beside CG + PG.
     """
-    demo = args.product is None
-    if demo:
-        args.product, args.category = [TOY / "samples" / f"{SAMPLE}.png"], [SAMPLE]
-        args.reference = [TOY / "samples" / f"{SAMPLE}_reference.png"]
-    if len(args.product) == 1:
-        categories = [dict.fromkeys(args.category)]
+    demo, sample_file = args.product is None, TOY / "samples" / f"{SAMPLE}.png"
+    files = args.product or [sample_file]
+    ads = [sample_file.with_stem(f"{SAMPLE}_reference")] if demo else args.reference
+    items = [Item(*pair, "") for pair in zip(files, one_for_each(args.mask, files, "--mask", "--product"))]
+    references = [*zip(ads or (), one_for_each(args.reference_mask, ads, "--reference-mask", "--reference"))]
+    categories = args.category or [SAMPLE]
+    if len(files) == 1:
+        categories = [list(dict.fromkeys(categories))]
     else:
-        categories = [[category] for category in each("category", "product", args)]
-    products = [load_cutout(*pair) for pair in zip(args.product, each("mask", "product", args))]
-    references = [load_masked(*pair, "reference", "--reference-mask")
-                  for pair in zip(args.reference or (), each("reference_mask", "reference", args))]
-    sd, cg, pg, texts = load_models(set(chain(*categories)), bool(references), args)
-    painter = painter_of(sd, cg, pg, args)
+        categories = [[category] for category in one_for_each(categories, files, "--category", "--product")]
+    products = [load_cutout(item.image, item.mask) for item in items]
+    styles = [load_masked(*pair, "reference", "--reference-mask") for pair in references]
+    models, how, record = load(args, set(chain(*categories)), bool(references))
+    paint_all = painter_of_ads(models, how)
 
-    ads: dict[str, Ad] = {}  # by file name, in the order of the sheet
-    rows = [(i, seed) for i in range(len(products)) for seed in range(args.seed, args.seed + args.num)]
+    rows = [(i, seed) for i in range(len(items)) for seed in range(args.seed, args.seed + args.num)]
+    jobs: dict[str, tuple[Ad, Item]] = {}  # by file name, in the order of the sheet
     for i, seed in rows:
         for category in categories[i]:
-            stem, ad = args.product[i].stem, Ad(*products[i], texts[category], seed)
-            if len(categories[i]) > 1:
-                stem += "_" + re.sub(r"\W+", "_", category)
+            texts = prompt_texts(category, models.identifiers[category])
+            ad, item = Ad(*products[i], texts, seed), replace(items[i], category=category)
+            stem = item.image.stem + ("_" + re.sub(r"\W+", "_", category) if len(categories[i]) > 1 else "")
             if demo or not references:
-                ads[f"{stem}_{seed}.png"] = ad
-            for path, reference in zip(args.reference or (), references):
-                ads[f"{stem}_like_{path.stem}_{seed}.png"] = ad._replace(reference=reference)
-    names, pictures = list(ads), []
-    small = partial(thumbnail, side=256 if len(ads) <= 8 else 160)  # for the sheet
-    for start in range(0, len(names), args.batch):
-        chunk = names[start : start + args.batch]
-        for name, picture in zip(chunk, paint_ads([ads[name] for name in chunk], painter, sd.multiple, args)):
-            save(picture, args.out / name)
+                jobs[f"{stem}_{seed}.png"] = ad, item
+            for pair, style in zip(references, styles):
+                of_pair = replace(item, reference=pair[0], reference_mask=pair[1])
+                jobs[f"{stem}_like_{pair[0].stem}_{seed}.png"] = ad._replace(reference=style), of_pair
+
+    (args.out / "sheet.png").unlink(missing_ok=True)  # an earlier command's
+    pictures, small = [], partial(thumbnail, side=256 if len(jobs) <= 8 else 160)
+    for names in in_batches([*jobs], args.batch):
+        for name, picture in zip(names, paint_all([jobs[name][0] for name in names])):
+            ad, item = jobs[name]
+            save(picture, args.out / name, line_of(item, ad.seed, models.dtype, record))
             pictures.append(small(picture))
-
-    columns = len(pictures) // len(rows)
-    cells = [[small(rgb * mask + 1 - mask), *pictures[k * columns : (k + 1) * columns]]
-             for k, (rgb, mask) in enumerate(products[i] for i, _ in rows)]
+    cells = [[small(products[i][0], mask=products[i][1]), *row]
+             for (i, _), row in zip(rows, in_batches(pictures, len(pictures) // len(rows)))]
     if demo:
-        cells = [[product, alone, references[0][0], after] for product, alone, after in cells]
-        first = "ControlNet" if args.controlnet else "CG"
-        save(sheet(cells, ["product", f"{first} alone", "reference", f"{first} + PG"]), args.out / "sheet.png")
+        name = "ControlNet" if args.controlnet else "CG"
+        cells = [[product, alone, styles[0][0], both] for product, alone, both in cells]
+        save(sheet(cells, ["product", f"{name} alone", "reference", f"{name} + PG"]), args.out / "sheet.png")
     elif len(pictures) > 1:
-        heads = [[None, *[small(rgb) for rgb, _ in references] * len(categories[0])]] if references else []
+        heads = [[None, *[small(rgb) for rgb, _ in styles] * len(categories[0])]] if styles else []
         save(sheet(heads + cells), args.out / "sheet.png")
-
-
-def each(option: str, of: str, args) -> list:
-    """One value of an option for each of another's. Raises BadInput unless as many were given, or one, or none."""
-    values, count = getattr(args, option) or [None], len(getattr(args, of) or ())
-    if len(values) not in (1, count) or (option.endswith("mask") and values[0] and len(values) != count):
-        raise BadInput(f"--{option.replace('_', '-')}: {len(values)} given for {count} of --{of}; give one for each")
-    return values * count if len(values) == 1 else values
-
-
-def save(image, path: Path) -> None:
-    save_image(image, path)
-    print(path)
+    say_next("--product PHOTO --mask MASK --category NAME paints around a product of your own" if demo else
+             "--num 4 paints more of them; --how FILE prints the command that paints one again" if styles else
+             "--reference AD --reference-mask MASK paints in the style of an ad")
 
 
 def generate_data(args) -> None:
     """--data: every item not yet painted, with PG where the item has a reference."""
     items, notes = read_items(args.data, args.split or "bg1k")
     items = items[: args.limit]
-    with_pg = any(item.reference for item in items)
-    sd, cg, pg, texts = load_models({item.category for item in items}, with_pg, args)
+    models, how, record = load(args, {item.category for item in items}, any(item.reference for item in items))
+    texts = {name: prompt_texts(name, identifier) for name, identifier in models.identifiers.items()}
     print("\n".join(notes), file=sys.stderr)
-    painted, there, broken = paint_items(items, texts, partial(paint_ads, painter=painter_of(sd, cg, pg, args), multiple=sd.multiple, args=args), args)
+    painted, there, broken = paint_items(items, texts, painter_of_ads(models, how), args.out, record, models.dtype,
+                                         args.seed, args.batch)
     save_data_sheet(items, args.out)  # of several processes the last one has them all
     print(f"{args.out}: {painted:,} painted, {there:,} were there, {broken:,} broken")
     if broken > BROKEN * (painted + there + broken):
         raise BadInput(f"{args.data}: {broken:,} items can't be used, more than {BROKEN:.0%}; they are named above")
+    say_next(f"look at {args.out / 'sheet.png'}; {args.out / 'manifest.jsonl'} says what each was painted from")
+
+
+def in_batches(values: list, size: int) -> list[list]:
+    return [values[k : k + size] for k in range(0, len(values), size)]
+
+
+def save(image, path: Path, line: dict | None = None) -> None:
+    """Writes a PNG and says so; line: what it was painted from and how, kept in the PNG."""
+    save_image(image, path, {"how": json.dumps(line)} if line else None)
+    print(path)
+
+
+def say_next(text: str) -> None:
+    """What a user may want to do after this; not among the paths on stdout."""
+    print(f"next: {text}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------- the command line
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+def options() -> Parser:
     parser = Parser(description=__doc__, formatter_class=partial(
         argparse.RawDescriptionHelpFormatter, max_help_position=32, width=120))
     add = parser.add_argument_group("what to paint [a sample of the toy]").add_argument
@@ -358,13 +303,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--split", metavar="NAME", help="of the data set as released: bg60k, bg1k or bgpair [bg1k]")
     add("--limit", metavar="N", type=whole(1, 10**9), help="only the first N items of the data set [all]")
     add("--prompt", metavar="TEXT", help="plain text-to-image with the base alone")
+    add("--how", metavar="FILE", type=Path, help="print the command that paints this picture again, and paint nothing")
     add = parser.add_argument_group("how").add_argument
     add("--num", metavar="N", type=whole(1, 9999), default=1, help="pictures, with seeds SEED, SEED + 1, ... [1]")
     add("--seed", metavar="N", type=whole(0, 2**32 - 1), default=0,
         help="of the noise; SEED + i for item i of --data [0]")
-    add("--steps", metavar="N", type=whole(1, 500), default=STEPS, help=f"steps of DDIM [{STEPS}, the paper's]")
-    add("--guidance", metavar="X", type=real(1, 30), default=GUIDANCE,
-        help=f"weight of the prompt, 1: without guidance [{GUIDANCE}, the paper's]")
+    add("--steps", metavar="N", type=whole(1, 500), default=Painting.steps,
+        help=f"steps of DDIM [{Painting.steps}, the paper's]")
+    add("--guidance", metavar="X", type=real(1, 30), default=Painting.guidance,
+        help=f"weight of the prompt, 1: without guidance [{Painting.guidance}, the paper's]")
+    add("--eta", metavar="X", type=real(0, 1), default=Painting.eta,
+        help="DDIM's η: part of DDPM's noise that is added at each step [0: none, the paper's]")
     add("--size", metavar="N", type=whole(8, 4096),
         help="longer side of the painted canvas in pixels [the base's: toy 128, SD 1.5 and the paper 512]")
     add("--start", metavar="FROM", choices=["reference", "noise"], default="reference",
@@ -388,27 +337,21 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", metavar="NAME", choices=["auto", "float32", "float16", "bfloat16"], default="auto",
         help="float32, float16, bfloat16 [auto: float16 on CUDA, bfloat16 on CPUs that have it, else float32]")
     add("--out", metavar="DIR", type=Path, default=Path("out"), help="where the pictures go [out]")
-    return parser.parse_args(arguments)
+    return parser
 
 
 def check(args) -> None:
     """Raises BadInput for options that do not go together and for an --out that can't be written."""
-    goals = [o for o in ("product", "data", "prompt") if getattr(args, o) is not None]
-    if len(goals) > 1:
-        raise BadInput(f"--{goals[0]} and --{goals[1]} exclude each other; leave one out")
-    for option, needed in (("mask", "product"), ("category", "product"), ("reference", "product"),
-                           ("reference_mask", "reference"), ("split", "data"), ("limit", "data")):
-        if getattr(args, option) is not None and getattr(args, needed) is None:
-            raise BadInput(f"--{option.replace('_', '-')} goes with --{needed}; add that one")
+    check_together(args, [("product", "data", "prompt"), ("controlnet", "cg")],
+                   [("mask", "product"), ("category", "product"), ("reference", "product"),
+                    ("reference_mask", "reference"), ("split", "data"), ("limit", "data")])
     for option in ("cg", "pg", "controlnet"):
         if args.prompt is not None and getattr(args, option):
             raise BadInput(f"--prompt is painted by the base alone, without --{option}; leave one out")
-    if args.controlnet and args.cg:
-        raise BadInput("--controlnet and --cg exclude each other; leave one out")
-    if args.hint == "inpaint" and not args.controlnet:
-        raise BadInput("--hint goes with --controlnet; add that one")
     if args.product and not args.category:
         raise BadInput("--product goes with --category; add the product's category")
+    if args.hint == "inpaint" and not args.controlnet:
+        raise BadInput("--hint goes with --controlnet; add that one")
     names = [re.sub(r"\W+", "_", category) for category in dict.fromkeys(args.category or ())]
     if len(args.product or ()) == 1 and len({*names}) < len(names):
         raise BadInput(f"--category: two of {', '.join(args.category)} would give results of one name; leave one out")
@@ -422,13 +365,13 @@ def check(args) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = parse(arguments)
+    parser = options()
+    args = parser.parse_args(arguments)
+    if args.how:
+        print(command_of(args.how, parser))
+        return
     check(args)
-    args.device = pick_device(args.device)
-    args.dtype = pick_dtype(args.dtype, args.device)
     (generate_text if args.prompt is not None else generate_data if args.data else generate_product)(args)
-    if args.dtype == torch.bfloat16:
-        print("computed in bfloat16; for more precision: --dtype float32", file=sys.stderr)
 
 
 if __name__ == "__main__":

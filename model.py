@@ -1,7 +1,7 @@
-"""The networks: Stable Diffusion's UNet, the two ControlNet-shaped branches CG and PG (section 3), VAE and CLIP.
+"""The networks of Fig. 2: Stable Diffusion's UNet and the two ControlNet-shaped branches CG and PG (section 3).
 
-Reading order: ResnetBlock and the down/mid/up blocks; UNet; ControlNet, from which CategoryGenerator (Eq. 3) and
-PersonalityGenerator (Eq. 4) differ by a line each; VAE; CLIP's text and image encoders.
+Read from top to bottom: the blocks; the UNet; ControlNet, from which CategoryGenerator (Eq. 3) and PersonalityGenerator
+(Eq. 4) differ by one line each; `predict_noise`, which runs all three in parallel. vae.py and clip.py hold the others.
 Every class is built from the fields of its public config.json, so one class is the toy's and SD 1.5's. Modules and
 parameters carry the names of the public diffusers folders.
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from attention import Reused, SpatialTransformer, mask_at, once, to_rows
+from attention import SpatialTransformer, mask_at
 
 # ---------------------------------------------------------------- blocks
 
@@ -102,6 +102,14 @@ def run_layer(block: nn.Module, *inputs) -> Tensor:
     return block.layer(*inputs)
 
 
+def rows_of(context, x: Tensor) -> Tensor:
+    """x (B, C, h, w) with as many rows as the prompts. Guidance runs each picture with and without its prompt; up to the
+    first cross-attention both passes are the same, and one row serves both.
+    """
+    rows = len(context[0]) if isinstance(context, tuple) else len(context)
+    return x if len(x) == rows else x.repeat(rows // len(x), 1, 1, 1)
+
+
 class DownBlock(nn.Module):
     """One level of the encoder. x (B, C_in, h, w), time (B, T) -> its output, (B, C, h/2, w/2) or for the last level
     (B, C, h, w), and what each layer and the downsampling leave as skip connections, of C channels each.
@@ -122,7 +130,7 @@ class DownBlock(nn.Module):
 
     def layer(self, i, x, time, context, mask):
         x = self.resnets[i](x, time)
-        return self.attentions[i](x, context, mask) if hasattr(self, "attentions") else x
+        return self.attentions[i](rows_of(context, x), context, mask) if hasattr(self, "attentions") else x
 
     def forward(self, x, time, context, mask=None):
         skips = []
@@ -155,8 +163,8 @@ class MidBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """One level of the decoder. x (B, C_in, h, w) -> (B, C, 2h, 2w), or for the last level (B, C, h, w). Each layer reads
-    x beside one skip connection (B, S, h, w), the last ones left first.
+    """One level of the decoder. x (B, C_in, h, w) -> (B, C, 2h, 2w), or for the last level (B, C, h, w). Each layer takes
+    x and one skip connection (B, S, h, w), most recent first.
     """
 
     recompute = False
@@ -224,7 +232,7 @@ class UNetEncoder(nn.Module):
             x, left = block(x, time, context, mask)
             skips += left
         x = self.mid_block(x, time, context, mask)
-        return x, [to_rows(skip, len(x)) for skip in skips]
+        return x, [rows_of(context, skip) for skip in skips]
 
     def recompute_activations(self) -> None:
         """Gradient checkpointing from now on, see `run_layer`."""
@@ -235,7 +243,7 @@ class UNetEncoder(nn.Module):
 def skip_channels(config: dict) -> list[int]:
     """Channels of the skip connections, in the order in which the encoder leaves them."""
     channels, layers = config["block_out_channels"], config["layers_per_block"]
-    last = len(channels) - 1  # does not halve the size, so that it leaves one less
+    last = len(channels) - 1  # the last level has no downsampling, hence one skip connection fewer
     return channels[:1] + [c for i, c in enumerate(channels) for _ in range(layers + (i < last))]
 
 
@@ -280,6 +288,14 @@ class UNet(UNetEncoder):
 # ---------------------------------------------------------------- the branches
 
 
+class Prompts(NamedTuple):
+    """The three encodings of a batch of prompts, each (B, L, D) (section 3.2)."""
+
+    P: Tensor  # 'A photo of [category], in the background of [D]'
+    P_fg: Tensor  # 'A photo of [category]'
+    P_bg: Tensor  # 'in the background of [D]'
+
+
 class HintEncoder(nn.Module):
     """ControlNet's small convolutional encoder of the hint. (B, 3, H, W) in [0, 1] (ControlNet 1.1 inpaint: −1 where it
     is to paint) -> (B, C, h, w).
@@ -303,55 +319,69 @@ class HintEncoder(nn.Module):
 
 
 class ControlNet(UNetEncoder):
-    """A trainable copy of SD's encoder that sees a hint beside z_t, and leaves through zero convolutions (section 3.1).
+    """A trainable copy of SD's encoder that also sees a hint; its outputs pass through zero convolutions (section 3.1).
 
-    The zero convolutions (1x1) start at zero, so that at the start of training SD is unchanged.
+    These (1x1) start at zero, so that training starts from an unchanged SD.
     """
 
     def __init__(self, config: dict):
         super().__init__(config)
         channels = config["block_out_channels"]
         self.controlnet_cond_embedding = HintEncoder(config["conditioning_embedding_out_channels"], channels[0])
-        self.controlnet_down_blocks = nn.ModuleList(nn.Conv2d(c, c, 1) for c in skip_channels(config))  # zero convolutions
+        self.controlnet_down_blocks = nn.ModuleList(nn.Conv2d(c, c, 1) for c in skip_channels(config))
         self.controlnet_mid_block = nn.Conv2d(channels[-1], channels[-1], 1)
 
     @torch.no_grad()
     def init_from_unet(self, unet: UNet) -> None:
-        """ControlNet's own initialisation: the encoder is SD's, all that leads in or out of the branch is zero."""
+        """ControlNet's own initialisation: the encoder is SD's; the layers that connect the branch to SD are zero."""
         weights = {k: v for k, v in unet.state_dict().items()
                    if not k.startswith(("up_blocks", "conv_norm_out", "conv_out"))}
-        weights["conv_in.weight"] = weights["conv_in.weight"][:, : self.conv_in.in_channels]  # an inpainting UNet has more
+        weights["conv_in.weight"] = weights["conv_in.weight"][:, : self.conv_in.in_channels]  # of an inpainting UNet
         result = self.load_state_dict(weights, strict=False)
         assert all(name.startswith("controlnet_") for name in result.missing_keys) and not result.unexpected_keys
         for layer in (self.controlnet_cond_embedding.conv_out, self.controlnet_mid_block, *self.controlnet_down_blocks):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, z, t, context, hint, mask=None):
-        """z_t (B, 4, h, w), t (B,) or (1,), context P (B, L, D), hint (B, 3, H, W) -> residuals for UNet.forward.
+    def forward(self, z: Tensor, t: Tensor, context, hint: Tensor, mask: Tensor | None = None) -> list[Tensor]:
+        """z_t (B, 4, h, w), t (B,) or (1,), hint (B, 3, H, W) -> residuals for UNet.forward (13 for SD 1.5).
 
-        With mask (B, 1, H, W), every cross-attention is Eq. 3 and context is the pair (P_fg, P_bg).
+        context: P (B, L, D); for CG the pair (P_fg, P_bg). mask: M (B, 1, H, W), which CG and PG need.
         """
-        x = self.conv_in(z) + once(self, self.controlnet_cond_embedding, hint)
+        return self.residuals(z, t, context, self.hint_features(hint), mask)
+
+    def hint_features(self, hint: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, C, h, w). It is the same at every step: compute it once a picture, before the walk."""
+        return self.controlnet_cond_embedding(hint)
+
+    def residuals(self, z: Tensor, t: Tensor, context, features: Tensor, mask: Tensor | None = None) -> list[Tensor]:
+        """What `forward` returns, from the hint's features."""
+        x = self.conv_in(z) + features
         middle, skips = self.encode(x, self.embed_time(t), context, mask)
         return [conv(s) for conv, s in zip(self.controlnet_down_blocks, skips)] + [self.controlnet_mid_block(middle)]
 
+    def reads(self, prompts: Prompts):
+        """The context that its cross-attentions read."""
+        return prompts.P
+
 
 class CategoryGenerator(ControlNet):
-    """CG (section 3.2): reads the product I ⊗ M; every cross-attention is mask-guided (Eq. 3)."""
+    """CG (section 3.2): its hint is the product I ⊗ M, and every cross-attention is mask-guided (Eq. 3)."""
 
-    def forward(self, z: Tensor, t: Tensor, context: tuple[Tensor, Tensor], hint: Tensor, mask: Tensor):
-        return super().forward(z, t, context, hint, mask)
+    def reads(self, prompts: Prompts):
+        if self.config.get("attention") == "plain":  # ours, to measure what Eq. 3 adds: `train.py cg --attention plain`
+            return prompts.P  # Eq. 2
+        return prompts.P_fg, prompts.P_bg  # Eq. 3: TransformerBlock blends the two by M
 
 
 class PersonalityGenerator(ControlNet):
-    """PG (section 3.3): reads a reference's background I_ref ⊗ (1 − M_ref); attends on P as a ControlNet does.
+    """PG (section 3.3): its hint is a reference's background I_ref ⊗ (1 − M_ref); it attends to P as a ControlNet does.
 
     `mask` is that of the product being generated for, never the reference's.
     """
 
-    def forward(self, z: Tensor, t: Tensor, context: Tensor, hint: Tensor, mask: Tensor):
-        ys = super().forward(z, t, context, hint)
+    def residuals(self, z, t, context, features, mask=None):
+        ys = super().residuals(z, t, context, features)
         # Eq. 4, after the zero convolution, so that its bias can't leak onto the product
         return [y * (1 - mask_at(mask, *y.shape[2:])).to(y) for y in ys]
 
@@ -359,38 +389,16 @@ class PersonalityGenerator(ControlNet):
 BRANCHES = {"controlnet": ControlNet, "category": CategoryGenerator, "personality": PersonalityGenerator}
 
 
-class Prompts(NamedTuple):
-    """The three encodings of a batch of prompts, each (B, L, D) (section 3.2)."""
-
-    P: Tensor  # 'A photo of [category], in the background of [D]'
-    P_fg: Tensor  # 'A photo of [category]'
-    P_bg: Tensor  # 'in the background of [D]'
-
-
-def predict_noise(unet: UNet, z: Tensor, t: Tensor, prompts: Prompts, branches=(), mask: Tensor | Reused | None = None,
+def predict_noise(unet: UNet, z: Tensor, t: Tensor, prompts: Prompts, branches=(), mask: Tensor | None = None,
                   inpainting: Tensor | None = None) -> Tensor:
     """Fig. 2: SD, CG and PG in parallel, the branches' outputs summed into SD's decoder -> eps (B, 4, h, w).
 
-    branches: pairs of a branch and its hint (B, 3, H, W); mask M (B, 1, H, W) of the product generated for.
-    inpainting (B, 5, h, w): what an inpainting UNet reads beside z_t, the mask of what it paints and the rest's latent.
-    What is the same at every step (prompts, hints, mask) may be Reused. Prompts and mask may have n B rows, for n passes
-    of the same pictures; t is (1,) then, and the result (n B, 4, h, w).
+    branches: pairs of a branch and its hint's features, `(cg, cg.hint_features(hint))`; mask: M (B, 1, H, W) of the
+    product generated for. inpainting (B, 5, h, w): what an inpainting UNet reads beside z_t, see
+    StableDiffusion.inpainting.
     """
     residuals = None
-    for branch, hint in branches:
-        if isinstance(branch, CategoryGenerator):
-            xs = branch(z, t, (prompts.P_fg, prompts.P_bg), hint, mask)
-        elif isinstance(branch, PersonalityGenerator):
-            xs = branch(z, t, prompts.P, hint, mask)
-        else:
-            xs = branch(z, t, prompts.P, hint)
-        residuals = xs if residuals is None else [a + b for a, b in zip(residuals, xs)]
+    for branch, features in branches:
+        outputs = branch.residuals(z, t, branch.reads(prompts), features, mask)
+        residuals = outputs if residuals is None else [x + y for x, y in zip(residuals, outputs)]
     return unet(z if inpainting is None else torch.cat([z, inpainting], dim=1), t, prompts.P, residuals)
-
-
-# ---------------------------------------------------------------- VAE
-
-
-# ---------------------------------------------------------------- CLIP
-
-

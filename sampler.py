@@ -1,23 +1,35 @@
 """From noise to a picture: the noise schedule, DDIM, classifier-free guidance, z_T from a reference (section 5.1, 3.3).
 
-The step itself is `ddim_step`, a pure function; `ddim` walks it and yields what a reader wants to see on the way;
-`sample` is the whole system's loop.
+The step itself is `ddim_step`, a pure function; `ddim` repeats it and yields the intermediate results; `guided` is the
+noise that the networks predict with and without the prompt; `sample` joins them into the whole system's walk.
 """
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from attention import Reused
+from attention import mask_at
 from model import Prompts, UNet, predict_noise
+from support.files import BadInput
 
-STEPS, GUIDANCE = 50, 2.0  # section 5.1
+
+@dataclass(frozen=True)
+class Painting:
+    """How pictures are painted. The defaults are the paper's (sections 3.3 and 5.1)."""
+
+    steps: int = 50
+    guidance: float = 2.0  # weight of the prompt in classifier-free guidance; 1: none
+    eta: float = 0.0  # η of DDIM: 0 deterministic, 1 as much noise at each step as DDPM
+    from_reference: bool = True  # z_T is the reference's latent noised, where there is one; else pure noise
+    hint: str = "product"  # what the branch in CG's place sees: I ⊗ M, or "inpaint", as ControlNet 1.1 inpaint does
 
 
 class Schedule:
-    """How much of a picture is left at each timestep: z_t = √ᾱ_t z_0 + √(1 − ᾱ_t) ε.
+    """How much of a picture is left at each timestep: z_t = √ᾱ_t z_0 + √(1 − ᾱ_t) ε; and which timesteps a walk visits.
 
     Built from the fields of a public scheduler_config.json; the defaults are Stable Diffusion's.
     """
@@ -25,7 +37,7 @@ class Schedule:
     def __init__(self, config: dict | None = None):
         self.config = config = {"beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000,
                                 "steps_offset": 1, "set_alpha_to_one": False, "prediction_type": "epsilon",
-                                **(config or {})}
+                                "timestep_spacing": "leading", **(config or {})}
         self.T = config["num_train_timesteps"]
         # scaled linear: √β grows linearly
         beta = torch.linspace(config["beta_start"] ** 0.5, config["beta_end"] ** 0.5, self.T) ** 2
@@ -33,10 +45,23 @@ class Schedule:
         self.final_alpha_bar = torch.tensor(1.0) if config["set_alpha_to_one"] else self.alpha_bar[0]
 
     def timesteps(self, steps: int) -> list[int]:
-        """`steps` timesteps, evenly spaced ('leading' spacing): 981, 961, …, 1 for 50. Where T is no multiple of `steps`
-        the noisy end is cut: 400 start at 799.
+        """`steps` timesteps, evenly spaced, the noisiest first; for 50 of T = 1000, by the field timestep_spacing:
+
+        - leading: 981, 961, …, 1. Where T is no multiple of `steps` the noisy end is cut: 400 start at 799.
+        - trailing: 999, 979, …, 19. Few-step models are trained for it: a single step visits 999.
+        - linspace: 999, 979, 958, …, 0.
+
+        Whatever the spacing, a step at t ends at t − T // steps, as in the reference. Raises BadInput for too many.
         """
-        return [i * (self.T // steps) + self.config["steps_offset"] for i in reversed(range(steps))]
+        if self.config["timestep_spacing"] == "trailing":
+            ts = np.arange(self.T, 0, -self.T / steps)[:steps].round() - 1
+        elif self.config["timestep_spacing"] == "linspace":
+            ts = np.linspace(0, self.T - 1, steps).round()[::-1]
+        else:
+            ts = np.arange(steps)[::-1] * (self.T // steps) + self.config["steps_offset"]
+        if steps > self.T or ts[0] >= self.T:
+            raise BadInput(f"--steps {steps}: too many for this model's schedule of {self.T} timesteps; give fewer")
+        return ts.astype(int).tolist()
 
     def alpha_bar_at(self, t: int) -> Tensor:
         """ᾱ_t, and its value for the end of the walk below t = 0."""
@@ -48,7 +73,7 @@ class Schedule:
         return (alpha_bar.sqrt() * z_0 + (1 - alpha_bar).sqrt() * eps).to(z_0.dtype)
 
     def target(self, z_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """What the UNet is to predict of z_t: ε, or for a v-prediction model v = √ᾱ_t ε − √(1 − ᾱ_t) z_0."""
+        """What the UNet is to predict from z_t: ε, or for a v-prediction model v = √ᾱ_t ε − √(1 − ᾱ_t) z_0."""
         if self.config["prediction_type"] == "epsilon":
             return eps
         alpha_bar = self.alpha_bar.to(z_0.device)[t].view(-1, 1, 1, 1)
@@ -59,6 +84,20 @@ class Schedule:
         if self.config["prediction_type"] == "epsilon":
             return output
         return self.alpha_bar[t].sqrt().item() * output + (1 - self.alpha_bar[t]).sqrt().item() * z_t
+
+
+def timestep_weights(schedule: Schedule, kind: str) -> Tensor:
+    """The weight of each timestep's error, (T,): 1 ('uniform', Eq. 1), or by its signal-to-noise ratio.
+
+    Nearly clean z_t make most of the error of ε, little of which can be learnt; the noisiest, where the scene is
+    decided, make almost none. 'min-snr' (Hang et al. 2023, γ = 5) weights the former down, 'debias' (Yu et al. 2023)
+    the former down and the latter up.
+    """
+    if kind == "uniform":
+        return torch.ones(schedule.T)
+    snr = schedule.alpha_bar / (1 - schedule.alpha_bar)
+    weight = snr.clamp(max=5) / snr if kind == "min-snr" else snr.rsqrt()
+    return weight if schedule.config["prediction_type"] == "epsilon" else weight * snr / (snr + 1)
 
 
 def ddim_step(eps: Tensor, z_t: Tensor, alpha_bar: Tensor, alpha_bar_prev: Tensor, eta: float = 0.0,
@@ -74,7 +113,7 @@ def ddim_step(eps: Tensor, z_t: Tensor, alpha_bar: Tensor, alpha_bar_prev: Tenso
     return (z_prev + sigma * noise if sigma > 0 else z_prev), z_0
 
 
-def ddim(eps_model: Callable[[Tensor, int], Tensor], z_T: Tensor, schedule: Schedule, steps: int = STEPS,
+def ddim(eps_model: Callable[[Tensor, int], Tensor], z_T: Tensor, schedule: Schedule, steps: int = Painting.steps,
          eta: float = 0.0, generators: list[torch.Generator] | None = None,
          edit: Callable[[Tensor, int], Tensor] | None = None) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Walks from z_T (B, 4, h, w) to z_0; yields (t, z_{t−1}, ẑ_0) after every step.
@@ -101,60 +140,60 @@ def draw_noise(shape, generator: torch.Generator) -> Tensor:
     return torch.randn((1, *shape), generator=generator)
 
 
-@torch.no_grad()
-def sample(unet: UNet, schedule: Schedule, prompts: Prompts, unconditional: Prompts, generators: list[torch.Generator],
-           shape: tuple[int, int, int], branches=(), mask: Tensor | None = None, z_ref: Tensor | None = None,
-           steps: int = STEPS, guidance: float = GUIDANCE, eta: float = 0.0, inpainting: Tensor | None = None,
-           on_step: Callable[[int, Tensor, Tensor], None] | None = None,
-           guide: Callable[[Callable, Tensor, int], Tensor] | None = None,
-           edit: Callable[[Tensor, int], Tensor] | None = None) -> Tensor:
-    """Denoises a batch of B = len(generators) pictures -> z_0 (B, *shape) float32, scaled as the UNet's latents are.
+class Conditions(NamedTuple):
+    """What the networks read beside z_t and t, for a batch of B pictures."""
 
-    prompts, unconditional: encodings with and without the prompt, B rows each; branches, mask and inpainting as in
-    `predict_noise`; z_ref (B, *shape): where given, z_T is this latent noised to the first timestep, not pure noise
-    (section 3.3). Both passes of the guidance run as one batch; guidance 1 runs the conditional one alone.
-    For other methods on the same walk, guide(eps_model, z, t) -> eps stands in for eps_model(z, t), and edit is ddim's.
+    prompts: Prompts
+    unconditional: Prompts  # the encodings of '', for the guidance
+    branches: tuple = ()  # as in `predict_noise`: pairs of a branch and its hint's features
+    mask: Tensor | None = None  # M (B, 1, H, W) of the products
+    inpainting: Tensor | None = None  # (B, 5, h, w), for an inpainting UNet
+
+
+def guided(unet: UNet, schedule: Schedule, given: Conditions, guidance: float) -> Callable[[Tensor, int], Tensor]:
+    """Classifier-free guidance: eps_model(z, t), ε(z, t) without the prompt + guidance · (ε with it − ε without it).
+
+    Both passes run as one batch of 2 B rows; guidance 1 runs the pass with the prompt alone.
     """
-    weight = unet.conv_in.weight
-    z_T = torch.cat([draw_noise(shape, g) for g in generators]).to(weight.device)  # float32 whatever the weights are
-    if z_ref is not None:
-        first = torch.full((len(z_T),), schedule.timesteps(steps)[0], device=z_T.device)
-        z_T = schedule.add_noise(z_ref.to(z_T), z_T, first)
-
-    # With guidance prompts and mask have 2 B rows and z has B: attention.to_rows doubles it where the first prompt is read
-    passes = 1
+    prompts, mask = given.prompts, given.mask
     if guidance != 1:
-        passes, prompts = 2, Prompts(*(torch.cat(pair) for pair in zip(unconditional, prompts)))
-    # What stays the same over the steps: what the networks make of it is computed at the first one only
-    prompts = Prompts(*map(Reused, prompts))
-    branches = [(branch, Reused(hint)) for branch, hint in branches]
-    mask = None if mask is None else Reused(mask.repeat(passes, 1, 1, 1))
+        prompts = Prompts(*(torch.cat(pair) for pair in zip(given.unconditional, given.prompts)))
+        mask = None if mask is None else mask.repeat(2, 1, 1, 1)
 
     def eps_model(z: Tensor, t: int) -> Tensor:
-        t_all = torch.full((1,), t, device=z.device)
-        output = predict_noise(unet, z.to(weight.dtype), t_all, prompts, branches, mask, inpainting).float()
+        z_t, t_all = z.to(unet.conv_in.weight.dtype), torch.full((1,), t, device=z.device)
+        output = predict_noise(unet, z_t, t_all, prompts, given.branches, mask, given.inpainting).float()
         if guidance != 1:
             without, with_prompt = output.chunk(2)
-            output = without + guidance * (with_prompt - without)  # classifier-free guidance
+            output = without + guidance * (with_prompt - without)
         return schedule.eps_from(output, z, t)
 
-    z = z_T
-    model = partial(guide, eps_model) if guide else eps_model
-    for t, z, z_0 in ddim(model, z_T, schedule, steps, eta, generators, edit):
+    return eps_model
+
+
+def first_latent(schedule: Schedule, generators: list[torch.Generator], shape: tuple[int, int, int], steps: int,
+                 z_ref: Tensor | None = None, device="cpu") -> Tensor:
+    """z_T (B, *shape) float32: pure noise or, given the reference's latent z_ref, that noised to the first timestep."""
+    noise = torch.cat([draw_noise(shape, g) for g in generators]).to(device)
+    if z_ref is None:
+        return noise
+    return schedule.add_noise(z_ref.to(noise), noise, torch.full((len(noise),), schedule.timesteps(steps)[0]))
+
+
+@torch.no_grad()
+def sample(unet: UNet, schedule: Schedule, given: Conditions, generators: list[torch.Generator],
+           shape: tuple[int, int, int], how: Painting, z_ref: Tensor | None = None,
+           on_step: Callable[[int, Tensor, Tensor], None] | None = None) -> Tensor:
+    """Denoises B = len(generators) pictures -> z_0 (B, *shape) float32, scaled as the UNet's latents are.
+
+    z_ref (B, *shape): the references' latents, from which z_T starts (section 3.3). on_step(t, z_{t−1}, ẑ_0) is called
+    after every step.
+    """
+    if given.mask is not None:  # area averages of area averages are the same: the full size is averaged only once
+        given = given._replace(mask=mask_at(given.mask, *shape[1:]))
+    z_T = first_latent(schedule, generators, shape, how.steps, z_ref, unet.conv_in.weight.device)
+    eps_model = guided(unet, schedule, given, how.guidance)
+    for t, z, z_0 in ddim(eps_model, z_T, schedule, how.steps, how.eta, generators):
         if on_step:
             on_step(t, z, z_0)
     return z
-
-
-def timestep_weights(schedule: Schedule, kind: str) -> Tensor:
-    """The weight of each timestep's error, (T,): 1 ('uniform', Eq. 1), or by its signal-to-noise ratio.
-
-    Nearly clean z_t make most of the error of ε, little of which can be learnt; the noisiest, where the scene is
-    decided, make almost none. 'min-snr' (Hang et al. 2023, γ = 5) weights the former down, 'debias' (Yu et al. 2023)
-    the former down and the latter up.
-    """
-    if kind == "uniform":
-        return torch.ones(schedule.T)
-    snr = schedule.alpha_bar / (1 - schedule.alpha_bar)
-    weight = snr.clamp(max=5) / snr if kind == "min-snr" else snr.rsqrt()
-    return weight if schedule.config["prediction_type"] == "epsilon" else weight * snr / (snr + 1)

@@ -46,16 +46,16 @@ from support.files import (
     whole,
 )
 from support.images import canvas_size, sheet
+from support.tensors import fingerprint
 from support.trainer import Latents, Task, divisor, memory_format, mixed_precision, run
 from toy.world import write_world
 from weights import (
-    CONTROL_FILES,
-    TEXT_FILES,
+    CONTROL_FILE,
+    TEXT_FILE,
     StableDiffusion,
     control_config,
     load_stable_diffusion,
     save_control,
-    version,
 )
 
 TOY_DATA = TOY / "data"
@@ -75,7 +75,7 @@ TOY_SETTINGS = {
     "joint": TOY_BRANCH | dict(prompt_dropout=0.1), "controlnet": TOY_BRANCH,
 }  # fmt: skip
 BRANCHES, TOY_STAGES = ("cg", "pg", "joint", "controlnet"), ("vae", "clip", "unet")
-WRITTEN = {"config.json", "categories.json", *CONTROL_FILES, *TEXT_FILES, "vocab.json", "merges.txt",
+WRITTEN = {"config.json", "categories.json", CONTROL_FILE, TEXT_FILE, "vocab.json", "merges.txt",
            "tokenizer_config.json"}  # to a trained model's folder
 
 # ---------------------------------------------------------------- processes
@@ -109,7 +109,7 @@ def branch_task(args) -> Task:
     identifiers = (read_json(categories_file(args.cg)) if cg else
                    {name: args.identifier.replace("{}", str(i)) for i, name in enumerate(categories_of(items))})
     args.identifiers, categories = identifiers, [*identifiers]
-    args.frozen = hashed([version(path) for path in (args.weights, args.cg) if path])
+    args.frozen = hashed([fingerprint(path) for path in (args.weights, args.cg) if path])
     unknown = sorted({item.category for item in items} - set(categories))
     if unknown:
         raise BadInput(f"{args.data}: category {unknown[0]} was not in CG's training set; train CG on this data first")

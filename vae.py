@@ -1,4 +1,8 @@
-"""Stable Diffusion's VAE, by hand: pictures to latents and back."""
+"""Stable Diffusion's VAE, by hand: pictures to latents and back.
+
+Read from the end: VAE, its encoder and decoder, the levels they are made of. Built from the fields of the public
+vae/config.json, with its names. Shapes: pictures (B, 3, H, W); latents (B, 4, h, w) with h = H / f, f = 8 for SD 1.5.
+"""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,7 +29,7 @@ class VAEAttention(nn.Module):
 
 
 class VAEMidBlock(nn.Module):
-    """Residual, attention, residual."""
+    """The bottom: residual, attention, residual. (B, C, h, w) -> (B, C, h, w)."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -37,7 +41,9 @@ class VAEMidBlock(nn.Module):
 
 
 class VAELevel(nn.Module):
-    """Residual blocks, then a change of resolution unless it is the last level."""
+    """Residual blocks, then a change of resolution: (B, C_in, h, w) -> (B, C, h/2, w/2) where `resample` is "down",
+    (B, C, 2h, 2w) where it is "up", and (B, C, h, w) in the last level, where it is None.
+    """
 
     def __init__(self, layers: int, in_channels: int, out_channels: int, groups: int, resample: str | None):
         super().__init__()
@@ -57,7 +63,7 @@ class VAELevel(nn.Module):
 
 
 class VAEEncoder(nn.Module):
-    """(B, 3, H, W) -> (B, 8, h, w), halved once a level but the last."""
+    """(B, 3, H, W) -> (B, 8, h, w): mean and log-variance, before quant_conv. Each level but the last halves."""
 
     def __init__(self, config: dict):
         super().__init__()
@@ -79,7 +85,7 @@ class VAEEncoder(nn.Module):
 
 
 class VAEDecoder(nn.Module):
-    """(B, 4, h, w) -> (B, 3, H, W), with one residual block a level more than the encoder."""
+    """(B, 4, h, w) -> (B, 3, H, W). Each level has one residual block more than the encoder's."""
 
     def __init__(self, config: dict):
         super().__init__()
@@ -101,7 +107,7 @@ class VAEDecoder(nn.Module):
 
 
 class VAE(nn.Module):
-    """Images to latents and back. Latents here are unscaled: the UNet's z is `scaling_factor` times them."""
+    """Pictures to latents and back. Latents here are unscaled: the UNet's z is `scaling_factor` times them."""
 
     def __init__(self, config: dict):
         super().__init__()

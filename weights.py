@@ -1,15 +1,16 @@
 """Public weights in and out: finds a folder's files, checks every tensor's name and shape, loads and saves safetensors.
 
-A Stable Diffusion folder holds unet/, vae/, text_encoder/, tokenizer/ and scheduler/; a ControlNet folder (CG and PG
-are ones) config.json and one file of weights; a CLIP folder likewise. Stable Diffusion and ControlNet also come as a
-single file, in the names of the original code: RENAMES tells ours, the tensors' shapes the configuration.
+A Stable Diffusion folder holds unet/, vae/, text_encoder/, tokenizer/ and scheduler/. A ControlNet folder (CG and PG
+are ones) holds config.json and one file of weights, or several with an index; a CLIP folder likewise. Stable Diffusion
+and ControlNet also come as a single file in the names of the original code: support/layouts.py has the rules that map
+them to ours, and infers the configuration from the tensors' shapes. support/configs.py lists what a config.json may
+say.
 Models are built on the meta device and filled from memory-mapped tensors: nothing is initialised only to be
 overwritten, and nothing lies in memory twice. Loading is strict: a missing, extra or misshapen tensor is an error that
-names it. Only safetensors are read: a pickle runs code when it is opened.
+names it. Only safetensors are read: opening a pickle can run code. `python weights.py convert` reads its tensors alone.
 """
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -24,138 +25,27 @@ from torch.overrides import TorchFunctionMode
 from clip import CLIP, TextEncoder, Tokenizer, load_tokenizer
 from model import BRANCHES, ControlNet, UNet
 from sampler import Schedule
-from support.files import PICKLES, UMASK, BadInput, read_json, read_tensors, write_atomic
-from support.layouts import IGNORED, SINGLE_FILE, looks_like, renamed, split, text_config, unet_config, vae_config
+from support.configs import check_config, read_scheduler_config
+from support.convert import convert
+from support.files import BadInput, Parser, one_line_errors, read_json, write_atomic
+from support.layouts import (
+    IGNORED,
+    IMAGE_TOWER,
+    SINGLE_FILE,
+    looks_like,
+    split_by_model,
+    text_config,
+    under_our_names,
+    unet_config,
+    vae_config,
+)
+from support.tensors import find_weights, read_weights
 from vae import VAE
 
-os.umask(UMASK)  # there is no way to read it but to set it
+UNET_FILE = VAE_FILE = CONTROL_FILE = "diffusion_pytorch_model.safetensors"
+TEXT_FILE = CLIP_FILE = "model.safetensors"
 
-
-# ---------------------------------------------------------------- files
-
-
-def find_weights(folder: Path, *names: str) -> Path:
-    """The safetensors file in a folder, by its public name, in full precision or as its .fp16 variant."""
-    if not folder.is_dir():
-        raise BadInput(f"{folder} is {'a file' if folder.is_file() else 'missing'}; expected a folder with {names[0]}")
-    for name in names:
-        for candidate in (folder / name, folder / name.replace(".safetensors", ".fp16.safetensors")):
-            if candidate.is_file():
-                return candidate
-    pickles = [p.name for p in sorted(folder.iterdir()) if p.suffix in PICKLES]
-    hint = f"; {pickles[0]} is a pickle and is not read, get the safetensors version" if pickles else ""
-    raise BadInput(f"{folder} holds no {names[0]}{hint or ': is it a folder of weights?'}")
-
-
-# ---------------------------------------------------------------- names
-
-
-def kind_of(build: type[nn.Module]) -> str:
-    """How KINDS calls the files of a network."""
-    return {UNet: "a UNet", VAE: "a VAE", TextEncoder: "a text encoder", CLIP: "a CLIP model"}.get(build, "a ControlNet")
-
-
-# ---------------------------------------------------------------- models
-
-
-def fill(module: nn.Module, tensors: dict[str, Tensor], source: Path, device, dtype) -> nn.Module:
-    """Puts tensors into a module built on the meta device, by name. Raises BadInput naming what does not fit."""
-    wanted, named, problems = module.state_dict(), {}, []
-    for name, tensor in renamed(tensors):
-        if IGNORED.fullmatch(name):
-            continue
-        if name in named:
-            problems.append(f"{name} is there twice, by an older and a newer name")
-        if name in wanted and tensor.shape == (*wanted[name].shape, 1, 1):
-            tensor = tensor[:, :, 0, 0]  # a 1x1 convolution for a linear layer: the VAE's attention in single files
-        named[name] = tensor
-    problems += [f"{n} is missing" for n in wanted if n not in named]
-    problems += [f"{n} is not part of this model" for n in named if n not in wanted]
-    problems += [f"{n} has shape {list(named[n].shape)}, expected {list(wanted[n].shape)}"
-                 for n in wanted if n in named and named[n].shape != wanted[n].shape]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise BadInput(f"{source} does not fit a {type(module).__name__}: {'; '.join(problems[:3])}{more}"
-                       f"{looks_like(tensors, kind_of(type(module)))}")
-    module.load_state_dict({n: t.to(device=device, dtype=dtype) for n, t in named.items()}, assign=True)
-    if dtype in (torch.float16, torch.bfloat16):
-        module.to(memory_format=torch.channels_last)  # where convolutions in half precision are fastest
-    return module.eval().requires_grad_(False)
-
-
-class NoInit(TorchFunctionMode):
-    """Within this context torch.nn.init does nothing: on meta, nn.Embedding's imports a compiler (1.5 s)."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        return None if getattr(func, "__module__", None) == "torch.nn.init" else func(*args, **(kwargs or {}))
-
-
-def make(build: Callable[[dict], nn.Module], config: dict, tensors: dict[str, Tensor], source: Path, device, dtype,
-         config_source: Path | None = None) -> nn.Module:
-    """A module of a configuration, filled with tensors. Raises BadInput where either does not fit."""
-    try:
-        with torch.device("meta"), NoInit():
-            module = build(config)
-    except (LookupError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-        raise BadInput(f"{config_source or source} is not the configuration of such a model "
-                       f"({type(error).__name__}: {error})") from None
-    return fill(module, tensors, source, device, dtype)
-
-
-def version(path: Path) -> list[list]:
-    """What changes when a model does: name, size and time of each of its files, and not of what is trained in the same
-    folder. Raises BadInput where the path is missing.
-    """
-    if not path.exists():
-        raise BadInput(f"{path} is missing; give a folder or file of weights")
-    files = [path]
-    if path.is_dir():
-        folders = [path, *(path / part for part in ("scheduler", "text_encoder", "tokenizer", "unet", "vae"))]
-        files = [file for folder in folders for file in sorted(folder.glob("*"))
-                 if file.suffix in (".safetensors", ".json", ".txt")]
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-
-
-def load_module(build: Callable[[dict], nn.Module], folder: Path, names: tuple[str, ...], device, dtype) -> nn.Module:
-    """A module from a folder's config.json and weights."""
-    path, config = find_weights(folder, *names), folder / "config.json"
-    return make(build, read_json(config), read_tensors(path), path, device, dtype, config)
-
-
-def save_module(module: nn.Module, folder: Path, name: str, dtype=None, extra: dict[str, object] | None = None) -> None:
-    """Writes config.json, the weights and any extra JSON files, as one folder that appears whole or not at all."""
-
-    def write(scratch: Path) -> None:
-        scratch.mkdir()
-        for file, content in {"config.json": module.config, **(extra or {})}.items():
-            (scratch / file).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        tensors = {n: t.detach().to("cpu", dtype or t.dtype).contiguous() for n, t in module.state_dict().items()}
-        save_file(tensors, scratch / name, metadata={"format": "pt"})
-
-    write_atomic(folder, write)
-
-
-# ---------------------------------------------------------------- tokenizer
-
-
-# ---------------------------------------------------------------- single files
-
-
-def make_from_shapes(build, configure: Callable, tensors: dict[str, Tensor], source: Path, device, dtype) -> nn.Module:
-    """A module configured by the shapes of its tensors."""
-    named = dict(renamed(tensors))
-    try:
-        config = configure(named)
-    except (KeyError, IndexError) as error:
-        raise BadInput(f"{source} does not hold a whole {build.__name__} ({error})"
-                       f"{looks_like(tensors, kind_of(build))}") from None
-    return make(build, config, named, source, device, dtype)
-
-
-# ---------------------------------------------------------------- whole models
-
-UNET_FILES = VAE_FILES = CONTROL_FILES = ("diffusion_pytorch_model.safetensors",)
-TEXT_FILES = ("model.safetensors",)
+# ---------------------------------------------------------------- Stable Diffusion
 
 
 @dataclass
@@ -183,14 +73,15 @@ class StableDiffusion:
         return (x.float() / 2 + 0.5).clamp(0, 1)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """Of one picture's z."""
+        """The shape (4, h, w) of the latent of one picture of height x width pixels."""
         return self.vae.config["latent_channels"], height // self.vae.factor, width // self.vae.factor
 
     def inpainting(self, rgb: Tensor, mask: Tensor) -> Tensor | None:
         """What an inpainting UNet reads beside z_t, (B, 5, h, w); None for an ordinary one.
 
         rgb (B, 3, H, W) in [0, 1], mask M (B, 1, H, W) -> the mask of what is to be painted, 1 − M, and the latent of
-        the picture with that part grey. Both without soft edges, as these UNets were trained.
+        the picture with that part grey. Both without soft edges, as these UNets were trained. The latent is the mean of
+        the VAE's posterior, so that a seed decides nothing but the noise; the original code draws from the posterior.
         """
         if self.unet.config["in_channels"] == self.vae.config["latent_channels"]:
             return None
@@ -199,8 +90,14 @@ class StableDiffusion:
         return torch.cat([1 - F.interpolate(M, size=z.shape[2:]).to(z), z], dim=1)
 
     @property
+    def size(self) -> int:
+        """The side in pixels of the pictures that the base was trained on: 512 for SD 1.5. Of two sides the larger."""
+        sides = self.unet.config.get("sample_size") or 512 // self.vae.factor
+        return (max(sides) if isinstance(sides, list) else sides) * self.vae.factor
+
+    @property
     def multiple(self) -> int:
-        """What a picture's sides must be multiples of: the VAE's factor times the UNet's (64 for SD 1.5)."""
+        """A picture's sides must be multiples of the VAE's factor times the UNet's: 64 for SD 1.5."""
         return self.vae.factor * 2 ** (len(self.unet.config["block_out_channels"]) - 1)
 
 
@@ -208,93 +105,96 @@ def load_stable_diffusion(path: Path | str, device="cpu", dtype=torch.float32,
                           tokenizer: Path | str | None = None) -> StableDiffusion:
     """A Stable Diffusion folder, or a single file of one; its tokenizer from another folder if given.
 
-    Raises BadInput where a file is missing, broken or does not fit.
+    Raises BadInput where a file is missing or broken, or does not fit the others.
     """
     path = Path(path)
     if path.is_dir():
-        text_encoder = load_module(TextEncoder, path / "text_encoder", TEXT_FILES, device, dtype)
-        unet = load_module(UNet, path / "unet", UNET_FILES, device, dtype)
-        vae = load_module(VAE, path / "vae", VAE_FILES, device, dtype)
-        scheduler = path / "scheduler" / "scheduler_config.json"
-        schedule = read_schedule(scheduler) if scheduler.is_file() else Schedule()
+        text_encoder = load_module(TextEncoder, path / "text_encoder", TEXT_FILE, device, dtype)
+        unet = load_module(UNet, path / "unet", UNET_FILE, device, dtype)
+        vae = load_module(VAE, path / "vae", VAE_FILE, device, dtype)
+        schedule = read_schedule(path / "scheduler" / "scheduler_config.json", unet)
         folder, pad = Path(tokenizer or path / "tokenizer"), None
     else:
         text_encoder, unet, vae, schedule = load_single_file(path, device, dtype)
         folder, pad = Path(tokenizer or path.parent), "!" if unet.config["use_linear_projection"] else None
-    n = vae.config["latent_channels"]
-    if unet.config["in_channels"] not in (n, 2 * n + 1):
-        raise BadInput(f"{path}: its UNet reads {unet.config['in_channels']} channels, neither {n} as text-to-image nor "
-                       f"{2 * n + 1} as inpainting; choose one of these")
-    tokens, config = load_tokenizer(folder, pad), text_encoder.config
-    if tokens.length > config["max_position_embeddings"] or tokens.bpe.get_vocab_size() > config["vocab_size"]:
-        raise BadInput(f"{folder} is not the tokenizer of {path}: it makes {tokens.length} tokens of a "
-                       f"vocabulary of {tokens.bpe.get_vocab_size():,}, the text encoder reads "
-                       f"{config['max_position_embeddings']} of {config['vocab_size']:,}; give its own by --tokenizer")
-    return StableDiffusion(tokens, text_encoder, unet, vae, schedule)
+    sd = StableDiffusion(load_tokenizer(folder, pad), text_encoder, unet, vae, schedule)
+    check_together(sd, path, folder)
+    return sd
 
 
-def read_schedule(file: Path) -> Schedule:
-    """Of a scheduler_config.json. Raises BadInput for a schedule other than Stable Diffusion's kind."""
-    config = {field: value for field, value in read_json(file).items() if value is not None}  # null: the default
-    for field, known in (("beta_schedule", ["scaled_linear"]), ("prediction_type", ["epsilon", "v_prediction"]),
-                         ("rescale_betas_zero_snr", [False]), ("trained_betas", [])):
-        if field in config and config[field] not in known:
-            raise BadInput(f"{file}: {field} {config[field]!r} is not supported ({known or 'none'} is): this model was "
-                           "trained in another way than Stable Diffusion")
+def check_together(sd: StableDiffusion, path: Path, tokenizer: Path) -> None:
+    """Raises BadInput where one network does not read what another writes."""
+    unet, text, n = sd.unet.config, sd.text_encoder.config, sd.vae.config["latent_channels"]
+    if unet["in_channels"] not in (n, 2 * n + 1) or unet["out_channels"] != n:
+        raise BadInput(f"{path}: its UNet reads {unet['in_channels']} channels and writes {unet['out_channels']}; "
+                       f"choose one that reads {n} (text-to-image) or {2 * n + 1} (inpainting), and writes {n}")
+    if unet["cross_attention_dim"] != text["hidden_size"]:
+        raise BadInput(f"{path}: its text encoder writes prompts of width {text['hidden_size']}, its UNet reads "
+                       f"{unet['cross_attention_dim']}; give parts of one model")
+    length, vocabulary = sd.tokenizer.length, sd.tokenizer.bpe.get_vocab_size()
+    if length > text["max_position_embeddings"] or vocabulary > text["vocab_size"]:
+        raise BadInput(f"{tokenizer} is not the tokenizer of {path}: it makes {length} tokens of a vocabulary of "
+                       f"{vocabulary:,}, the text encoder reads {text['max_position_embeddings']} of "
+                       f"{text['vocab_size']:,}; give its own by --tokenizer")
+
+
+def read_schedule(file: Path, unet: UNet) -> Schedule:
+    """The schedule in a scheduler_config.json; SD 1.x's own where it has none. Raises BadInput for another kind."""
+    if not file.is_file() and not unet.config.get("use_linear_projection"):
+        return Schedule()
+    if not file.is_file():
+        # Tensors don't distinguish an SD 2.x that predicts v (2.1, 768 px) from one that predicts ε (2.1-base, 512 px)
+        raise BadInput(f"{file} is missing: an SD 2.x may predict ε or v; put the one from its public folder there")
     try:
-        return Schedule(config)
-    except (TypeError, ValueError) as error:
+        return Schedule(read_scheduler_config(file))
+    except (LookupError, TypeError, RuntimeError) as error:
         raise BadInput(f"{file} is not a scheduler's configuration ({error}); download it again") from None
 
 
 def load_single_file(path: Path, device, dtype) -> tuple[TextEncoder, UNet, VAE, Schedule]:
     """Stable Diffusion in one file of the original layout, SD 1.x or 2.x, whole or pruned."""
-    tensors = read_tensors(path)
-    parts = split(tensors)
+    tensors = read_weights(path)
+    predicts_v = tensors.pop("v_pred", None) is not None  # a marker that some tools add
+    parts = split_by_model(tensors)
     missing = [part for part in ("unet", "vae", "text_encoder") if not parts[part]]
     if missing or parts[""]:
         what = f"it holds no {missing[0]}" if missing else f"{', '.join(list(parts[''])[:3])} are not part of one"
         raise BadInput(f"{path} is not {SINGLE_FILE}: {what}{looks_like(tensors, SINGLE_FILE)}")
-    openclip = any(name.startswith("transformer.resblocks.") for name in parts["text_encoder"])
+    openclip = any(name.startswith("transformer.resblocks.") for name in parts["text_encoder"])  # SD 2.x
     text_encoder, unet, vae = (
-        make_from_shapes(build, configure, parts[part], path, device, dtype) for build, configure, part in (
+        build_from_shapes(build, configure, parts[part], path, device, dtype) for build, configure, part in (
             (TextEncoder, partial(text_config, activation="gelu" if openclip else "quick_gelu"), "text_encoder"),
             (UNet, unet_config, "unet"), (VAE, vae_config, "vae")))
-    schedule = Schedule()
-    if openclip:
-        # Tensors don't tell an SD 2.x that predicts v (2.1, at 768 px) from one that predicts ε (2.1-base, at 512 px)
-        config = path.parent / "scheduler_config.json"
-        if not config.is_file():
-            raise BadInput(f"{path} is an SD 2.x, which may predict ε or v; put its public folder's "
-                           f"scheduler_config.json beside it: {config}")
-        schedule = read_schedule(config)
-    unet.config["sample_size"] = 64 if schedule.config["prediction_type"] == "epsilon" else 96
+    schedule, beside = Schedule(), path.parent / "scheduler_config.json"
+    if openclip and (beside.is_file() or not predicts_v):
+        schedule = read_schedule(beside, unet)
+    if predicts_v:
+        schedule = Schedule(schedule.config | {"prediction_type": "v_prediction"})
+    unet.config["sample_size"] = 96 if openclip and schedule.config["prediction_type"] == "v_prediction" else 64
     return text_encoder, unet, vae, schedule
+
+
+# ---------------------------------------------------------------- ControlNet, CG and PG; CLIP
 
 
 def load_control(path: Path | str, kind: str = "controlnet", device="cpu", dtype=torch.float32) -> ControlNet:
     """A ControlNet folder or single file as a plain ControlNet, as CG (kind 'category') or as PG ('personality')."""
     path = Path(path)
     if path.is_dir():
-        return load_module(BRANCHES[kind], path, CONTROL_FILES, device, dtype)
-    tensors, config = read_tensors(path), path.parent / "config.json"
+        return load_module(BRANCHES[kind], path, CONTROL_FILE, device, dtype)
+    tensors, config = read_weights(path), path.parent / "config.json"
     if path.name.startswith("diffusion_pytorch_model.") and config.is_file():  # a folder's file
-        return make(BRANCHES[kind], read_json(config), tensors, path, device, dtype, config)
-    parts = split(tensors)
+        return build_module(BRANCHES[kind], read_json(config), tensors, path, device, dtype, config)
+    parts = split_by_model(tensors)
     own = parts["control"] or parts[""]
     if not own:
         raise BadInput(f"{path} holds no ControlNet{looks_like(tensors, 'a ControlNet')}")
-    return make_from_shapes(BRANCHES[kind], unet_config, own, path, device, dtype)
+    return build_from_shapes(BRANCHES[kind], unet_config, own, path, device, dtype)
 
 
 def save_control(control: ControlNet, folder: Path | str, dtype=None, categories: dict[str, str] | None = None) -> None:
     """An ordinary ControlNet folder; with the identifier [D] of each category, by name."""
-    save_module(control, Path(folder), CONTROL_FILES[0], dtype, {"categories.json": categories} if categories else None)
-
-
-def load_clip(path: Path | str, device="cpu", dtype=torch.float32) -> CLIP:
-    """A CLIP folder: both towers."""
-    return load_module(CLIP, Path(path), TEXT_FILES, device, dtype)
+    save_module(control, Path(folder), CONTROL_FILE, dtype, {"categories.json": categories} if categories else None)
 
 
 def control_config(unet_config: dict, factor: int) -> dict:
@@ -305,3 +205,123 @@ def control_config(unet_config: dict, factor: int) -> dict:
             "in_channels": unet_config["out_channels"],  # z's alone, also beside an inpainting UNet
             "conditioning_embedding_out_channels": [16, 32, 96, 256][: factor.bit_length()],
             "flip_sin_to_cos": True, "freq_shift": 0}
+
+
+def load_clip(path: Path | str, device="cpu", dtype=torch.float32) -> CLIP:
+    """A CLIP folder: both towers."""
+    return load_module(CLIP, Path(path), CLIP_FILE, device, dtype)
+
+
+# ---------------------------------------------------------------- one network: from tensors, from a folder, to a folder
+
+
+def file_kind(build: type[nn.Module]) -> str:
+    """How messages and the tables of support/ name the files of a network."""
+    kinds = {UNet: "a UNet", ControlNet: "a ControlNet", VAE: "a VAE", TextEncoder: "a text encoder",
+             CLIP: "a CLIP model"}
+    return next(kind for network, kind in kinds.items() if issubclass(build, network))
+
+
+class NoInit(TorchFunctionMode):
+    """Within this context torch.nn.init does nothing: on meta, nn.Embedding's imports a compiler (1.5 s)."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return None if getattr(func, "__module__", None) == "torch.nn.init" else func(*args, **(kwargs or {}))
+
+
+def build_module(build: type[nn.Module], config: dict, tensors: dict[str, Tensor], source: Path, device, dtype,
+                 config_source: Path | None = None) -> nn.Module:
+    """A network from its configuration and tensors. Raises BadInput where either does not fit."""
+    check_config(file_kind(build), config, config_source or source)
+    try:
+        with torch.device("meta"), NoInit():
+            module = build(config)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise BadInput(f"{config_source or source} is not the configuration of such a model "
+                       f"({type(error).__name__}: {error})") from None
+    return assign_weights(module, tensors, source, device, dtype)
+
+
+def build_from_shapes(build: type[nn.Module], configure: Callable[[dict], dict], tensors: dict[str, Tensor],
+                      source: Path, device, dtype) -> nn.Module:
+    """A network whose configuration is inferred from the shapes of its tensors."""
+    named = dict(under_our_names(tensors))
+    try:
+        config = configure(named)
+    except (KeyError, IndexError) as error:
+        raise BadInput(f"{source} does not hold a whole {build.__name__} ({error})"
+                       f"{looks_like(tensors, file_kind(build))}") from None
+    return build_module(build, config, named, source, device, dtype)
+
+
+def assign_weights(module: nn.Module, tensors: dict[str, Tensor], source: Path, device, dtype) -> nn.Module:
+    """Puts tensors into a module built on the meta device, by name. Raises BadInput naming what does not fit."""
+    wanted, named, problems = module.state_dict(), {}, []
+    for name, tensor in under_our_names(tensors):
+        if name not in wanted and (IGNORED.fullmatch(name)
+                                   or isinstance(module, TextEncoder) and IMAGE_TOWER.fullmatch(name)):
+            continue
+        if name in named:
+            problems.append(f"{name} is there twice, by an older and a newer name")
+        if name in wanted and tensor.shape == (*wanted[name].shape, 1, 1):
+            tensor = tensor[:, :, 0, 0]  # a 1x1 convolution for a linear layer: the VAE's attention in single files
+        named[name] = tensor
+    problems += [f"{n} is missing" for n in wanted if n not in named]
+    problems += [f"{n} is not part of this model" for n in named if n not in wanted]
+    problems += [f"{n} has shape {list(named[n].shape)}, expected {list(wanted[n].shape)}"
+                 for n in wanted if n in named and named[n].shape != wanted[n].shape]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise BadInput(f"{source} does not fit a {type(module).__name__}: {'; '.join(problems[:3])}{more}"
+                       f"{looks_like(tensors, file_kind(type(module)))}")
+    module.load_state_dict({n: t.to(device=device, dtype=dtype) for n, t in named.items()}, assign=True)
+    if dtype in (torch.float16, torch.bfloat16):
+        module.to(memory_format=torch.channels_last)  # where convolutions in half precision are fastest
+    return module.eval().requires_grad_(False)
+
+
+def load_module(build: type[nn.Module], folder: Path, name: str, device, dtype) -> nn.Module:
+    """A network from a folder's config.json and its weights, whose public name is `name`."""
+    path, config = find_weights(folder, name), folder / "config.json"
+    return build_module(build, read_json(config), read_weights(path), path, device, dtype, config)
+
+
+def save_module(module: nn.Module, folder: Path, name: str, dtype=None, extra: dict[str, object] | None = None) -> None:
+    """Writes config.json, the weights and any extra JSON files, as one folder that appears whole or not at all."""
+
+    def write(scratch: Path) -> None:
+        scratch.mkdir()
+        for file, content in {"config.json": module.config, **(extra or {})}.items():
+            (scratch / file).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        tensors = {n: t.detach().to("cpu", dtype or t.dtype).contiguous() for n, t in module.state_dict().items()}
+        save_file(tensors, scratch / name, metadata={"format": "pt"})
+
+    write_atomic(folder, write)
+
+
+# ---------------------------------------------------------------- python weights.py convert FILE OUT
+
+NEXT = {SINGLE_FILE: '--weights {} --tokenizer DIR --prompt "a photo of a mug"',
+        "a ControlNet": "--weights SD --controlnet {} --product mug.png --category mug"}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(prog="weights.py", description="A public pickle to safetensors, without running what is in it")
+    parser.add_argument("command", choices=["convert"])
+    parser.add_argument("file", metavar="FILE", type=Path, help="what torch.save wrote: a .ckpt, .pth, .pt or .bin")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the .safetensors to write; replaced if it is there")
+    args = parser.parse_args(argv)
+    names, left_out = convert(args.file, args.out)
+    kind = looks_like(names, "")
+    print(f"{args.out}: {len(names):,} tensors, {args.out.stat().st_size / 1e6:,.1f} MB{kind}")
+    if left_out:
+        more = f" and {len(left_out) - 10:,} more" if len(left_out) > 10 else ""
+        print(f"left out: {', '.join(left_out[:10])}{more}")
+    use = next((f"python generate.py {options}" for what, options in NEXT.items() if kind.endswith(what)),
+               "give {} where these weights are asked for")
+    print("next:", use.format(args.out))
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,68 +22,101 @@ def result_path(out: Path, index: int, item: Item) -> Path:
     return out / f"{index:06}_{item.image.stem}.png"
 
 
-def paint_items(items: list[Item], texts: dict[str, tuple[str, str, str]], paint_ads: Callable[[list[Ad]], list[Tensor]],
-                args) -> tuple[int, int, int]:
-    """Paints all items of a data set that are not in args.out yet, item i with seed + i; texts by category; painter and
-    multiple as in paint_ads. Returns how many were painted, were there, and are broken: these are named and skipped.
+def read_ad(item: Item, texts: tuple[str, str, str], seed: int) -> Ad:
+    """An item as it is painted. Raises BadInput where a file of it can't be used."""
+    rgb, mask = load_cutout(item.image, item.mask, "image", MASK_OF_ITEM, item.inverted)
+    if item.reference is None:
+        return Ad(rgb, mask, texts, seed)
+    reference = load_masked(item.reference, item.reference_mask, "reference", MASK_OF_ITEM, item.inverted)
+    return Ad(rgb, mask, texts, seed, reference)
 
-    A line of manifest.jsonl for each picture. Under torchrun each process paints its share. Raises BadInput where
-    args.out holds pictures of the same names that were painted of other items or in another way.
+
+def line_of(item: Item, seed: int, dtype: str, record: dict) -> dict:
+    """What a picture was painted from and how: a line of the manifest, and the text in the picture's PNG."""
+    files = {name: getattr(item, name) for name in ("image", "mask", "reference", "reference_mask")}
+    return {**{name: str(file) if file else None for name, file in files.items()}, "inverted": item.inverted,
+            "category": item.category, "seed": seed, "dtype": dtype, "how": record}
+
+
+class Manifest:
+    """manifest.jsonl, a line for each picture of a folder. Files are compared by name, since data sets are moved."""
+
+    def __init__(self, out: Path):
+        self.file = out / "manifest.jsonl"
+        self.lines = {line["file"]: line for line in read_log(self.file)}
+
+    def check(self, file: str, line: dict) -> None:
+        """Raises BadInput where the folder holds a picture of this name from other files or painted in another way."""
+        if file not in self.lines:
+            return
+        there = self.lines[file]
+        for name in ("image", "reference"):
+            if (there[name] and Path(there[name]).name) != (line[name] and Path(line[name]).name):
+                self.refuse(file, f"from another {name}: {there[name]}")
+        for name in ("category", "seed"):
+            if there[name] != line[name]:
+                self.refuse(file, f"with {name} {there[name]}")
+        old, new = there.get("how", {}), line["how"]
+        for name in old.keys() | new.keys():
+            if old.get(name) != new.get(name):
+                option = f"--{name.replace('_', '-')} {old.get(name)}"
+                self.refuse(file, "with other weights" if name == "models" else f"with {option}")
+
+    def refuse(self, file: str, how: str) -> None:
+        raise BadInput(f"--out {self.file.parent} holds {file}, which was painted {how}; name another folder, or give the "
+                       "options it was painted with")
+
+    def append(self, line: dict) -> None:
+        with open(self.file, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def one_ahead(read: Callable, chunks: list[list]) -> Iterator[dict]:
+    """{i: read(i)} of each chunk of indices; threads read the next one while one is in use.
+
+    Each thread computes alone: teams of threads that wait for one another would take the painting's cores.
     """
-    manifest = args.out / "manifest.jsonl"
-    paths = [result_path(args.out, i, item) for i, item in enumerate(items)]
-    listed = {line["file"]: line for line in read_log(manifest)}
-    settings = ("weights", "tokenizer", "cg", "pg", "controlnet", "hint", "start", "plain_prompt", "size", "steps", "guidance",
-                "models")
-    how = {name: str(getattr(args, name, None)) for name in settings}
+    with ThreadPoolExecutor(4, initializer=torch.set_num_threads, initargs=(1,)) as readers:
+        following = None
+        for chunk in [*chunks, []]:
+            current, following = following, [(i, readers.submit(read, i)) for i in chunk]
+            if current is not None:
+                yield {i: future.result() for i, future in current}
 
-    def entry(i: int) -> dict:
-        item = items[i]
-        return {"item": i, "image": str(item.image), "category": item.category,
-                "reference": str(item.reference) if item.reference else None, "seed": args.seed + i,
-                "file": paths[i].name, "how": how}
 
-    def is_of(line: dict) -> list:
-        """What a picture is painted of and how; files by name, as data sets are moved."""
-        files = [Path(line[key]).name if line[key] else None for key in ("image", "reference")]
-        return [*files, line["category"], line["seed"], line.get("how")]
+def paint_items(items: list[Item], texts: dict[str, tuple[str, str, str]],
+                paint_ads: Callable[[list[Ad]], list[Tensor]], out: Path, record: dict, dtype: str, seed: int,
+                batch: int) -> tuple[int, int, int]:
+    """Paints all items of a data set that are not in `out` yet -> how many were painted, were there, are broken; the last are
+    named and skipped. Item i is painted with seed + i; texts by category; record: how, see support/record.py.
 
-    for i, path in enumerate(paths):
-        if path.name in listed and is_of(listed[path.name]) != is_of(entry(i)):
-            raise BadInput(f"--out {args.out} holds {path.name}, which was painted of another item, or with other options "
-                           "or weights; name another folder")
+    Under torchrun each process paints its share. Raises BadInput where `out` holds pictures of the same names that were
+    painted from other items or in another way.
+    """
+    manifest, paths = Manifest(out), [result_path(out, i, item) for i, item in enumerate(items)]
+    lines = [line_of(item, seed + i, dtype, record) for i, item in enumerate(items)]
+    for path, line in zip(paths, lines):
+        manifest.check(path.name, line)
     rank, world = processes()
     share = range(rank, len(items), world)
-    todo = [i for i in share if paths[i].name not in listed or not paths[i].exists()]
+    todo = [i for i in share if paths[i].name not in manifest.lines or not paths[i].exists()]
+    chunks = [todo[k : k + batch] for k in range(0, len(todo), batch)]
 
     def read(i: int) -> Ad | BadInput:
-        item, reference = items[i], None
         try:
-            cutout = load_cutout(item.image, item.mask, "image", MASK_OF_ITEM, item.inverted)
-            if item.reference:
-                reference = load_masked(item.reference, item.reference_mask, "reference",
-                                        MASK_OF_ITEM, item.inverted)
+            return read_ad(items[i], texts[items[i].category], seed + i)
         except BadInput as error:
             return error
-        return Ad(*cutout, texts[item.category], args.seed + i, reference)
 
-    def write(ads: dict[int, Ad], pictures: list[Tensor], seconds: float) -> None:
-        for i, picture in zip(ads, pictures):
-            save_image(picture, paths[i])
-            line = entry(i) | {"seconds": round(seconds, 3)}
-            with open(manifest, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    def write(indices: Iterable[int], pictures: list[Tensor], seconds: float) -> None:
+        for i, picture in zip(indices, pictures):
+            save_image(picture, paths[i], text={"how": json.dumps(lines[i])})
+            manifest.append({"item": i, "file": paths[i].name} | lines[i] | {"seconds": round(seconds, 3)})
 
-    broken, chunks = 0, [todo[k : k + args.batch] for k in range(0, len(todo), args.batch)]
-    # While a batch is painted, threads read the next one and write the last. Each computes alone: teams of threads that
-    # wait for one another would take the painting's cores
-    alone = dict(initializer=torch.set_num_threads, initargs=(1,))
-    with ThreadPoolExecutor(4, **alone) as readers, ThreadPoolExecutor(1, **alone) as writer:
-        following = [readers.submit(read, i) for chunk in chunks[:1] for i in chunk]
-        written = None
-        for k, chunk in enumerate(tqdm(chunks, unit="batch", disable=not sys.stderr.isatty())):
-            results = {i: future.result() for i, future in zip(chunk, following)}
-            following = [readers.submit(read, i) for after in chunks[k + 1 : k + 2] for i in after]
+    broken, written = 0, None
+    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as writer:
+        bar = tqdm(one_ahead(read, chunks), total=len(chunks), unit="batch", disable=not sys.stderr.isatty())
+        for results in bar:
             ads = {i: result for i, result in results.items() if isinstance(result, Ad)}
             for error in (result for result in results.values() if isinstance(result, BadInput)):
                 broken += 1
@@ -93,7 +126,7 @@ def paint_items(items: list[Item], texts: dict[str, tuple[str, str, str]], paint
             seconds = (time.perf_counter() - clock) / max(1, len(ads))
             if written:
                 written.result()  # raises what the writer raised
-            written = writer.submit(write, ads, pictures, seconds)
+            written = writer.submit(write, list(ads), pictures, seconds)
         if written:
             written.result()
     return len(todo) - broken, len(share) - len(todo), broken
@@ -101,6 +134,7 @@ def paint_items(items: list[Item], texts: dict[str, tuple[str, str, str]], paint
 
 def save_data_sheet(items: list[Item], out: Path, columns: int = 8, cells: int = 32) -> None:
     """OUT/sheet.png: the first items' pictures, beneath each its reference if it has one."""
+
     def cell(path: Path | None):
         try:
             return path and thumbnail(open_image(path).convert("RGB"))

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -17,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 UMASK = os.umask(0)
+os.umask(UMASK)  # there is no way to read it but to set it
 
 PICKLES = (".ckpt", ".pth", ".pt", ".bin", ".pkl")
 
@@ -141,7 +143,7 @@ def read_log(file: Path) -> list[dict]:
 def read_json(path: Path) -> dict:
     """The object in a JSON file. Raises BadInput where it is missing or holds none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_bytes())  # UTF-8, 16 or 32, with or without the mark that editors put in front
     except FileNotFoundError:
         raise BadInput(f"{path} is missing; is {path.parent} a complete folder of weights?") from None
     except (ValueError, OSError) as error:
@@ -151,11 +153,16 @@ def read_json(path: Path) -> dict:
     return content
 
 
+def pickle_refused(path: Path, out: Path) -> BadInput:
+    """The error for a pickle, with the command that writes its weights to `out`."""
+    return BadInput(f"{path} is a pickle, which can run code when it is opened, and is not read; convert it safely: "
+                    f"python weights.py convert {shlex.quote(str(path))} {shlex.quote(str(out))}")
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Memory-mapped tensors of a safetensors file. Raises BadInput for a pickle, or a broken or missing file."""
     if path.suffix in PICKLES:
-        raise BadInput(f"{path} is a pickle, which can run code when opened, and is not read; "
-                       "get the .safetensors version of these weights")
+        raise pickle_refused(path, path.with_suffix(".safetensors"))
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -214,3 +221,28 @@ def native_bfloat16() -> bool:
         return not {"avx512_bf16", "amx_bf16"}.isdisjoint(Path("/proc/cpuinfo").read_text().split())
     except OSError:
         return False
+
+
+def one_for_each(values: list | None, others: list | None, option: str, other: str) -> list:
+    """One value of an option for each of another's. Raises BadInput unless the option was given zero times, once, or once
+    for each.
+    """
+    values, count = values or [None], len(others or ())
+    if len(values) not in (1, count) or (option.endswith("mask") and values[0] and len(values) != count):
+        raise BadInput(f"{option}: {len(values)} given for {count} of {other}; give one for each")
+    return values * count if len(values) == 1 else values
+
+
+def check_together(args, exclusive: list[tuple[str, ...]] = (), needed: list[tuple[str, str]] = ()) -> None:
+    """Raises BadInput where options of one group of `exclusive` are given together, or the first of a pair in `needed`
+    without the second.
+    """
+    def given(option: str) -> bool:
+        return getattr(args, option) not in (None, False)
+
+    for group in exclusive:
+        if len(some := [f"--{option.replace('_', '-')}" for option in group if given(option)]) > 1:
+            raise BadInput(f"{some[0]} and {some[1]} exclude each other; leave one out")
+    for option, other in needed:
+        if given(option) and not given(other):
+            raise BadInput(f"--{option.replace('_', '-')} goes with --{other}; add that one")

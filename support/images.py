@@ -1,69 +1,88 @@
-"""Support: files to tensors, cut-outs, fitting to a canvas, contact sheets; not needed to understand the paper."""
+"""Support: images to tensors, cut-outs, fitting to a canvas, contact sheets; not needed to understand the paper."""
 
-from pathlib import Path
+import zlib
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from support.cutouts import (
+    PREMULTIPLIED,
+    STORED,
+    black_and_white,
+    covers_border,
+    divide,
+    edge_holds,
+    extend,
+    strips,
+    unmix_edges,
+)
 from support.files import BadInput, write_atomic
+from support.opening import AnyPath, as_mode, decode, note, open_image, take_alpha
 
-AnyPath = Path | str
-
-SOLID = 0.99  # from this M on a pixel is all product: its colour is never touched
-
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "MPO")  # MPO: the JPEG of many phones
+LARGE = 4_000_000  # from so many pixels on, a PNG is compressed in a third of the time, and a little less
 
 
-def open_image(path: AnyPath) -> Image.Image:
-    """The image of a file, wholly decoded and turned upright by its EXIF tag: RGBA where it is transparent, else RGB.
-
-    Raises BadInput where the file is missing, empty, cut short, no image of FORMATS, or above Pillow's pixel limit.
-    """
-    try:
-        with Image.open(path, formats=FORMATS) as file:
-            if file.width * file.height > Image.MAX_IMAGE_PIXELS:
-                raise Image.DecompressionBombError
-            image = ImageOps.exif_transpose(file)  # decodes
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such file") from None
-    except Image.DecompressionBombError:
-        raise BadInput(f"{path}: over {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller") from None
-    except Exception as error:  # what Pillow's decoders raise on damaged files is not a closed list
-        raise BadInput(f"{path}: not a readable image ({type(error).__name__}); save it as PNG or JPEG") from error
-    if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
-        image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        if image.getextrema()[3][0] < 255:
-            return image
-    return image.convert("RGB")
+# ---------------------------------------------------------------- tensors and back
 
 
 def to_tensor(image: Image.Image) -> Tensor:
     """An 8-bit image of C channels -> (C, H, W) float32 in [0, 1]."""
-    x = torch.from_numpy(np.array(image))  # (H, W) or (H, W, C)
-    return x.view(*x.shape[:2], -1).permute(2, 0, 1).contiguous().float() / 255
+    w, h = image.size
+    x = torch.empty(len(image.getbands()), h, w)
+    for rows in strips(h, w):
+        strip = np.array(image.crop((0, rows.start, w, rows.stop)))  # (rows, W) or (rows, W, C)
+        x[:, rows] = torch.from_numpy(strip).view(*strip.shape[:2], -1).permute(2, 0, 1) / 255
+    return x
+
+
+def to_bytes(x: Tensor) -> Tensor:
+    """[0, 1] -> uint8 from 0 to 255."""
+    return (x.float().clamp(0, 1) * 255).round().byte()
 
 
 def to_image(x: Tensor) -> Image.Image:
-    """(3, H, W) or (1, H, W) in [0, 1] -> an RGB or grey image; the inverse of to_tensor."""
-    x = (x.detach().float().cpu().clamp(0, 1) * 255).round().byte()
-    return Image.fromarray(x.permute(1, 2, 0).squeeze(2).numpy())
+    """(3, H, W) or (1, H, W), float in [0, 1] or uint8, -> an RGB or grey image; the inverse of to_tensor."""
+    image = Image.new("L" if len(x) == 1 else "RGB", (x.shape[2], x.shape[1]))
+    for rows in strips(*x.shape[1:]):
+        strip = x[:, rows].detach().cpu()
+        strip = strip if strip.dtype == torch.uint8 else to_bytes(strip)
+        image.paste(Image.fromarray(strip.permute(1, 2, 0).squeeze(2).numpy()), (0, rows.start))
+    return image
 
 
-def save_image(image: Tensor | Image.Image, path: AnyPath) -> None:
-    """Write a tensor (as in to_image) or an image as PNG, whatever the name's suffix."""
+def save_image(image: Tensor | Image.Image, path: AnyPath, text: dict[str, str] | None = None) -> None:
+    """Write a tensor (as in to_image) or an sRGB image as PNG, whatever the name's suffix; `text` goes along with it.
+
+    PNG's sRGB chunk says what the numbers mean, so that no viewer guesses.
+    """
     image = to_image(image) if isinstance(image, Tensor) else image
-    write_atomic(path, lambda temporary: image.save(temporary, format="PNG"))
+    chunks = PngInfo()
+    chunks.add(b"sRGB", b"\0")  # perceptual, as for photos
+    for key, value in (text or {}).items():
+        chunks.add_itxt(key, value.encode("utf-8", "backslashreplace").decode())  # names of files may be no UTF-8
+    large = image.width * image.height >= LARGE
+    how = dict(compress_level=1, compress_type=zlib.Z_RLE) if large else {}
+    write_atomic(path, lambda new: image.save(new, format="PNG", pnginfo=chunks, icc_profile=None, **how))
+
+
+# ---------------------------------------------------------------- products and their masks
+
+
+def open_mask(path: AnyPath) -> tuple[Image.Image, str]:
+    """The mask in a file as an 8-bit grey image, its numbers as stored, and what it is called in messages."""
+    image = decode(path)
+    alpha = take_alpha(image)
+    return (alpha, f"alpha channel of mask {path}") if alpha else (as_mode(image, "L"), f"mask {path}")
 
 
 def load_mask(path: AnyPath) -> Tensor:
     """The mask in a file, (1, H, W) in [0, 1]: its alpha channel where it has one, else its luminance."""
-    image = open_image(path)
-    return to_tensor(image.getchannel("A") if image.mode == "RGBA" else image.convert("L"))
+    return to_tensor(open_mask(path)[0])
 
 
 def load_masked(
@@ -72,25 +91,44 @@ def load_masked(
     """A picture as it is stored, background and all, (3, H, W), and the mask of its product, (1, H, W).
 
     The mask is that of mask_path, 1 on the background if `inverted`; without a path, the picture's own alpha channel.
+    A raised black and a grey white become 0 and 1, see black_and_white.
     Raises BadInput, naming the picture as `what` and the `option` that gives a mask, where there is no mask, or one
     of another size, empty, or covering everything.
     """
-    image = to_tensor(open_image(image_path))
-    if mask_path is None and len(image) == 3:
+    image = open_image(image_path)
+    if mask_path is None and image.mode == "RGB":
         raise BadInput(f"{what} {image_path} has no alpha channel: give its mask (white on the product) by {option}")
-    rgb, mask = image[:3], load_mask(mask_path) if mask_path else image[3:]
-    if mask.shape[1:] != rgb.shape[1:]:
-        (h, w), (mask_h, mask_w) = rgb.shape[1:], mask.shape[1:]
-        raise BadInput(f"mask {mask_path} is {mask_w} x {mask_h} pixels, but {what} {image_path} is {w} x {h}: "
+    mask, source = open_mask(mask_path) if mask_path else (
+        image.getchannel("A"), f"alpha channel of {what} {image_path}")
+    if mask.size != image.size:
+        (w, h), (mask_w, mask_h) = image.size, mask.size
+        raise BadInput(f"{source} is {mask_w} x {mask_h} pixels, but {what} {image_path} is {w} x {h}: "
                        f"give one of the same size by {option}")
-    mask = 1 - mask if inverted and mask_path else mask
-    source = f"mask {mask_path}" if mask_path else f"alpha channel of {what} {image_path}"
-    if mask.max() < 0.5:
+    mask = ImageOps.invert(mask) if inverted and mask_path else mask
+    check_mask(mask, source, option)
+    black, white = black_and_white(mask)
+    rgb, mask = to_tensor(as_mode(image, "RGB")), to_tensor(mask)
+    if (black, white) != (0, 255):
+        mask.sub_(black / 255).div_((white - black) / 255).clamp_(0, 1)
+    return rgb, mask
+
+
+def check_mask(mask: Image.Image, source: str, option: str) -> None:
+    """Raises BadInput for a mask that is empty, covers everything or is a label map; notes one that seems inverted."""
+    low, high = mask.getextrema()
+    labels = mask.getcolors(maxcolors=64)  # [(pixels, level), ...], or None where there are more
+    if 0 < high < 128 and labels:
+        some = ", ".join(str(level) for _, level in sorted(labels, key=lambda label: label[1])[:4])
+        raise BadInput(f"{source} looks like a label map (levels {some}{', ...' if len(labels) > 4 else ''} of 255): "
+                       f"make the product's label 255 and the others 0, or give another by {option}")
+    if high < 128:
         raise BadInput(f"{source} is empty: it must be white (opaque) on the product; give another by {option}")
-    if mask.min() > 0.5:
+    if low >= 128:
         raise BadInput(f"{source} covers the whole picture: it must be black (transparent) on the background; "
                        f"give another by {option}")
-    return rgb, mask
+    if covers_border(mask):
+        note(f"{source} covers the picture's border on all sides; is it white on the background? It must be white on "
+             "the product")
 
 
 def load_cutout(
@@ -98,43 +136,22 @@ def load_cutout(
 ) -> tuple[Tensor, Tensor]:
     """The product alone: rgb (3, H, W) and M (1, H, W), such that rgb ⊗ M + scene ⊗ (1 − M) has no old background.
 
-    Arguments and errors are load_masked's. Where a background is stored, beside a mask file or hidden under an alpha of
-    0, the colours at soft edges are mixed with it, see unmix_edges; in other cut-outs they are the product's already.
+    Arguments and errors are load_masked's. Beside a mask file the colours at soft edges are mixed with the background,
+    see unmix_edges; an alpha channel's may also be the product's already, or multiplied by it, see edge_holds.
     Colours where M = 0 continue the product's, so that resizing mixes nothing else in.
     """
     rgb, mask = load_masked(image_path, mask_path, what, option, inverted)
-    hidden = rgb[:, mask[0] == 0]  # (3, pixels): one colour in most cut-outs
-    stored = mask_path or (hidden.numel() and (hidden.amax(1) - hidden.amin(1)).max() > 0.02)
-    return (unmix_edges(rgb, mask) if stored else extend(rgb, mask > 0)), mask
+    holds = STORED if mask_path else edge_holds(rgb, mask)
+    if holds == STORED:
+        unmix_edges(rgb, mask, out=rgb)
+    elif holds == PREMULTIPLIED:
+        divide(rgb, mask)
+    else:
+        extend(rgb, mask > 0, out=rgb)
+    return rgb, mask
 
 
-def extend(rgb: Tensor, known: Tensor) -> Tensor:
-    """Continue the colours of the known pixels over all others: normalised convolution on a pyramid of halved sizes.
-
-    rgb (3, H, W), known (1, H, W) bool -> (3, H, W), equal to rgb where known. Unchanged where nothing is known.
-    """
-    if known.all() or not known.any():
-        return rgb
-    h, w = rgb.shape[1:]
-    weight = F.avg_pool2d(known.float(), 2, ceil_mode=True)  # (1, h/2, w/2): the known part of each 2 x 2 block
-    coarse = F.avg_pool2d(rgb * known, 2, ceil_mode=True) / weight.clamp(min=0.25)  # the mean of what is known
-    coarse = extend(coarse, weight > 0)
-    return torch.where(known, rgb, F.interpolate(coarse[None], size=(h, w), mode="bilinear")[0])
-
-
-def unmix_edges(rgb: Tensor, mask: Tensor) -> Tensor:
-    """The product's pure colours F at soft edges, where a photo shows C = M F + (1 − M) B, B the old background.
-
-    rgb (3, H, W), mask (1, H, W) -> (3, H, W); the colours of solid pixels are untouched, bit for bit.
-    B and a first F are continued from the pixels that are wholly one or the other. M times what they leave unexplained
-    of C is added to F, as in Forte's 'Approximate Fast Foreground Colour Estimation' (2021): next to nothing at an
-    ordinary edge, and the texture where a product is half clear, such as glass.
-    """
-    solid = mask >= SOLID * mask.max()
-    foreground = extend(rgb, solid)
-    background = extend(rgb, mask <= 1 - SOLID)
-    unexplained = rgb - mask * foreground - (1 - mask) * background
-    return torch.where(solid, rgb, (foreground + mask * unexplained).clamp(0, 1))
+# ---------------------------------------------------------------- fitting
 
 
 def resize(x: Tensor, height: int, width: int) -> Tensor:
@@ -142,6 +159,18 @@ def resize(x: Tensor, height: int, width: int) -> Tensor:
     if x.shape[1:] == (height, width):
         return x
     return F.interpolate(x[None], size=(height, width), mode="bicubic", antialias=True)[0].clamp(0, 1)
+
+
+def resized_strips(x: Tensor, height: int, width: int) -> Iterator[tuple[slice, Tensor]]:
+    """resize(x, height, width) with little memory, a strip of rows at a time: (rows, (C, rows, width))."""
+    h = x.shape[1]
+    wide = F.interpolate(x[None], size=(h, width), mode="bicubic", antialias=True)[0]
+    identity = torch.eye(h)[None, None]
+    weights = F.interpolate(identity, size=(height, h), mode="bicubic", antialias=True)[0, 0]  # (height, h)
+    for rows in strips(height, width):
+        used = weights[rows].any(dim=0).nonzero()
+        used = slice(int(used[0]), int(used[-1]) + 1)  # rows of x
+        yield rows, torch.einsum("yh,chx->cyx", weights[rows, used], wide[:, used]).clamp(0, 1)
 
 
 def fit(
@@ -183,8 +212,16 @@ def canvas_size(height: int, width: int, size: int, multiple: int) -> tuple[int,
     return -(-height * size // longer) * multiple, -(-width * size // longer) * multiple  # -(-a // b): a / b rounded up
 
 
-def thumbnail(picture: Tensor | Image.Image, side: int = 256) -> Image.Image:
-    """A picture as an image, reduced where it is larger than `side` pixels."""
+# ---------------------------------------------------------------- small pictures
+
+
+def thumbnail(picture: Tensor | Image.Image, side: int = 256, mask: Tensor | None = None) -> Image.Image:
+    """A picture as an image, reduced where it is larger than `side` pixels; on white outside of a mask (1, H, W)."""
+    if mask is not None:
+        scale = min(1, side / max(mask.shape))
+        h, w = (max(1, round(scale * length)) for length in mask.shape[1:])
+        mask = resize(mask, h, w)
+        picture = resize(picture, h, w) * mask + 1 - mask
     image = to_image(picture) if isinstance(picture, Tensor) else picture
     return ImageOps.contain(image, (side, side)) if max(image.size) > side else image
 

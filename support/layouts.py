@@ -1,4 +1,4 @@
-"""Support: single files of public weights: the names' rules, what a file is, configurations from shapes; not needed to understand the paper."""
+"""Support: public weights' names, what a file is, configurations from shapes; not needed to understand the paper."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -14,15 +14,19 @@ PREFIXES = {
     "control_model.": "control",
 }
 
-# What a single file may hold beside them, and folders of weights.
+# What public files hold beside the weights that are read. A tensor that the network does have is never left out.
 IGNORED = re.compile("|".join((
-    r".*\.position_ids",  # counts 0, 1, 2, …
+    r"(.*\.)?position_ids",  # counts 0, 1, 2, …
+    r".*\.num_batches_tracked",  # counts training steps
     r"model_ema\..*",  # moving averages of the weights, in files that are not pruned
     r"(sqrt_|sqrt_recip_|sqrt_recipm1_|(sqrt|log)_one_minus_)?alphas_cumprod(_prev)?|betas|logvar|lvlb_weights",
     r"posterior_(variance|log_variance_clipped|mean_coef[12])|scale_factor",  # the noise schedule: see sampler.py
+    r"denoiser\.sigmas",
+    r"(first_stage_model\.)?loss\..*|embedding_manager\..*",  # what only training needs
     r"cond_stage_model\.model\.transformer\.resblocks\.23\..*",  # SD 2.x reads OpenCLIP before its last layer
-    r"cond_stage_model\.model\.(logit_scale|text_projection|attn_mask)",
+    r"(cond_stage_model\.)?(model\.|transformer\.)?(logit_scale|text_projection(\.weight)?|attn_mask)",
 )))
+IMAGE_TOWER = re.compile(r"(vision_model|visual|visual_projection)\..*")  # of the CLIP that a text encoder was cut from
 
 # From the names of public files, without prefix, to ours; numbers in a pattern are the function's arguments.
 # Our own names come through unchanged.
@@ -82,17 +86,17 @@ RENAMES = [(re.compile(pattern), name) for pattern, name in (
 )]
 
 
-def rename(name: str) -> str:
+def our_name(name: str) -> str:
     """Our name of a tensor, from that in a public file (without the prefix of a single file)."""
     for pattern, new in RENAMES:
         name = pattern.sub(new if isinstance(new, str) else lambda match: new(*map(int, match.groups())), name)
     return name
 
 
-def renamed(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def under_our_names(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Tensors under our names. OpenCLIP's queries, keys and values come in one matrix and leave as three."""
     for name, tensor in tensors.items():
-        name = rename(name)
+        name = our_name(name)
         if ".in_proj_" in name:
             for letter, part in zip("qkv", tensor.chunk(3)):
                 yield name.replace(".in_proj_", f".{letter}_proj."), part
@@ -100,8 +104,8 @@ def renamed(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor
 
 
-def split(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """A single file's tensors by model ("" where no prefix tells), without their prefix and what is ignored."""
+def split_by_model(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """A single file's tensors by model, without their prefix and what is ignored; "" holds those of no prefix."""
     parts = {part: {} for part in ("", *PREFIXES.values())}
     for name, tensor in tensors.items():
         if not IGNORED.fullmatch(name):
@@ -110,9 +114,9 @@ def split(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return parts
 
 
-# What a file is, by the first pattern that one of its names matches.
 SINGLE_FILE = "a whole Stable Diffusion"
 
+# What a file is, by the first pattern that one of its names matches.
 KINDS = [(re.compile(pattern), kind) for pattern, kind in (
     (r"conditioner\.|add_embedding\.|label_emb\.", "SDXL"),
     (r"(joint|double)_blocks\.|add_[qkv]_proj", "SD 3 or Flux"),
@@ -134,31 +138,32 @@ def looks_like(names: Iterable[str], expected: str) -> str:
     return "" if kind == expected else f"; it looks like {kind}"
 
 
-# What shapes don't tell is the same in all public Stable Diffusions.
+# What shapes don't show is the same in all public Stable Diffusions.
 UNET_CONSTANTS = {"norm_num_groups": 32, "norm_eps": 1e-5, "act_fn": "silu", "flip_sin_to_cos": True, "freq_shift": 0}
 
 
-def count(tensors: dict[str, Tensor], prefix: str) -> int:
+def modules_under(prefix: str, tensors: dict[str, Tensor]) -> int:
     """How many numbered modules there are under a prefix, such as "down_blocks."."""
     return len({name[len(prefix) :].split(".")[0] for name in tensors if name.startswith(prefix)})
 
 
 def unet_config(tensors: dict[str, Tensor]) -> dict:
     """The config.json of a UNet or a ControlNet, from its tensors' shapes. Raises KeyError where it is neither."""
-    levels = range(count(tensors, "down_blocks."))
+    levels = range(modules_under("down_blocks.", tensors))
     channels = [tensors[f"down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in levels]
     attention = [f"down_blocks.{i}.attentions.0.norm.weight" in tensors for i in levels]
     first = f"down_blocks.{attention.index(True) if True in attention else 0}.attentions.0"
     linear = tensors[f"{first}.proj_in.weight"].ndim == 2
     config = {"in_channels": tensors["conv_in.weight"].shape[1], "block_out_channels": channels,
-              "layers_per_block": count(tensors, "down_blocks.0.resnets."), **UNET_CONSTANTS,
+              "layers_per_block": modules_under("down_blocks.0.resnets.", tensors), **UNET_CONSTANTS,
               "cross_attention_dim": tensors[f"{first}.transformer_blocks.0.attn2.to_k.weight"].shape[1],
               # SD 1.x has 8 heads, SD 2.x heads of 64 channels
               "attention_head_dim": [c // 64 for c in channels] if linear else 8, "use_linear_projection": linear,
               "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attention]}
     if "controlnet_mid_block.weight" in tensors:
         hint = "controlnet_cond_embedding."
-        strided = [tensors[f"{hint}blocks.{i}.weight"].shape[0] for i in range(1, count(tensors, f"{hint}blocks."), 2)]
+        blocks = modules_under(f"{hint}blocks.", tensors)
+        strided = [tensors[f"{hint}blocks.{i}.weight"].shape[0] for i in range(1, blocks, 2)]
         return config | {"_class_name": "ControlNetModel", "conditioning_embedding_out_channels":
                          [tensors[f"{hint}conv_in.weight"].shape[0], *strided]}
     return config | {"_class_name": "UNet2DConditionModel", "out_channels": tensors["conv_out.weight"].shape[0],
@@ -167,11 +172,11 @@ def unet_config(tensors: dict[str, Tensor]) -> dict:
 
 def vae_config(tensors: dict[str, Tensor]) -> dict:
     """The config.json of a VAE, from its tensors' shapes. Raises KeyError where it is none."""
-    levels = range(count(tensors, "encoder.down_blocks."))
-    return {"_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "norm_num_groups": 32, "act_fn": "silu",
-            "latent_channels": tensors["post_quant_conv.weight"].shape[0], "scaling_factor": 0.18215,
+    levels = range(modules_under("encoder.down_blocks.", tensors))
+    return {"_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "norm_num_groups": 32,
+            "act_fn": "silu", "latent_channels": tensors["post_quant_conv.weight"].shape[0], "scaling_factor": 0.18215,
             "block_out_channels": [tensors[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in levels],
-            "layers_per_block": count(tensors, "encoder.down_blocks.0.resnets."),
+            "layers_per_block": modules_under("encoder.down_blocks.0.resnets.", tensors),
             "down_block_types": ["DownEncoderBlock2D" for _ in levels],
             "up_block_types": ["UpDecoderBlock2D" for _ in levels]}
 
@@ -181,6 +186,6 @@ def text_config(tensors: dict[str, Tensor], activation: str) -> dict:
     vocabulary, width = tensors["text_model.embeddings.token_embedding.weight"].shape
     return {"model_type": "clip_text_model", "architectures": ["CLIPTextModel"], "vocab_size": vocabulary,
             "hidden_size": width, "num_attention_heads": width // 64, "hidden_act": activation, "layer_norm_eps": 1e-5,
-            "num_hidden_layers": count(tensors, "text_model.encoder.layers."),
+            "num_hidden_layers": modules_under("text_model.encoder.layers.", tensors),
             "intermediate_size": tensors["text_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
             "max_position_embeddings": tensors["text_model.embeddings.position_embedding.weight"].shape[0]}

@@ -64,6 +64,12 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
+def equal_weights(ours: nn.Module, theirs: nn.Module | dict[str, Tensor]) -> bool:
+    """Whether two networks, or a network and tensors by name, hold the same numbers under the same names."""
+    a, b = ours.state_dict(), theirs if isinstance(theirs, dict) else theirs.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(tensor, b[name]) for name, tensor in a.items())
+
+
 @pytest.fixture(scope="session")
 def unet() -> UNet:
     return randomise(UNet(SD1))

@@ -89,124 +89,7 @@ def test_same_generator_state_gives_the_same_perturbation_and_the_next_state_ano
     assert not torch.equal(first, second)
 
 
-# ---------------------------------------------------------------- cut-outs
-
-
-def test_unmix_edges_removes_the_old_background_from_soft_edges():
-    red, green, blue = flat([0.9, 0.1, 0.1], 64, 64), flat([0.0, 1.0, 0.0], 64, 64), flat([0.0, 0.0, 1.0], 64, 64)
-    M = disc(64, 64, 20, soft=5)
-    photo = red * M + green * (1 - M)
-    assert ((photo * M + blue * (1 - M))[1] > 0.2).any(), "the naive paste has a green halo"
-    pasted = data.unmix_edges(photo, M) * M + blue * (1 - M)
-    assert torch.allclose(pasted, red * M + blue * (1 - M), atol=1 - data.SOLID)
-
-
-def test_unmix_edges_leaves_solid_pixels_bit_exact():
-    photo, M = torch.rand(3, 50, 61, generator=generator()), disc(50, 61, 15, soft=4)
-    solid = (M == 1).expand_as(photo)
-    assert torch.equal(data.unmix_edges(photo, M)[solid], photo[solid])
-
-
-def test_unmix_edges_keeps_the_texture_of_a_translucent_product():
-    M = disc(64, 64, 24) * 0.9
-    M[:, 28:36, 28:36] = 1
-    texture = torch.rand(3, 64, 64, generator=generator())
-    photo = texture * M + (1 - M)  # on white
-    inside = (M == 0.9).expand_as(photo)
-    error = (data.unmix_edges(photo, M) - texture)[inside]
-    assert error.std() < 0.2 * texture[inside].std()
-
-
-def test_extend_gives_every_pixel_a_known_colour_and_changes_no_known_one():
-    for shape in [(1, 7), (5, 1), (33, 47)]:
-        rgb, known = torch.rand(3, *shape), torch.zeros(1, *shape, dtype=torch.bool)
-        known[0, 0, 0] = True
-        assert torch.allclose(data.extend(rgb, known), rgb[:, :1, :1].expand_as(rgb))
-
-
-def test_cutout_with_a_mask_file_and_with_alpha_agree_on_solid_pixels(photo, tmp_path):
-    image, mask = photo
-    rgba = Image.open(image)
-    rgba.putalpha(Image.open(mask))
-    rgba.save(tmp_path / "cut.png")
-    (rgb, M), (rgb_alpha, M_alpha) = data.load_cutout(image, mask), data.load_cutout(tmp_path / "cut.png")
-    assert rgb.shape == (3, SIZE, SIZE) and torch.equal(M, M_alpha)
-    solid = (M == 1).expand_as(rgb)
-    assert torch.equal(rgb[solid], rgb_alpha[solid])
-
-
-def test_a_background_still_stored_under_the_alpha_channel_leaves_no_halo(tmp_path):
-    """A red product on a green and yellow wall, made transparent by a mask alone, as a photo's putalpha does."""
-    M = disc(64, 64, 20, soft=5)
-    wall = flat([0.0, 1.0, 0.0], 64, 64).clone()
-    wall[0, :, 32:] = 1
-    photo = flat([0.8, 0.2, 0.2], 64, 64) * M + wall * (1 - M)
-    Image.fromarray((torch.cat([photo, M]) * 255).round().byte().permute(1, 2, 0).numpy()).save(tmp_path / "cut.png")
-    rgb, M = data.load_cutout(tmp_path / "cut.png")
-    red = flat([0.8, 0.2, 0.2], 64, 64)
-    assert ((photo - red).abs() * M).max() > 0.19, "as stored, the edge is green and yellow"
-    assert ((rgb - red).abs() * M).max() < 0.07
-
-
-def test_alpha_cutout_keeps_visible_colours_and_hides_those_under_zero_alpha(tmp_path):
-    M = disc(SIZE, SIZE, 6, soft=3)
-    stored = flat([0.8, 0.2, 0.2], SIZE, SIZE) * (M > 0)  # black where invisible, as most programs save it
-    Image.fromarray((torch.cat([stored, M]) * 255).round().byte().permute(1, 2, 0).numpy()).save(tmp_path / "cut.png")
-    rgb, M = data.load_cutout(tmp_path / "cut.png")
-    assert torch.allclose(rgb, flat([0.8, 0.2, 0.2], SIZE, SIZE), atol=0.01)
-
-
-def test_mask_file_may_be_grey_rgb_alpha_palette_or_16_bit(photo, tmp_path):
-    image, mask = photo
-    grey = Image.open(mask)
-    alpha = Image.new("RGBA", grey.size, "black")
-    alpha.putalpha(grey)
-    sixteen = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
-    expected = data.load_masked(image, mask)[1]
-    for i, variant in enumerate([grey, grey.convert("RGB"), alpha, grey.quantize(256), sixteen]):
-        variant.save(tmp_path / f"{i}.png")
-        assert torch.allclose(data.load_masked(image, tmp_path / f"{i}.png")[1], expected, atol=0.02), variant.mode
-
-
-def test_inverted_mask_file_is_turned(photo, tmp_path):
-    image, mask = photo
-    data.save_image(1 - data.load_mask(mask), tmp_path / "inverse.png")
-    assert torch.allclose(data.load_masked(image, tmp_path / "inverse.png", inverted=True)[1], data.load_mask(mask))
-
-
 # ---------------------------------------------------------------- files
-
-
-def test_exif_rotation_is_applied(tmp_path):
-    image = Image.new("RGB", (40, 20), "white")
-    image.paste("black", (0, 0, 20, 20))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees, clockwise
-    image.save(tmp_path / "turned.jpg", exif=exif)
-    upright = data.open_image(tmp_path / "turned.jpg")
-    assert upright.size == (20, 40) and upright.getpixel((10, 5))[0] < 9 and upright.getpixel((10, 35))[0] > 246
-
-
-@pytest.mark.parametrize("mode, opened", [("1", "RGB"), ("L", "RGB"), ("LA", "RGBA"), ("P", "RGB"), ("RGBA", "RGBA"),
-                                          ("I;16", "RGB")])
-def test_every_mode_opens_as_rgb_or_rgba(mode, opened, tmp_path):
-    Image.new(mode, (4, 4)).save(tmp_path / "x.png")  # colour 0: transparent where the mode has alpha
-    assert data.open_image(tmp_path / "x.png").mode == opened
-
-
-def test_palette_transparency_is_alpha_and_opaque_alpha_is_none(tmp_path):
-    image = Image.new("P", (4, 4))
-    image.putpixel((0, 0), 1)
-    image.save(tmp_path / "palette.png", transparency=0)
-    assert data.open_image(tmp_path / "palette.png").getchannel("A").getextrema() == (0, 255)
-    Image.new("RGBA", (4, 4), (1, 2, 3, 255)).save(tmp_path / "opaque.png")
-    assert data.open_image(tmp_path / "opaque.png").mode == "RGB"
-
-
-def test_tensor_and_file_round_trip_bit_exact(tmp_path):
-    x = torch.randint(0, 256, (3, 9, 7)) / 255
-    data.save_image(x, tmp_path / "new" / "folder" / "x.png")
-    assert torch.equal(data.to_tensor(data.open_image(tmp_path / "new" / "folder" / "x.png")), x)
 
 
 def test_failed_write_leaves_the_old_file_and_no_temporary_one(tmp_path):
@@ -219,78 +102,6 @@ def test_failed_write_leaves_the_old_file_and_no_temporary_one(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         data.write_atomic(tmp_path / "x", fail)
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("x", "old")]
-
-
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # as data.py sets it, which pytest undoes
-def test_bad_files_are_refused_in_one_line_that_names_them(tmp_path, monkeypatch):
-    data.save_image(torch.rand(3, 64, 64), tmp_path / "big.png")
-    (tmp_path / "cut.png").write_bytes((tmp_path / "big.png").read_bytes()[:3000])
-    (tmp_path / "empty.png").write_bytes(b"")
-    (tmp_path / "text.jpg").write_text("not an image")
-    (tmp_path / "file").write_text("in the way of a folder")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64 - 1)  # Pillow itself would only warn
-    for name in ["big.png", "cut.png", "empty.png", "text.jpg", "missing.png", ""]:
-        with pytest.raises(BadInput) as error:
-            data.open_image(tmp_path / name)
-        assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
-    with pytest.raises(BadInput, match="can.t be written"):
-        data.save_image(torch.rand(3, 4, 4), tmp_path / "file" / "x.png")
-
-
-def test_bad_masks_are_refused_and_the_option_is_named(photo, tmp_path):
-    image, mask = photo
-    data.save_image(torch.zeros(1, SIZE, SIZE), tmp_path / "empty.png")
-    data.save_image(torch.ones(1, SIZE, SIZE), tmp_path / "full.png")
-    data.save_image(torch.ones(1, SIZE, 9), tmp_path / "narrow.png")
-    for path, message in [(None, "reference .* no alpha"), (tmp_path / "empty.png", "is empty"),
-                          (tmp_path / "full.png", "covers the whole"), (tmp_path / "narrow.png", "9 x 24 .* 24 x 24")]:
-        with pytest.raises(BadInput, match=f"{message}.*--reference-mask"):
-            data.load_cutout(image, path, "reference", "--reference-mask")
-
-
-# ---------------------------------------------------------------- fitting
-
-
-@pytest.mark.parametrize("mode", ["contain", "cover"])
-@pytest.mark.parametrize("h, w", [(40, 80), (80, 40), (200, 90), (64, 64)])
-def test_fit_keeps_circles_circles(mode, h, w):
-    M, _ = data.fit(disc(h, w, 12), 64, 96, mode)
-    scale = (min if mode == "contain" else max)(64 / h, 96 / w)
-    assert M.shape == (1, 64, 96) and 0 <= M.min() and M.max() <= 1
-    rows, columns = M[0].amax(1).sum(), M[0].amax(0).sum()  # the disc's height and width
-    assert rows == pytest.approx(24 * scale, abs=2) and columns == pytest.approx(24 * scale, abs=2)
-
-
-def test_fit_contain_pads_pictures_with_their_edge_and_masks_with_zero_and_boxes_what_it_kept():
-    picture, (top, left, h, w) = data.fit(torch.full((3, 30, 60), 0.7), 64, 64, "contain")
-    assert (top, left, h, w) == (16, 0, 32, 64) and torch.allclose(picture, torch.tensor(0.7))
-    mask, box = data.fit(torch.ones(1, 30, 60), 64, 64, "contain")
-    assert box == (16, 0, 32, 64) and mask[:, top : top + h, left : left + w].min() > 0.999
-    assert mask.sum() == pytest.approx(h * w, rel=1e-3)
-
-
-def test_fit_contain_cropped_to_its_box_and_scaled_back_is_the_picture():
-    picture = data.resize(torch.rand(3, 5, 8, generator=generator()), 50, 80)  # smooth
-    canvas, (top, left, h, w) = data.fit(picture, 128, 128, "contain")
-    back = data.resize(canvas[:, top : top + h, left : left + w], 50, 80)
-    assert (back - picture).abs().max() < 0.05
-
-
-def test_fit_cover_keeps_the_centre_asked_for_within_the_picture():
-    x = torch.arange(100.0).expand(1, 50, 100) / 100
-    for centre, left in [(None, 25), ((25, 60), 35), ((25, 99), 50), ((25, 0), 0)]:
-        cropped, box = data.fit(x, 50, 50, "cover", centre)
-        assert box == (0, left, 50, 50) and torch.equal(cropped, x[:, :, left : left + 50])
-
-
-def test_canvas_holds_the_picture_with_less_than_one_multiple_of_padding():
-    for h, w in [(100, 100), (300, 400), (1000, 333), (1, 2000), (511, 512)]:
-        H, W = data.canvas_size(h, w, 512, 64)
-        assert max(H, W) == 512 and H % 64 == W % 64 == 0
-        assert 0 <= H - h * 512 / max(h, w) < 64 and 0 <= W - w * 512 / max(h, w) < 64
-    for size in [0, -64, 32, 500]:
-        with pytest.raises(BadInput, match="--size"):
-            data.canvas_size(100, 100, size, 64)
 
 
 # ---------------------------------------------------------------- data sets
@@ -460,15 +271,7 @@ def test_ads_replace_a_broken_item_name_it_once_and_stop_above_one_percent(photo
         ads[0]
 
 
-# ---------------------------------------------------------------- sheet, command
-
-
-def test_sheet_has_equal_cells_and_room_for_labels():
-    picture = torch.zeros(3, 32, 48)
-    plain = data.sheet([[picture, None], [torch.zeros(1, 10, 10), picture]])
-    assert plain.size == (2 * (48 + 4) + 4, 2 * (32 + 4) + 4) and plain.getpixel((80, 20)) == (255, 255, 255)
-    labelled = data.sheet([[picture], [picture]], ["image"], ["mug", "电饭煲"])
-    assert labelled.width > 48 + 8 and labelled.height > 2 * (32 + 4) + 4
+# ---------------------------------------------------------------- command
 
 
 def test_command_checks_a_data_set_and_draws_it(tmp_path, capsys):

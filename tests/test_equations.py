@@ -9,9 +9,9 @@ from conftest import SD1, inputs, random, randomise, relative_error
 from torch import nn
 
 import model
-from attention import Attention, Reused, TransformerBlock, attend, mask_at
+from attention import Attention, TransformerBlock, attend, mask_at
 from model import CategoryGenerator, ControlNet, PersonalityGenerator, Prompts, UNet, predict_noise
-from sampler import Schedule, ddim, ddim_step, sample, seeded
+from sampler import Conditions, Painting, Schedule, ddim, ddim_step, sample, seeded
 from weights import control_config
 
 B, N, C, L, D, HEADS = 2, 9, 12, 5, 8, 3  # pictures, positions, channels, prompt tokens, text width, heads
@@ -37,6 +37,11 @@ def CA(layer, x, P):
     """Cross-attention from the layer's weights, with its output layer."""
     q, k, v = x @ layer.to_q.weight.T, P @ layer.to_k.weight.T, P @ layer.to_v.weight.T
     return attention_written_out(q, k, v, layer.heads) @ layer.to_out[0].weight.T + layer.to_out[0].bias
+
+
+def with_features(*pairs):
+    """Pairs of a branch and its hint, as `predict_noise` takes them: with the hints' features."""
+    return [(branch, branch.hint_features(hint)) for branch, hint in pairs]
 
 
 @pytest.fixture
@@ -142,6 +147,12 @@ def test_transformer_block_adds_self_attention_then_eq2_or_eq3_then_feed_forward
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_the_mask_averaged_in_two_steps_is_the_mask_averaged_in_one():
+    """`sample` averages M to the latent's size once, the networks go on from there."""
+    mask = random(2, 1, 64, 64).sigmoid()
+    torch.testing.assert_close(mask_at(mask_at(mask, 16, 16), 4, 4), mask_at(mask, 4, 4))
+
+
 @pytest.mark.parametrize("h, w", [(16, 16), (8, 4), (2, 2)])
 def test_mask_at_is_the_mean_over_each_positions_area(h, w):
     mask = random(2, 1, 16, 16).sigmoid()
@@ -167,6 +178,17 @@ def test_every_cross_attention_of_cg_is_mask_guided_with_M_at_its_resolution(cg,
         expected = i.mask.view(2, side, 128 // side, side, 128 // side).mean((2, 4)).view(2, n, 1)
         torch.testing.assert_close(M, expected)
         assert P_fg is i.prompts.P_fg and P_bg is i.prompts.P_bg
+
+
+def test_cg_with_plain_attention_is_a_controlnet_on_P_and_mask_guided_cg_is_not(unet, cg):
+    """`train.py cg --attention plain`, in config.json "attention": "plain"."""
+    i = inputs()
+    plain, controlnet = CategoryGenerator(cg.config | {"attention": "plain"}), ControlNet(cg.config)
+    for network in (plain, controlnet):
+        network.load_state_dict(cg.state_dict())
+    ours, theirs, guided = (predict_noise(unet, i.z, i.t, i.prompts, with_features((network, i.hint)), i.mask)
+                            for network in (plain, controlnet, cg))
+    assert torch.equal(ours, theirs) and relative_error(guided, theirs) > 0.01
 
 
 def test_cg_with_equal_prompts_is_a_plain_controlnet(cg):
@@ -237,14 +259,14 @@ def test_zero_convolutions_leave_sd_exactly_unchanged_at_the_start(unet, fresh):
     i, (cg, pg) = inputs(), fresh
     alone = unet(i.z, i.t, i.prompts.P)
     for branches in ([(cg, i.hint)], [(pg, i.hint_ref)], [(cg, i.hint), (pg, i.hint_ref)]):
-        assert torch.equal(predict_noise(unet, i.z, i.t, i.prompts, branches, i.mask), alone)
+        assert torch.equal(predict_noise(unet, i.z, i.t, i.prompts, with_features(*branches), i.mask), alone)
 
 
 def test_zero_convolutions_learn_from_the_first_step(unet, fresh):
     i, (cg, pg) = inputs(), fresh
     for branch in fresh:
         branch.requires_grad_(True)
-    predict_noise(unet, i.z, i.t, i.prompts, [(cg, i.hint), (pg, i.hint_ref)], i.mask).square().mean().backward()
+    predict_noise(unet, i.z, i.t, i.prompts, with_features((cg, i.hint), (pg, i.hint_ref)), i.mask).square().mean().backward()
     for branch in fresh:
         for conv in (*branch.controlnet_down_blocks, branch.controlnet_mid_block):
             assert conv.weight.grad.abs().max() > 0
@@ -258,7 +280,7 @@ def test_predict_noise_gives_each_branch_its_prompts_and_sums_the_branches(unet,
     ys = pg(i.z, i.t, P, i.hint_ref, i.mask)
     cs = plain(i.z, i.t, P, i.hint)
     expected = unet(i.z, i.t, P, [x + y + c for x, y, c in zip(xs, ys, cs, strict=True)])
-    ours = predict_noise(unet, i.z, i.t, i.prompts, [(cg, i.hint), (pg, i.hint_ref), (plain, i.hint)], i.mask)
+    ours = predict_noise(unet, i.z, i.t, i.prompts, with_features((cg, i.hint), (pg, i.hint_ref), (plain, i.hint)), i.mask)
     torch.testing.assert_close(ours, expected)
     assert relative_error(unet(i.z, i.t, P), expected) > 0.01  # the branches matter
 
@@ -382,28 +404,27 @@ def test_watched_weights_are_those_that_attention_uses():
     torch.testing.assert_close(blend, layer.to_out[0](read[0] * M + read[1] * (1 - M)))
 
 
-@torch.inference_mode()
-def test_both_passes_of_the_guidance_in_one_batch_are_each_pass_alone(unet, cg, pg, monkeypatch):
-    """One row of z_t for two prompts, all that repeats Reused, over two steps: what plain calls give row by row.
-
-    And nothing is computed twice that needn't be: hint encoders and prompts' keys run at the first step only.
-    """
+@torch.no_grad()
+def test_both_passes_of_the_guidance_in_one_batch_are_each_pass_alone(unet, cg, pg):
+    """One row of z_t for two prompts: the same as row by row."""
     i, without = inputs(2), Prompts(*(random(2, 7, 24, seed=30 + k) for k in range(3)))
-    branches = [(cg, i.hint), (pg, i.hint_ref)]
-    both = Prompts(*(Reused(torch.cat(pair)) for pair in zip(without, i.prompts)))
-    reused = [(branch, Reused(hint)) for branch, hint in branches]
-    mask = Reused(i.mask.repeat(2, 1, 1, 1))
-    calls = []
-    for layer in (cg.controlnet_cond_embedding, unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k):
-        monkeypatch.setattr(layer, "forward", lambda x, f=layer.forward: calls.append(1) or f(x))
-    for t in (torch.tensor([981]), torch.tensor([41])):
-        together = predict_noise(unet, i.z, t, both, reused, mask)
-        assert len(calls) == 2
-        for half, prompts in zip(together.chunk(2), (without, i.prompts), strict=True):
-            seen = len(calls)
-            alone = predict_noise(unet, i.z, t.expand(2), prompts, branches, i.mask)
-            del calls[seen:]
-            assert relative_error(half, alone) < 1e-5
+    branches, t = with_features((cg, i.hint), (pg, i.hint_ref)), torch.tensor([981])
+    both = Prompts(*(torch.cat(pair) for pair in zip(without, i.prompts)))
+    together = predict_noise(unet, i.z, t, both, branches, i.mask.repeat(2, 1, 1, 1))
+    for half, prompts in zip(together.chunk(2), (without, i.prompts), strict=True):
+        assert relative_error(half, predict_noise(unet, i.z, t, prompts, branches, i.mask)) < 1e-5
+
+
+@torch.inference_mode()
+def test_what_does_not_change_over_the_walk_is_computed_before_it(unet, cg, pg, prompts, unconditional, monkeypatch):
+    """The hint encoders run once a picture, however many steps follow."""
+    i, calls = inputs(3), []
+    for branch in (cg, pg):
+        encoder = branch.controlnet_cond_embedding
+        monkeypatch.setattr(encoder, "forward", lambda hint, f=encoder.forward: calls.append(1) or f(hint))
+    given = Conditions(prompts, unconditional, with_features((cg, i.hint), (pg, i.hint_ref)), i.mask)
+    sample(unet, Schedule(), given, seeded(0, 3), (4, 16, 16), Painting(steps=3))
+    assert len(calls) == 2
 
 
 def test_recomputed_activations_give_the_same_gradients(unet):
@@ -416,7 +437,7 @@ def test_recomputed_activations_give_the_same_gradients(unet):
         randomise(branch, seed=1).requires_grad_(True)
         for network in (base, branch) if recompute else ():
             network.recompute_activations()
-        predict_noise(base, i.z, i.t, i.prompts, [(branch, i.hint)], i.mask).square().mean().backward()
+        predict_noise(base, i.z, i.t, i.prompts, with_features((branch, i.hint)), i.mask).square().mean().backward()
         gradients.append([p.grad for p in branch.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
@@ -430,7 +451,7 @@ class Still(nn.Module):
 
     def forward(self, z, t, context, residuals=None):
         self.seen.append((z.clone(), t.clone(), context))
-        return torch.zeros(len(context.value), *z.shape[1:])  # a row a prompt: those of both passes of the guidance
+        return torch.zeros(len(context), *z.shape[1:])  # a row a prompt: both passes of the guidance
 
 
 @pytest.fixture
@@ -449,9 +470,9 @@ def rows(prompts, n):
 
 def test_guidance_equals_two_separate_passes_that_keep_the_hints(unet, cg, pg, prompts, unconditional):
     i, schedule, guidance = inputs(3), Schedule(), 2.0
-    branches = [(cg, i.hint), (pg, i.hint_ref)]
-    ours = sample(unet, schedule, prompts, unconditional, seeded(0, 3), (4, 16, 16), branches, i.mask,
-                  steps=2, guidance=guidance)
+    branches = with_features((cg, i.hint), (pg, i.hint_ref))
+    ours = sample(unet, schedule, Conditions(prompts, unconditional, branches, i.mask), seeded(0, 3), (4, 16, 16),
+                  Painting(steps=2, guidance=guidance))
     z, a = torch.cat([torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(n)) for n in range(3)]), alpha_bars()
     for t, t_next in ((501, 1), (1, 0)):
         steps = torch.full((3,), t)
@@ -465,13 +486,13 @@ def test_guidance_equals_two_separate_passes_that_keep_the_hints(unet, cg, pg, p
 
 def test_guidance_1_ignores_the_unconditional_prompts(unet, prompts):
     nothing = Prompts(*(torch.full_like(p, torch.nan) for p in prompts))
-    z = sample(unet, Schedule(), prompts, nothing, seeded(0, 3), (4, 16, 16), steps=2, guidance=1)
+    z = sample(unet, Schedule(), Conditions(prompts, nothing), seeded(0, 3), (4, 16, 16), Painting(2, guidance=1))
     assert z.isfinite().all()
 
 
 def test_pictures_start_from_noise_of_their_own_seed(prompts, unconditional):
     still = Still()
-    sample(still, Schedule(), prompts, unconditional, seeded(7, 3), (4, 16, 16), steps=2, guidance=1)
+    sample(still, Schedule(), Conditions(prompts, unconditional), seeded(7, 3), (4, 16, 16), Painting(2, guidance=1))
     z_T, t, _ = still.seen[0]
     for n in range(3):
         assert torch.equal(z_T[n], torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(7 + n))[0])
@@ -481,7 +502,7 @@ def test_pictures_start_from_noise_of_their_own_seed(prompts, unconditional):
 def test_with_a_reference_z_T_is_its_latent_noised_to_the_first_timestep(prompts, unconditional):
     still, z_ref, a = Still(), random(3, 4, 16, 16, seed=8), alpha_bars()[981]
     eps = torch.cat([torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(n)) for n in range(3)])
-    sample(still, Schedule(), prompts, unconditional, seeded(0, 3), (4, 16, 16), z_ref=z_ref)
+    sample(still, Schedule(), Conditions(prompts, unconditional), seeded(0, 3), (4, 16, 16), Painting(), z_ref)
     z_T, t, _ = still.seen[0]
     assert len(still.seen) == 50 and (t == 981).all()
     expected = math.sqrt(a) * z_ref + math.sqrt(1 - a) * eps
@@ -492,22 +513,23 @@ def test_with_a_reference_z_T_is_its_latent_noised_to_the_first_timestep(prompts
 def test_a_seed_gives_the_same_picture_whatever_the_batch_size(unet, cg, pg, prompts, unconditional, eta):
     i = inputs(3)
     z_ref = random(3, 4, 16, 16, seed=8)
-    together = sample(unet, Schedule(), prompts, unconditional, seeded(5, 3), (4, 16, 16),
-                      [(cg, i.hint), (pg, i.hint_ref)], i.mask, z_ref, steps=3, eta=eta)
+    given = Conditions(prompts, unconditional, with_features((cg, i.hint), (pg, i.hint_ref)), i.mask)
+    together = sample(unet, Schedule(), given, seeded(5, 3), (4, 16, 16), Painting(steps=3, eta=eta), z_ref)
     for n in range(3):
         one = slice(n, n + 1)
-        alone = sample(unet, Schedule(), rows(prompts, n), rows(unconditional, n), seeded(5 + n), (4, 16, 16),
-                       [(cg, i.hint[one]), (pg, i.hint_ref[one])], i.mask[one], z_ref[one], steps=3, eta=eta)
+        given = Conditions(rows(prompts, n), rows(unconditional, n),
+                           with_features((cg, i.hint[one]), (pg, i.hint_ref[one])), i.mask[one])
+        alone = sample(unet, Schedule(), given, seeded(5 + n), (4, 16, 16), Painting(steps=3, eta=eta), z_ref[one])
         assert relative_error(alone, together[one]) < 1e-5
 
 
 def test_the_noise_of_every_step_comes_from_the_pictures_generator_alone(prompts, unconditional):
     schedule, a = Schedule(), alpha_bars()
     torch.manual_seed(1)
-    ours = sample(Still(), schedule, prompts, unconditional, seeded(3, 3), (4, 16, 16), steps=50, guidance=1, eta=1.0)
+    given, how = Conditions(prompts, unconditional), Painting(steps=50, guidance=1, eta=1.0)
+    ours = sample(Still(), schedule, given, seeded(3, 3), (4, 16, 16), how)
     torch.manual_seed(2)
-    assert torch.equal(ours, sample(Still(), schedule, prompts, unconditional, seeded(3, 3), (4, 16, 16), steps=50,
-                                    guidance=1, eta=1.0))
+    assert torch.equal(ours, sample(Still(), schedule, given, seeded(3, 3), (4, 16, 16), how))
     for n in range(3):
         generator = torch.Generator().manual_seed(3 + n)
         z = torch.randn((1, 4, 16, 16), generator=generator)
@@ -520,7 +542,7 @@ def test_the_noise_of_every_step_comes_from_the_pictures_generator_alone(prompts
 
 def test_on_step_sees_every_step_and_the_last_is_the_result(unet, prompts, unconditional):
     seen = []
-    z = sample(unet, Schedule(), prompts, unconditional, seeded(0, 3), (4, 16, 16), steps=4,
+    z = sample(unet, Schedule(), Conditions(prompts, unconditional), seeded(0, 3), (4, 16, 16), Painting(steps=4),
                on_step=lambda t, z, z_0: seen.append((t, z, z_0)))
     assert [t for t, _, _ in seen] == [751, 501, 251, 1] and torch.equal(seen[-1][1], z)
     assert all(z_0.shape == z.shape for _, _, z_0 in seen)

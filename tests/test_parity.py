@@ -1,9 +1,10 @@
 """Parity with the reference implementations, diffusers and transformers, through files and in both directions.
 
-Each network is tiny, in the real one's shape, with random weights. One writes the public folder, the other reads it, and
-both must compute the same: within 1e-4 of the largest value, in float32. Skipped where the references aren't installed.
+Each network is tiny, in the real one's shape, with random weights. One writes the public folder, the other reads it,
+and both must compute the same: within 1e-4 of the largest value, in float32. Skipped where the references are missing.
 """
 
+import inspect
 import json
 import random as random_module
 import shutil
@@ -11,16 +12,36 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CLIP_CONFIG, TEXT_CONFIG, UNETS, VAE_CONFIG, inputs, random, randomise, relative_error
+from conftest import (
+    CLIP_CONFIG,
+    TEXT_CONFIG,
+    UNETS,
+    VAE_CONFIG,
+    equal_weights,
+    inputs,
+    random,
+    randomise,
+    relative_error,
+)
 from safetensors.torch import load_file, save_file
 
 from clip import CLIP, TextEncoder, load_tokenizer
 from model import CategoryGenerator, ControlNet, PersonalityGenerator, UNet, predict_noise
 from sampler import Schedule, ddim, ddim_step
-from support.files import write_json
+from support.configs import FIELDS, check_config
+from support.files import BadInput, write_json
 from toy.stages import train_tokenizer
 from vae import VAE
-from weights import CONTROL_FILES, TEXT_FILES, UNET_FILES, control_config, load_module, save_control, save_module
+from weights import (
+    CONTROL_FILE,
+    TEXT_FILE,
+    UNET_FILE,
+    control_config,
+    load_control,
+    load_module,
+    save_control,
+    save_module,
+)
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
@@ -35,12 +56,12 @@ def config_of(theirs) -> dict:
 
 @pytest.fixture(params=["ours to theirs", "theirs to ours"])
 def pair(request, tmp_path):
-    """pair(kind, config, their class, file names) -> (ours, theirs), where one has loaded what the other has saved."""
+    """pair(kind, config, their class, file name) -> (ours, theirs), where one has loaded what the other has saved."""
 
-    def make(kind, config, their_kind, files):
+    def saved_and_loaded(kind, config, their_kind, file):
         if request.param == "ours to theirs":
             ours = randomise(kind(config), seed=5)
-            save_module(ours, tmp_path / "model", files[0])
+            save_module(ours, tmp_path / "model", file)
             theirs, report = their_kind.from_pretrained(tmp_path / "model", output_loading_info=True)
             assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
         else:
@@ -49,16 +70,16 @@ def pair(request, tmp_path):
             else:
                 theirs = their_kind.from_config(config)
             randomise(theirs, seed=5).save_pretrained(tmp_path / "model")
-            ours = load_module(kind, tmp_path / "model", files, "cpu", torch.float32)
+            ours = load_module(kind, tmp_path / "model", file, "cpu", torch.float32)
         return ours, theirs.eval()
 
-    return make
+    return saved_and_loaded
 
 
 @pytest.mark.parametrize("config", UNETS.values(), ids=UNETS.keys())
 @torch.no_grad()
 def test_unet(pair, config):
-    ours, theirs = pair(UNet, config, diffusers.UNet2DConditionModel, UNET_FILES)
+    ours, theirs = pair(UNet, config, diffusers.UNet2DConditionModel, UNET_FILE)
     given = inputs()
     expected = theirs(given.z, given.t, given.prompts.P).sample
     assert relative_error(ours(given.z, given.t, given.prompts.P), expected) < TOLERANCE
@@ -69,7 +90,7 @@ def test_unet_of_an_odd_number_of_levels_and_another_latent_shape(pair):
     config = UNETS["sd1"] | {"block_out_channels": [16, 32, 24], "layers_per_block": 1,
                              "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2,
                              "up_block_types": ["CrossAttnUpBlock2D"] * 2 + ["UpBlock2D"]}
-    ours, theirs = pair(UNet, config, diffusers.UNet2DConditionModel, UNET_FILES)
+    ours, theirs = pair(UNet, config, diffusers.UNet2DConditionModel, UNET_FILE)
     z, P, t = random(2, 4, 12, 20), random(2, 5, 24, seed=1), torch.tensor([7, 999])
     assert relative_error(ours(z, t, P), theirs(z, t, P).sample) < TOLERANCE
 
@@ -77,7 +98,7 @@ def test_unet_of_an_odd_number_of_levels_and_another_latent_shape(pair):
 @pytest.mark.parametrize("config", UNETS.values(), ids=UNETS.keys())
 @torch.no_grad()
 def test_controlnet_and_the_unet_under_its_residuals(pair, config, unet):
-    ours, theirs = pair(ControlNet, control_config(config, 8), diffusers.ControlNetModel, CONTROL_FILES)
+    ours, theirs = pair(ControlNet, control_config(config, 8), diffusers.ControlNetModel, CONTROL_FILE)
     given = inputs()
     down, middle = theirs(given.z, given.t, given.prompts.P, controlnet_cond=given.hint, return_dict=False)
     residuals = ours(given.z, given.t, given.prompts.P, given.hint)
@@ -107,6 +128,15 @@ def test_cg_and_pg_open_as_controlnets(kind, tmp_path):
     assert max(relative_error(a, b) for a, b in zip(residuals, [*down, middle])) < TOLERANCE
 
 
+def test_a_branch_that_says_how_it_attends_opens_as_a_controlnet(tmp_path):
+    """Our own field in config.json: diffusers ignores it, with a warning."""
+    branch = randomise(CategoryGenerator(control_config(UNETS["sd1"], 8) | {"attention": "plain"}))
+    save_control(branch, tmp_path / "cg")
+    theirs = diffusers.ControlNetModel.from_pretrained(tmp_path / "cg")
+    assert equal_weights(branch, theirs.state_dict())
+    assert load_control(tmp_path / "cg", "category").config["attention"] == "plain"
+
+
 @torch.no_grad()
 def test_two_branches_sum_as_multi_controlnet_does(unet):
     """predict_noise with two plain ControlNets is diffusers' MultiControlNetModel under the same UNet."""
@@ -123,8 +153,27 @@ def test_two_branches_sum_as_multi_controlnet_does(unet):
     expected = their_unet.eval()(given.z, given.t, given.prompts.P, down_block_additional_residuals=down,
                                  mid_block_additional_residual=middle).sample
     ours = predict_noise(unet, given.z, given.t, given.prompts,
-                         [(branches[0], given.hint), (branches[1], given.hint_ref)], given.mask)
+                         [(branch, branch.hint_features(hint)) for branch, hint in
+                          zip(branches, (given.hint, given.hint_ref))], given.mask)
     assert relative_error(ours, expected) < TOLERANCE
+
+
+# ---------------------------------------------------------------- configurations
+
+CLASSES = [("a UNet", "UNet2DConditionModel"), ("a ControlNet", "ControlNetModel"), ("a VAE", "AutoencoderKL"),
+           *(("a scheduler", name) for name in FIELDS["a scheduler"]["_class_name"])]
+
+
+@pytest.mark.parametrize("kind, name", CLASSES, ids=[name for _, name in CLASSES])
+def test_every_field_that_diffusers_writes_is_in_the_table(kind, name):
+    fields = set(inspect.signature(getattr(diffusers, name).__init__).parameters) - {"self", "kwargs"}
+    assert fields and not fields - set(FIELDS[kind])
+
+
+def test_every_field_that_transformers_writes_is_let_pass(tmp_path):
+    configs = {"a text encoder": transformers.CLIPTextConfig(), "a CLIP model": transformers.CLIPConfig()}
+    for kind, config in configs.items():
+        check_config(kind, json.loads(config.to_json_string(use_diff=False)), tmp_path / "config.json")
 
 
 # ---------------------------------------------------------------- VAE
@@ -141,20 +190,20 @@ def check_vae(ours, theirs):
 
 
 def test_vae(pair):
-    ours, theirs = pair(VAE, VAE_CONFIG | {"scaling_factor": 0.3}, diffusers.AutoencoderKL, UNET_FILES)
+    ours, theirs = pair(VAE, VAE_CONFIG | {"scaling_factor": 0.3}, diffusers.AutoencoderKL, UNET_FILE)
     check_vae(ours, theirs)
     assert ours.scaling_factor == theirs.config.scaling_factor == 0.3
 
 
 def test_vae_with_the_attention_names_of_before_2023(vae, tmp_path):
-    save_module(vae, tmp_path / "vae", UNET_FILES[0])
-    file = tmp_path / "vae" / UNET_FILES[0]
+    save_module(vae, tmp_path / "vae", UNET_FILE)
+    file = tmp_path / "vae" / UNET_FILE
     old, tensors = {"to_q.": "query.", "to_k.": "key.", "to_v.": "value.", "to_out.0.": "proj_attn."}, load_file(file)
     for new_part, old_part in old.items():
         tensors = {name.replace(new_part, old_part): tensor for name, tensor in tensors.items()}
     assert sum("proj_attn" in name for name in tensors) == 4
     save_file(tensors, file)
-    check_vae(load_module(VAE, tmp_path / "vae", UNET_FILES, "cpu", torch.float32),
+    check_vae(load_module(VAE, tmp_path / "vae", UNET_FILE, "cpu", torch.float32),
               diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae").eval())
 
 
@@ -173,7 +222,7 @@ def ids(vocabulary: int = 600) -> torch.Tensor:
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
 @torch.no_grad()
 def test_text_encoder(pair, activation):
-    ours, theirs = pair(TextEncoder, TEXT_CONFIG | {"hidden_act": activation}, transformers.CLIPTextModel, TEXT_FILES)
+    ours, theirs = pair(TextEncoder, TEXT_CONFIG | {"hidden_act": activation}, transformers.CLIPTextModel, TEXT_FILE)
     assert relative_error(ours(ids()), theirs(ids()).last_hidden_state) < TOLERANCE
 
 
@@ -181,18 +230,18 @@ def test_text_encoder(pair, activation):
 @torch.no_grad()
 def test_text_encoder_file_with_and_without_its_prefix(text_encoder, tmp_path, prefix):
     """SD 1.5's own file has text_model. before every name, and position_ids beside; files saved lately have neither."""
-    save_module(text_encoder, tmp_path / "t", TEXT_FILES[0])
-    tensors = {n.replace("text_model.", prefix): t for n, t in load_file(tmp_path / "t" / TEXT_FILES[0]).items()}
+    save_module(text_encoder, tmp_path / "t", TEXT_FILE)
+    tensors = {n.replace("text_model.", prefix): t for n, t in load_file(tmp_path / "t" / TEXT_FILE).items()}
     if prefix:
         tensors["text_model.embeddings.position_ids"] = torch.arange(77)[None]
-    save_file(tensors, tmp_path / "t" / TEXT_FILES[0])
-    ours = load_module(TextEncoder, tmp_path / "t", TEXT_FILES, "cpu", torch.float32)
+    save_file(tensors, tmp_path / "t" / TEXT_FILE)
+    ours = load_module(TextEncoder, tmp_path / "t", TEXT_FILE, "cpu", torch.float32)
     assert torch.equal(ours(ids()), text_encoder(ids()))
 
 
 @torch.no_grad()
 def test_clip_image_and_text_encoders(pair):
-    ours, theirs = pair(CLIP, CLIP_CONFIG, transformers.CLIPModel, TEXT_FILES)
+    ours, theirs = pair(CLIP, CLIP_CONFIG, transformers.CLIPModel, TEXT_FILE)
     images = random(2, 3, 32, 32, seed=6)
     expected = theirs(input_ids=ids(), pixel_values=((images - MEAN) / STD))
     text, image = (torch.nn.functional.normalize(e, dim=-1) for e in (ours.encode_text(ids()),
@@ -205,20 +254,51 @@ MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)  # CLIP's
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 
 
+@pytest.mark.parametrize("margin", range(8))
+def test_clip_cuts_out_the_square_that_openai_does(margin):
+    """torchvision's CenterCrop, which OpenAI's preprocessing uses, begins at int(round(margin / 2.0))."""
+    model, begin = CLIP(CLIP_CONFIG), int(round(margin / 2.0))
+    wide = random(1, 3, 32, 32 + margin).sigmoid()
+    assert torch.equal(model.preprocess(wide), wide[:, :, :, begin : begin + 32])
+    assert torch.equal(model.preprocess(wide.mT), wide.mT[:, :, begin : begin + 32])
+    if margin == 3:  # transformers rounds down: another pixel column
+        assert begin == 2 and not torch.equal(model.preprocess(wide), wide[:, :, :, 1:33])
+
+
 # ---------------------------------------------------------------- DDIM
 
 SD_SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
                "steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False}
 
 
+SPACINGS = ["leading", "trailing", "linspace"]
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("T", [1000, 500])
+def test_timesteps_are_those_of_ddim_scheduler(spacing, T):
+    config = SD_SCHEDULE | {"timestep_spacing": spacing, "num_train_timesteps": T}
+    theirs, schedule = diffusers.DDIMScheduler.from_config(config), Schedule(config)
+    for steps in (1, 2, 3, 4, 7, 20, 27, 30, 48, 50, 61, 100, 400, 499, 999, 1000):
+        if steps > T or spacing == "leading" and steps == T:
+            with pytest.raises(BadInput, match=f"--steps {steps}: too many for this model's schedule of {T} timesteps"):
+                schedule.timesteps(steps)
+            continue
+        theirs.set_timesteps(steps)
+        # The reference adds one at t = −1 where T / steps is rounded down, as trailing for 61
+        assert schedule.timesteps(steps) == theirs.timesteps.tolist()[:steps], steps
+    assert Schedule({"timestep_spacing": "trailing"}).timesteps(1) == [999]  # as SD-Turbo is painted
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("steps", [50, 20, 7])
-def test_ddim_goes_the_same_way_as_ddim_scheduler(steps, prediction):
-    config = SD_SCHEDULE | {"prediction_type": prediction}
+@pytest.mark.parametrize("spacing, steps, to_one", [
+    ("leading", 50, False), ("leading", 7, True), ("trailing", 1, False), ("trailing", 4, True),
+    ("trailing", 30, False), ("linspace", 20, True), ("linspace", 7, False)])
+def test_ddim_goes_the_same_way_as_ddim_scheduler(spacing, steps, to_one, prediction):
+    config = SD_SCHEDULE | {"prediction_type": prediction, "timestep_spacing": spacing, "set_alpha_to_one": to_one}
     theirs = diffusers.DDIMScheduler.from_config(config)
     theirs.set_timesteps(steps)
     schedule = Schedule(config)
-    assert schedule.timesteps(steps) == theirs.timesteps.tolist()
 
     def model(z, t):
         return torch.tanh(z) * (1 + t / 1000)
@@ -279,7 +359,8 @@ CLIP_VOCABULARY = Path(__file__).resolve().parents[2] / "shared" / "clip_tokeniz
 def test_a_grown_vocabulary_reads_the_same_in_transformers(tmp_path):
     texts = ["A photo of a red sneaker, in the background of a sunny beach", "sks D0123456789"] * 4
     train_tokenizer(texts, 640, 77, tmp_path / "tokenizer")
-    equal_ids(load_tokenizer(tmp_path / "tokenizer"), transformers.CLIPTokenizer.from_pretrained(tmp_path / "tokenizer"))
+    theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path / "tokenizer")
+    equal_ids(load_tokenizer(tmp_path / "tokenizer"), theirs)
 
 
 vocabulary = pytest.mark.skipif(not CLIP_VOCABULARY.is_dir(), reason=f"needs CLIP's vocabulary in {CLIP_VOCABULARY}")
@@ -303,6 +384,34 @@ def test_the_public_folders_settings_give_the_token_ids_of_transformers(tmp_path
     ours, theirs = load_tokenizer(tmp_path), transformers.CLIPTokenizer.from_pretrained(tmp_path)
     assert ours.pad == {"sd15": 49407, "sd21": 0}[version]
     equal_ids(ours, theirs)
+
+
+TRAINED = ["<cat-toy>", "Sks-Dog", "<s>*"]
+
+
+@vocabulary
+@pytest.mark.parametrize("where", ["added_tokens.json", "added_tokens_decoder", "tokenizer.json"])
+def test_trained_tokens_give_the_ids_of_transformers(tmp_path, where):
+    theirs = transformers.CLIPTokenizer.from_pretrained(CLIP_VOCABULARY)
+    if where == "tokenizer.json":
+        theirs.add_tokens(TRAINED)
+        theirs.save_pretrained(tmp_path)
+    else:
+        for name in ("vocab.json", "merges.txt"):
+            shutil.copy(CLIP_VOCABULARY / name, tmp_path)
+        ids = {token: 49408 + i for i, token in enumerate(TRAINED)}
+        tokens = {"49407": {"content": "<|endoftext|>", "special": True},
+                  **{str(id): {"content": token, "normalized": True, "special": False} for token, id in ids.items()}}
+        if where == "added_tokens.json":
+            write_json(ids, tmp_path / where)
+        else:
+            write_json({"tokenizer_class": "CLIPTokenizer", where: tokens}, tmp_path / "tokenizer_config.json")
+        theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path)
+    ours = load_tokenizer(tmp_path)
+    for prompt in ("a photo of <cat-toy>", "<cat-toy><Cat-Toy>, sks-dog", "x<cat-toy>y Sks-Dog <s>*<s> ", "a cat-toy"):
+        row = theirs([prompt], padding="max_length", max_length=77).input_ids[0]
+        assert ours([prompt])[0].tolist() == row, prompt
+    assert ours(["<cat-toy>"])[0, 1] == 49408
 
 
 @vocabulary

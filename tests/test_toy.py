@@ -7,11 +7,12 @@ from conftest import relative_error
 from safetensors import safe_open
 
 from data import product_hint
-from generate import TOY, encode_prompts, paint, texts_of
+from generate import Canvas, encode_prompts, paint, prompt_texts
 from model import Prompts
-from sampler import draw_noise, sample, seeded
+from sampler import Conditions, Painting, draw_noise, sample, seeded
 from support.files import read_json
 from support.images import load_cutout, load_masked
+from support.models import TOY, identifiers_of
 from toy.products import PRODUCTS, product_caption
 from toy.scenes import Brand, scene_caption
 from toy.world import SAMPLES
@@ -47,13 +48,14 @@ def canvas(name: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def painted(sd, names: list[str], categories: list[str], references: list[str] = (), seeds=None) -> torch.Tensor:
-    """The samples `names` painted by CG as products of `categories`, or by CG and PG after `references`."""
+    """The samples `names` painted by CG as products of `categories`, or by CG and PG in the style of `references`."""
     rgb, mask = (torch.cat(x) for x in zip(*map(canvas, names)))
-    ref = [torch.cat(x) for x in zip(*(canvas(f"{name}_reference") for name in references))] or (None, None)
-    prompts = texts_of(set(PRODUCTS), TOY / "cg", False)
+    styles = [torch.cat(x) for x in zip(*(canvas(f"{name}_reference") for name in references))]
+    identifiers = identifiers_of(set(PRODUCTS), TOY / "cg")
+    texts = [prompt_texts(category, identifiers[category]) for category in categories]
     cg, pg = load_control(TOY / "cg", "category"), load_control(TOY / "pg", "personality") if references else None
     generators = [seeded(seed)[0] for seed in seeds or range(len(names))]
-    return paint(sd, rgb, mask, [prompts[category] for category in categories], generators, cg, pg, *ref, steps=2 * STEPS)
+    return paint(sd, Canvas(rgb, mask, texts, generators, *styles), Painting(steps=2 * STEPS), cg, pg)
 
 
 def test_it_is_at_most_30_mb():
@@ -72,8 +74,9 @@ def test_weights_are_fp16_and_finite(path):
 
 
 def test_cg_and_pg_know_the_worlds_categories():
-    expected = {category: f"sks {i}" for i, category in enumerate(sorted(PRODUCTS))}
-    assert read_json(TOY / "cg" / "categories.json") == expected == read_json(TOY / "pg" / "categories.json")
+    """Each by an identifier of its own; PG, which reads P too, by the same ones, as far as it was trained on them."""
+    cg, pg = (read_json(TOY / branch / "categories.json") for branch in ("cg", "pg"))
+    assert set(cg) == set(PRODUCTS) and len(set(cg.values())) == len(cg) and pg.items() <= cg.items()
 
 
 @torch.inference_mode()
@@ -85,7 +88,7 @@ def test_text_to_image_is_diffusers_picture_for_the_same_noise(sd):
     prompt = "A photo of red sneaker, in the background of a beach by the sea, pink and blue, palm, sun"
     size = sd.unet.config["sample_size"] * sd.vae.factor
     blank = torch.zeros(1, 3, size, size)
-    ours = paint(sd, blank, blank[:, :1], [(prompt,) * 3], seeded(3), steps=STEPS)
+    ours = paint(sd, Canvas(blank, blank[:, :1], [(prompt,) * 3], seeded(3)), Painting(steps=STEPS))
     noise = draw_noise(sd.latent_shape(size, size), seeded(3)[0])
     theirs = pipeline(prompt, height=size, width=size, num_inference_steps=STEPS, guidance_scale=2.0, latents=noise,
                       output_type="pt").images
@@ -97,7 +100,7 @@ def test_text_to_image_is_diffusers_picture_for_the_same_noise(sd):
 def test_branches_open_as_diffusers_controlnets_and_agree(sd, kind):
     diffusers = pytest.importorskip("diffusers")
     theirs = diffusers.ControlNetModel.from_pretrained(TOY / kind)
-    P = encode_prompts(sd, [texts_of({"perfume"}, TOY / "cg", False)["perfume"]]).P
+    P = encode_prompts(sd, [prompt_texts("perfume", "sks 1")]).P
     hint = product_hint(*canvas("perfume"))
     z, t = torch.randn(1, 4, 32, 32, generator=seeded(0)[0]), torch.tensor([481])
     ours = load_control(TOY / kind)(z, t, P, hint)
@@ -117,8 +120,9 @@ def test_the_shipped_branches_as_plain_controlnets_paint_diffusers_picture(sd):
     (rgb, mask), prompt = canvas("perfume"), "A photo of perfume, in the background of sks 1"
     P, without = (Prompts(*[sd.prompts([text])] * 3) for text in (prompt, ""))
     hint, shape = product_hint(rgb, mask), sd.latent_shape(*rgb.shape[2:])
-    z = sample(sd.unet, sd.schedule, P, without, seeded(3), shape, [(load_control(TOY / k), hint) for k in ("cg", "pg")],
-               steps=10)
+    ours = [load_control(TOY / kind) for kind in ("cg", "pg")]
+    given = Conditions(P, without, [(branch, branch.hint_features(hint)) for branch in ours])
+    z = sample(sd.unet, sd.schedule, given, seeded(3), shape, Painting(steps=10))
     theirs = pipeline(prompt, image=[hint, hint], num_inference_steps=10, guidance_scale=2.0,
                       latents=draw_noise(shape, seeded(3)[0]), output_type="pt").images
     assert (sd.decode(z) - theirs).abs().mean() <= 1 / 255

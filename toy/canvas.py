@@ -98,7 +98,7 @@ class Canvas:
         self.cover = Image.new("L", (width, height))
 
     def _paint(self, points, stencil, fill, across=False, alpha=1.0, blur=0.0, spread=0.0, clip=None):
-        """Fill what `stencil(draw, points)` draws in white, with points in pixels -> its patch: (mask, top left corner).
+        """Fill what `stencil(draw, points)` draws in white, points in pixels -> its patch: (mask, top left corner).
 
         across: a gradient runs from left to right. alpha: opacity. blur: of the edge. spread: how far the stencil
         reaches beyond the points. clip: a patch that bounds this one. Only the bounding box is touched.

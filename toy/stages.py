@@ -25,7 +25,7 @@ from support.files import BadInput, write_atomic, write_json
 from support.images import canvas_size, sheet
 from support.trainer import Latents, Task
 from vae import VAE
-from weights import TEXT_FILES, UNET_FILES, StableDiffusion, load_module, save_module
+from weights import TEXT_FILE, UNET_FILE, StableDiffusion, load_module, save_module
 
 KL = 1e-3  # stage vae: weight of the KL term
 
@@ -59,7 +59,7 @@ def captions_of(items: list) -> list[tuple[str, str]]:
 def initial(args, kind: type, config: dict) -> nn.Module:
     """A module to train: random, or with the weights of the folder --init."""
     if args.init:
-        return load_module(kind, args.init, UNET_FILES, args.device, torch.float32).train().requires_grad_(True)
+        return load_module(kind, args.init, UNET_FILE, args.device, torch.float32).train().requires_grad_(True)
     return kind(config).to(args.device)
 
 
@@ -100,7 +100,7 @@ def vae_task(args) -> Task:
         z = torch.cat([vae.encode(2 * x.to(args.device) - 1)[0] for x in some.split(32)])
         vae.scaling_factor = vae.config["scaling_factor"] = round(1 / z.std().item(), 5)
         vae.config["sample_size"] = args.size
-        save_module(vae, out / "vae", UNET_FILES[0], args.save_dtype)
+        save_module(vae, out / "vae", UNET_FILE, args.save_dtype)
 
     return Task({"vae": vae}, Samples(items, args), loss, draw, save)
 
@@ -152,10 +152,10 @@ def clip_task(args) -> Task:
         return sheet([list(images), list(images[(text @ image.T).argmax(dim=1)])], row_labels=["captioned", "found"])
 
     def save(out: Path) -> None:
-        save_module(clip, out / "clip", TEXT_FILES[0], args.save_dtype)
+        save_module(clip, out / "clip", TEXT_FILE, args.save_dtype)
         encoder = TextEncoder(text)
         encoder.text_model = clip.text_model
-        save_module(encoder, out / "text_encoder", TEXT_FILES[0], args.save_dtype)
+        save_module(encoder, out / "text_encoder", TEXT_FILE, args.save_dtype)
 
     return Task({"clip": clip}, Samples(items, args), loss, draw, save)
 
@@ -171,8 +171,8 @@ def unet_task(args) -> Task:
         for name, parameter in unet.named_parameters():  # each residual branch starts at nothing
             if name.endswith(("conv2.weight", "proj_out.weight", "conv_out.weight")):
                 nn.init.zeros_(parameter)
-    text_encoder = load_module(TextEncoder, base / "text_encoder", TEXT_FILES, args.device, torch.float32)
-    vae = load_module(VAE, base / "vae", UNET_FILES, args.device, torch.float32)
+    text_encoder = load_module(TextEncoder, base / "text_encoder", TEXT_FILE, args.device, torch.float32)
+    vae = load_module(VAE, base / "vae", UNET_FILE, args.device, torch.float32)
     sd = StableDiffusion(load_tokenizer(base / "tokenizer"), text_encoder, unet, vae, Schedule())
     canvas_size(1, 1, args.size, sd.multiple)
     captions = captions_of(items)
@@ -202,7 +202,7 @@ def unet_task(args) -> Task:
         return sheet(rows, row_labels=["painted", "captioned"] * (len(rows) // 2))
 
     def save(out: Path) -> None:
-        save_module(unet, out / "unet", UNET_FILES[0], args.save_dtype)
+        save_module(unet, out / "unet", UNET_FILE, args.save_dtype)
         # what makes the folder a Stable Diffusion for other tools
         index = {"_class_name": "StableDiffusionPipeline", "scheduler": ["diffusers", "DDIMScheduler"],
                  "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],

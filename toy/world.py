@@ -1,8 +1,8 @@
 """The toy ad world: pictures drawn by code, clean enough for a tiny Stable Diffusion to learn on two CPU cores.
 
-Its products are in products.py, each category with its common scene from scenes.py, and there is any number of brands. A
-brand is a palette, a layout and a set of elements, which all of its ads share: what the Personality-Wise Generator must
-carry over from a reference.
+Its products are in products.py, each category with its common scene from scenes.py, and there is any number of brands.
+A brand is a palette, a layout and a set of elements, which all of its ads share: what the Personality-Wise Generator
+must carry over from a reference.
 
     python toy/world.py --sheet sheet.png      # look at it: a row per category, a column per brand
     python toy/world.py --out toy/data         # write the base set, BG60k, BG1k and BG-pair
@@ -105,7 +105,7 @@ def render(job: Job) -> None:
 
 
 def base_jobs(root: Path, count: int, size: int, rng: random.Random) -> list[Job]:
-    """Any category in any scene or before a plain wall, with training brands; an imagefolder with captions in halves."""
+    """Any category in any scene or before a plain wall, in training brands: an imagefolder, its captions in halves."""
     jobs, lines = [], []
     scenes = [product.scene for product in PRODUCTS.values()]
     for i in range(count):
@@ -246,7 +246,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     goal = parser.add_mutually_exclusive_group(required=True)
     goal.add_argument("--out", metavar="DIR", type=Path, help="write the data sets to this folder")
-    goal.add_argument("--sheet", metavar="FILE", type=Path, help="write a page of ads: a row per category, a column per brand")
+    goal.add_argument("--sheet", metavar="FILE", type=Path,
+                      help="write a page of ads: a row per category, a column per brand")
     goal.add_argument("--samples", metavar="DIR", type=Path, help="write the sample products and references")
     for name, default, kind, text in (
         ("--size", 128, whole(64, 4096), "height and width of a picture, in pixels"),

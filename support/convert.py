@@ -1,0 +1,210 @@
+"""Support: `python weights.py convert`, from what torch.save wrote to safetensors; not needed to understand the paper.
+
+torch.save writes a zip that holds a pickle and one member for each storage; before version 1.6 it wrote five pickles in
+a row and the storages after them. In both a tensor's numbers lie outside the pickle. They are copied as bytes, one
+tensor at a time.
+"""
+
+import io
+import json
+import math
+import re
+import struct
+import zipfile
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from support.files import PICKLES, BadInput, write_atomic
+from support.pickles import LARGEST_PICKLE, LONGEST_NAME, Placeholder, View, printable, survey, unpickle
+
+MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # the first two pickles before version 1.6
+LARGEST_GROWTH = 4  # written to read: tied weights, held once in a checkpoint, are written under each of their names
+
+# How other files begin that are taken for checkpoints
+OTHERS = {rb"(\xef\xbb\xbf)?\s*<": "a web page",
+          rb"version https://git-lfs": "a Git LFS pointer, not the file itself",
+          rb'.{8}\{\s*"': "a safetensors file already",
+          rb"\x1f\x8b": "compressed by gzip: unpack it",
+          rb".{257}ustar": "a tar file: unpack it, or if torch 0.1 wrote it, save it anew",
+          rb"(?!PK|\x80)": "not what torch.save writes"}
+
+# What reading a broken file raises
+MALFORMED = (ArithmeticError, AttributeError, EOFError, LookupError, NotImplementedError, OSError, TypeError,
+             ValueError, struct.error, zipfile.BadZipFile)
+
+
+class BoundedFile(io.FileIO):
+    """A file that is read in small pieces, whatever lengths are written in it."""
+
+    def read(self, size: int = -1) -> bytes:
+        if size > LARGEST_PICKLE:
+            raise ValueError(f"its pickle or its directory is larger than {LARGEST_PICKLE >> 20} MB")
+        return super().read(LARGEST_PICKLE if size < 0 else size)
+
+
+def read_zip(file: BoundedFile) -> tuple[object, dict[str, tuple[int, int]]]:
+    """-> what is pickled, and the place of each storage in the file: its first byte and its length."""
+
+    def place(name: str) -> tuple[int, int]:
+        member = archive.getinfo(name)
+        if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
+            raise ValueError("its members are compressed or encrypted, which torch.save never does")
+        file.seek(member.header_offset)
+        lengths = struct.unpack("<26x2H", file.read(30))  # of the name and the padding before the member's bytes
+        return member.header_offset + 30 + sum(lengths), member.file_size
+
+    def read(name: str) -> bytes:
+        start, length = place(name)
+        file.seek(start)
+        return file.read(length)
+
+    archive = zipfile.ZipFile(file)
+    names = archive.namelist()
+    folder = next((name[: -len("data.pkl")] for name in names if re.fullmatch("[^/]*/data[.]pkl", name)), None)
+    if folder is None:
+        packed = next((name for name in names if name.endswith(PICKLES)), "what is in it")
+        raise ValueError(f"it is a zip of other files: unpack it and convert {packed}")
+    if f"{folder}byteorder" in names and read(f"{folder}byteorder") != b"little":
+        raise ValueError("its numbers are big-endian")
+    storages = {}
+    root = unpickle(io.BytesIO(read(f"{folder}data.pkl")), storages)
+    return root, {key: place(f"{folder}data/{key}") for key in storages}
+
+
+def read_legacy(file: BoundedFile) -> tuple[object, dict[str, tuple[int, int]]]:
+    """The same from a file before version 1.6: magic number, protocol, system, object, keys; the storages."""
+    file.seek(0)
+    stream, storages, places = io.BytesIO(file.read()), {}, {}
+    magic = unpickle(stream, {})
+    if magic != MAGIC or unpickle(stream, {}) != PROTOCOL:
+        raise ValueError(f"it is a pickle that torch.save did not write {survey(magic, set())}".strip())
+    if unpickle(stream, {})["little_endian"] is not True:
+        raise ValueError("its numbers are big-endian")
+    root, keys = unpickle(stream, storages), unpickle(stream, {})
+    end = stream.tell()
+    for key in keys:
+        if not isinstance(key, str) or key not in storages:
+            raise ValueError("it holds a storage of an unknown type")
+        file.seek(end)
+        (numel,) = struct.unpack("<q", file.read(8))
+        places[key] = end + 8, numel * storages[key].width
+        end += 8 + numel * storages[key].width
+    return root, places
+
+
+def bytes_in(view: View, places: dict[str, tuple[int, int]], end: int) -> int:
+    """A tensor's length. Raises ValueError unless it lies in its storage, that in its place, that in the file."""
+    (key, _, width, numel), offset, size, stride = view
+    fits = len(size) == len(stride) <= 32
+    fits = fits and all(type(n) is int and 0 <= n < 2**48 for n in (numel, offset, *size, *stride))
+    start, length = places[key]
+    if fits and 0 not in size:
+        last = offset + sum((n - 1) * step for n, step in zip(size, stride))
+        fits = last < numel and numel * width <= length and start + length <= end
+    if not fits or math.prod(n or 1 for n in size) >= 2**48:
+        raise ValueError("it holds a tensor that reaches beyond its storage")
+    return math.prod(size) * width
+
+
+def read_tensor(source: Path, view: View, start: int) -> np.ndarray:
+    """A tensor as unsigned integers of its numbers' width: what the bytes mean does not matter here."""
+    (_, _, width, numel), offset, size, stride = view
+    if 0 in size:
+        return np.empty(0, np.uint8)
+    numbers = np.memmap(source, f"u{width}", "r", start, shape=(numel,))
+    steps = [step * width if n > 1 else 0 for n, step in zip(size, stride)]
+    return np.ascontiguousarray(np.lib.stride_tricks.as_strided(numbers[offset:], size, steps))
+
+
+# ---------------------------------------------------------------- what is written
+
+
+def attributes(root: Placeholder) -> dict[str, View]:
+    """The tensors of a TorchScript module and the modules in it, by their attributes' path."""
+    found, seen, left = {}, set(), [("", root)]
+    while left:
+        path, value = left.pop()
+        if isinstance(value, View):
+            found[path] = value
+        elif isinstance(value, (Placeholder, dict)) and id(value) not in seen:
+            seen.add(id(value))
+            if isinstance(value, Placeholder):
+                left += [(path, state) for state in value.content]
+            elif len(path) <= LONGEST_NAME:
+                left += [(f"{path}.{name}".lstrip("."), value[name]) for name in value if isinstance(name, str)]
+    return found
+
+
+def choose(root: object) -> tuple[dict[str, View], list[str]]:
+    """-> the tensors to write, by name, and what else the pickle holds.
+
+    They are those in the dict under "state_dict", where Lightning keeps a model beside its optimizer's; else those in
+    the dict that has most, be it the top or one in it ("model", "params", ...).
+    """
+
+    def tensors_in(values: dict) -> int:
+        return sum(isinstance(value, View) for value in values.values())
+
+    kind = {View: "a tensor", Placeholder: "an object"}.get(type(root), f"a {type(root).__name__}")
+    chosen, rest = {}, [(kind, root)]
+    if isinstance(root, Placeholder) and root.name.startswith("__torch__."):
+        chosen, rest = attributes(root), [("a TorchScript's code and lists", None)]
+    elif isinstance(root, dict):
+        dicts = {id(value): value for value in (root, *root.values()) if isinstance(value, dict)}
+        chosen = dicts.get(id(root.get("state_dict"))) or max(dicts.values(), key=tensors_in)
+        rest = [item for item in root.items() if chosen is not root and item[1] is not chosen]
+    tensors = {name: value for name, value in chosen.items() if isinstance(value, View)
+               and isinstance(name, str) and name.isprintable() and name != "__metadata__"}
+    rest += [item for item in chosen.items() if item[0] not in tensors]
+    seen = set()
+    return tensors, [f"{printable(name) if isinstance(name, str) else '?'} {survey(value, seen)}".strip()
+                     for name, value in rest]
+
+
+def write_safetensors(path: Path, source: Path, tensors: dict[str, View], sizes: dict[str, int], places: dict) -> None:
+    """The length of the header, the header in JSON, then the tensors, each read from `source` when its turn comes."""
+    names = sorted(tensors, key=lambda name: -tensors[name].storage.width)  # so that addresses stay multiples of it
+    header, at = {"__metadata__": {"format": "pt"}}, 0
+    for name in names:
+        header[name] = {"dtype": tensors[name].storage.dtype, "shape": tensors[name].size,
+                        "data_offsets": [at, at := at + sizes[name]]}
+    text = json.dumps(header, ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in tqdm(names, "converting", disable=None):
+            file.write(read_tensor(source, tensors[name], places[tensors[name].storage.key][0]))
+
+
+def convert(source: Path, out: Path) -> tuple[list[str], list[str]]:
+    """Writes a checkpoint's tensors to a safetensors file. -> their names, and what is left out.
+
+    Raises BadInput where the file is no whole checkpoint, or `out` is no name for a safetensors file.
+    """
+    if out.suffix != ".safetensors" or out.exists() and source.exists() and out.samefile(source):
+        raise BadInput(f"{out}: give the output another name, one that ends in .safetensors")
+    if not source.is_file():
+        raise BadInput(f"{source} is {'not a file' if source.exists() else 'missing'}; give a .ckpt, .pth, .pt or .bin")
+    end = source.stat().st_size
+    with BoundedFile(source) as file:
+        try:
+            start = file.read(512)
+            if other := next((kind for pattern, kind in OTHERS.items() if re.match(pattern, start, re.DOTALL)), None):
+                raise ValueError(f"it is {other}")
+            root, places = (read_zip if start[:2] == b"PK" else read_legacy)(file)
+            tensors, left_out = choose(root)
+            sizes = {name: bytes_in(view, places, end) for name, view in tensors.items()}
+            if sum(sizes.values()) > LARGEST_GROWTH * end:
+                raise ValueError("its tensors repeat themselves: they would be much larger than the file")
+        except MALFORMED as error:
+            reason = printable(str(error) if isinstance(error, ValueError) else repr(error), 200)
+            raise BadInput(f"{source} can't be converted: {reason}; download it again, or get its .safetensors version"
+                           ) from None
+    if not tensors:
+        raise BadInput(f"{source} holds no dict of tensors, but {', '.join(left_out[:5]) or 'an empty one'}; save the "
+                       "model's state_dict() where you trust it, or get its .safetensors version")
+
+    write_atomic(out, lambda scratch: write_safetensors(scratch, source, tensors, sizes, places))
+    return [*tensors], left_out

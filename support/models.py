@@ -1,0 +1,120 @@
+"""Support: which base, CG and PG belong together, and the identifiers they know; not needed to understand the paper."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from model import ControlNet
+from support.files import BadInput, pick_device, pick_dtype, read_json
+from support.images import canvas_size
+from support.tensors import fingerprint
+from weights import StableDiffusion, load_control, load_stable_diffusion
+
+TOY = Path(__file__).resolve().parent.parent / "toy"
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """Which models paint, and where: the options of the same names. None: the toy's."""
+
+    weights: Path | None = None
+    tokenizer: Path | None = None
+    cg: Path | None = None
+    pg: Path | None = None
+    controlnet: Path | None = None  # in CG's place
+    device: str = "auto"
+    dtype: str = "auto"
+
+
+class Models(NamedTuple):
+    """What a command paints with."""
+
+    sd: StableDiffusion
+    cg: ControlNet | None  # or the plain ControlNet in its place
+    pg: ControlNet | None
+    identifiers: dict[str, str | None]  # [D] of each category, None for the plain prompt
+    size: int  # the canvas's longer side in pixels
+    fingerprints: list  # of the weights
+
+    @property
+    def dtype(self) -> str:
+        return str(self.sd.unet.conv_in.weight.dtype).removeprefix("torch.")
+
+
+def load_models(choice: ModelChoice, size: int | None, categories: set[str] = frozenset(), with_pg: bool = False,
+                plain_prompt: bool = False) -> Models:
+    """The base; for `categories` CG, or the plain ControlNet in its place; PG if wanted. size: by default the base's.
+
+    Raises BadInput where weights are missing, broken or do not belong together, or a category is unknown to CG.
+    """
+    paths = {"base": choice.weights or TOY / "base"}
+    if categories:
+        paths["cg"] = choice.controlnet or branch_path("cg", choice.cg, choice.weights)
+    if with_pg:
+        paths["pg"] = branch_path("pg", choice.pg, choice.weights)
+    identifiers = identifiers_of(categories, None if choice.controlnet else paths.get("cg"), plain_prompt,
+                                 "; or add --plain-prompt")
+    if with_pg and not choice.controlnet and not plain_prompt:
+        check_identifiers(paths["cg"], paths["pg"])
+    device = pick_device(choice.device)
+    sd = load_stable_diffusion(paths["base"], device, pick_dtype(choice.dtype, device), choice.tokenizer)
+    size = size or sd.size
+    canvas_size(1, 1, size, sd.multiple)  # refuses a size that does not fit the base
+    cg = load_branch("controlnet" if choice.controlnet else "category", paths["cg"], sd) if categories else None
+    pg = load_branch("personality", paths["pg"], sd) if with_pg else None
+    return Models(sd, cg, pg, identifiers, size, [fingerprint(path) for path in paths.values()])
+
+
+def branch_path(option: str, given: Path | None, weights: Path | None) -> Path:
+    """Folder or file of "cg" or "pg": by default the toy's. Raises BadInput where the base is another one."""
+    if given is None and weights:
+        raise BadInput(f"--{option} is missing: the base {weights} needs a {option.upper()} trained on it; "
+                       f"train one by train.py {option} --weights {weights}")
+    return given or TOY / option
+
+
+def load_branch(kind: str, path: Path, sd: StableDiffusion) -> ControlNet:
+    """CG ("category"), PG ("personality") or a "controlnet". Raises BadInput where it is broken or of another base."""
+    weight = sd.unet.conv_in.weight
+    branch = load_control(path, kind, weight.device, weight.dtype)
+    ours, base = branch.config, sd.unet.config
+    hint_factor = 2 ** (len(ours["conditioning_embedding_out_channels"]) - 1)
+    if (any(ours[key] != base[key] for key in ("block_out_channels", "layers_per_block", "cross_attention_dim"))
+            or ours["in_channels"] != base["out_channels"] or hint_factor != sd.vae.factor):
+        raise BadInput(f"{path} was trained on another base than the one given; give weights and branches that belong "
+                       "together")
+    return branch
+
+
+def categories_file(branch: Path) -> Path:
+    """Lies in CG's and PG's folder, or beside a single file: the identifier [D] of each category it was trained on."""
+    return (branch.parent if branch.is_file() else branch) / "categories.json"
+
+
+def check_identifiers(cg: Path, other: Path) -> None:
+    """Raises BadInput where CG and the branch beside it know a category by different identifiers.
+
+    One of them may know more: categories can be added to a trained CG.
+    """
+    if not categories_file(other).is_file():
+        return
+    ours, theirs = read_json(categories_file(cg)), read_json(categories_file(other))
+    shared = ours.keys() & theirs.keys()
+    if not shared or any(ours[name] != theirs[name] for name in shared):
+        raise BadInput(f"{other} was trained on other categories than {cg}, or with other identifiers: "
+                       "give branches that belong together")
+
+
+def identifiers_of(names: set[str], cg: Path | None, plain_prompt: bool = False,
+                   remedy: str = "") -> dict[str, str | None]:
+    """The identifier [D] of each category, as saved with CG; None stands for the plain prompt: without a CG for all,
+    with `plain_prompt` for categories that it does not know. Otherwise these raise BadInput; `remedy` ends the message.
+    """
+    if cg is None:
+        return dict.fromkeys(names)
+    file = categories_file(cg)
+    known = {} if plain_prompt and not file.exists() else read_json(file)
+    if (unknown := sorted(names - set(known))) and not plain_prompt:
+        some = ", ".join([*known][:20]) + (f", ... ({len(known):,} in all, see {file})" if len(known) > 20 else "")
+        raise BadInput(f"CG was not trained on category {unknown[0]!r}; choose one of {some}{remedy}")
+    return {name: known.get(name) for name in names}

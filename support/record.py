@@ -1,0 +1,49 @@
+"""Support: how a picture was painted, and the command that paints it again; not needed to understand the paper."""
+
+import argparse
+import json
+import shlex
+from pathlib import Path
+
+from PIL import Image
+
+from support.files import BadInput
+
+# Options that do not change a picture: what is painted is recorded for each picture, and the machine's do not matter
+HARMLESS = {"product", "mask", "category", "reference", "reference_mask", "data", "split", "limit", "prompt", "num",
+            "seed", "batch", "device", "out", "how", "what", "centres"}
+
+
+def record_of(args: argparse.Namespace, **settled) -> dict:
+    """How pictures are painted, as JSON can hold it: all options but those listed as harmless, so that a new one
+    can't be forgotten, and what was `settled` later.
+    """
+    options = {name: value for name, value in vars(args).items() if name not in HARMLESS} | settled
+    return {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+
+
+def command_of(file: Path, parser: argparse.ArgumentParser) -> str:
+    """The command line that paints a picture again, from its PNG's text. Raises BadInput where it holds none."""
+    try:
+        with Image.open(file) as image:
+            line = json.loads(image.text["how"])
+    except FileNotFoundError:
+        raise BadInput(f"--how {file}: no such file") from None
+    except (OSError, AttributeError, KeyError, ValueError):
+        raise BadInput(f"--how {file}: does not say how it was painted; give a PNG from generate.py") from None
+    if "method" in line["how"]:
+        raise BadInput(f"--how {file}: from evaluate.py, not from one command; painted by {json.dumps(line['how'])}")
+    if line["inverted"]:
+        raise BadInput(f"--how {file}: its mask is white on the background; give --product {line['image']} and --mask "
+                       f"the inverse of {line['mask']}")
+    values = {"product": line["image"], "mask": line["mask"], "reference": line["reference"],
+              "reference_mask": line["reference_mask"], "category": line["category"], "prompt": line.get("prompt"),
+              "seed": line["seed"], **line["how"], "dtype": line["dtype"]}
+    words = []
+    for action in parser._actions:  # the only way to an option's name and default
+        value = values.get(action.dest)
+        if value is True:
+            words.append(action.option_strings[0])
+        elif value not in (None, False) and value != action.default:
+            words += [action.option_strings[0], str(value)]
+    return shlex.join(["python", "generate.py", *words])

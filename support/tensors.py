@@ -1,0 +1,73 @@
+"""Support: finds, reads and fingerprints files of weights, whole or in shards; not needed to understand the paper."""
+
+import re
+from pathlib import Path
+
+from torch import Tensor
+
+from support.files import PICKLES, BadInput, pickle_refused, read_json, read_tensors
+
+# Names that stand before all others: of the checkpoint's dictionary, of data-parallel and of compiled training.
+WRAPPERS = re.compile(r"^(state_dict\.|module\.|_orig_mod\.)+")
+
+# Markers without values, which say that the numbers beside them mean something else.
+REFUSED_MARKERS = {
+    "ztsnr": "it was trained with a noise schedule of zero terminal SNR",
+    "difference": "it holds the differences from a base, not weights",
+}
+
+
+def find_weights(folder: Path, name: str) -> Path:
+    """The safetensors file in a folder by its public name, or the index of its shards; half-precision variants last."""
+    if not folder.is_dir():
+        raise BadInput(f"{folder} is {'a file' if folder.is_file() else 'missing'}; expected a folder with {name}")
+    for variant in ("", ".fp16", ".bf16"):
+        file = name.replace(".safetensors", f"{variant}.safetensors")
+        for found in (folder / file, folder / f"{name}.index{variant}.json", folder / f"{file}.index.json"):
+            if found.is_file():
+                return found
+    for other in sorted(folder.iterdir()):
+        if other.suffix in PICKLES:
+            raise pickle_refused(other, folder / name)
+        if other.suffix == ".safetensors":
+            raise BadInput(f"{folder} holds {other.name}, but no {name} and no {name}.index.json; download it again")
+    raise BadInput(f"{folder} holds no {name}: is it a folder of weights?")
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Memory-mapped tensors of a safetensors file, or of all shards that an index names."""
+    tensors = read_shards(path) if path.suffix == ".json" else read_tensors(path)
+    if marker := next((marker for marker in REFUSED_MARKERS if marker in tensors), None):
+        raise BadInput(f"{path} holds the marker {marker}: {REFUSED_MARKERS[marker]}, which is not supported; choose "
+                       "another model")
+    bare = {WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
+    if len(bare) < len(tensors):
+        raise BadInput(f"{path} holds tensors twice, with 'state_dict.' or the like before their names and without; "
+                       "remove one of each")
+    return bare
+
+
+def read_shards(index: Path) -> dict[str, Tensor]:
+    """The tensors that an index names. Raises BadInput where a shard or a tensor in it is missing."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(p, str) and Path(p).name == p for p in places.values()):
+        raise BadInput(f"{index} is not an index of weights; download it again")
+    shards = {file: read_tensors(index.parent / file) for file in sorted(set(places.values()))}
+    if missing := next((name for name, file in places.items() if name not in shards[file]), None):
+        raise BadInput(f"{index.parent / places[missing]} lacks {missing}, which {index.name} names; download it again")
+    return {name: shards[file][name] for name, file in places.items()}
+
+
+def fingerprint(path: Path) -> list[list]:
+    """Changes when a model's files do: their names, sizes and times, and not with what is trained into its folder.
+
+    Raises BadInput where the path is missing.
+    """
+    if not path.exists():
+        raise BadInput(f"{path} is missing; give a folder or file of weights")
+    files = [path]
+    if path.is_dir():
+        folders = [path, *(path / part for part in ("scheduler", "text_encoder", "tokenizer", "unet", "vae"))]
+        files = [file for folder in folders for file in sorted(folder.glob("*"))
+                 if file.suffix in (".safetensors", ".json", ".txt")]
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
