@@ -13,11 +13,14 @@ from sampler import Conditions, Painting, draw_noise, sample, seeded
 from support.files import read_json
 from support.images import load_cutout, load_masked
 from support.models import TOY, identifiers_of
-from toy.world import CATEGORIES, SAMPLES, Brand, product_caption, scene_caption
+from toy.products import PRODUCTS, product_caption
+from toy.scenes import Brand, scene_caption
+from toy.world import SAMPLES
 from weights import load_clip, load_control, load_stable_diffusion
 
 WEIGHTS = [path for folder in ("base", "cg", "pg", "clip") for path in sorted((TOY / folder).rglob("*.safetensors"))]
 STEPS = 10
+REFERENCES = {name: sample for name, sample in SAMPLES.items() if sample.reference_seed is not None}
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +51,7 @@ def painted(sd, names: list[str], categories: list[str], references: list[str] =
     """The samples `names` painted by CG as products of `categories`, or by CG and PG in the style of `references`."""
     rgb, mask = (torch.cat(x) for x in zip(*map(canvas, names)))
     styles = [torch.cat(x) for x in zip(*(canvas(f"{name}_reference") for name in references))]
-    identifiers = identifiers_of(set(CATEGORIES), TOY / "cg")
+    identifiers = identifiers_of(set(PRODUCTS), TOY / "cg")
     texts = [prompt_texts(category, identifiers[category]) for category in categories]
     cg, pg = load_control(TOY / "cg", "category"), load_control(TOY / "pg", "personality") if references else None
     generators = [seeded(seed)[0] for seed in seeds or range(len(names))]
@@ -71,8 +74,9 @@ def test_weights_are_fp16_and_finite(path):
 
 
 def test_cg_and_pg_know_the_worlds_categories():
-    expected = {category: f"sks {i}" for i, category in enumerate(sorted(CATEGORIES))}
-    assert read_json(TOY / "cg" / "categories.json") == expected == read_json(TOY / "pg" / "categories.json")
+    """Each by an identifier of its own; PG, which reads P too, by the same ones, as far as it was trained on them."""
+    cg, pg = (read_json(TOY / branch / "categories.json") for branch in ("cg", "pg"))
+    assert set(cg) == set(PRODUCTS) and len(set(cg.values())) == len(cg) and pg.items() <= cg.items()
 
 
 @torch.inference_mode()
@@ -130,13 +134,13 @@ def test_cg_paints_half_of_the_categories_own_scenes_at_least(sd, clip):
     A scene's text is the mean over the captions of many brands, so that no palette or layout counts. One in eight would
     be chance. By eye CG is right here throughout, and CLIP not: it tells 5 of 8.
     """
-    names = [name for name in SAMPLES if name[-1] not in "234"]
-    categories = [SAMPLES[name][0] for name in names]
-    scenes = [CATEGORIES[category] for category in categories]
+    names = [name for name in REFERENCES if name[-1] not in "234"]
+    categories = [SAMPLES[name].product for name in names]
+    scenes = [PRODUCTS[category].scene for category in categories]
     texts = [f"in the background of {scene_caption(scene, Brand(k))}" for scene in scenes for k in range(64)]
-    text = F.normalize(clip.encode_text(sd.tokenizer(texts)), dim=-1).unflatten(0, (8, 64)).mean(dim=1)
+    text = F.normalize(clip.encode_text(sd.tokenizer(texts)), dim=-1).unflatten(0, (len(names), 64)).mean(dim=1)
     told = (embed(clip, painted(sd, names, categories)) @ text.T).argmax(dim=1)
-    assert (told == torch.arange(8)).sum() >= 4
+    assert (told == torch.arange(len(names))).sum() >= len(names) / 2
 
 
 def test_the_category_decides_cgs_scene_and_not_the_product(sd):
@@ -144,11 +148,12 @@ def test_the_category_decides_cgs_scene_and_not_the_product(sd):
 
     A CG that tells the scene by the product's looks paints the same eight times.
     """
-    sneaker, mug = (painted(sd, [name] * 8, list(CATEGORIES), seeds=[0] * 8) for name in ("sneaker", "mug"))
+    sneaker, mug = (painted(sd, [name] * len(PRODUCTS), list(PRODUCTS), seeds=[0] * len(PRODUCTS))
+                    for name in ("sneaker", "mug"))
     background = (1 - canvas("sneaker")[1]) * (1 - canvas("mug")[1])
     distance = (sneaker[:, None] - mug).abs() * background  # (sneaker as, mug as, 3, H, W)
     found = distance.mean(dim=(2, 3, 4)).argmin(dim=1)
-    assert (found == torch.arange(8)).sum() >= 6
+    assert (found == torch.arange(len(PRODUCTS))).sum() >= 3 / 4 * len(PRODUCTS)
 
 
 def test_pg_follows_its_reference(sd):
@@ -164,8 +169,8 @@ def test_pg_follows_its_reference(sd):
 
 def test_clip_finds_a_pictures_caption(sd, clip):
     """Each sample reference among the captions of all."""
-    captions = [f"A photo of {product_caption(category, seed)}, in the background of "
-                f"{scene_caption(CATEGORIES[category], Brand(brand))}" for category, _, seed, brand in SAMPLES.values()]
+    captions = [f"A photo of {product_caption(ad.product, ad.reference_seed)}, in the background of "
+                f"{scene_caption(PRODUCTS[ad.product].scene, Brand(ad.brand))}" for ad in REFERENCES.values()]
     text = F.normalize(clip.encode_text(sd.tokenizer(captions)), dim=-1)
-    found = embed(clip, torch.cat([canvas(f"{name}_reference")[0] for name in SAMPLES])) @ text.T
-    assert found.argmax(dim=1).tolist() == list(range(len(SAMPLES)))
+    found = embed(clip, torch.cat([canvas(f"{name}_reference")[0] for name in REFERENCES])) @ text.T
+    assert found.argmax(dim=1).tolist() == list(range(len(REFERENCES)))
