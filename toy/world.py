@@ -13,7 +13,6 @@ import argparse
 import json
 import random
 import sys
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -24,8 +23,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python toy/world.py`: the repository's root
 
-from support.files import BadInput, Parser, one_line_errors, whole, write_atomic
+from support.files import BadInput, one_line_errors, write_atomic
 from support.images import save_image
+from support.options import Parser
 from toy.canvas import COLOURS, SHADOW, Canvas
 from toy.products import ALL_PRODUCTS, OTHERS, PRODUCTS, product_caption, product_colour
 from toy.scenes import Brand, paint_scene, scene_caption
