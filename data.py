@@ -1,7 +1,7 @@
 """Advertising images and their product masks: BG60k (section 4), a folder of your own, and the generators' hints.
 
-Read from the top: files to tensors, cut-outs, fitting to a canvas, data sets, the training sample, and the background
-perturbation that keeps PG from copying and pasting (section 3.3, Eq. 5 and 6). Checking a data set:
+Read from the top: an ad and its mask, what the generators see of it, the background perturbation that keeps PG from
+copying and pasting (section 3.3, Eq. 5 and 6), and the training samples. Checking a data set:
 
     python data.py DIR --sheet sheet.png            # BG60k as released, or a folder with metadata.jsonl
     python data.py DIR --list --sheet sheet.png     # DIR/CATEGORY/NAME.png: writes metadata.jsonl first
@@ -19,15 +19,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
+from torch.utils.data import Dataset
 
-from support.cutouts import SOLID
+from support.checking import check_ads
 from support.datasets import MASK_OF_ITEM, Item, drop_lines, list_folder, read_items, refuse_many_broken
 from support.files import BadInput, one_line_errors
 from support.images import fit, load_masked, save_image, sheet
-from support.machine import cores
-from support.names import one_line
 from support.options import Parser, check_folder, whole_number
 
 # Background perturbation, section 5.1
@@ -38,17 +35,17 @@ EXTRA_MASKS = 3  # at most so many, each a rectangle or an ellipse
 EXTRA_RADII = (0.03, 0.15)  # half their height and half their width
 TRANSLATION = 0.15  # the mask's copy moves at most so far, up or down and left or right
 
-
-# ---------------------------------------------------------------- files and tensors
-
-
-# ---------------------------------------------------------------- cut-outs
+# ---------------------------------------------------------------- an ad and its mask
 
 
-# ---------------------------------------------------------------- fitting
+class Ad(NamedTuple):
+    """What one ad is painted from. Sizes are the files' own; without a reference CG works alone."""
 
-
-# ---------------------------------------------------------------- training sample
+    rgb: Tensor  # (3, H, W), the product, without its old background at soft edges (support/cutouts.py)
+    mask: Tensor  # (1, H, W), M
+    texts: tuple[str, str, str]  # of P, P_fg, P_bg
+    seed: int
+    reference: tuple[Tensor, Tensor] | None = None  # I_ref (3, H', W') and M_ref (1, H', W')
 
 
 def load_ad(item: Item, size: int) -> tuple[Tensor, Tensor]:
@@ -90,63 +87,7 @@ class Ads(Dataset):
         return {"image": image, "mask": mask, "index": index}
 
 
-class Samples(Dataset):
-    """Training samples by (index, seed); all randomness in one comes from its seed, on whichever worker makes it.
-
-    Always "index". `pictures` adds "image" and "mask"; `perturbed` PG's hint "background" (Eq. 5, 6), by `theta` and
-    `sigma` as in `perturb`; `latents` what one step of Eq. 1 draws, "z_0", "eps" and "t" (see `diffuse`), and a number
-    "drop" in [0, 1), which decides whether the prompt is dropped.
-    """
-
-    def __init__(self, items: list[Item], size: int, latents=None, pictures: bool = True, perturbed: bool = False,
-                 theta: int = THETA, sigma: tuple[float, float] = SIGMA, noise_offset: float = 0.0):
-        self.ads, self.latents, self.pictures, self.perturbed = Ads(items, size), latents, pictures, perturbed
-        self.theta, self.sigma, self.noise_offset = theta, sigma, noise_offset
-
-    def __len__(self) -> int:
-        return len(self.ads)
-
-    def __getitem__(self, key: tuple[int, int]) -> dict:
-        index, seed = key
-        generator = Generator().manual_seed(seed)
-        sample = self.ads[index] if self.pictures else {"index": index}
-        if self.perturbed:
-            step = int(torch.randint(1, max(2, len(self)), (), generator=generator))  # to another ad
-            other = self.ads[(sample["index"] + step) % len(self)]["image"]
-            sample["background"] = perturb(sample["image"], sample["mask"], other, generator, self.theta, self.sigma)
-        if self.latents:
-            mean, std, inpainting = self.latents[sample["index"]]
-            z_0, eps, t = diffuse(mean, std, generator, self.latents.T, self.noise_offset)
-            sample |= {"z_0": z_0, "eps": eps, "t": t}
-            sample["drop"] = torch.rand((), generator=generator)
-            if inpainting is not None:
-                sample["inpainting"] = inpainting
-        return sample
-
-
-def diffuse(mean: Tensor, std: Tensor, generator: Generator, T: int,
-            noise_offset: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Draws z_0 (4, h, w) from the VAE's posterior, noise ε of the same shape, and a timestep t () below T.
-
-    Even at the largest t, z_t still carries the picture's mean brightness; the pure noise that sampling starts from
-    does not, and dark scenes come out grey. With noise_offset > 0 the mean of ε varies too (Guttenberg 2023), so that
-    the model relies on the prompt for the brightness.
-    """
-    draw = torch.randn(2, *mean.shape, generator=generator)
-    z_0, eps = mean + std * draw[0], draw[1]
-    if noise_offset:
-        eps = eps + noise_offset * torch.randn(len(mean), 1, 1, generator=generator)
-    return z_0, eps, torch.randint(T, (), generator=generator)
-
-
-class Ad(NamedTuple):
-    """What one ad is painted from. Sizes are the files' own; without a reference CG works alone."""
-
-    rgb: Tensor  # (3, H, W), the product, without its old background at soft edges (data.load_cutout)
-    mask: Tensor  # (1, H, W), M
-    texts: tuple[str, str, str]  # of P, P_fg, P_bg
-    seed: int
-    reference: tuple[Tensor, Tensor] | None = None  # I_ref (3, H', W') and M_ref (1, H', W')
+# ---------------------------------------------------------------- what the generators see
 
 
 def product_hint(image: Tensor, mask: Tensor) -> Tensor:
@@ -212,46 +153,59 @@ def random_masks(h: int, w: int, generator: Generator) -> Tensor:
     return union[None].float()
 
 
-# ---------------------------------------------------------------- checking a data set
-
-BLANK_DISTANCE, BLANK_PART = 0.04, 0.98  # blank: 98% of the background is within 0.04 of its median colour
+# ---------------------------------------------------------------- training samples
 
 
-def is_blank(image: Tensor, mask: Tensor) -> bool:
-    """Whether the background is of one colour: the first thing that section 4 sorts out. (3, H, W), (1, H, W)."""
-    background = image[:, mask[0] <= 1 - SOLID]  # (3, pixels)
-    if not background.numel():
-        return False
-    distance = (background - background.median(dim=1, keepdim=True).values).abs().amax(dim=0)
-    return bool((distance <= BLANK_DISTANCE).float().mean() >= BLANK_PART)
+class Samples(Dataset):
+    """Training samples by (index, seed); all randomness in one comes from its seed, on whichever worker makes it.
 
-
-def check_items(items: list[Item], size: int, where: Path) -> tuple[list[Item], list[dict]]:
-    """Loads every picture and reports -> the items with a blank background, and samples of eight items for a sheet.
-
-    Raises BadInput where more than 1% can't be used.
+    Always "index". `pictures` adds "image" and "mask"; `perturbed` PG's hint "background" (Eq. 5, 6), by `theta` and
+    `sigma` as in `perturb`; `latents` what one step of Eq. 1 draws, "z_0", "eps" and "t" (see `diffuse`), and a number
+    "drop" in [0, 1), which decides whether the prompt is dropped.
     """
-    references = [replace(item, image=item.reference, mask=item.reference_mask) for item in items if item.reference]
-    ads = Ads(items + references, size)
-    on_sheet = range(0, len(items), -(-len(items) // 8))  # evenly from the whole list
-    samples, broken, blank = [], [], []
-    loader = DataLoader(ads, batch_size=None, num_workers=min(8, cores()))
-    for i, sample in enumerate(tqdm(loader, desc="loading", disable=not sys.stderr.isatty())):
-        if sample["index"] != i:  # another was taken in its place
-            broken.append(str(ads.items[i].image))
-            continue
-        if i < len(items) and is_blank(sample["image"], sample["mask"]):
-            blank.append(items[i])
-        if i in on_sheet:
-            samples.append(sample)
-    refuse_many_broken(broken, len(ads), where)
-    print(f"{len(ads) - len(broken):,} images load, {len(broken):,} are broken")
-    print(f"{len(blank):,} have a blank background")
-    for item in blank[:10]:
-        print(f"  {one_line(str(item.image))}")
-    if len(blank) > 10:
-        print(f"  ... and {len(blank) - 10:,} more")
-    return blank, samples
+
+    def __init__(self, items: list[Item], size: int, latents=None, pictures: bool = True, perturbed: bool = False,
+                 theta: int = THETA, sigma: tuple[float, float] = SIGMA, noise_offset: float = 0.0):
+        self.ads, self.latents, self.pictures, self.perturbed = Ads(items, size), latents, pictures, perturbed
+        self.theta, self.sigma, self.noise_offset = theta, sigma, noise_offset
+
+    def __len__(self) -> int:
+        return len(self.ads)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        index, seed = key
+        generator = Generator().manual_seed(seed)
+        sample = self.ads[index] if self.pictures else {"index": index}
+        if self.perturbed:
+            step = int(torch.randint(1, max(2, len(self)), (), generator=generator))  # to another ad
+            other = self.ads[(sample["index"] + step) % len(self)]["image"]
+            sample["background"] = perturb(sample["image"], sample["mask"], other, generator, self.theta, self.sigma)
+        if self.latents:
+            mean, std, inpainting = self.latents[sample["index"]]
+            z_0, eps, t = diffuse(mean, std, generator, self.latents.T, self.noise_offset)
+            sample |= {"z_0": z_0, "eps": eps, "t": t}
+            sample["drop"] = torch.rand((), generator=generator)
+            if inpainting is not None:
+                sample["inpainting"] = inpainting
+        return sample
+
+
+def diffuse(mean: Tensor, std: Tensor, generator: Generator, T: int,
+            noise_offset: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Draws z_0 (4, h, w) from the VAE's posterior, noise ε of the same shape, and a timestep t () below T.
+
+    Even at the largest t, z_t still carries the picture's mean brightness; the pure noise that sampling starts from
+    does not, and dark scenes come out grey. With noise_offset > 0 the mean of ε varies too (Guttenberg 2023), so that
+    the model relies on the prompt for the brightness.
+    """
+    draw = torch.randn(2, *mean.shape, generator=generator)
+    z_0, eps = mean + std * draw[0], draw[1]
+    if noise_offset:
+        eps = eps + noise_offset * torch.randn(len(mean), 1, 1, generator=generator)
+    return z_0, eps, torch.randint(T, (), generator=generator)
+
+
+# ---------------------------------------------------------------- checking a data set
 
 
 def save_sheet(samples: list[dict], items: list[Item], path: Path) -> None:
@@ -291,7 +245,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         items, notes = read_items(args.dir, args.split)
         print("\n".join(notes))
-        blank, samples = check_items(items, args.size, args.dir)
+        references = [replace(item, image=item.reference, mask=item.reference_mask) for item in items if item.reference]
+        blank, samples = check_ads(Ads(items + references, args.size), items, args.dir)
         if args.sheet:
             save_sheet(samples, items, args.sheet)
             wrote.append(args.sheet)

@@ -28,7 +28,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-import train
 from generate import save
 from rivals.baselines import STRENGTH
 from rivals.methods import METHODS, PROTOCOLS, TRAINED, Lab
@@ -39,10 +38,11 @@ from support.files import BadInput, one_line_errors, write_atomic, write_json
 from support.images import sheet
 from support.machine import pick_device, processes
 from support.metrics import RESAMPLES, Measured, compare, interval, similarity
-from support.models import ModelChoice
+from support.models import ModelChoice, add_model_options
 from support.networks import OPTIONS, Networks
 from support.options import Parser, check_folder, real_number, whole_number
 from support.record import record_of
+from toy.world import TOY_DATA, draw_on_first_use
 
 # ---------------------------------------------------------------- the tables as data
 
@@ -268,7 +268,7 @@ def options() -> Parser:
         argparse.RawDescriptionHelpFormatter, max_help_position=32, width=120))
     parser.add_argument("what", help=", ".join(COMMANDS))
     add = parser.add_argument_group("the data").add_argument
-    add("--data", metavar="DIR", type=Path, default=train.TOY_DATA / "ads",
+    add("--data", metavar="DIR", type=Path, default=TOY_DATA / "ads",
         help="BG60k as released, or metadata.jsonl [the toy's ads]")
     add("--limit", metavar="N", type=whole_number(2, 10**9), help="only the first N items of the split [all]")
     add("--centres", metavar="N", type=whole_number(1, 10**9),
@@ -283,21 +283,12 @@ def options() -> Parser:
     add("--strength", metavar="X", type=real_number(0, 1e6), default=STRENGTH,
         help=f"of Blended Diffusion's CLIP guidance [{STRENGTH:g}, chosen on the toy]")
     add = parser.add_argument_group("models [the toy's; those not shipped are trained on first use]").add_argument
-    add("--weights", metavar="PATH", type=Path, help="Stable Diffusion, a folder or a single file")
-    add("--tokenizer", metavar="DIR", type=Path, help="its vocab.json and merges.txt [in --weights; beside a file]")
-    add("--cg", metavar="PATH", type=Path, help="CG")
-    add("--pg", metavar="PATH", type=Path, help="PG")
+    add_model_options(add)
     add("--cg-plain", metavar="PATH", type=Path, help="CG with plain attention, from train.py cg --attention plain")
-    add("--controlnet", metavar="PATH", type=Path, help="a general ControlNet, such as ControlNet 1.1 inpaint")
-    add("--hint", choices=["product", "inpaint"], default=Painting.hint,
-        help="what --controlnet sees around the product: black, or -1 as ControlNet 1.1 inpaint was trained [product]")
     add("--clip", metavar="DIR", type=Path, help="CLIP that measures, such as openai/clip-vit-base-patch32")
     add("--guide-clip", metavar="DIR", type=Path, help="CLIP that guides Blended Diffusion: another one")
     add = parser.add_argument_group("machine and records").add_argument
     add("--batch", metavar="N", type=whole_number(1, 1024), default=16, help="pictures painted at once [16]")
-    add("--device", metavar="NAME", default="auto", help="cpu, cuda, cuda:1, ... [auto: cuda where there is one]")
-    add("--dtype", metavar="NAME", choices=["auto", "float32", "float16", "bfloat16"], default="auto",
-        help="of painting: float32, float16, bfloat16 [auto: as generate.py]")
     add("--out", metavar="DIR", type=Path, default=Path("results"), help="where all of it goes [results]")
     return parser
 
@@ -325,7 +316,7 @@ def main(arguments: list[str] | None = None) -> None:
     if world > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=7))  # processes wait for one another while all paint
     lab, (command, following) = lab_of(args), COMMANDS[args.what]
-    train.draw_toy_data(lab.data)
+    draw_on_first_use(lab.data)
     with redirect_stdout(io.StringIO()) if rank else nullcontext():  # the first process speaks for all
         command(lab)
         print(f"next: {following}; the pictures lie in {args.out / 'pictures'}")

@@ -12,11 +12,9 @@ the product's frame, and the product's own pixels where the mask is 1.
 
 import argparse
 import json
-import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -33,19 +31,9 @@ from support.batch import line_of, paint_items, save_data_sheet
 from support.cutouts import SOLID, extend
 from support.datasets import BROKEN, Item, read_items
 from support.files import BadInput, one_line_errors
-from support.images import (
-    canvas_size,
-    fit,
-    load_cutout,
-    load_masked,
-    resized_strips,
-    save_image,
-    sheet,
-    thumbnail,
-    to_bytes,
-)
-from support.models import TOY, ModelChoice, Models, load_models
-from support.names import result_name
+from support.gallery import SHEET, Gallery, check_result_names
+from support.images import canvas_size, fit, resized_strips, save_image, to_bytes
+from support.models import TOY, ModelChoice, Models, add_model_options, load_models
 from support.options import Parser, check_folder, check_together, one_for_each, real_number, unicode_text, whole_number
 from support.record import command_of, record_of
 from weights import StableDiffusion
@@ -209,51 +197,26 @@ def generate_product(args) -> None:
     """
     demo, sample_file = args.product is None, TOY / "samples" / f"{SAMPLE}.png"
     files = args.product or [sample_file]
-    ads = [sample_file.with_stem(f"{SAMPLE}_reference")] if demo else args.reference
-    items = [Item(*pair, "") for pair in zip(files, one_for_each(args.mask, files, "--mask", "--product"))]
-    references = [*zip(ads or (), one_for_each(args.reference_mask, ads, "--reference-mask", "--reference"))]
-    categories = args.category or [SAMPLE]
-    if len(files) == 1:
-        categories = [list(dict.fromkeys(categories))]
-    else:
-        categories = [[category] for category in one_for_each(categories, files, "--category", "--product")]
-    products = [load_cutout(item.image, item.mask) for item in items]
-    styles = [load_masked(*pair, "reference", "--reference-mask") for pair in references]
-    models, how, record = load(args, set(chain(*categories)), bool(references))
-    paint_all = painter_of_ads(models, how)
-
-    rows = [(i, seed) for i in range(len(items)) for seed in range(args.seed, args.seed + args.num)]
-    jobs: dict[str, tuple[Ad, Item]] = {}  # by file name, in the order of the sheet
-    for i, seed in rows:
-        for category in categories[i]:
-            texts = prompt_texts(category, models.identifiers[category])
-            ad, item = Ad(*products[i], texts, seed), replace(items[i], category=category)
-            stem = item.image.stem + ("_" + re.sub(r"\W+", "_", category) if len(categories[i]) > 1 else "")
-            if demo or not references:
-                jobs[result_name(f"{stem}_{seed}", ".png")] = ad, item
-            for pair, style in zip(references, styles):
-                of_pair = replace(item, reference=pair[0], reference_mask=pair[1])
-                name = result_name(f"{stem}_like_{pair[0].stem}_{seed}", ".png")
-                jobs[name] = ad._replace(reference=style), of_pair
-
-    (args.out / "sheet.png").unlink(missing_ok=True)  # an earlier command's
-    pictures, small = [], partial(thumbnail, side=256 if len(jobs) <= 8 else 160)
-    for names in in_batches([*jobs], args.batch):
-        for name, picture in zip(names, paint_all([jobs[name][0] for name in names])):
-            ad, item = jobs[name]
-            save(picture, args.out / name, line_of(item, ad.seed, models.dtype, record))
-            pictures.append(small(picture))
-    cells = [[small(products[i][0], mask=products[i][1]), *row]
-             for (i, _), row in zip(rows, in_batches(pictures, len(pictures) // len(rows)))]
-    if demo:
-        name = "ControlNet" if args.controlnet else "CG"
-        cells = [[product, alone, styles[0][0], both] for product, alone, both in cells]
-        save(sheet(cells, ["product", f"{name} alone", "reference", f"{name} + PG"]), args.out / "sheet.png")
-    elif len(pictures) > 1:
-        heads = [[None, *[small(rgb) for rgb, _ in styles] * len(categories[0])]] if styles else []
-        save(sheet(heads + cells), args.out / "sheet.png")
+    ads = [sample_file.with_stem(f"{SAMPLE}_reference")] if demo else args.reference or []
+    gallery = Gallery(
+        [Item(*pair, "") for pair in zip(files, one_for_each(args.mask, files, "--mask", "--product"))],
+        [*zip(ads, one_for_each(args.reference_mask, ads, "--reference-mask", "--reference"))],
+        [list(dict.fromkeys(args.category or [SAMPLE]))] if len(files) == 1 else
+        [[category] for category in one_for_each(args.category, files, "--category", "--product")],
+        seeds=range(args.seed, args.seed + args.num), with_and_without=demo)
+    models, how, record = load(args, set(chain(*gallery.categories)), bool(ads))
+    texts = {name: prompt_texts(name, identifier) for name, identifier in models.identifiers.items()}
+    paint_all, jobs, pictures = painter_of_ads(models, how), gallery.jobs(texts), []
+    gallery.remove_sheet(args.out)
+    for start in range(0, len(jobs), args.batch):
+        chunk = jobs[start : start + args.batch]
+        for job, picture in zip(chunk, paint_all([job.ad for job in chunk])):
+            save(picture, args.out / job.name, line_of(job.item, job.ad.seed, models.dtype, record))
+            pictures.append(gallery.small(picture))
+    if len(pictures) > 1:
+        save(gallery.sheet(pictures, "ControlNet" if args.controlnet else "CG"), args.out / SHEET)
     say_next("--product PHOTO --mask MASK --category NAME paints around a product of your own" if demo else
-             "--num 4 paints more of them; --how FILE prints the command that paints one again" if styles else
+             "--num 4 paints more of them; --how FILE prints the command that paints one again" if ads else
              "--reference AD --reference-mask MASK paints in the style of an ad")
 
 
@@ -271,10 +234,6 @@ def generate_data(args) -> None:
     if broken > BROKEN * (painted + there + broken):
         raise BadInput(f"{args.data}: {broken:,} items can't be used, more than {BROKEN:.0%}; they are named above")
     say_next(f"look at {args.out / 'sheet.png'}; {args.out / 'manifest.jsonl'} says what each was painted from")
-
-
-def in_batches(values: list, size: int) -> list[list]:
-    return [values[k : k + size] for k in range(0, len(values), size)]
 
 
 def save(image, path: Path, line: dict | None = None) -> None:
@@ -326,21 +285,8 @@ def options() -> Parser:
     add("--plain-prompt", action="store_true",
         help="a category that CG was not trained on gets the plain prompt 'A photo of NAME' [an error]")
     add = parser.add_argument_group("models and machine").add_argument
-    add("--weights", metavar="PATH", type=Path,
-        help="Stable Diffusion, a folder or a single file [toy/base; the paper's: SD 1.5]")
-    add("--tokenizer", metavar="DIR", type=Path,
-        help="folder with vocab.json and merges.txt [tokenizer/ in --weights; beside a single file]")
-    add("--cg", metavar="PATH", type=Path, help="Category-Wise Generator, trained on the base [toy/cg]")
-    add("--pg", metavar="PATH", type=Path,
-        help="Personality-Wise Generator, trained on the base; paints where there is a reference [toy/pg]")
-    add("--controlnet", metavar="PATH", type=Path,
-        help="a plain ControlNet in place of CG, with the plain prompt 'A photo of NAME': the paper's baseline")
-    add("--hint", choices=["product", "inpaint"], default="product",
-        help="what --controlnet sees around the product: black, or -1 as ControlNet 1.1 inpaint was trained [product]")
+    add_model_options(add)
     add("--batch", metavar="N", type=whole_number(1, 1024), default=4, help="pictures painted at once [4]")
-    add("--device", metavar="NAME", default="auto", help="cpu, cuda, cuda:1, ... [auto: cuda where there is one]")
-    add("--dtype", metavar="NAME", choices=["auto", "float32", "float16", "bfloat16"], default="auto",
-        help="float32, float16, bfloat16 [auto: float16 on CUDA, bfloat16 on CPUs that have it, else float32]")
     add("--out", metavar="DIR", type=Path, default=Path("out"), help="where the pictures go [out]")
     return parser
 
@@ -357,13 +303,7 @@ def check(args) -> None:
         raise BadInput("--product goes with --category; add the product's category")
     if args.hint == "inpaint" and not args.controlnet:
         raise BadInput("--hint goes with --controlnet; add that one")
-    names = [re.sub(r"\W+", "_", category) for category in dict.fromkeys(args.category or ())]
-    if len(args.product or ()) == 1 and len({*names}) < len(names):
-        raise BadInput(f"--category: two of {', '.join(args.category)} would give results of one name; leave one out")
-    for option in ("product", "reference"):
-        stems = [path.stem for path in getattr(args, option) or ()]
-        if twice := {stem for stem in stems if stems.count(stem) > 1}:
-            raise BadInput(f"--{option}: two files are named {min(twice)}, as the results would be; rename one")
+    check_result_names(args.product or [], args.reference or [], args.category or [])
     if args.data and args.num != 1:
         raise BadInput("--num: a data set gets one picture an item; leave it out, or run again with another --out")
     check_folder(args.out)

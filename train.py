@@ -36,8 +36,8 @@ from support.encoded import CaptionPrompts, CategoryPrompts, Latents, prompt_tab
 from support.files import BadInput, one_line_errors
 from support.identifiers import category_identifiers
 from support.images import canvas_size, sheet
-from support.machine import barrier, processes
-from support.models import TOY, load_branch
+from support.machine import processes
+from support.models import load_branch
 from support.options import Parser, real_number, whole_number
 from support.settings import (
     BASE_STAGES,
@@ -53,10 +53,8 @@ from support.sheets import held_out_ads
 from support.tensors import model_fingerprint
 from support.trainer import Task, Trainer
 from toy.stages import STAGES
-from toy.world import write_world
+from toy.world import TOY_DATA, draw_on_first_use
 from weights import StableDiffusion, control_config, load_stable_diffusion, save_control
-
-TOY_DATA = TOY / "data"
 
 # Section 5.1; what it does not say is as in ControlNet: AdamW, no schedule, half of the prompts dropped.
 PAPER = dict(lr=1e-5, batch=128, epochs=300, size=512, ema=0.0, warmup=0, decay=0.0, clip_gradient=0.0,
@@ -227,14 +225,6 @@ def draw_branches(unet: UNet, cg: ControlNet, pg: ControlNet | None, canvas: Can
 # ---------------------------------------------------------------- the command line
 
 
-def draw_toy_data(wanted: Path) -> None:
-    """Draws the part of the toy ad world that a stage needs, on first use (up to minutes)."""
-    if wanted in (TOY_DATA / "base", TOY_DATA / "ads") and not wanted.exists() and processes()[0] == 0:
-        print(f"drawing the toy's pictures to {wanted}, once", file=sys.stderr)
-        write_world(TOY_DATA, parts=(wanted.name,))
-    barrier()
-
-
 def options() -> Parser:
     parser = Parser(description=__doc__, formatter_class=partial(
         argparse.RawDescriptionHelpFormatter, max_help_position=24, width=120))
@@ -283,7 +273,7 @@ def main(arguments: list[str] | None = None) -> None:
     toy = args.data is None or args.data.absolute().parent == TOY_DATA or args.stage in BASE_STAGES
     settings = settle(args, TOY_SETTINGS.get(args.stage, {}) if toy else PAPER, TOY_DATA)
     start_processes(settings.device)
-    draw_toy_data(settings.data)
+    draw_on_first_use(settings.data)
     if args.amp == "auto":
         settings = replace(settings, amp=fastest_amp(settings))
     if not settings.steps:

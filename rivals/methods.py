@@ -28,6 +28,7 @@ from support.metrics import embed_pictures
 from support.models import ModelChoice, Models, identifiers_of, load_models
 from support.networks import Networks
 from support.tensors import model_fingerprint
+from toy.world import TOY_DATA
 from weights import load_clip
 
 
@@ -61,7 +62,7 @@ METHODS = {
 }
 # What train.py is told to make the toy's networks that are not shipped; cg-plain has CG's own settings
 TRAINED = {
-    "controlnet": ["controlnet", "--steps", "2600", "--data", str(train.TOY_DATA / "base")],
+    "controlnet": ["controlnet", "--steps", "2600", "--data", str(TOY_DATA / "base")],
     "cg-plain": ["cg", "--attention", "plain", "--steps", str(train.TOY_SETTINGS["cg"]["steps"])],
     "guide-clip": ["clip", "--steps", "800", "--seed", "1"],
     "pg-none": ["pg", "--steps", "600", "--theta", "0", "--sigma", "1", "1"],

@@ -106,10 +106,15 @@ def write_atomic(path: Path | str, write: Callable[[Path], None]) -> None:
     try:
         new, old = scratch / "new", scratch / "old" / path.name
         write(new)
-        for file in (new, *new.rglob("*")):
+        files = [new, *new.rglob("*")]
+        for file in files:
             if file.is_file():
                 file.chmod(0o666 & ~UMASK)  # safetensors writes files that only their owner may read
-            _sync(file)
+        if len(files) > MANY_FILES and hasattr(os, "sync"):
+            os.sync()  # the whole disk at once: thousands of waits, one a file, would take minutes
+        else:
+            for file in files:
+                _sync(file)
         try:
             if new.is_dir() and path.is_dir():
                 if others := sorted({file.name for file in path.iterdir()} - {file.name for file in new.iterdir()}):
@@ -129,6 +134,7 @@ def write_atomic(path: Path | str, write: Callable[[Path], None]) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+MANY_FILES = 100
 # What a file system answers that can't do it, or where we may write to a folder but not open it
 NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM, errno.EROFS}
 

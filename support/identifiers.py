@@ -1,8 +1,8 @@
 """Support: the identifiers of categories, which never change once given; not needed to understand the paper."""
 
 from support.checkpoints import read_header
-from support.datasets import Item, categories_of
-from support.files import BadInput, read_json
+from support.datasets import Item, categories_of, read_identifiers
+from support.files import BadInput
 from support.models import categories_file
 from support.settings import Settings
 
@@ -13,7 +13,7 @@ def category_identifiers(items: list[Item], settings: Settings, template: str) -
     """
     names, known, source = categories_of(items), {}, settings.folder
     if settings.stage == "pg":
-        known = read_json(categories_file(settings.cg))
+        known = read_identifiers(categories_file(settings.cg))
         if unknown := [name for name in names if name not in known]:
             raise BadInput(f"{settings.data}: category {unknown[0]} was not in CG's training set; train CG on this "
                            f"data first (train.py cg; --init-control {settings.cg} starts from this CG)")
@@ -21,7 +21,7 @@ def category_identifiers(items: list[Item], settings: Settings, template: str) -
     if settings.resume:
         known = read_header(settings.folder).get("identifiers") or {}
     elif settings.init_control and (source := categories_file(settings.init_control)).is_file():
-        known = read_json(source)
+        known = read_identifiers(source)
     if settings.identifier and known != number_categories([*known], settings.identifier):
         raise BadInput(f"--identifier {settings.identifier}: {source} has other identifiers, such as "
                        f"{[*known.values()][-1]!r}; leave it out, and new categories get the next numbers")

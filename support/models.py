@@ -1,5 +1,6 @@
 """Support: which base, CG and PG belong together, and the identifiers they know; not needed to understand the paper."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -120,3 +121,21 @@ def identifiers_of(names: set[str], cg: Path | None, plain_prompt: bool = False,
         some = ", ".join([*known][:20]) + (f", ... ({len(known):,} in all, see {file})" if len(known) > 20 else "")
         raise BadInput(f"CG was not trained on category {unknown[0]!r}; choose one of {some}{remedy}")
     return {name: known.get(name) for name in names}
+
+
+def add_model_options(add: Callable) -> None:
+    """The options of ModelChoice, and what the network in CG's place sees. add: a parser's add_argument."""
+    add("--weights", metavar="PATH", type=Path,
+        help="Stable Diffusion, a folder or a single file [toy/base; the paper's: SD 1.5]")
+    add("--tokenizer", metavar="DIR", type=Path,
+        help="folder with vocab.json and merges.txt [tokenizer/ in --weights; beside a single file]")
+    add("--cg", metavar="PATH", type=Path, help="Category-Wise Generator, trained on the base [toy/cg]")
+    add("--pg", metavar="PATH", type=Path,
+        help="Personality-Wise Generator, trained on the base; paints where there is a reference [toy/pg]")
+    add("--controlnet", metavar="PATH", type=Path,
+        help="a plain ControlNet in place of CG, with the plain prompt 'A photo of NAME': the paper's baseline")
+    add("--hint", choices=["product", "inpaint"], default="product",
+        help="what --controlnet sees around the product: black, or -1 as ControlNet 1.1 inpaint was trained [product]")
+    add("--device", metavar="NAME", default="auto", help="cpu, cuda, cuda:1, ... [auto: cuda where there is one]")
+    add("--dtype", metavar="NAME", choices=["auto", "float32", "float16", "bfloat16"], default="auto",
+        help="float32; float16 and bfloat16 are less precise [auto: float16 on CUDA, bfloat16 where it is faster]")

@@ -27,11 +27,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python t
 
 from support.files import BadInput, one_line_errors, write_atomic
 from support.images import save_image
+from support.machine import barrier, processes
 from support.options import Parser
 from toy.canvas import COLOURS, SHADOW, Canvas
 from toy.products import ALL_PRODUCTS, OTHERS, PRODUCTS, product_caption, product_colour
 from toy.scenes import Brand, paint_scene, scene_caption
 
+TOY_DATA = Path(__file__).resolve().parent / "data"  # where train.py has the toy's data drawn
 SUPERSAMPLE = 2  # Pillow draws hard edges: pictures are drawn this much larger, products twice that again
 FOLDER_SIZE = 2000  # images in each numbered folder of BG60k
 # Training brands are the seeds from 0 on; this many belong to each category's ads
@@ -198,6 +200,14 @@ def write_world(
             print(f"{folder} is there already; remove it to have it drawn again", file=sys.stderr)
         else:
             write_atomic(folder, draw_part)
+
+
+def draw_on_first_use(wanted: Path) -> None:
+    """Draws the part of the toy's own data that lies at `wanted`, if it is one and not there yet (up to minutes)."""
+    if wanted in (TOY_DATA / "base", TOY_DATA / "ads") and not wanted.exists() and processes()[0] == 0:
+        print(f"drawing the toy's pictures to {wanted}, once", file=sys.stderr)
+        write_world(TOY_DATA, parts=(wanted.name,))
+    barrier()
 
 
 # ---------------------------------------------------------------- pictures to look at and to try

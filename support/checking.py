@@ -1,0 +1,49 @@
+"""Support: loading a whole data set to see what is wrong with it; not needed to understand the paper."""
+
+import sys
+from pathlib import Path
+
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from support.cutouts import SOLID
+from support.datasets import Item, refuse_many_broken
+from support.machine import cores
+from support.names import one_line
+
+BLANK_DISTANCE, BLANK_PART = 0.04, 0.98  # blank: 98% of the background is within 0.04 of its median colour
+
+
+def is_blank(image: Tensor, mask: Tensor) -> bool:
+    """Whether the background is of one colour: the first thing that section 4 sorts out. (3, H, W), (1, H, W)."""
+    background = image[:, mask[0] <= 1 - SOLID]  # (3, pixels)
+    if not background.numel():
+        return False
+    distance = (background - background.median(dim=1, keepdim=True).values).abs().amax(dim=0)
+    return bool((distance <= BLANK_DISTANCE).float().mean() >= BLANK_PART)
+
+
+def check_ads(ads: Dataset, items: list[Item], where: Path) -> tuple[list[Item], list[dict]]:
+    """Loads every ad (data.Ads: the items, then their references) and reports -> the items with a blank background, and
+    samples of eight items for a sheet. Raises BadInput where more than 1% can't be used.
+    """
+    on_sheet = range(0, len(items), -(-len(items) // 8))  # evenly from the whole list
+    samples, broken, blank = [], [], []
+    loader = DataLoader(ads, batch_size=None, num_workers=min(8, cores()))
+    for i, sample in enumerate(tqdm(loader, desc="loading", disable=not sys.stderr.isatty())):
+        if sample["index"] != i:  # another was taken in its place
+            broken.append(str(ads.items[i].image))
+            continue
+        if i < len(items) and is_blank(sample["image"], sample["mask"]):
+            blank.append(items[i])
+        if i in on_sheet:
+            samples.append(sample)
+    refuse_many_broken(broken, len(ads), where)
+    print(f"{len(ads) - len(broken):,} images load, {len(broken):,} are broken")
+    print(f"{len(blank):,} have a blank background")
+    for item in blank[:10]:
+        print(f"  {one_line(str(item.image))}")
+    if len(blank) > 10:
+        print(f"  ... and {len(blank) - 10:,} more")
+    return blank, samples
