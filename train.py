@@ -43,7 +43,7 @@ from support.settings import (
     BASE_STAGES,
     BRANCH_STAGES,
     Settings,
-    add_machine_options,
+    add_training_options,
     fastest_amp,
     next_commands,
     settle,
@@ -252,19 +252,7 @@ def options() -> Parser:
         help="of the error at each timestep [toy min-snr or debias; paper uniform, Eq. 1]")
     add("--identifier", metavar="TEXT",
         help=f"[D] of a category, with {{}} for its number [{IDENTIFIER!r}, section 5.1; known categories keep theirs]")
-    add = parser.add_argument_group("the optimiser [likewise]").add_argument
-    add("--lr", metavar="X", type=real_number(1e-9, 10), help="AdamW's learning rate [toy 1e-3 or 2e-3; paper 1e-5]")
-    add("--batch", metavar="N", type=whole_number(1, 65536), help="pictures a step, all processes [toy 12 to 64; paper 128]")
-    add("--epochs", metavar="N", type=whole_number(1, 10**6), help="passes over the data, unless --steps is given [paper 300]")
-    add("--steps", metavar="N", type=whole_number(1, 10**9), help="steps in all [toy 800 to 10400; else from --epochs]")
-    add("--warmup", metavar="N", type=whole_number(0, 10**9), help="steps in which the rate rises [toy 50 or 100; paper 0]")
-    add("--decay", metavar="X", type=real_number(0, 1), help="last part of the run, where it falls [toy 0.3, 0.5; paper 0]")
-    add("--weight-decay", metavar="X", type=real_number(0, 10), default=1e-2, help="AdamW's [0.01, as ControlNet]")
-    add("--clip-gradient", metavar="X", type=real_number(0, 1e6),
-        help="longer gradients are shortened to this length; 0: none [toy 1; paper 0]")
-    add("--ema", metavar="X", type=real_number(0, 0.99999), help="decay of the moving average [toy 0 to 0.999; paper 0: none]")
-    add("--seed", metavar="N", type=whole_number(0, 2**32 - 1), default=0, help="decides everything random [0]")
-    add_machine_options(parser)
+    add_training_options(parser)
     return parser
 
 

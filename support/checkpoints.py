@@ -1,7 +1,6 @@
 """Support: checkpoints of a training run; not needed to understand the paper."""
 
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -56,8 +55,6 @@ class Checkpoints:
         write_atomic(path, lambda new: save_file({n: t.contiguous() for n, t in tensors.items()}, new, texts))
         for old in list_checkpoints(self.folder)[: -self.keep]:
             old.unlink()
-        for left in self.folder.glob(".checkpoint_*"):  # by a process killed while it wrote
-            shutil.rmtree(left)
 
     def load(self, parameters: dict, ema: dict, optimizer, scaler) -> int:
         """Fills everything from the newest one -> its step. Says on stderr which settings have changed.

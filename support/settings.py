@@ -1,7 +1,6 @@
 """Support: the settings of a training run, and what is wrong with them; not needed to understand the paper."""
 
 import argparse
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,9 @@ from data import SIGMA, THETA
 from support.checkpoints import list_checkpoints, read_header
 from support.encoded import autocast
 from support.files import BadInput
-from support.machine import bfloat16_is_faster, pick_device, processes
+from support.machine import bfloat16_is_faster, cores, pick_device, processes
 from support.models import TOY, branch_path
-from support.options import check_folder, whole_number
+from support.options import check_folder, real_number, whole_number
 from weights import CONTROL_FILE, TEXT_FILE
 
 BASE_STAGES, BRANCH_STAGES = ("vae", "clip", "unet"), ("cg", "pg", "joint", "controlnet")
@@ -101,8 +100,23 @@ class Settings:
         return {name: value if isinstance(value, (int, float, tuple)) else str(value) for name, value in values.items()}
 
 
-def add_machine_options(parser: argparse.ArgumentParser) -> None:
-    """The options that do not belong to the method."""
+def add_training_options(parser: argparse.ArgumentParser) -> None:
+    """The options that do not belong to the method: the optimiser's and the machine's."""
+    add = parser.add_argument_group("the optimiser [likewise]").add_argument
+    add("--lr", metavar="X", type=real_number(1e-9, 10), help="AdamW's learning rate [toy 1e-3 or 2e-3; paper 1e-5]")
+    add("--batch", metavar="N", type=whole_number(1, 65536), help="pictures a step, all told [toy 12 to 64; paper 128]")
+    add("--epochs", metavar="N", type=whole_number(1, 10**6),
+        help="passes over the data, unless --steps is given [paper 300]")
+    add("--steps", metavar="N", type=whole_number(1, 10**9), help="steps in all [toy 800 to 10400; else from --epochs]")
+    add("--warmup", metavar="N", type=whole_number(0, 10**9), help="steps of a rising rate [toy 50 or 100; paper 0]")
+    add("--decay", metavar="X", type=real_number(0, 1),
+        help="last part of the run, where it falls to 0 [toy 0.3 or 0.5; paper 0]")
+    add("--weight-decay", metavar="X", type=real_number(0, 10), default=1e-2, help="AdamW's [0.01, as ControlNet]")
+    add("--clip-gradient", metavar="X", type=real_number(0, 1e6),
+        help="longer gradients are shortened to this length; 0: none [toy 1; paper 0]")
+    add("--ema", metavar="X", type=real_number(0, 0.99999),
+        help="decay of the weights' moving average [toy 0 to 0.999; paper 0: none]")
+    add("--seed", metavar="N", type=whole_number(0, 2**32 - 1), default=0, help="decides everything random [0]")
     add = parser.add_argument_group("machine and records").add_argument
     add("--device", metavar="NAME", default="auto", help="cpu, cuda, cuda:1, ... [auto: cuda where there is one]")
     add("--amp", nargs="?", const="auto", choices=["auto", "bfloat16", "float16"],
@@ -119,7 +133,7 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     add("--log-every", metavar="N", type=whole_number(1, 10**9), default=20, help="steps between lines of the log [20]")
     add("--save-every", metavar="N", type=whole_number(1, 10**9), default=250, help="steps between checkpoints [250]")
-    add("--keep", metavar="N", type=whole_number(1, 10**6), default=2, help="how many of the newest checkpoints stay [2]")
+    add("--keep", metavar="N", type=whole_number(1, 10**6), default=2, help="how many checkpoints stay, the newest [2]")
     add("--sample-every", metavar="N", type=whole_number(1, 10**9), default=500,
         help="steps between sheets and saved models [500]")
     add("--save-dtype", choices=["float32", "float16"], default="float32", help="of the saved models [float32]")
@@ -148,7 +162,7 @@ def settle(args: argparse.Namespace, defaults: dict, toy_data: Path) -> Settings
         "sigma": tuple(values["sigma"]),
         "micro_batch": settle_micro_batch(values["batch"], args.micro_batch, at_most, stage),
         "amp": None if args.amp in (None, "auto") else getattr(torch, args.amp),
-        "workers": given.get("workers", 0 if values["size"] <= 128 else min(8, os.cpu_count())),
+        "workers": given.get("workers", 0 if values["size"] <= 128 else min(8, cores())),
         "save_dtype": getattr(torch, args.save_dtype)}
     settings = Settings(**{name: values[name] for name in Settings.__dataclass_fields__})
     check_out(settings)

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from support.checkpoints import Checkpoints, list_checkpoints
 from support.curve import draw_curve
-from support.files import BadInput, read_log, write_atomic
+from support.files import BadInput, append_line, read_log, write_text
 from support.images import save_image
 from support.machine import barrier, processes
 from support.settings import BASE_STAGES, Settings, largest_divisor
@@ -143,8 +143,8 @@ class Log:
     def __init__(self, file: Path, start: int, settings: Settings):
         self.file, self.settings, self.bar = file, settings, None
         lines = [line for line in (read_log(file) if start else []) if line["step"] <= start]
-        text = "".join(json.dumps(line) + "\n" for line in lines)  # without what an interrupted run left after `start`
-        write_atomic(file, lambda new: new.write_text(text, encoding="utf-8"))
+        # without what an interrupted run left after `start`
+        write_text("".join(json.dumps(line) + "\n" for line in lines), file)
         self.average = lines[-1]["loss"] if lines else None
         self.losses, self.clock = [], time.perf_counter()
 
@@ -157,8 +157,7 @@ class Log:
         speed = count * self.settings.batch / seconds
         line = {"step": done, "loss": round(self.average, 6), "raw": round(sum(self.losses) / count, 6), "lr": lr,
                 "images_per_second": round(speed, 2), "time": round(time.time(), 1)}
-        with open(self.file, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        append_line(line, self.file)
         shown = f"loss {self.average:.4f}, lr {lr:.1e}, {speed:.1f} images/s"
         if self.bar.disable:
             print(f"step {done:,} of {self.settings.steps:,}: {shown}", file=sys.stderr)
