@@ -10,7 +10,7 @@ Everywhere: a picture is (3, H, W) float32 in [0, 1], its mask M (1, H, W) with 
 and values between at soft edges.
 """
 
-import os
+import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -23,9 +23,12 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from support.cutouts import SOLID
-from support.datasets import MASK_OF_ITEM, Item, _tolerate, drop_lines, list_folder, read_items
-from support.files import BadInput, Parser, check_folder, one_line_errors
+from support.datasets import MASK_OF_ITEM, Item, drop_lines, list_folder, read_items, refuse_many_broken
+from support.files import BadInput, one_line_errors
 from support.images import fit, load_masked, save_image, sheet
+from support.machine import cores
+from support.names import one_line
+from support.options import Parser, check_folder, whole_number
 
 # Background perturbation, section 5.1
 THETA = 50  # kernel of the dilation in pixels of a 512 x 512 image; scaled along with other sizes
@@ -35,8 +38,6 @@ EXTRA_MASKS = 3  # at most so many, each a rectangle or an ellipse
 EXTRA_RADII = (0.03, 0.15)  # half their height and half their width
 TRANSLATION = 0.15  # the mask's copy moves at most so far, up or down and left or right
 
-BLANK = 0.04, 0.98  # a background is blank where so large a part of it is so near to its median colour
-
 
 # ---------------------------------------------------------------- files and tensors
 
@@ -45,19 +46,6 @@ BLANK = 0.04, 0.98  # a background is blank where so large a part of it is so ne
 
 
 # ---------------------------------------------------------------- fitting
-
-
-# ---------------------------------------------------------------- data sets
-
-
-def is_blank(image: Tensor, mask: Tensor) -> bool:
-    """Whether the background is of one colour: the first thing that section 4 sorts out. (3, H, W), (1, H, W)."""
-    near, part = BLANK
-    background = image[:, mask[0] <= 1 - SOLID]  # (3, pixels)
-    if not background.numel():
-        return False
-    distance = (background - background.median(dim=1, keepdim=True).values).abs().amax(dim=0)
-    return bool((distance <= near).float().mean() >= part)
 
 
 # ---------------------------------------------------------------- training sample
@@ -97,37 +85,38 @@ class Ads(Dataset):
         except BadInput as error:
             self.broken[index] = str(error)
             print(f"skipped: {error}", file=sys.stderr)
-            _tolerate(list(self.broken.values()), len(self), "data set")
+            refuse_many_broken(list(self.broken.values()), len(self), "data set")
             return self[index]
         return {"image": image, "mask": mask, "index": index}
 
 
 class Samples(Dataset):
-    """Training samples by (index, seed); all randomness of one comes from its seed, on whichever worker makes it.
+    """Training samples by (index, seed); all randomness in one comes from its seed, on whichever worker makes it.
 
-    {"index"} and, of `pictures`, {"image", "mask"}; `perturbed` adds PG's hint "background" (Eq. 5, 6); with `latents`
-    what one step of Eq. 1 draws: "z_0", "eps", "t", and a number "drop" in [0, 1): is the prompt dropped?
+    Always "index". `pictures` adds "image" and "mask"; `perturbed` PG's hint "background" (Eq. 5, 6), by `theta` and
+    `sigma` as in `perturb`; `latents` what one step of Eq. 1 draws, "z_0", "eps" and "t" (see `diffuse`), and a number
+    "drop" in [0, 1), which decides whether the prompt is dropped.
     """
 
-    def __init__(self, items: list[Item], args, latents=None, pictures: bool = True,
-                 perturbed: bool = False):
-        self.ads, self.args, self.latents = Ads(items, args.size), args, latents
-        self.pictures, self.perturbed = pictures, perturbed
+    def __init__(self, items: list[Item], size: int, latents=None, pictures: bool = True, perturbed: bool = False,
+                 theta: int = THETA, sigma: tuple[float, float] = SIGMA, noise_offset: float = 0.0):
+        self.ads, self.latents, self.pictures, self.perturbed = Ads(items, size), latents, pictures, perturbed
+        self.theta, self.sigma, self.noise_offset = theta, sigma, noise_offset
 
     def __len__(self) -> int:
         return len(self.ads)
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         index, seed = key
-        args, generator = self.args, Generator().manual_seed(seed)
+        generator = Generator().manual_seed(seed)
         sample = self.ads[index] if self.pictures else {"index": index}
         if self.perturbed:
             step = int(torch.randint(1, max(2, len(self)), (), generator=generator))  # to another ad
             other = self.ads[(sample["index"] + step) % len(self)]["image"]
-            sample["background"] = perturb(sample["image"], sample["mask"], other, generator, args.theta, args.sigma)
+            sample["background"] = perturb(sample["image"], sample["mask"], other, generator, self.theta, self.sigma)
         if self.latents:
             mean, std, inpainting = self.latents[sample["index"]]
-            z_0, eps, t = diffuse(mean, std, generator, self.latents.T, args.noise_offset)
+            z_0, eps, t = diffuse(mean, std, generator, self.latents.T, self.noise_offset)
             sample |= {"z_0": z_0, "eps": eps, "t": t}
             sample["drop"] = torch.rand((), generator=generator)
             if inpainting is not None:
@@ -137,11 +126,11 @@ class Samples(Dataset):
 
 def diffuse(mean: Tensor, std: Tensor, generator: Generator, T: int,
             noise_offset: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    """A draw of z_0 (4, h, w) from the VAE's posterior, noise ε of its shape, and a timestep t () of T.
+    """Draws z_0 (4, h, w) from the VAE's posterior, noise ε of the same shape, and a timestep t () below T.
 
-    SD's noisiest z_t still tells the picture's mean, which the pure noise that sampling starts from does not: dark
-    scenes come out grey. With noise_offset > 0 the mean of ε varies too (Guttenberg 2023), and the model relies on the
-    prompt for the brightness.
+    Even at the largest t, z_t still carries the picture's mean brightness; the pure noise that sampling starts from
+    does not, and dark scenes come out grey. With noise_offset > 0 the mean of ε varies too (Guttenberg 2023), so that
+    the model relies on the prompt for the brightness.
     """
     draw = torch.randn(2, *mean.shape, generator=generator)
     z_0, eps = mean + std * draw[0], draw[1]
@@ -223,58 +212,107 @@ def random_masks(h: int, w: int, generator: Generator) -> Tensor:
     return union[None].float()
 
 
-# ---------------------------------------------------------------- contact sheet
+# ---------------------------------------------------------------- checking a data set
+
+BLANK_DISTANCE, BLANK_PART = 0.04, 0.98  # blank: 98% of the background is within 0.04 of its median colour
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Check a data set: say what is in it, load every picture, tell blank backgrounds, draw eight as the generators see
-    them."""
-    parser = Parser(description=main.__doc__)
-    parser.add_argument("dir", type=Path, help="BG60k's root, or a folder with metadata.jsonl")
-    parser.add_argument("--split", default="bg60k", help="bg60k (default), bg1k or bgpair")
-    parser.add_argument("--sheet", metavar="FILE", help="draw eight items here: image, mask, CG's hint, PG's hint")
-    parser.add_argument("--size", type=int, default=512, help="side of the training images in pixels (default 512)")
-    parser.add_argument("--list", action="store_true",
-                        help="first write metadata.jsonl, from DIR/CATEGORY/NAME.png and NAME_mask.png or alpha")
-    parser.add_argument("--drop-blank", action="store_true",
-                        help="take images with a blank background out of the list; the whole list stays as FILE.all")
-    options = parser.parse_args(arguments)
-    if options.size < 1:
-        raise BadInput(f"--size {options.size}: must be at least 1")
-    if options.sheet:
-        check_folder(Path(options.sheet).parent, "--sheet")  # before an hour of loading
+def is_blank(image: Tensor, mask: Tensor) -> bool:
+    """Whether the background is of one colour: the first thing that section 4 sorts out. (3, H, W), (1, H, W)."""
+    background = image[:, mask[0] <= 1 - SOLID]  # (3, pixels)
+    if not background.numel():
+        return False
+    distance = (background - background.median(dim=1, keepdim=True).values).abs().amax(dim=0)
+    return bool((distance <= BLANK_DISTANCE).float().mean() >= BLANK_PART)
 
-    if options.list:
-        print(f"{list_folder(options.dir):,} pictures listed in {options.dir / 'metadata.jsonl'}")
-    items, notes = read_items(options.dir, options.split)
-    print("\n".join(notes))
+
+def check_items(items: list[Item], size: int, where: Path) -> tuple[list[Item], list[dict]]:
+    """Loads every picture and reports -> the items with a blank background, and samples of eight items for a sheet.
+
+    Raises BadInput where more than 1% can't be used.
+    """
     references = [replace(item, image=item.reference, mask=item.reference_mask) for item in items if item.reference]
-    ads = Ads(items + references, options.size)
-    shown, samples, broken, blank = set(range(0, len(items), -(-len(items) // 8))), [], [], []
-    loader = DataLoader(ads, batch_size=None, num_workers=min(8, os.cpu_count()))
+    ads = Ads(items + references, size)
+    on_sheet = range(0, len(items), -(-len(items) // 8))  # evenly from the whole list
+    samples, broken, blank = [], [], []
+    loader = DataLoader(ads, batch_size=None, num_workers=min(8, cores()))
     for i, sample in enumerate(tqdm(loader, desc="loading", disable=not sys.stderr.isatty())):
         if sample["index"] != i:  # another was taken in its place
             broken.append(str(ads.items[i].image))
             continue
         if i < len(items) and is_blank(sample["image"], sample["mask"]):
             blank.append(items[i])
-        if i in shown:
+        if i in on_sheet:
             samples.append(sample)
-    _tolerate(broken, len(ads), options.dir)
+    refuse_many_broken(broken, len(ads), where)
     print(f"{len(ads) - len(broken):,} images load, {len(broken):,} are broken")
-    print(f"{len(blank):,} have a blank background" + "".join(f"\n  {item.image}" for item in blank[:10])
-          + f"\n  ... and {len(blank) - 10:,} more" * (len(blank) > 10))
-    if options.drop_blank and blank:
-        lines = options.dir / "metadata.jsonl"
-        lines = lines if lines.is_file() else options.dir / f"{options.split}_info.txt"
-        print(f"dropped from {lines}; the whole list is {drop_lines(lines, {item.line for item in blank})}")
-    if options.sheet:
-        generator, rows = Generator().manual_seed(0), []
-        for sample, other in zip(samples, samples[1:] + samples[:1]):
-            I, M = sample["image"], sample["mask"]
-            rows.append([I, M, product_hint(I, M), perturb(I, M, other["image"], generator)])
-        names = [items[sample["index"]].category for sample in samples]
-        save_image(sheet(rows, ["image", "mask", "CG's hint", "PG's hint, perturbed"], names), options.sheet)
+    print(f"{len(blank):,} have a blank background")
+    for item in blank[:10]:
+        print(f"  {one_line(str(item.image))}")
+    if len(blank) > 10:
+        print(f"  ... and {len(blank) - 10:,} more")
+    return blank, samples
+
+
+def save_sheet(samples: list[dict], items: list[Item], path: Path) -> None:
+    """A row for each sample: what the networks see of it."""
+    generator, rows = Generator().manual_seed(0), []
+    for sample, other in zip(samples, samples[1:] + samples[:1]):
+        I, M = sample["image"], sample["mask"]
+        rows.append([I, M, product_hint(I, M), perturb(I, M, other["image"], generator)])
+    names = [items[sample["index"]].category for sample in samples]
+    save_image(sheet(rows, ["image", "mask", "CG's hint", "PG's hint, perturbed"], names), path)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(description="Check a data set: report what is in it and what was assumed, load every picture, find "
+                    "blank backgrounds, and draw eight items as the networks see them.")
+    add = parser.add_argument
+    add("dir", type=Path, help="BG60k's root, or a folder with metadata.jsonl")
+    add("--split", default="bg60k", help="bg60k (default), bg1k or bgpair")
+    add("--sheet", metavar="FILE", type=Path, help="draw eight items here: image, mask, CG's hint, PG's hint")
+    add("--size", metavar="N", type=whole_number(1, 4096), default=512,
+        help="side of the training images in pixels (default 512)")
+    add("--list", action="store_true",
+        help="first write metadata.jsonl, from DIR/CATEGORY/NAME.png and NAME_mask.png or alpha")
+    add("--drop-blank", action="store_true",
+        help="take images with a blank background out of the list; the whole list stays as FILE.all")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    if args.sheet:
+        check_folder(args.sheet.parent, "--sheet")  # before an hour of loading
+    listed, wrote = args.dir / "metadata.jsonl", []
+    if args.list:
+        print("\n".join(list_folder(args.dir)))
+        wrote.append(listed)
+    try:
+        items, notes = read_items(args.dir, args.split)
+        print("\n".join(notes))
+        blank, samples = check_items(items, args.size, args.dir)
+        if args.sheet:
+            save_sheet(samples, items, args.sheet)
+            wrote.append(args.sheet)
+    except BaseException:  # an interrupt too
+        if args.list:
+            listed.unlink()  # so that the same command can be given again
+        raise
+    own = listed.is_file()
+    if args.drop_blank and blank:
+        lines = listed if own else args.dir / f"{args.split}_info.txt"
+        kept = drop_lines(lines, {item.line for item in blank})
+        print(f"dropped from {lines}; the whole list is {kept}")
+        wrote += [lines, kept]
+    if wrote:
+        print("wrote", ", ".join(map(str, dict.fromkeys(wrote))))
+    if own or args.split == "bg60k":
+        print(f"next, train CG on it: python train.py cg --data {args.dir} --weights SD15")
+    if own or args.split != "bg60k":
+        split = "" if own else f" --split {args.split}"
+        print(f"next, with the CG and PG that you trained: python generate.py --data {args.dir}{split} --out results "
+              "--weights SD15 --cg CG --pg PG")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from sampler import Conditions, Painting, sample, seeded
 from support.batch import line_of, paint_items, save_data_sheet
 from support.cutouts import SOLID, extend
 from support.datasets import BROKEN, Item, read_items
-from support.files import BadInput, Parser, check_folder, check_together, one_for_each, one_line_errors, real, whole
+from support.files import BadInput, one_line_errors
 from support.images import (
     canvas_size,
     fit,
@@ -45,6 +45,8 @@ from support.images import (
     to_bytes,
 )
 from support.models import TOY, ModelChoice, Models, load_models
+from support.names import result_name
+from support.options import Parser, check_folder, check_together, one_for_each, real_number, unicode_text, whole_number
 from support.record import command_of, record_of
 from weights import StableDiffusion
 
@@ -228,10 +230,11 @@ def generate_product(args) -> None:
             ad, item = Ad(*products[i], texts, seed), replace(items[i], category=category)
             stem = item.image.stem + ("_" + re.sub(r"\W+", "_", category) if len(categories[i]) > 1 else "")
             if demo or not references:
-                jobs[f"{stem}_{seed}.png"] = ad, item
+                jobs[result_name(f"{stem}_{seed}", ".png")] = ad, item
             for pair, style in zip(references, styles):
                 of_pair = replace(item, reference=pair[0], reference_mask=pair[1])
-                jobs[f"{stem}_like_{pair[0].stem}_{seed}.png"] = ad._replace(reference=style), of_pair
+                name = result_name(f"{stem}_like_{pair[0].stem}_{seed}", ".png")
+                jobs[name] = ad._replace(reference=style), of_pair
 
     (args.out / "sheet.png").unlink(missing_ok=True)  # an earlier command's
     pictures, small = [], partial(thumbnail, side=256 if len(jobs) <= 8 else 160)
@@ -295,26 +298,28 @@ def options() -> Parser:
     files = dict(metavar="FILE", type=Path, nargs="+")
     add("--product", **files, help="photo, or several (JPEG, PNG, WebP, ...); its alpha channel is its mask")
     add("--mask", **files, help="the product's mask, white on the product; one for each product")
-    add("--category", metavar="NAME", nargs="+", help="the product's category, of CG's; one for all or one for each; "
+    add("--category", metavar="NAME", type=unicode_text, nargs="+",
+        help="the product's category, of CG's; one for all or one for each; "
         "for a single product also several: it is painted in each")
     add("--reference", **files, help="ad whose style the background follows (PG), or several [none: CG alone]")
     add("--reference-mask", **files, help="mask of the product in the reference [its alpha channel]; one for each")
     add("--data", metavar="DIR", type=Path, help="BG60k as released, or metadata.jsonl; goes on where it stopped")
     add("--split", metavar="NAME", help="of the data set as released: bg60k, bg1k or bgpair [bg1k]")
-    add("--limit", metavar="N", type=whole(1, 10**9), help="only the first N items of the data set [all]")
-    add("--prompt", metavar="TEXT", help="plain text-to-image with the base alone")
+    add("--limit", metavar="N", type=whole_number(1, 10**9), help="only the first N items of the data set [all]")
+    add("--prompt", metavar="TEXT", type=unicode_text, help="plain text-to-image with the base alone")
     add("--how", metavar="FILE", type=Path, help="print the command that paints this picture again, and paint nothing")
     add = parser.add_argument_group("how").add_argument
-    add("--num", metavar="N", type=whole(1, 9999), default=1, help="pictures, with seeds SEED, SEED + 1, ... [1]")
-    add("--seed", metavar="N", type=whole(0, 2**32 - 1), default=0,
+    add("--num", metavar="N", type=whole_number(1, 9999), default=1,
+        help="pictures, with seeds SEED, SEED + 1, ... [1]")
+    add("--seed", metavar="N", type=whole_number(0, 2**32 - 1), default=0,
         help="of the noise; SEED + i for item i of --data [0]")
-    add("--steps", metavar="N", type=whole(1, 500), default=Painting.steps,
+    add("--steps", metavar="N", type=whole_number(1, 500), default=Painting.steps,
         help=f"steps of DDIM [{Painting.steps}, the paper's]")
-    add("--guidance", metavar="X", type=real(1, 30), default=Painting.guidance,
+    add("--guidance", metavar="X", type=real_number(1, 30), default=Painting.guidance,
         help=f"weight of the prompt, 1: without guidance [{Painting.guidance}, the paper's]")
-    add("--eta", metavar="X", type=real(0, 1), default=Painting.eta,
+    add("--eta", metavar="X", type=real_number(0, 1), default=Painting.eta,
         help="DDIM's η: part of DDPM's noise that is added at each step [0: none, the paper's]")
-    add("--size", metavar="N", type=whole(8, 4096),
+    add("--size", metavar="N", type=whole_number(8, 4096),
         help="longer side of the painted canvas in pixels [the base's: toy 128, SD 1.5 and the paper 512]")
     add("--start", metavar="FROM", choices=["reference", "noise"], default="reference",
         help="z_T: the reference's latent, noised, or pure noise [reference, the paper's; noise without a reference]")
@@ -332,7 +337,7 @@ def options() -> Parser:
         help="a plain ControlNet in place of CG, with the plain prompt 'A photo of NAME': the paper's baseline")
     add("--hint", choices=["product", "inpaint"], default="product",
         help="what --controlnet sees around the product: black, or -1 as ControlNet 1.1 inpaint was trained [product]")
-    add("--batch", metavar="N", type=whole(1, 1024), default=4, help="pictures painted at once [4]")
+    add("--batch", metavar="N", type=whole_number(1, 1024), default=4, help="pictures painted at once [4]")
     add("--device", metavar="NAME", default="auto", help="cpu, cuda, cuda:1, ... [auto: cuda where there is one]")
     add("--dtype", metavar="NAME", choices=["auto", "float32", "float16", "bfloat16"], default="auto",
         help="float32, float16, bfloat16 [auto: float16 on CUDA, bfloat16 on CPUs that have it, else float32]")

@@ -27,7 +27,7 @@ from model import BRANCHES, ControlNet, UNet
 from sampler import Schedule
 from support.configs import check_config, read_scheduler_config
 from support.convert import convert
-from support.files import BadInput, Parser, one_line_errors, read_json, write_atomic
+from support.files import BadInput, one_line_errors, read_json, write_atomic
 from support.layouts import (
     IGNORED,
     IMAGE_TOWER,
@@ -39,6 +39,7 @@ from support.layouts import (
     unet_config,
     vae_config,
 )
+from support.options import Parser
 from support.tensors import find_weights, read_weights
 from vae import VAE
 

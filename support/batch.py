@@ -13,13 +13,16 @@ from tqdm import tqdm
 
 from data import Ad
 from support.datasets import MASK_OF_ITEM, Item
-from support.files import BadInput, processes, read_log
-from support.images import load_cutout, load_masked, open_image, save_image, sheet, thumbnail
+from support.files import BadInput, append_line, read_log
+from support.images import load_cutout, load_masked, save_image, sheet, thumbnail
+from support.machine import processes
+from support.names import result_name
+from support.opening import open_image
 
 
 def result_path(out: Path, index: int, item: Item) -> Path:
     """Where the picture painted for item `index` of a data set lies."""
-    return out / f"{index:06}_{item.image.stem}.png"
+    return out / result_name(f"{index:06}_{item.image.stem}", ".png")
 
 
 def read_ad(item: Item, texts: tuple[str, str, str], seed: int) -> Ad:
@@ -67,8 +70,7 @@ class Manifest:
                        "options it was painted with")
 
     def append(self, line: dict) -> None:
-        with open(self.file, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        append_line(line, self.file)
 
 
 def one_ahead(read: Callable, chunks: list[list]) -> Iterator[dict]:

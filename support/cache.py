@@ -1,4 +1,4 @@
-"""Support: fingerprints, and tensors computed once and kept by them; not needed to understand the paper."""
+"""Support: fingerprints, and tensors that are computed once and kept in files; not needed to understand the paper."""
 
 import hashlib
 import json
@@ -12,30 +12,30 @@ from torch import Tensor, nn
 from support.files import read_tensors, write_atomic
 
 
-def cached(folder: Path, key: object, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Tensors computed once and kept in a file named by a hash of all they depend on; memory-mapped.
+def compute_once(folder: Path, key: object, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors kept in a file that is named by the fingerprint of all they depend on; memory-mapped.
 
-    Nothing stale is read: what has changed has another name. An interrupted computation leaves nothing.
+    Nothing outdated is ever read, because a changed key names another file. An interrupted computation leaves nothing.
     """
-    path = folder / f"{hashed(key)}.safetensors"
+    path = folder / f"{fingerprint(key)}.safetensors"
     if not path.exists():
         write_atomic(path, lambda new: save_file({n: t.contiguous() for n, t in compute().items()}, new))
     return read_tensors(path)
 
 
-def hashed(key: object) -> str:
-    """A hash of what JSON can hold."""
+def fingerprint(key: object) -> str:
+    """A fingerprint of anything that JSON can hold."""
     return hashlib.blake2b(json.dumps(key).encode(), digest_size=16).hexdigest()
 
 
-def digest(module: nn.Module) -> str:
-    """A hash of a module's weights."""
+def weights_fingerprint(module: nn.Module) -> str:
+    """A fingerprint of a module's weights."""
     h = hashlib.blake2b(digest_size=16)
     for p in module.state_dict().values():
         h.update(p.contiguous().reshape(-1).view(torch.uint8).cpu().numpy())
     return h.hexdigest()
 
 
-def stamp(path: Path | None) -> list:
-    """What changes when a file does."""
+def file_fingerprint(path: Path | None) -> list:
+    """Changes whenever the file does: its name, size and time. Empty without a file."""
     return [str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns] if path else []

@@ -9,76 +9,92 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from support.cache import hashed
-from support.files import BadInput, processes, write_atomic
+from support.cache import fingerprint
+from support.files import BadInput, write_atomic
+from support.machine import processes
 
 
-def checkpoints(args) -> list[Path]:
-    """The run's checkpoints, oldest first."""
-    return sorted((args.out / "training" / args.stage).glob("checkpoint_*.safetensors"))
+def list_checkpoints(folder: Path) -> list[Path]:
+    """A run's checkpoints, oldest first."""
+    return sorted(folder.glob("checkpoint_*.safetensors"))
 
 
-def settings_of(args) -> dict:
-    """What must stay the same for a resumed run to be the run that was interrupted."""
-    names = ("data", "weights", "tokenizer", "cg", "init_control", "batch", "steps", "size", "lr", "warmup", "decay",
-             "weight_decay", "clip_gradient", "ema", "noise_offset", "weighting", "prompt_dropout", "theta", "sigma", "seed",
-             "amp")
-    values = {name: getattr(args, name) for name in names}
-    return {name: value if isinstance(value, (int, float, list)) else str(value)
-            for name, value in values.items()} | {"identifiers": hashed(args.identifiers), "frozen weights": args.frozen}
-
-
-def save_checkpoint(args, step: int, parameters: dict, ema: dict, optimizer, scaler) -> None:
-    """Weights, averages and Adam's moments in one safetensors file, the step and the settings in its header.
-
-    The newest --keep stay. Random states need no saving: they follow from seed and step.
+def read_header(folder: Path) -> dict:
+    """What the newest checkpoint holds beside its tensors: "settings", the categories' "identifiers", ... Empty where
+    it can't be read: `Checkpoints.load` says why.
     """
-    tensors = {f"weights.{n}": p.detach() for n, p in parameters.items()} | {f"ema.{n}": p for n, p in ema.items()}
-    for name, p in parameters.items():
-        for moment in ("exp_avg", "exp_avg_sq"):
-            if p in optimizer.state:
-                tensors[f"{moment}.{name}"] = optimizer.state[p][moment]
-    # Adam counts fewer steps than the run where a scaler skipped some
-    counts = [int(state["step"]) for state in optimizer.state.values()]
-    header = {"step": str(step), "adam": str(max(counts, default=0)), "settings": json.dumps(settings_of(args)),
-              "scaler": json.dumps(scaler.state_dict())}
-    path = args.out / "training" / args.stage / f"checkpoint_{step:08}.safetensors"
-    write_atomic(path, lambda new: save_file({n: t.contiguous() for n, t in tensors.items()}, new, header))
-    for old in checkpoints(args)[: -args.keep]:
-        old.unlink()
-    for left in path.parent.glob(".checkpoint_*"):  # by a process killed while it wrote
-        shutil.rmtree(left)
-
-
-def load_checkpoint(args, parameters: dict, ema: dict, optimizer, scaler) -> int:
-    """Fills everything from the run's newest checkpoint -> its step. Tells on stderr which settings are not the run's.
-
-    Raises BadInput where the checkpoint is broken or of another model.
-    """
-    path = checkpoints(args)[-1]
     try:
-        with safe_open(path, framework="pt") as file, torch.no_grad():
-            header = file.metadata()
-            step, settings = int(header["step"]), json.loads(header["settings"])
-            adam = float(header.get("adam", step))
-            for name, p in parameters.items():
-                p.copy_(file.get_tensor(f"weights.{name}"))
-                if ema:
-                    ema[name].copy_(file.get_tensor(f"ema.{name}"))
-                if f"exp_avg.{name}" in file.keys():
-                    moments = {m: torch.empty_like(p).copy_(file.get_tensor(f"{m}.{name}"))
-                               for m in ("exp_avg", "exp_avg_sq")}
-                    optimizer.state[p] = {"step": torch.tensor(adam, device=p.device), **moments}
-            if scaler.is_enabled():
-                scaler.load_state_dict(json.loads(header["scaler"]))
-    except (RuntimeError, KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
-        raise BadInput(f"{path} is broken, or of another model or other settings ({str(error).splitlines()[0]}); "
-                       "give the options of the run, or remove it to go on from the one before") from None
-    now = json.loads(json.dumps(settings_of(args)))
-    if settings.get("identifiers") != now["identifiers"]:
-        raise BadInput(f"the categories of {args.data}, or their identifiers, are not those that the run began with; "
-                       "give the run's --data and --identifier, or train anew to another --out")
-    changed = [f"{name} {settings.get(name)} -> {now[name]}" for name in now if settings.get(name) != now[name]]
-    if changed and processes()[0] == 0:
-        print(f"resumed with other settings than the run's: {', '.join(changed)}", file=sys.stderr)
-    return step
+        with safe_open(list_checkpoints(folder)[-1], framework="pt") as file:
+            return {name: json.loads(text) for name, text in file.metadata().items()}
+    except (IndexError, ValueError, OSError, AttributeError, SafetensorError):
+        return {}
+
+
+class Checkpoints:
+    """A run's checkpoints: weights, averages and Adam's moments in one safetensors file, all else in its header.
+
+    settings: what must stay the same for a resumed run to be the run that was interrupted. identifiers: [D] of each
+    category by name, or None. Random states need no saving: they follow from seed and step.
+    """
+
+    def __init__(self, folder: Path, keep: int, settings: dict, identifiers: dict[str, str] | None):
+        self.folder, self.keep, self.settings, self.identifiers = folder, keep, settings, identifiers
+
+    def save(self, step: int, parameters: dict, ema: dict, optimizer, scaler) -> None:
+        """Writes one, and removes all but the newest `keep`."""
+        tensors = {f"weights.{n}": p.detach() for n, p in parameters.items()} | {f"ema.{n}": p for n, p in ema.items()}
+        for name, p in parameters.items():
+            for moment in ("exp_avg", "exp_avg_sq"):
+                if p in optimizer.state:
+                    tensors[f"{moment}.{name}"] = optimizer.state[p][moment]
+        # Adam counts fewer steps than the run where a scaler skipped some
+        counts = [int(state["step"]) for state in optimizer.state.values()]
+        header = {"step": step, "adam": max(counts, default=0), "settings": self.settings,
+                  "identifiers": self.identifiers, "scaler": scaler.state_dict()}
+        texts = {name: json.dumps(value) for name, value in header.items()}
+        path = self.folder / f"checkpoint_{step:08}.safetensors"
+        write_atomic(path, lambda new: save_file({n: t.contiguous() for n, t in tensors.items()}, new, texts))
+        for old in list_checkpoints(self.folder)[: -self.keep]:
+            old.unlink()
+        for left in self.folder.glob(".checkpoint_*"):  # by a process killed while it wrote
+            shutil.rmtree(left)
+
+    def load(self, parameters: dict, ema: dict, optimizer, scaler) -> int:
+        """Fills everything from the newest one -> its step. Says on stderr which settings have changed.
+
+        Raises BadInput where it is broken, from another model, or from a run whose categories had other identifiers.
+        """
+        path = list_checkpoints(self.folder)[-1]
+        try:
+            with safe_open(path, framework="pt") as file, torch.no_grad():
+                header = {name: json.loads(text) for name, text in file.metadata().items()}
+                adam = float(header.get("adam", header["step"]))
+                for name, p in parameters.items():
+                    p.copy_(file.get_tensor(f"weights.{name}"))
+                    if ema:
+                        ema[name].copy_(file.get_tensor(f"ema.{name}"))
+                    if f"exp_avg.{name}" in file.keys():
+                        moments = {m: torch.empty_like(p).copy_(file.get_tensor(f"{m}.{name}"))
+                                   for m in ("exp_avg", "exp_avg_sq")}
+                        optimizer.state[p] = {"step": torch.tensor(adam, device=p.device), **moments}
+                if scaler.is_enabled():
+                    scaler.load_state_dict(header["scaler"])
+        except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, OSError, SafetensorError) as error:
+            raise BadInput(f"{path} is broken, or from another model or other settings ({str(error).splitlines()[0]}); "
+                           "give the options of the run, or remove it to go on from the one before") from None
+        self.compare(header)
+        return header["step"]
+
+    def compare(self, header: dict) -> None:
+        then, now = header["settings"], json.loads(json.dumps(self.settings))
+        if "identifiers" in header:
+            known, ours = header["identifiers"] or {}, self.identifiers or {}
+            same = all(ours.get(name) == known[name] for name in known)
+        else:  # a checkpoint from before categories could be added to a run
+            same = then.get("identifiers") == fingerprint(self.identifiers)
+        if not same:
+            raise BadInput(f"the categories of {now['data']}, or their identifiers, are not those that the run began "
+                           "with; give the run's --data and --identifier, or train anew to another --out")
+        changed = [f"{name} {then[name]} -> {now[name]}" for name in now if name in then and then[name] != now[name]]
+        if changed and processes()[0] == 0:
+            print(f"resumed with other settings than the run's: {', '.join(changed)}", file=sys.stderr)

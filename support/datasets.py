@@ -1,18 +1,22 @@
-"""Support: lists of ads: BG60k as released, an imagefolder, a folder of categories; not needed to understand the paper."""
+"""Support: lists of ads: BG60k as released, imagefolders, folders of categories; not needed to understand the paper."""
 
 import io
 import json
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from functools import cache
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import torch
+from PIL import Image
 
-from support.files import BadInput, write_atomic
-from support.images import AnyPath, load_mask
+from support.files import BadInput, read_json, write_text
+from support.images import load_mask
+from support.names import is_hidden, is_unicode, nfc, one_line
+from support.opening import FORMATS, AnyPath
 
 MASK_OF_ITEM = "'mask' in metadata.jsonl, or in the folders of masks"  # the remedy for a mask that is no good
 
@@ -49,64 +53,98 @@ def read_items(root: AnyPath, split: str = "bg60k") -> tuple[list[Item], list[st
     BG60k was released. Raises BadInput where the folder is neither, a line can't be read, or over 1% of it is missing.
     """
     root = Path(root)
+    own_format = (root / "metadata.jsonl").is_file()
     if split not in SPLITS:
         raise BadInput(f"--split {split}: must be one of {', '.join(SPLITS)}")
-    if (root / "metadata.jsonl").is_file():
-        items, missing, notes = _read_imagefolder(root)
+    if own_format:
+        items, missing, listed = _read_imagefolder(root)
     elif (root / f"{split}_info.txt").is_file():
-        items, missing, notes = _read_bg60k(root, split)
+        items, missing, listed = _read_bg60k(root, split)
     else:
         raise BadInput(f"{root}: no such data set; expected a folder with metadata.jsonl or with {split}_info.txt and "
                        f"{SPLITS[split]}_imgs_0, {SPLITS[split]}_masks_0, ...")
-    _tolerate(missing, len(items) + len(missing), root)
+    refuse_many_broken(missing, len(items) + len(missing), root)
     if not items:
-        raise BadInput(f"{root}: the data set is empty")
+        raise BadInput(f"{root}: the data set is empty; add lines to its list")
     counts = Counter(item.category for item in items)
     category, largest = counts.most_common(1)[0]
-    own = (root / "metadata.jsonl").is_file()  # where white is the product; what was released is not said to be so
-    if inverted := not own and masks_inverted(items):
+    masks, covered = "masks taken as 1 on the product", masks_inverted(items)
+    if covered and own_format:  # where white is the product; BG60k's release does not say what it is
+        masks += ", though most cover the border: are they white on the background?"
+    elif covered:
+        masks = "masks taken as 1 on the background: inverted, since most cover the border"
         items = [replace(item, inverted=True) for item in items]
-    return items, [
-        f"{len(items):,} images in {len(counts):,} categories" + notes,
+    notes = [
+        f"{len(items):,} images in {len(counts):,} categories, {listed}",
         f"long tail: {sum(n < 10 for n in counts.values()):,} categories with fewer than 10 images, "
         f"{sum(n > 100 for n in counts.values()):,} with more than 100; the largest, {category}, with {largest:,}",
-        "masks taken as 1 on the " + ("background: inverted, since most cover the border" if inverted else "product")
-        + (", though most cover the border: are they white on the background?" * (own and masks_inverted(items))),
+        masks,
         *(f"skipped: {line}" for line in missing),
-        *([f"skipped in all: {len(missing):,}"] if missing else []),
     ]
+    if missing:
+        notes.append(f"skipped in all: {len(missing):,}")
+    return items, notes
 
 
-def _tolerate(broken: list[str], total: int, where: AnyPath) -> None:
-    """Raise BadInput, naming the first, if more than 1% is broken."""
+def refuse_many_broken(broken: list[str], total: int, where: AnyPath) -> None:
+    """Raises BadInput, naming the first, if more than 1% is broken."""
     if len(broken) > BROKEN * total:
-        raise BadInput(f"{where}: {len(broken):,} of {total:,} images can't be used, more than {BROKEN:.0%}; "
-                       f"the first: {broken[0]}")
+        raise BadInput(f"{where}: {len(broken):,} of {total:,} images can't be used, more than {BROKEN:.0%}; mend them "
+                       f"or take them out of the list; the first: {broken[0]}")
+
+
+# ---------------------------------------------------------------- the two formats
 
 
 def _read_imagefolder(root: Path) -> tuple[list[Item], list[str], str]:
     """Items, missing files and a note: metadata.jsonl, one JSON object a line, its paths relative to root."""
-    file, inside = root / "metadata.jsonl", root.resolve()
+    file, folders = root / "metadata.jsonl", {}
     items, missing = [], []
-    for number, line in _lines(file):
+    for number, line in _lines(_read_list(file)):
         try:
             entry = json.loads(line)
-            texts = {key: entry.get(key) for key in ("category", "product", "scene")}
-            files = {key: entry.get(key) for key in ("file_name", "mask", "reference", "reference_mask")}
-            paths = {key: (inside / name).resolve() if name else None for key, name in files.items()}
-        except (ValueError, AttributeError, TypeError) as error:
-            raise BadInput(f"{file}:{number}: not a JSON object of strings ({error})") from error
-        if not paths["file_name"] or not isinstance(texts["category"], str) or not texts["category"].strip():
-            raise BadInput(f"{file}:{number}: needs a file_name and a category")
-        for key, path in paths.items():
-            if path and not path.is_relative_to(inside):
-                raise BadInput(f"{file}:{number}: {key} {files[key]} leaves the folder; move the file into it")
-        if absent := [files[key] for key, path in paths.items() if path and not path.is_file()]:
+            texts = {key: nfc(entry[key]).strip() for key in ("category", "product", "scene") if entry.get(key)}
+            names = {key: entry[key] for key in ("file_name", "mask", "reference", "reference_mask") if entry.get(key)}
+            faults = [f"{key} {name} {fault}" for key, name in names.items() if (fault := fault_of_name(name))]
+        except (ValueError, AttributeError, TypeError, RecursionError) as error:
+            raise BadInput(f"{file}:{number}: not a JSON object of strings ({error}); mend the line") from None
+        if "file_name" not in names or not texts.get("category"):
+            raise BadInput(f"{file}:{number}: needs a file_name and a category; add them")
+        if faults:
+            raise BadInput(f"{file}:{number}: {faults[0]}")
+        if not all(map(is_unicode, texts.values())):
+            raise BadInput(f"{file}:{number}: not UTF-8 text; convert it")
+        paths = {key: find_file(root.absolute(), name, folders) for key, name in names.items()}
+        if absent := [names[key] for key, path in paths.items() if path is None]:
             missing.append(f"{file}:{number}: no file {absent[0]}")
         else:
-            texts["category"] = texts["category"].strip()
-            items.append(Item(image=paths.pop("file_name"), **paths, **texts, line=number))
-    return items, missing, ", listed in metadata.jsonl"
+            image, mask = paths.pop("file_name"), paths.pop("mask", None)
+            items.append(Item(image, mask, **paths, **texts, line=number))
+    return items, missing, "listed in metadata.jsonl"
+
+
+def fault_of_name(name: str) -> str | None:
+    """Why a list may not name a file like this. Links are nobody's fault: they are followed, wherever they lead."""
+    if PureWindowsPath(name).anchor or ".." in PurePosixPath(name).parts:  # C:, C:\\, \\ and / too
+        return "leaves the folder; move the file into it and name it relative to the folder"
+    if "\\" in name:
+        return "holds a backslash; write / between folders"
+    return None
+
+
+def find_file(root: Path, name: str, folders: dict[Path, dict[str, str]]) -> Path | None:
+    """The file `name` in root, or else the one whose name is the same in another of Unicode's spellings.
+
+    `folders` keeps what folders hold, from call to call: their entries by name in NFC.
+    """
+    if os.path.isfile(path := root / name):
+        return path
+    path = root
+    for part in PurePosixPath(name).parts:
+        if path not in folders:
+            folders[path] = {nfc(entry): entry for entry in os.listdir(path)} if os.path.isdir(path) else {}
+        path = path / (part if os.path.exists(path / part) else folders[path].get(nfc(part), part))
+    return path if os.path.isfile(path) else None
 
 
 def _read_bg60k(root: Path, split: str) -> tuple[list[Item], list[str], str]:
@@ -114,7 +152,8 @@ def _read_bg60k(root: Path, split: str) -> tuple[list[Item], list[str], str]:
     file = root / f"{split}_info.txt"
     columns = 3 if split == "bgpair" else 2  # image, (reference,) category: the last may hold any delimiter itself
     images, masks = (_index(root, f"{SPLITS[split]}_{kind}") for kind in ("imgs", "masks"))
-    lines = list(_lines(file))
+    text = _read_list(file)
+    lines = list(_lines(text))
 
     def fields(line: str, delimiter: str | None) -> list[str]:
         row = [cell.strip() for cell in line.split(delimiter, columns - 1)]
@@ -122,19 +161,23 @@ def _read_bg60k(root: Path, split: str) -> tuple[list[Item], list[str], str]:
 
     def find(name: str) -> tuple[Path | None, Path | None]:
         """The image listed as name, which may hold its folder and lack its suffix; and its mask, matched by stem."""
-        path = PurePosixPath(name)
+        path = PurePosixPath(nfc(name))
         image = images.get("/".join(path.parts[-2:])) or images.get(path.name)
         if image is None:
             return None, None
-        folder = image.parent.name.replace("_imgs_", "_masks_")  # of the same number, or else any
-        return image, masks.get(f"{folder}/{image.stem}") or masks.get(image.stem)
+        stem, folder = nfc(image.stem), image.parent.name.replace("_imgs_", "_masks_")
+        # The mask in the folder of the same number, or else in any
+        return image, masks.get(f"{folder}/{stem}") or masks.get(stem)
 
     # The release does not state its delimiter: it is the first that splits (nearly) every line.
-    for delimiter, delimiter_name in (("\t", "tabs"), (",", "commas"), (None, "white space")):
+    names_of_delimiters = {"\t": "tabs", ",": "commas", None: "white space"}
+    for delimiter in names_of_delimiters:
         if sum(not fields(line, delimiter) for _, line in lines) <= BROKEN * len(lines):
             break
     else:
-        raise BadInput(f"{file}: expected {columns} columns on each line, separated by tab, comma or white space")
+        what = (f"expected {columns} columns on each line, separated by tab, comma or white space" if is_unicode(text)
+                else "not UTF-8 text; convert it")
+        raise BadInput(f"{file}: {what}")
 
     items, missing = [], []
     for number, line in lines:
@@ -142,38 +185,54 @@ def _read_bg60k(root: Path, split: str) -> tuple[list[Item], list[str], str]:
             missing.append(f"{file}:{number}: not {columns} columns")
             continue
         *names, category = row
+        if not is_unicode(category):
+            raise BadInput(f"{file}:{number}: not UTF-8 text; convert it")
+        if faults := [f"{name} {fault}" for name in names if (fault := fault_of_name(name))]:
+            raise BadInput(f"{file}:{number}: {faults[0]}")
         paths = [path for name in names for path in find(name)]  # image, mask, (reference, its mask)
         if None in paths:
             i = paths.index(None)
             missing.append(f"{file}:{number}: no single {('image', 'mask for')[i % 2]} {names[i // 2]}")
         else:
-            items.append(Item(*paths[:2], category, *paths[2:], line=number))
-    return items, missing, f", columns separated by {delimiter_name}"
+            items.append(Item(*paths[:2], nfc(category), *paths[2:], line=number))
+    return items, missing, f"columns separated by {names_of_delimiters[delimiter]}"
 
 
-def _lines(file: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a UTF-8 file that aren't blank, with their numbers."""
+def _read_list(file: Path) -> str:
+    """A list as text. Names may hold bytes that are no UTF-8, as surrogates; Windows programs' UTF-16 is read too."""
+    content = file.read_bytes()
     try:
-        with open(file, encoding="utf-8-sig") as lines:
-            yield from ((number, line.strip()) for number, line in enumerate(lines, 1) if line.strip())
-    except UnicodeDecodeError:
-        raise BadInput(f"{file}: not UTF-8 text; convert it") from None
+        text = content.decode(json.detect_encoding(content), "surrogateescape")
+    except UnicodeError:
+        text = "\0"
+    if "\0" in text:
+        raise BadInput(f"{file}: not UTF-8 text; convert it")
+    return text
+
+
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    """The lines that aren't blank, with their numbers."""
+    return ((number, line.strip()) for number, line in enumerate(io.StringIO(text, newline=None), 1) if line.strip())
 
 
 def _index(root: Path, prefix: str) -> dict[str, Path | None]:
-    """Every file of the folders prefix_0, prefix_1, ..., by name and by stem, each with and without its folder.
+    """Every file of the folders prefix_0, prefix_1, ..., by name and, of pictures, by stem, each with and without its
+    folder, in NFC.
 
     None where two files share the key: a wrong image would be worse than none.
     """
     index: dict[str, Path | None] = {}
     for folder in os.scandir(root):
         if folder.is_dir() and re.fullmatch(prefix + r"_\d+", folder.name):
-            for file in os.scandir(folder):
-                path = Path(file.path)
-                for key in {path.name, path.stem, f"{folder.name}/{path.name}", f"{folder.name}/{path.stem}"}:
+            for file in _visible(folder.path):
+                if not file.is_file():
+                    continue
+                path, name = Path(file.path), nfc(file.name)
+                names = {name, PurePosixPath(name).stem} if is_picture(name) else {name}
+                for key in names | {f"{folder.name}/{name}" for name in names}:
                     index[key] = None if key in index else path
     if not index:
-        raise BadInput(f"{root}: expected files in folders {prefix}_0, {prefix}_1, ...")
+        raise BadInput(f"{root}: no files in folders {prefix}_0, {prefix}_1, ...; name the folder that holds these")
     return index
 
 
@@ -195,37 +254,108 @@ def categories_of(items: list[Item]) -> list[str]:
     return sorted({item.category for item in items})
 
 
-def list_folder(root: Path) -> int:
+def read_identifiers(file: Path) -> dict[str, str]:
+    """The identifier of each category that is saved with CG and PG in categories.json."""
+    return {nfc(name): identifier for name, identifier in read_json(file).items()}
+
+
+# ---------------------------------------------------------------- a folder of categories
+
+
+@cache
+def _suffixes() -> set[str]:
+    """Of all picture files that we read."""
+    formats = (*FORMATS, "MPO")  # the JPEG of many phones
+    return {suffix for suffix, name in Image.registered_extensions().items() if name in formats}
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file is one of the pictures that we read, by its suffix."""
+    return PurePosixPath(name).suffix.lower() in _suffixes()
+
+
+def _visible(folder: AnyPath) -> list[os.DirEntry]:
+    """What a folder holds, sorted by name, without hidden files and those of operating systems."""
+    return sorted((entry for entry in os.scandir(folder) if not is_hidden(entry.name)), key=lambda entry: entry.name)
+
+
+def list_folder(root: Path) -> list[str]:
     """Writes metadata.jsonl for pictures that lie as CATEGORY/NAME.*, each with its mask as CATEGORY/NAME_mask.* or as
-    its alpha channel -> how many. Raises BadInput where there is none, or a list already.
+    its alpha channel -> notes for people: how many, what was left out. Raises BadInput where there is none, or a list
+    already.
     """
-    file, suffixes = root / "metadata.jsonl", (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+    file, expected = root / "metadata.jsonl", f"expected {root / 'mug' / 'any_name.png'} and others"
+    if not root.is_dir():
+        raise BadInput(f"{root}: no such folder; {expected}")
     if file.exists():
         raise BadInput(f"{file} is there already; remove it to list the folder again")
-    pictures = [path for path in sorted(root.glob("*/*")) if path.suffix.lower() in suffixes]
-    masks = {path.with_suffix(""): path for path in pictures if path.stem.endswith("_mask")}
-    lines = []
-    for path in pictures:
-        if not path.stem.endswith("_mask"):
-            mask = masks.get(path.with_name(f"{path.stem}_mask"))
-            names = {"file_name": path, **({"mask": mask} if mask else {})}
-            line = {key: name.relative_to(root).as_posix() for key, name in names.items()}
-            lines.append(line | {"category": path.parent.name})
+    lines: list[dict] = []
+    left_out: dict[str, list[str]] = defaultdict(list)  # files by reason
+    for folder in _visible(root):
+        if folder.is_dir():
+            lines += _list_category(folder, left_out)
+        else:
+            left_out["not in the folder of a category"].append(folder.name)
+    notes = []
+    if any(left_out.values()):
+        reasons = (f"{len(names):,} {reason}, such as {names[0]}" for reason, names in left_out.items() if names)
+        notes.append(one_line(f"left out: {sum(map(len, left_out.values())):,} files: {'; '.join(reasons)}"))
     if not lines:
-        raise BadInput(f"{root}: no pictures in folders of categories; expected {root / 'mug' / 'any_name.png'} and others")
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    write_atomic(file, lambda new: new.write_text(text, encoding="utf-8"))
-    return len(lines)
+        raise BadInput("; ".join([f"{root}: no pictures in folders of categories", expected, *notes]))
+    write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), file)
+    return [f"{len(lines):,} pictures listed in {file}", *notes]
+
+
+def _list_category(folder: os.DirEntry, left_out: dict[str, list[str]]) -> list[dict]:
+    """The lines of metadata.jsonl for a category's folder; adds the files that it does not list to left_out."""
+    stems = {}  # picture: its name without the suffix
+    for entry in _visible(folder):
+        name = f"{folder.name}/{entry.name}"
+        if entry.is_dir():
+            left_out["in deeper folders"] += [f"{name}/{file}" for file in _files_below(entry)]
+        elif not entry.is_file():
+            left_out["that are links to nothing"].append(name)
+        elif not is_picture(name):
+            left_out[f"of other formats than {', '.join(FORMATS)}"].append(name)
+        elif fault_of_name(name) or not is_unicode(folder.name):
+            left_out["to be renamed: they have a backslash, or a folder whose name is no UTF-8"].append(name)
+        else:
+            stems[name] = nfc(PurePosixPath(entry.name).stem)
+    # NAME_mask.* is a mask where NAME.* lies beside it, else a product that is called so
+    beside = {*stems.values()}
+    masks = {stem: name for name, stem in stems.items()
+             if stem.endswith("_mask") and stem.removesuffix("_mask") in beside}
+    lines = []
+    for name, stem in stems.items():
+        if stem not in masks:
+            mask = {"mask": masks[f"{stem}_mask"]} if f"{stem}_mask" in masks else {}
+            lines.append({"file_name": name} | mask | {"category": nfc(folder.name)})
+    listed = {line.get(key) for line in lines for key in ("file_name", "mask")}
+    left_out["that are a second mask"] += [name for name in stems if name not in listed]
+    return lines
+
+
+def _files_below(folder: AnyPath) -> Iterator[str]:
+    """The paths, relative to a folder, of what lies in it and deeper. Links to folders are not followed: they may lead
+    round in a circle.
+    """
+    for entry in _visible(folder):
+        if entry.is_dir(follow_symlinks=False):
+            yield from (f"{entry.name}/{file}" for file in _files_below(entry))
+        else:
+            yield entry.name
 
 
 def drop_lines(file: Path, numbers: set[int]) -> Path:
     """Takes lines (counted from 1) out of a data set's list -> where all that it ever held are kept: FILE.all."""
-    kept, text = file.with_name(file.name + ".all"), file.read_text(encoding="utf-8")
-    before = kept.read_text(encoding="utf-8") if kept.exists() else ""
-    before += "\n" * (before[-1:] not in ("", "\n"))
-    known = set(before.split("\n"))
-    whole = before + "".join(line for line in io.StringIO(text) if line.rstrip("\n") not in known)
-    write_atomic(kept, lambda new: new.write_text(whole, encoding="utf-8"))
-    left = "".join(line for i, line in enumerate(io.StringIO(text), 1) if i not in numbers)
-    write_atomic(file, lambda new: new.write_text(left, encoding="utf-8"))
+    kept = file.with_name(file.name + ".all")
+    lines, before = [*io.StringIO(_read_list(file), newline="")], ""  # with their ends, as they are
+    if kept.exists():
+        before = _read_list(kept)
+        before += "" if before.endswith("\n") else "\n"
+    known = {line.rstrip("\r\n") for line in io.StringIO(before, newline="")}
+    ever = before + "".join(line for line in lines if line.rstrip("\r\n") not in known)
+    left = "".join(line for number, line in enumerate(lines, 1) if number not in numbers)
+    write_text(ever, kept, "surrogateescape")
+    write_text(left, file, "surrogateescape")
     return kept

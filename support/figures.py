@@ -8,46 +8,77 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Generator, Tensor
 
 from support.datasets import Item
-from support.images import load_masked, open_image, thumbnail
+from support.images import load_masked, thumbnail
+from support.opening import open_image
+
+TINY = 1e-300  # divides what has no spread: n equal points
 
 
 def tsne(x: Tensor, perplexity: float = 30.0, steps: int = 500) -> Tensor:
-    """t-SNE (van der Maaten and Hinton 2008), exact. (n, d) -> (n, 2).
+    """t-SNE (van der Maaten and Hinton 2008), exact. (n, d) -> (n, 2), both d and n at least 2.
 
-    Each point's neighbours get probabilities by a Gaussian whose width gives them the wanted perplexity; positions are
-    moved until Student-t similarities match them. Starts from the two principal components.
+    The positions y minimise KL(P ‖ Q): P holds how likely points are neighbours among the x, Q the same among the y,
+    by Student's t. Gradient descent with momentum, from the two principal components, in the usual two phases: in the
+    first quarter P is exaggerated, so that neighbours find each other. Only steps downhill are taken, so that the
+    descent cannot diverge: after each the rate grows, after a refused one it is halved and the momentum is dropped.
     """
-    x = x.double()
-    n, d2 = len(x), torch.cdist(x, x).square()  # (n, n)
-    apart = ~torch.eye(n, dtype=torch.bool)
-    low, high = torch.zeros(n, 1).double(), torch.full((n, 1), 1e6).double() / d2.mean()
-    for _ in range(60):  # bisection on the Gaussians' precisions
-        beta = (low + high) / 2
-        P = (-beta * (d2 - d2.masked_fill(~apart, math.inf).amin(1, keepdim=True))).exp() * apart
-        P = P / P.sum(1, keepdim=True)
-        wide = -(P * P.clamp(min=1e-12).log()).sum(1, keepdim=True) > math.log(min(perplexity, (n - 1) / 3))
-        low, high = torch.where(wide, beta, low), torch.where(wide, high, beta)
-    P = (P + P.T) / (2 * n)
-    y = (x - x.mean(0)) @ torch.linalg.svd(x - x.mean(0), full_matrices=False).Vh[:2].T
-    y, velocity = 1e-2 * y / y.std(), torch.zeros(n, 2).double()
-    for step in range(steps):
-        w = apart / (1 + torch.cdist(y, y).square())
-        force = ((12 if step < steps // 4 else 1) * P - w / w.sum()) * w  # exaggerated at first
-        gradient = 4 * (force.sum(1, keepdim=True) * y - force @ y)
-        velocity = (0.5 if step < steps // 4 else 0.8) * velocity - max(n / 12, 20) * gradient
-        y = y + velocity
+    P, n = neighbour_probabilities(x.double(), perplexity), len(x)
+    U, S, _ = torch.linalg.svd(x.double() - x.double().mean(dim=0), full_matrices=False)
+    y = (U * S)[:, :2]
+    y = 1e-2 * y / y.std().clamp(min=TINY)
+    for exaggeration, count in ((12, steps // 4), (1, steps - steps // 4)):
+        # parts equal points, and those that lie on one line, which no gradient parts
+        y = y + 1e-4 * torch.randn(n, 2, dtype=torch.float64, generator=Generator().manual_seed(0))
+        loss, gradient = tsne_loss(y, P, exaggeration)
+        velocity, rate = torch.zeros_like(y), n / 48
+        for _ in range(count):
+            velocity = 0.9 * velocity - rate * gradient
+            moved_loss, moved_gradient = tsne_loss(y + velocity, P, exaggeration)
+            if moved_loss <= loss:
+                y, loss, gradient, rate = y + velocity, moved_loss, moved_gradient, 1.05 * rate
+            else:
+                velocity, rate = torch.zeros_like(y), rate / 2
     return y.float()
 
 
+def neighbour_probabilities(x: Tensor, perplexity: float) -> Tensor:
+    """P of t-SNE: how likely two points are neighbours; symmetric, and its sum is 1. (n, d) -> (n, n)
+
+    A Gaussian around each point weighs the others. It is as wide as gives them the wanted perplexity, which is at most
+    (n − 1) / 3.
+    """
+    n, d2 = len(x), torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").square()
+    d2 = d2 / d2.mean().clamp(min=TINY)
+    d2.fill_diagonal_(math.inf)  # no point is its own neighbour
+    low, high = torch.full((n, 1), -30.0).to(d2), torch.full((n, 1), 30.0).to(d2)
+    for _ in range(60):  # bisection on the logarithm of the Gaussians' precisions
+        middle = (low + high) / 2
+        P = torch.softmax(-middle.exp() * d2, dim=1)
+        wide = torch.special.entr(P).sum(dim=1, keepdim=True) > math.log(min(perplexity, (n - 1) / 3))
+        low, high = torch.where(wide, middle, low), torch.where(wide, high, middle)
+    return (P + P.T) / (2 * n)
+
+
+def tsne_loss(y: Tensor, P: Tensor, exaggeration: float = 1.0) -> tuple[Tensor, Tensor]:
+    """KL(P ‖ Q) of positions y (n, 2), up to the entropy of P, which is constant, and its gradient (n, 2).
+
+    Q = w / Σ w with w = 1 / (1 + d²), so that −Σ P log Q = Σ P log(1 + d²) + log Σ w. exaggeration multiplies P.
+    """
+    d2 = torch.cdist(y, y).square()
+    w = (1 / (1 + d2)).fill_diagonal_(0)
+    force = 4 * (exaggeration * P - w / w.sum()) * w
+    return exaggeration * (P * d2.log1p()).sum() + w.sum().log(), force.sum(dim=1, keepdim=True) * y - force @ y
+
+
 def scatter(y: Tensor, kinds: list[tuple[str, str]], categories: list[str], side: int = 900) -> Image.Image:
-    """Points (n, 2) as Fig. 5a draws them: centres as circles, CG's as triangles, ControlNet's as squares, a colour a
-    category.
+    """Points (n, 2) as Fig. 5a draws them, in a colour for each category: centres are circles, CG's points triangles,
+    ControlNet's squares.
     """
     scale, edge, legend = 2, 40, 230  # drawn at twice the size
     page = Image.new("RGB", ((side + legend) * scale, side * scale), "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(18 * scale)
     low, high = y.amin(0), y.amax(0)
-    place = ((y - low) / (high - low) * (side - 2 * edge) + edge).tolist()
+    place = ((y - low) / (high - low).clamp(min=1e-30) * (side - 2 * edge) + edge).tolist()
     colours = {c: f"hsl({360 * i // len(categories)}, 75%, 45%)" for i, c in enumerate(categories)}
 
     def mark(kind: str, x: float, y: float, colour: str) -> None:
@@ -78,7 +109,9 @@ def cutout_of(item: Item) -> Tensor:
     return rgb * mask + 1 - mask
 
 
-def drawn(items: list, count: int) -> list:
-    """`count` of the items, the same ones every time; not at even distances: lists often go round the categories."""
+def choose(items: list, count: int) -> list:
+    """Some of the items at random, the same ones every time. Evenly spaced ones would not do: lists often go round the
+    categories.
+    """
     chosen = torch.randperm(len(items), generator=Generator().manual_seed(0))[:count]
     return [items[i] for i in sorted(chosen.tolist())]

@@ -1,21 +1,25 @@
-"""Support: errors of use, atomic writing, JSON, devices and processes, kinds of options; not needed to understand the paper."""
+"""Support: errors of use, files written whole, JSON, tensors; not needed to understand the paper."""
 
-import argparse
+import errno
+import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
+import socket
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from support.names import one_line
 
 UMASK = os.umask(0)
 os.umask(UMASK)  # there is no way to read it but to set it
@@ -27,92 +31,97 @@ class BadInput(ValueError):
     """An error of use. Its message is one line that names the file or option and the remedy; programs exit with 2."""
 
 
+REMEDIES = {  # for what an operating system may answer; the last is for all other answers
+    errno.ENOSPC: "make room, or choose another place",
+    errno.EDQUOT: "make room, or choose another place",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOENT: "check the path",
+    errno.EMFILE: "raise the limit of open files (ulimit -n), or give fewer --workers",
+    None: "check its permissions and the disk, or choose another place",
+}
+
+
+def explain(error: Exception) -> str | None:
+    """The line that says what is wrong and what to do, for an error that the user can mend; None for a bug of ours."""
+    if isinstance(error, BadInput):
+        return str(error).split("BadInput: ")[-1].strip()  # a DataLoader's worker puts its traceback in front
+    if isinstance(error, torch.OutOfMemoryError):
+        return "the GPU's memory is full; lower --batch (in training --micro-batch) or --size"
+    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "can't allocate memory" in str(error):
+        return "the memory is full; lower --batch (in training --micro-batch) or --size"
+    if isinstance(error, SafetensorError):
+        return f"{error}; make room, or choose another place"
+    if isinstance(error, UnicodeError):
+        return f"{error}; rename the file, or write the text as UTF-8"
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror or error}; {REMEDIES.get(error.errno, REMEDIES[None])}"
+    return None
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Around a program's main: BadInput, a full GPU and a file system that refuses become one line on stderr and exit
-    status 2, no traceback.
+    """Around a program's main: errors of use become one line on stderr and exit status 2, Ctrl-C one line and 130.
+
+    Also lets stdout and stderr print every name: what a console can't show, or is no Unicode, is printed as an escape.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's has none
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
-    except BadInput as error:
-        # A DataLoader's worker puts its traceback and the error's name before the message
-        print("error:", str(error).strip().splitlines()[-1].split("BadInput: ")[-1], file=sys.stderr)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("interrupted; what was written is whole, and the same command can be given again", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:  # as by `| head`: who read our output has left, and there is no one to say it to
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
+    except Exception as error:
+        if (message := explain(error)) is None:
+            raise
+        print("error:", one_line(message), file=sys.stderr)
         raise SystemExit(2) from None
-    except torch.OutOfMemoryError:
-        print("error: the GPU's memory is full; lower --batch (in training --micro-batch) or --size", file=sys.stderr)
-        raise SystemExit(2) from None
-    except (OSError, SafetensorError) as error:  # no room or no permission, or a name that is too long
-        where = f"{name}: " if (name := getattr(error, "filename", None)) else ""
-        print(f"error: {where}{getattr(error, 'strerror', None) or error}; make room, or choose another place",
-              file=sys.stderr)
-        raise SystemExit(2) from None
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are BadInput, without the usage."""
-
-    def error(self, message: str) -> None:
-        raise BadInput(message)
-
-
-def number(kind: type, low: float, high: float, text: str):
-    """An option's value within [low, high]."""
-    try:
-        value = kind(text)
-    except ValueError:
-        value = None
-    if value is None or not low <= value <= high:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a {'whole ' * (kind is int)}number from {low} to {high}")
-    return value
-
-
-def whole(low: int, high: int):
-    return partial(number, int, low, high)
-
-
-def real(low: float, high: float):
-    return partial(number, float, low, high)
 
 
 # ---------------------------------------------------------------- writing
 
 
-def check_folder(out: Path, option: str = "--out") -> None:
-    """Raises BadInput where an option's output folder can't be made or written to."""
-    nearest = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        what = "read-only" if nearest.is_dir() else "a file"
-        raise BadInput(f"{option} {out}: {nearest} is {what}; choose another folder")
-
-
 def write_atomic(path: Path | str, write: Callable[[Path], None]) -> None:
-    """Calls write(temporary) and renames: `path` is either the old file or the whole new one, never a part.
+    """Calls write(temporary) and renames: `path` is either the old file or the whole new one, never a part, even after
+    a power cut.
 
     `write` may make a file or a folder; a folder replaces the old one, and is missing between two renames. Raises
     BadInput where the old one holds more than the new one: that would be lost.
     """
     path = Path(path)
+    if path.is_dir():
+        path = path.resolve()  # a link to a folder, perhaps on a larger disk, stays one
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        sweep(path.parent)
+        scratch = Path(tempfile.mkdtemp(prefix=f".scratch-{_host()}-{os.getpid()}-", dir=path.parent))
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
         raise BadInput(f"{path}: can't be written ({error.strerror or error}); choose another output path") from None
     try:
-        new, old = scratch / path.name, scratch / "old"
+        new, old = scratch / "new", scratch / "old" / path.name
         write(new)
         for file in (new, *new.rglob("*")):
             if file.is_file():
                 file.chmod(0o666 & ~UMASK)  # safetensors writes files that only their owner may read
+            _sync(file)
         try:
             if new.is_dir() and path.is_dir():
                 if others := sorted({file.name for file in path.iterdir()} - {file.name for file in new.iterdir()}):
                     raise BadInput(f"{path} would be replaced, and holds {others[0]} too; choose another output path")
+                old.parent.mkdir()
                 os.replace(path, old)
             os.replace(new, path)
         except BaseException:  # an interrupt too
             if old.exists() and not path.exists():
                 os.replace(old, path)
             raise
+        _sync(path.parent)
     except (IsADirectoryError, NotADirectoryError):
         raise BadInput(f"{path} is a {'folder' if path.is_dir() else 'file'} where the other is to be written; "
                        "choose another output path") from None
@@ -120,10 +129,83 @@ def write_atomic(path: Path | str, write: Callable[[Path], None]) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+# What a file system answers that can't do it, or where we may write to a folder but not open it
+NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file's content, or a folder's list of names, is on the disk, where the file system can say so."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise
+
+
+def _host() -> str:
+    """Within what a process's number means that process: this machine, or this container."""
+    namespace = Path("/proc/self/ns/pid")
+    name = socket.gethostname() + (os.readlink(namespace) if namespace.is_symlink() else "")
+    return hashlib.blake2b(name.encode(), digest_size=4).hexdigest()
+
+
+DAY = 24 * 60 * 60  # seconds: on other machines, whose processes we can't see, so old a scratch folder is abandoned
+
+_swept: set[Path] = set()  # folders, in this process
+
+
+def sweep(folder: Path) -> None:
+    """Removes the scratch folders that killed processes have left in a folder, once per process; write_atomic does it.
+
+    What lay in the place of a folder that was being replaced is put back there.
+    """
+    if folder in _swept:
+        return
+    _swept.add(folder)
+    for scratch in folder.glob(".scratch-*"):
+        if _abandoned(scratch):
+            for old in scratch.glob("old/*"):
+                if not (folder / old.name).exists():
+                    os.replace(old, folder / old.name)
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _abandoned(scratch: Path) -> bool:
+    """Whether the process that made a scratch folder has ended, or on another machine: whether the folder is old."""
+    owner = re.fullmatch(r"\.scratch-([0-9a-f]{8})-(\d+)-\w+", scratch.name)
+    try:
+        if owner and scratch.stat().st_mtime > time.time() - DAY:
+            if owner[1] != _host():
+                return False
+            os.kill(int(owner[2]), 0)  # sends nothing, and finds out whether there is such a process
+            return False
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False  # another user's, or gone by now
+    return owner is not None
+
+
+def write_text(text: str, path: Path, odd_bytes: str = "backslashreplace") -> None:
+    """Writes a UTF-8 file, atomically. The odd bytes of names that are no UTF-8 become JSON's escapes, or what Python's
+    error handler `odd_bytes` makes of them: "surrogateescape" writes them as they are.
+    """
+    write_atomic(path, lambda new: new.write_bytes(text.encode("utf-8", odd_bytes)))
+
+
 def write_json(content: object, path: Path) -> None:
     """Writes a JSON file, atomically."""
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    write_atomic(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
+    write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", path)
+
+
+def append_line(entry: dict, file: Path) -> None:
+    """Adds a line to a JSON-lines file, which read_log reads."""
+    with open(file, "ab") as lines:
+        lines.write(json.dumps(entry, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
 
 
 # ---------------------------------------------------------------- reading
@@ -131,25 +213,33 @@ def write_json(content: object, path: Path) -> None:
 
 def read_log(file: Path) -> list[dict]:
     """The lines of a JSON-lines file that a program appends to; none where there is no file. One that a killed process
-    has left unfinished is cut off.
+    has left unfinished is cut off. Raises BadInput for a line that is no JSON object.
     """
-    text = file.read_bytes() if file.exists() else b""
-    whole = text[: text.rfind(b"\n") + 1]
-    if whole != text:
-        write_atomic(file, lambda new: new.write_bytes(whole))
-    return [json.loads(line) for line in whole.splitlines()]
+    content = file.read_bytes() if file.exists() else b""
+    finished = content[: content.rfind(b"\n") + 1]
+    if finished != content:
+        write_atomic(file, lambda new: new.write_bytes(finished))
+    entries = []
+    for number, line in enumerate(finished.splitlines(), 1):
+        try:
+            entries.append(json.loads(line))
+        except ValueError as error:
+            raise BadInput(f"{file}:{number} can't be read as JSON ({error}); remove that line") from None
+        if not isinstance(entries[-1], dict):
+            raise BadInput(f"{file}:{number} does not hold a JSON object; remove that line")
+    return entries
 
 
 def read_json(path: Path) -> dict:
     """The object in a JSON file. Raises BadInput where it is missing or holds none."""
     try:
-        content = json.loads(path.read_bytes())  # UTF-8, 16 or 32, with or without the mark that editors put in front
+        content = json.loads(path.read_bytes())  # of bytes: UTF-8 or UTF-16, with a byte order mark or without
     except FileNotFoundError:
         raise BadInput(f"{path} is missing; is {path.parent} a complete folder of weights?") from None
-    except (ValueError, OSError) as error:
-        raise BadInput(f"{path} can't be read as JSON ({error}); download it again") from None
+    except (ValueError, OSError, RecursionError) as error:
+        raise BadInput(f"{path} can't be read as JSON ({error}); mend it, or get it again") from None
     if not isinstance(content, dict):
-        raise BadInput(f"{path} does not hold a JSON object; download it again")
+        raise BadInput(f"{path} does not hold a JSON object; mend it, or get it again")
     return content
 
 
@@ -172,77 +262,3 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise BadInput(f"{path} is missing; check the path, or download the weights again") from None
     except (SafetensorError, OSError) as error:
         raise BadInput(f"{path} is not a whole safetensors file ({error}); download it again") from None
-
-
-# ---------------------------------------------------------------- device and processes
-
-
-def pick_device(name: str) -> str:
-    """A device that is here; 'auto' is a GPU where there is one; 'cuda' is, under torchrun, this process's own.
-
-    Raises BadInput for one that isn't here.
-    """
-    given = name
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try:
-        torch.ones(1, device=name).item()  # "meta" has no values
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise BadInput(f"--device {given}: no such device here; choose auto, cpu"
-                       f"{', cuda' * torch.cuda.is_available()}") from None
-    return name
-
-
-def processes() -> tuple[int, int]:
-    """This process's rank and how many there are, as torchrun says."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def pick_dtype(name: str, device: str) -> torch.dtype:
-    """--dtype, with "auto" settled for the device: half precision where the hardware multiplies it."""
-    if name == "auto":
-        name = "float16" if device.startswith("cuda") else "float32"
-        name = "bfloat16" if device == "cpu" and native_bfloat16() else name
-    return getattr(torch, name)
-
-
-def native_bfloat16() -> bool:
-    """Whether the CPU multiplies bfloat16 in hardware, by Linux's list of its features."""
-    try:
-        return not {"avx512_bf16", "amx_bf16"}.isdisjoint(Path("/proc/cpuinfo").read_text().split())
-    except OSError:
-        return False
-
-
-def one_for_each(values: list | None, others: list | None, option: str, other: str) -> list:
-    """One value of an option for each of another's. Raises BadInput unless the option was given zero times, once, or once
-    for each.
-    """
-    values, count = values or [None], len(others or ())
-    if len(values) not in (1, count) or (option.endswith("mask") and values[0] and len(values) != count):
-        raise BadInput(f"{option}: {len(values)} given for {count} of {other}; give one for each")
-    return values * count if len(values) == 1 else values
-
-
-def check_together(args, exclusive: list[tuple[str, ...]] = (), needed: list[tuple[str, str]] = ()) -> None:
-    """Raises BadInput where options of one group of `exclusive` are given together, or the first of a pair in `needed`
-    without the second.
-    """
-    def given(option: str) -> bool:
-        return getattr(args, option) not in (None, False)
-
-    for group in exclusive:
-        if len(some := [f"--{option.replace('_', '-')}" for option in group if given(option)]) > 1:
-            raise BadInput(f"{some[0]} and {some[1]} exclude each other; leave one out")
-    for option, other in needed:
-        if given(option) and not given(other):
-            raise BadInput(f"--{option.replace('_', '-')} goes with --{other}; add that one")

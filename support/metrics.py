@@ -1,13 +1,55 @@
-"""Support: CLIP similarity, Fréchet distance, their intervals; not needed to understand the paper."""
+"""Support: embeddings, CLIP similarity, Fréchet distance and their intervals; not needed to understand the paper."""
 
 import math
+import sys
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
+from tqdm import tqdm
+
+from clip import CLIP
+from support.cache import compute_once, file_fingerprint, weights_fingerprint
+from support.datasets import MASK_OF_ITEM, Item
+from support.files import BadInput
+from support.images import load_masked, to_tensor
+from support.opening import open_image
 
 RESAMPLES = 200  # of the bootstrap
+
+
+def embed_pictures(clip: CLIP, paths: list[Path], items: list[Item] | None, folder: Path) -> Tensor:
+    """CLIP embeddings of pictures, not normalised: (n, d), computed once and kept in `folder`.
+
+    With the items that the pictures were painted for, those of the backgrounds alone, I ⊗ (1 − M). A picture that can't
+    be read is named, and its embedding is NaN.
+    """
+    device = clip.visual_projection.weight.device
+
+    def preprocessed(path: Path, item: Item | None) -> Tensor:
+        try:
+            picture = to_tensor(open_image(path).convert("RGB"))
+            if item:
+                picture *= 1 - load_masked(item.image, item.mask, "image", MASK_OF_ITEM, item.inverted)[1]
+        except BadInput as error:
+            print(f"skipped: {error}", file=sys.stderr)
+            picture = torch.full((3, 8, 8), math.nan)
+        return clip.preprocess(picture[None].to(device))
+
+    @torch.no_grad()
+    def compute() -> dict[str, Tensor]:
+        pairs = list(zip(paths, items or [None] * len(paths)))
+        bar = tqdm(range(0, len(pairs), 64), "embedding", unit="batch", disable=not sys.stderr.isatty())
+        batches = (torch.cat([preprocessed(*pair) for pair in pairs[k : k + 64]]) for k in bar)
+        return {"embeddings": torch.cat([clip.encode_image(batch).cpu() for batch in batches])}
+
+    masks = [[file_fingerprint(item.image), file_fingerprint(item.mask), item.inverted] for item in items or ()]
+    key = [weights_fingerprint(clip), [file_fingerprint(path) for path in paths], masks]
+    return compute_once(folder, key, compute)["embeddings"]
 
 
 def similarity(x: Tensor, y: Tensor) -> Tensor:
@@ -19,26 +61,26 @@ def frechet(x: Tensor, y: Tensor) -> Tensor:
     """Fréchet distance between Gaussians fitted to two sets of embeddings. (n, d), (m, d) -> ().
 
     ‖μ_x − μ_y‖² + tr Σ_x + tr Σ_y − 2 tr (Σ_x Σ_y)^½. With Σ_x = AᵀA and Σ_y = BᵀB the last trace is the sum of the
-    singular values of A Bᵀ: no root of a matrix, and exact where there are fewer samples than dimensions too.
+    singular values of A Bᵀ: this needs no matrix square root, and is exact for fewer samples than dimensions too.
     """
     (A, mu_x), (B, mu_y) = map(_root, (x.double(), y.double()))
     traces = A.square().sum() + B.square().sum() - 2 * torch.linalg.svdvals(A @ B.T).sum()
-    return ((mu_x - mu_y).square().sum() + traces).clamp(min=0)  # of equal sets rounding makes it less
+    return ((mu_x - mu_y).square().sum() + traces).clamp(min=0)  # rounding can make it negative where both are equal
 
 
 def _root(x: Tensor) -> tuple[Tensor, Tensor]:
-    """A with AᵀA = the covariance of x (n, d), of at most d rows, and the mean (d,)."""
+    """A with at most d rows, such that AᵀA is the covariance of x (n, d), and the mean (d,)."""
     mu = x.mean(dim=0)
     A = (x - mu) / math.sqrt(len(x) - 1)
     return (torch.linalg.qr(A).R if len(x) > x.shape[1] else A), mu
 
 
 def joint_frechet(x: Tensor, y: Tensor, conditions: Tensor) -> Tensor:
-    """Fréchet distance of embeddings together with what they were painted for. (n, d), (n, d), (n, c) -> ()
+    """Fréchet distance between embeddings joined with what they were painted for. (n, d), (n, d), (n, c) -> ()
 
-    The plain distance compares two sets, whichever picture belongs to whichever product. This one is of the vectors
-    (embedding, α · condition), where x and y share their conditions: covariances between the two parts tell what
-    follows what. α gives both parts the same mean length. DeVries et al. 2019 (FJD).
+    The plain distance compares two sets and ignores which picture belongs to which product. This one compares the
+    vectors (embedding, α · condition), where x and y share their conditions, so that the covariances between the two
+    parts count too. α gives both parts the same mean length. DeVries et al. 2019 (FJD).
     """
     h = conditions.to(x)
     h = h * y.norm(dim=1).mean() / h.norm(dim=1).mean()
@@ -49,8 +91,48 @@ def interval(statistic: Callable[[Tensor], Tensor], n: int, resamples: int = RES
     """A statistic of n items, statistic(indices), and half the width of its 95% interval.
 
     1.96 times its standard deviation over bootstrap samples, n items drawn with replacement. Not their percentiles: a
-    sample with repetitions is less varied, which raises every Fréchet distance above the one that is reported.
+    sample with repetitions varies less, which puts every Fréchet distance above the one that is reported.
     """
     generator = Generator().manual_seed(0)
     values = [statistic(torch.randint(n, (n,), generator=generator)) for _ in range(resamples)]
     return float(statistic(torch.arange(n))), 1.96 * float(torch.stack(values).std())
+
+
+class Measured(NamedTuple):
+    """A method's pictures of the items `kept`, as embeddings. Its metrics take the rows (n,) that they are to use."""
+
+    kept: list[int]
+    similarities: Tensor  # (n,): to the originals (Table 1) or to the references
+    painted: Tensor  # (n, d)
+    originals: Tensor  # (n, d)
+    categories: Tensor  # (n, C), one-hot
+
+    def similarity(self, rows: Tensor) -> Tensor:
+        return self.similarities[rows].mean()
+
+    def frechet(self, rows: Tensor) -> Tensor:
+        return frechet(self.painted[rows], self.originals[rows])
+
+    def joint(self, rows: Tensor) -> Tensor:
+        return joint_frechet(self.painted[rows], self.originals[rows], self.categories[rows])
+
+    def of_items(self, items: list[int]) -> "Measured":
+        rows = [self.kept.index(item) for item in items]
+        return Measured(items, *(x[rows] for x in self[1:]))
+
+
+def compare(theirs: Measured, ours: Measured, metrics: list[str]) -> dict:
+    """A method's metrics with their intervals, and how far ours is ahead.
+
+    That is the paired difference between the two methods. It varies less than either, because both are measured on the
+    same items.
+    """
+    both, n = sorted({*theirs.kept} & {*ours.kept}), len(theirs.kept)
+    a, b = ours.of_items(both), theirs.of_items(both)
+
+    def ahead(metric: str, rows: Tensor) -> Tensor:
+        difference = getattr(a, metric)(rows) - getattr(b, metric)(rows)
+        return difference if metric == "similarity" else -difference  # a smaller distance is better
+
+    return {"n": n, **{metric: interval(getattr(theirs, metric), n) for metric in metrics},
+            "ours_ahead": {metric: interval(partial(ahead, metric), len(both)) for metric in metrics}}

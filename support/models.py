@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from model import ControlNet
-from support.files import BadInput, pick_device, pick_dtype, read_json
+from support.datasets import read_identifiers
+from support.files import BadInput
 from support.images import canvas_size
-from support.tensors import fingerprint
+from support.machine import pick_device, pick_dtype
+from support.tensors import model_fingerprint
 from weights import StableDiffusion, load_control, load_stable_diffusion
 
 TOY = Path(__file__).resolve().parent.parent / "toy"
@@ -62,7 +64,7 @@ def load_models(choice: ModelChoice, size: int | None, categories: set[str] = fr
     canvas_size(1, 1, size, sd.multiple)  # refuses a size that does not fit the base
     cg = load_branch("controlnet" if choice.controlnet else "category", paths["cg"], sd) if categories else None
     pg = load_branch("personality", paths["pg"], sd) if with_pg else None
-    return Models(sd, cg, pg, identifiers, size, [fingerprint(path) for path in paths.values()])
+    return Models(sd, cg, pg, identifiers, size, [model_fingerprint(path) for path in paths.values()])
 
 
 def branch_path(option: str, given: Path | None, weights: Path | None) -> Path:
@@ -98,7 +100,7 @@ def check_identifiers(cg: Path, other: Path) -> None:
     """
     if not categories_file(other).is_file():
         return
-    ours, theirs = read_json(categories_file(cg)), read_json(categories_file(other))
+    ours, theirs = read_identifiers(categories_file(cg)), read_identifiers(categories_file(other))
     shared = ours.keys() & theirs.keys()
     if not shared or any(ours[name] != theirs[name] for name in shared):
         raise BadInput(f"{other} was trained on other categories than {cg}, or with other identifiers: "
@@ -113,7 +115,7 @@ def identifiers_of(names: set[str], cg: Path | None, plain_prompt: bool = False,
     if cg is None:
         return dict.fromkeys(names)
     file = categories_file(cg)
-    known = {} if plain_prompt and not file.exists() else read_json(file)
+    known = {} if plain_prompt and not file.exists() else read_identifiers(file)
     if (unknown := sorted(names - set(known))) and not plain_prompt:
         some = ", ".join([*known][:20]) + (f", ... ({len(known):,} in all, see {file})" if len(known) > 20 else "")
         raise BadInput(f"CG was not trained on category {unknown[0]!r}; choose one of {some}{remedy}")

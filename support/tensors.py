@@ -58,7 +58,7 @@ def read_shards(index: Path) -> dict[str, Tensor]:
     return {name: shards[file][name] for name, file in places.items()}
 
 
-def fingerprint(path: Path) -> list[list]:
+def model_fingerprint(path: Path) -> list[list]:
     """Changes when a model's files do: their names, sizes and times, and not with what is trained into its folder.
 
     Raises BadInput where the path is missing.

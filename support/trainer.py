@@ -1,19 +1,24 @@
-"""Support: what makes the training loop robust: processes, guards, averages, logs, memory; not needed to understand the paper."""
+"""Support: what makes the training loop robust; not needed to understand the paper.
+
+`train.fit` is the loop; a Trainer does its steps: it knows of processes, guards, averages, logs and memory. Everything
+random in a step follows from the run's seed and the step's number, so that a run can be resumed bit for bit.
+"""
 
 import json
 import math
 import random
+import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from PIL import Image
 from safetensors import SafetensorError
 from torch import Generator, Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -21,13 +26,40 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data import Ads
-from support.cache import cached, digest, stamp
-from support.checkpoints import checkpoints, load_checkpoint, save_checkpoint
-from support.datasets import Item
-from support.files import BadInput, barrier, processes, read_log, write_atomic
+from support.checkpoints import Checkpoints, list_checkpoints
+from support.curve import draw_curve
+from support.files import BadInput, read_log, write_atomic
 from support.images import save_image
-from weights import StableDiffusion
+from support.machine import barrier, processes
+from support.settings import BASE_STAGES, Settings, largest_divisor
+
+# ---------------------------------------------------------------- what is trained, in which order
+
+
+@dataclass
+class Task:
+    """What a stage trains."""
+
+    name: str  # what it is called in messages
+    modules: dict[str, nn.Module]  # trained, by name
+    samples: Dataset  # samples[(index, seed)] -> dict of tensors
+    loss: Callable[[dict, Generator], Tensor]  # a batch, and a generator for what else is random -> scalar
+    draw: Callable[[], Image.Image]  # a sheet of what the modules do now
+    save: Callable[[Path], None]  # writes the public folders
+    next: list[list[str]] = field(default_factory=list)  # commands to go on with, once it is trained
+    identifiers: dict[str, str] | None = None  # [D] of each category, which a resumed run must keep
+    frozen: str | None = None  # fingerprint of the frozen weights beside it
+
+
+class Loss(nn.Module):
+    """A task's loss as a module, whose gradients DistributedDataParallel averages over the processes."""
+
+    def __init__(self, task: Task):
+        super().__init__()
+        self.trained, self.loss = nn.ModuleDict(task.modules), task.loss
+
+    def forward(self, batch: dict, generator: Generator) -> Tensor:
+        return self.loss(batch, generator)
 
 
 def seed_of(*parts: object) -> int:
@@ -38,7 +70,7 @@ def seed_of(*parts: object) -> int:
 class Batches:
     """Sampler: every index once an epoch in random order, each with a seed of its own, from step `start` on.
 
-    Of each batch one process of several gets every `world`-th sample, from its rank on.
+    Of each batch, one process of several gets every `world`-th sample, from its rank on.
     """
 
     def __init__(self, count: int, batch: int, seed: int, start: int, steps: int, rank: int = 0, world: int = 1):
@@ -61,249 +93,272 @@ class Batches:
             yield keys[self.rank :: self.world]
 
 
-@dataclass
-class Task:
-    """What a stage trains."""
-
-    modules: dict[str, nn.Module]  # trained, by name
-    samples: Dataset  # samples[(index, seed)] -> dict of tensors
-    loss: Callable[[dict, Generator], Tensor]  # a batch -> scalar
-    draw: Callable  # () -> PIL sheet of what the model does now
-    save: Callable[[Path], None]  # writes the public folders
-
-
-class Step(nn.Module):
-    """A task's loss as a module, whose gradients DistributedDataParallel averages over the processes."""
-
-    def __init__(self, task: Task):
-        super().__init__()
-        self.trained, self.loss = nn.ModuleDict(task.modules), task.loss
-
-    def forward(self, batch: dict, generator: Generator) -> Tensor:
-        return self.loss(batch, generator)
-
-
-def mixed_precision(args) -> torch.autocast:
-    """With --amp, a context in which matrix products and convolutions are computed in half precision.
-
-    It keeps the weights' half-precision copies until it is left, except with --checkpointing, where memory counts more.
-    """
-    return torch.autocast(torch.device(args.device).type, args.amp, enabled=args.amp is not None,
-                          cache_enabled=not args.checkpointing)
-
-
-def memory_format(args) -> torch.memory_format:
-    """The order of a picture's numbers in memory that convolutions like best: float32 of full size is the exception."""
-    return torch.channels_last if args.amp or args.size <= 128 else torch.contiguous_format
-
-
-def learning_rate(step: int, args) -> float:
-    """Linear warm-up, constant, linear decay over the last part of the run. The paper's is constant throughout."""
-    up = min(1.0, (step + 1) / args.warmup) if args.warmup else 1.0
-    down = min(1.0, (args.steps - step) / (args.decay * args.steps)) if args.decay else 1.0
-    return args.lr * up * down
-
-
-def run(task: Task, args) -> None:
-    """Trains a task to args.steps, with log, sheets and checkpoints in args.out/training/<stage>.
-
-    On SIGTERM the step is finished, a checkpoint written, and the program left with status 143.
-    """
-    (rank, world), folder = processes(), args.out / "training" / args.stage
-    for module in task.modules.values():
-        module.to(memory_format=memory_format(args))
-    # On a CPU the fused attention's backward pass is slow: at the toy's size plain matrix products train faster
-    small = args.device == "cpu" and args.size <= 128
-    attention = partial(sdpa_kernel, SDPBackend.MATH) if small else nullcontext
-    parameters = {f"{m}.{n}": p for m, module in task.modules.items() for n, p in module.named_parameters()}
-    optimizer = torch.optim.AdamW(parameters.values(), args.lr, weight_decay=args.weight_decay, fused=True)
-    # Half-precision gradients would vanish below 6e-8: in float16 the loss is scaled up, and the gradients back down
-    scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=args.amp == torch.float16)
-    ema = {n: p.detach().clone() for n, p in parameters.items()} if args.ema else {}
-    start = load_checkpoint(args, parameters, ema, optimizer, scaler) if args.resume else 0
-    if start >= args.steps:
-        raise BadInput(f"{folder} is already at step {start}; to train further give --steps above {start}")
-    model = Step(task)
-    if world > 1:
-        model = DistributedDataParallel(model)
-    log = open_log(folder / "log.jsonl", start) if rank == 0 else None
-
-    loader = DataLoader(task.samples, num_workers=args.workers, pin_memory=args.device != "cpu", worker_init_fn=outlive,
-                        batch_sampler=Batches(len(task.samples), args.batch, args.seed, start, args.steps, rank, world))
-    bar = tqdm(loader, initial=start, total=args.steps, unit="step", disable=rank > 0 or not sys.stderr.isatty())
-    stopped = []
-    handler = signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
-    average, clock, seen = None, time.perf_counter(), 0
-    for step, batch in enumerate(bar, start):
-        lr = learning_rate(step, args)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        total = torch.zeros(2, device=args.device)  # the loss, and whether to stop; NCCL sums on GPUs only
-        while True:
-            try:
-                total[0] = accumulate(model, batch, step, scaler, attention, args)
-                break
-            except torch.OutOfMemoryError:
-                fit_memory(args)
-            optimizer.zero_grad(set_to_none=True)
-        total[1] = len(stopped)
-        if world > 1:
-            dist.all_reduce(total)
-        total, stop = total[0].item() / world, bool(total[1])
-        scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(parameters.values(), args.clip_gradient or math.inf).item()
-        # a scaler skips steps whose gradients overflow, and scales the next loss less
-        if not math.isfinite(total) or not (math.isfinite(norm) or scaler.is_enabled()):
-            raise BadInput(f"the loss is {total}, its gradient's length {norm} at step {step}; what {folder} holds of "
-                           "earlier steps is good: resume from it, or start again, with a lower --lr")
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        if ema:
-            rate = min(args.ema, (1 + step) / (10 + step))
-            torch._foreach_lerp_(list(ema.values()), [p.detach() for p in parameters.values()], 1 - rate)
-
-        done, seen = step + 1, seen + args.batch
-        average = total if average is None else 0.98 * average + 0.02 * total
-        if rank == 0:
-            if done % args.log_every == 0 or done == args.steps:
-                speed = seen / (time.perf_counter() - clock)
-                clock, seen = time.perf_counter(), 0
-                bar.set_postfix_str(f"loss {average:.4f}, lr {lr:.1e}, {speed:.1f} images/s")
-                line = {"step": done, "loss": round(average, 6), "lr": lr, "images_per_second": round(speed, 2)}
-                log.write(json.dumps(line | {"time": round(time.time(), 1)}) + "\n")
-                log.flush()
-            shown = done % args.sample_every == 0 or done == args.steps
-            try:
-                if shown:
-                    with averaged(parameters, ema), torch.no_grad(), mixed_precision(args):
-                        task.save(args.out)
-                if done % args.save_every == 0 or done == args.steps or stop:
-                    save_checkpoint(args, done, parameters, ema, optimizer, scaler)
-                if shown:  # last: it may not fit the memory
-                    try:
-                        with averaged(parameters, ema), torch.no_grad(), mixed_precision(args):
-                            save_image(task.draw(), folder / f"sheet_{done:06}.png")
-                    except torch.OutOfMemoryError:
-                        print("no sheet: painting it does not fit the GPU's memory", file=sys.stderr)
-                    clock, seen = time.perf_counter(), 0
-            except (OSError, SafetensorError) as error:
-                left = [f": {old.name} is whole" for old in checkpoints(args)[-1:]]
-                raise BadInput(f"{args.out} can't be written ({error}); make room and add --resume{''.join(left)}") from None
-        if stop and done < args.steps:
-            barrier()
-            print(f"stopped at step {done}; --resume goes on from there", file=sys.stderr)
-            raise SystemExit(128 + signal.SIGTERM)
-    signal.signal(signal.SIGTERM, handler)
-    if log:
-        log.close()
-    barrier()  # what the first process saves is there when any goes on
-
-
-def outlive(worker: int) -> None:
-    """A loader's worker leaves SIGTERM, which torchrun and batch systems send to all processes, to the one it serves."""
+def ignore_sigterm(worker: int) -> None:
+    """A loader's workers ignore SIGTERM, which is sent to the whole group; the main process handles it."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def accumulate(model: nn.Module, batch: dict, step: int, scaler, attention: Callable, args) -> float:
-    """Adds up the gradients of a process's share of a batch, in parts of args.micro_batch samples -> its mean loss."""
-    rank, world = processes()
-    generator = Generator().manual_seed(seed_of(args.seed, "step", step, *([rank] if rank else [])))
-    parts, total = args.batch // world // args.micro_batch, 0.0
-    for i in range(parts):
-        micro = slice(i * args.micro_batch, (i + 1) * args.micro_batch)
-        part = {k: v[micro].to(args.device, non_blocking=True) for k, v in batch.items()}
-        last = nullcontext() if world == 1 or i == parts - 1 else model.no_sync()
-        with last, mixed_precision(args), attention():
-            loss = model(part, generator) / parts
-            scaler.scale(loss).backward()
-        total += loss.item()
-    return total
+def learning_rate(step: int, lr: float, steps: int, warmup: int = 0, decay: float = 0.0) -> float:
+    """Linear warm-up, constant, linear decay over the last part of the run. The paper's is constant throughout."""
+    up = min(1.0, (step + 1) / warmup) if warmup else 1.0
+    down = min(1.0, (steps - step) / (decay * steps)) if decay else 1.0
+    return lr * up * down
 
 
-def divisor(n: int, at_most: int) -> int:
-    """The largest divisor of n up to a limit."""
-    return max(d for d in range(1, min(n, at_most) + 1) if n % d == 0)
+# ---------------------------------------------------------------- averages and log
 
 
-def fit_memory(args) -> None:
-    """After a step that did not fit the memory: the next smaller micro-batch. Raises BadInput where there is none, and
-    where other processes are in the middle of the step.
-    """
-    if processes()[1] > 1 or args.micro_batch == 1 or args.stage == "clip":
-        raise BadInput(f"--micro-batch {args.micro_batch} does not fit the memory of {args.device}: "
-                       f"{'give a smaller one, or ' if args.micro_batch > 1 else ''}add --amp" + " or --checkpointing" * (args.stage not in ("vae", "clip", "unet")))
-    smaller = divisor(args.batch, args.micro_batch - 1)
-    print(f"--micro-batch {args.micro_batch} does not fit the memory of {args.device}, goes on with {smaller}",
-          file=sys.stderr)
-    args.micro_batch = smaller
-    if args.device != "cpu":
-        torch.cuda.empty_cache()
+class MovingAverage:
+    """The exponential moving average (EMA) of parameters; with decay 0 there is none."""
 
+    def __init__(self, parameters: dict[str, Tensor], decay: float):
+        self.parameters, self.decay = parameters, decay
+        self.values = {name: p.detach().clone() for name, p in parameters.items()} if decay else {}
 
-def open_log(file: Path, start: int):
-    """A log to append to, without the lines of steps after `start` that an interrupted run has left."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    lines = [line for line in (read_log(file) if start else []) if line["step"] <= start]
-    write_atomic(file, lambda new: new.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"))
-    return open(file, "a", encoding="utf-8")
+    def update(self, step: int) -> None:
+        if self.values:
+            rate = min(self.decay, (1 + step) / (10 + step))  # follows faster at first
+            torch._foreach_lerp_(list(self.values.values()), [p.detach() for p in self.parameters.values()], 1 - rate)
 
-
-class averaged:
-    """Within this context the parameters hold their moving averages (EMA)."""
-
-    def __init__(self, parameters: dict[str, Tensor], ema: dict[str, Tensor]):
-        self.parameters, self.ema = parameters, ema
-
-    def swap(self, *_):
-        for name, average in self.ema.items():
+    def swap(self) -> None:
+        for name, average in self.values.items():
             p = self.parameters[name]
-            p.data, self.ema[name] = average, p.data
+            p.data, self.values[name] = average, p.data
 
-    __enter__ = __exit__ = swap
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within this context the parameters hold their averages."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
 
 
-class Latents:
-    """The frozen VAE, once over a data set: mean and log-variance of every latent, in files of `PART` items each.
-
-    latents[i] -> mean, standard deviation, both (4, h, w) float32, scaled as the UNet's; and for an inpainting UNet
-    what it reads beside z_t, (5, h, w), else None. Processes share the work; files that are there are not made again.
+class Log:
+    """log.jsonl: a line every so many steps, with the smoothed loss and the raw one, the mean since the line before. It
+    is shown beside `bar`, too, or without a terminal on stderr.
     """
 
-    PART = 1024
+    def __init__(self, file: Path, start: int, settings: Settings):
+        self.file, self.settings, self.bar = file, settings, None
+        lines = [line for line in (read_log(file) if start else []) if line["step"] <= start]
+        text = "".join(json.dumps(line) + "\n" for line in lines)  # without what an interrupted run left after `start`
+        write_atomic(file, lambda new: new.write_text(text, encoding="utf-8"))
+        self.average = lines[-1]["loss"] if lines else None
+        self.losses, self.clock = [], time.perf_counter()
 
-    def __init__(self, sd: StableDiffusion, items: list[Item], args):
-        rank, world = processes()
-        self.scale, self.T, ads = sd.vae.scaling_factor, sd.schedule.T, Ads(items, args.size)
-        weights = [digest(sd.vae), args.size, str(args.amp), sd.unet.config["in_channels"]]
-        starts = range(0, len(items), self.PART)
-        stamps = [[stamp(item.image), stamp(item.mask), item.inverted] for item in items]
-        keys = [weights + stamps[start : start + self.PART] for start in starts]
-        bar = tqdm(total=len(items), desc="encoding", unit="image", disable=rank > 0 or not sys.stderr.isatty())
+    def add(self, done: int, loss: float, lr: float) -> None:
+        self.average = loss if self.average is None else 0.98 * self.average + 0.02 * loss
+        self.losses.append(loss)
+        if done % self.settings.log_every and done != self.settings.steps:
+            return
+        count, seconds = len(self.losses), time.perf_counter() - self.clock
+        speed = count * self.settings.batch / seconds
+        line = {"step": done, "loss": round(self.average, 6), "raw": round(sum(self.losses) / count, 6), "lr": lr,
+                "images_per_second": round(speed, 2), "time": round(time.time(), 1)}
+        with open(self.file, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        shown = f"loss {self.average:.4f}, lr {lr:.1e}, {speed:.1f} images/s"
+        if self.bar.disable:
+            print(f"step {done:,} of {self.settings.steps:,}: {shown}", file=sys.stderr)
+        else:
+            self.bar.set_postfix_str(shown)
+        self.losses, self.clock = [], time.perf_counter()
 
-        def encode(start: int) -> dict[str, Tensor]:
-            rows = {}
-            indices = range(start, min(start + self.PART, len(items)))
-            loader = DataLoader(torch.utils.data.Subset(ads, indices), min(8, args.micro_batch),
-                                num_workers=args.workers)
-            for batch in loader:
-                image, mask = batch["image"].to(args.device), batch["mask"].to(args.device)
-                with torch.no_grad(), mixed_precision(args):
-                    mean, logvar = sd.vae.encode(2 * image.to(sd.vae.quant_conv.weight) - 1)
-                    made = {"mean": mean, "logvar": logvar, "inpainting": sd.inpainting(image.to(mean), mask)}
-                for name, x in made.items():
-                    if x is not None:
-                        rows.setdefault(name, []).append(x.to("cpu", torch.float16))
-                bar.update(len(image) * world)
-            return {name: torch.cat(x) for name, x in rows.items()}
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within this context time does not count as training."""
+        start = time.perf_counter()
+        yield
+        self.clock += time.perf_counter() - start
 
-        for start, key in list(zip(starts, keys))[rank::world]:
-            cached(args.cache, key, partial(encode, start))
-        bar.close()
-        barrier()
-        self.parts = [cached(args.cache, key, partial(encode, start)) for start, key in zip(starts, keys)]
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        part, row = self.parts[index // self.PART], index % self.PART
-        mean, std = part["mean"][row].float(), (part["logvar"][row].float() / 2).exp()
-        return mean * self.scale, std * self.scale, part["inpainting"][row].float() if "inpainting" in part else None
+# ---------------------------------------------------------------- the trainer
+
+
+class Trainer:
+    """A task, its optimiser, averages, log and checkpoints, in one process of several; the first one writes."""
+
+    def __init__(self, task: Task, settings: Settings):
+        self.task, self.settings = task, settings
+        (self.rank, self.world), folder = processes(), settings.folder
+        self.micro_batch = settings.micro_batch  # becomes smaller where the memory does not hold so many
+        for module in task.modules.values():
+            module.to(memory_format=settings.memory_format)
+        self.parameters = {f"{m}.{n}": p for m, module in task.modules.items() for n, p in module.named_parameters()}
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), settings.lr, weight_decay=settings.weight_decay,
+                                           fused=True)
+        # float16 gradients would vanish below 6e-8: the loss is scaled up, and the gradients back down
+        self.scaler = torch.amp.GradScaler(torch.device(settings.device).type, enabled=settings.amp == torch.float16)
+        self.ema = MovingAverage(self.parameters, settings.ema)
+        self.checkpoints = Checkpoints(folder, settings.keep, settings.recorded() | {"frozen weights": task.frozen},
+                                       task.identifiers)
+        self.start = self.checkpoints.load(*self.state()) if settings.resume else 0
+        if self.start >= settings.steps:
+            raise BadInput(f"{folder} is already at step {self.start}; to train further give --steps above "
+                           f"{self.start}")
+        loss = Loss(task)
+        self.loss = DistributedDataParallel(loss) if self.world > 1 else loss
+        self.log = Log(folder / "log.jsonl", self.start, settings) if self.rank == 0 else None
+        self.sigterm = False  # whether this process has received it
+        self.stopping = False  # whether one of them has, as all know after a step
+        if self.rank == 0:
+            millions = sum(p.numel() for p in self.parameters.values()) / 1e6
+            print(f"training {task.name}, {millions:.1f} million parameters, on {len(task.samples):,} pictures from "
+                  f"{settings.data}: steps {self.start + 1:,} to {settings.steps:,} of {settings.batch} pictures each, "
+                  f"on {settings.device}", file=sys.stderr)
+
+    def state(self) -> tuple:
+        """What a checkpoint holds."""
+        return self.parameters, self.ema.values, self.optimizer, self.scaler
+
+    def batches(self) -> Iterator[tuple[int, dict]]:
+        """The steps still to be taken, counted from 0, and this process's share of each batch."""
+        s = self.settings
+        order = Batches(len(self.task.samples), s.batch, s.seed, self.start, s.steps, self.rank, self.world)
+        loader = DataLoader(self.task.samples, batch_sampler=order, num_workers=s.workers, pin_memory=s.device != "cpu",
+                            worker_init_fn=ignore_sigterm)
+        bar = tqdm(loader, initial=self.start, total=s.steps, unit="step",
+                   disable=self.rank > 0 or not sys.stderr.isatty())
+        if self.log:
+            self.log.bar = bar
+        handler = signal.signal(signal.SIGTERM, self.note_sigterm)
+        try:
+            yield from enumerate(bar, self.start)
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+
+    def note_sigterm(self, *_) -> None:
+        self.sigterm = True
+
+    # ------------------------------------------------------------ a step
+
+    def backward(self, step: int, batch: dict) -> float:
+        """Adds up the gradients of a batch -> its mean loss, over all parts and processes."""
+        while True:
+            try:
+                loss = self.accumulate(step, batch)
+                break
+            except torch.OutOfMemoryError:
+                self.shrink_micro_batch()
+            self.optimizer.zero_grad(set_to_none=True)
+        if self.world == 1:
+            self.stopping = self.sigterm
+            return loss
+        total = torch.tensor([loss, self.sigterm], dtype=torch.float32, device=self.settings.device)
+        dist.all_reduce(total)
+        self.stopping = bool(total[1])
+        return total[0].item() / self.world
+
+    def accumulate(self, step: int, batch: dict) -> float:
+        """The mean loss of this process's share, computed in parts of micro_batch pictures, and its gradients."""
+        s = self.settings
+        generator = Generator().manual_seed(seed_of(s.seed, "step", step, *([self.rank] if self.rank else [])))
+        parts, total = s.batch // self.world // self.micro_batch, 0.0
+        # On a CPU the fused attention's backward pass is slow: at the toy's size plain matrix products train faster
+        attention = sdpa_kernel(SDPBackend.MATH) if s.device == "cpu" and s.size <= 128 else nullcontext()
+        with attention:
+            for i in range(parts):
+                rows = slice(i * self.micro_batch, (i + 1) * self.micro_batch)
+                part = {name: x[rows].to(s.device, non_blocking=True) for name, x in batch.items()}
+                # the processes exchange their gradients once, after the last part
+                with self.loss.no_sync() if self.world > 1 and i < parts - 1 else nullcontext(), s.autocast():
+                    loss = self.loss(part, generator) / parts
+                    self.scaler.scale(loss).backward()
+                total += loss.item()
+        return total
+
+    def shrink_micro_batch(self) -> None:
+        """After a step that did not fit the memory: the next smaller micro-batch. Raises BadInput where there is none,
+        and where other processes are in the middle of the step.
+        """
+        s, size = self.settings, self.micro_batch
+        message = f"--micro-batch {size} does not fit the memory of {s.device}"
+        if self.world > 1 or size == 1 or s.stage == "clip":
+            smaller = "give a smaller one, or " if size > 1 else ""
+            raise BadInput(f"{message}: {smaller}add --amp" + ("" if s.stage in BASE_STAGES else " or --checkpointing"))
+        self.micro_batch = largest_divisor(s.batch, size - 1)
+        print(f"{message}, goes on with {self.micro_batch}", file=sys.stderr)
+        if s.device != "cpu":
+            torch.cuda.empty_cache()
+
+    def update(self, step: int, loss: float) -> None:
+        """AdamW's step, and the averages'. Raises BadInput where loss or gradients are not finite, before they change a
+        weight.
+        """
+        s = self.settings
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step, s.lr, s.steps, s.warmup, s.decay)
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), s.clip_gradient or math.inf).item()
+        # a scaler skips steps whose gradients overflow, and scales the next loss less
+        if not math.isfinite(loss) or not (math.isfinite(norm) or self.scaler.is_enabled()):
+            raise BadInput(f"the loss is {loss}, its gradient's length {norm} at step {step}; what {s.folder} holds of "
+                           "earlier steps is good: resume from it, or start again, with a lower --lr")
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ema.update(step)
+
+    def record(self, step: int, loss: float) -> None:
+        """For log and progress."""
+        if self.log:
+            self.log.add(step + 1, loss, self.optimizer.param_groups[0]["lr"])
+
+    # ------------------------------------------------------------ what the first process writes
+
+    def due(self, step: int, every: int) -> bool:
+        """Whether this process is to write something: the first one, every so many steps and after the last step."""
+        return self.rank == 0 and ((step + 1) % every == 0 or step + 1 == self.settings.steps)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Around what writes: it does not count as training time, and a full disk ends the run in one line."""
+        try:
+            with self.log.paused():
+                yield
+        except (OSError, SafetensorError) as error:
+            whole = [f": {old.name} is whole" for old in list_checkpoints(self.settings.folder)[-1:]]
+            raise BadInput(f"{self.settings.out} can't be written ({error}); make room and add --resume"
+                           + "".join(whole)) from None
+
+    def save_models(self) -> None:
+        """The modules with their averaged weights, as public folders."""
+        with self.writing(), self.ema.in_place(), torch.no_grad(), self.settings.autocast():
+            self.task.save(self.settings.out)
+
+    def save_checkpoint(self, step: int) -> None:
+        with self.writing():
+            self.checkpoints.save(step + 1, *self.state())
+
+    def draw(self, step: int) -> None:
+        """The loss as a curve, and a sheet of what the averaged weights make now."""
+        folder = self.settings.folder
+        with self.writing():
+            if lines := read_log(self.log.file):
+                save_image(draw_curve(lines, f"loss of {self.task.name}"), folder / "loss.png")
+            try:
+                with self.ema.in_place(), torch.no_grad(), self.settings.autocast():
+                    save_image(self.task.draw(), folder / f"sheet_{step + 1:06}.png")
+            except torch.OutOfMemoryError:
+                print("no sheet: painting it does not fit the GPU's memory", file=sys.stderr)
+
+    def leave_if_stopped(self, step: int) -> None:
+        """After SIGTERM to any of the processes: ends all of them, with status 143."""
+        if self.stopping and step + 1 < self.settings.steps:
+            barrier()
+            print(f"stopped at step {step + 1}; --resume goes on from there", file=sys.stderr)
+            raise SystemExit(128 + signal.SIGTERM)
+
+    def finish(self) -> None:
+        """Says what was written and what can be done with it."""
+        barrier()  # what the first process saves is there when any goes on
+        if self.rank:
+            return
+        folder, out = self.settings.folder, self.settings.out
+        print(f"trained {self.task.name}: {', '.join(str(out / name) for name in self.task.modules)}")
+        sheets = [sheet.name for sheet in sorted(folder.glob("sheet_*.png"))[-1:]]
+        print(f"to look at, in {folder}: {', '.join(['loss.png', *sheets, 'log.jsonl'])}")
+        for label, words in zip(["next:", *["  or:"] * len(self.task.next)], self.task.next):
+            print(label, shlex.join(words))

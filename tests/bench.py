@@ -338,15 +338,15 @@ def loader() -> None:
     from torch.utils.data import DataLoader
 
     sys.path.insert(0, str(ROOT))
-    import train
+    from data import Samples
     from support.datasets import read_items
+    from support.trainer import Batches
     from toy.world import write_world
 
     with tempfile.TemporaryDirectory() as folder:
         write_world(Path(folder), size=512, ads=64, bg1k=8, pairs=8, parts=("ads",))
-        args = argparse.Namespace(size=512, theta=train.THETA, sigma=train.SIGMA)
-        samples = train.Samples(read_items(Path(folder) / "ads")[0], args, perturbed=True)
-        batches = DataLoader(samples, num_workers=2, batch_sampler=train.Batches(len(samples), 4, 0, 0, 60))
+        samples = Samples(read_items(Path(folder) / "ads")[0], 512, perturbed=True)
+        batches = DataLoader(samples, num_workers=2, batch_sampler=Batches(len(samples), 4, 0, 0, 60))
         torch.set_num_threads(1)
         for i, _ in enumerate(batches):
             if i == 10:  # the workers have started

@@ -1,9 +1,11 @@
-"""data.py: Eq. 5 and 6 written out, cut-outs without halos, fitting without stretching, formats and errors."""
+"""data.py: Eq. 5 and 6 written out; data sets of every format, with links, spellings and odd names; the command."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import unicodedata
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import torch
 from PIL import Image
 
 import data
-from support.datasets import Item
+from support.datasets import Item, categories_of, list_folder, read_identifiers
 from support.files import BadInput
 
 SIZE = 24  # pixels of the test images
@@ -25,10 +27,6 @@ def disc(h, w, radius, soft=1.0):
     """(1, h, w): 1 in a disc in the middle, falling to 0 over `soft` pixels."""
     y, x = torch.arange(h)[:, None] - (h - 1) / 2, torch.arange(w)[None] - (w - 1) / 2
     return ((radius - (y**2 + x**2).sqrt()) / soft + 0.5).clamp(0, 1)[None]
-
-
-def flat(colour, h, w):
-    return torch.tensor(colour).view(3, 1, 1).expand(3, h, w)
 
 
 @pytest.fixture
@@ -89,21 +87,6 @@ def test_same_generator_state_gives_the_same_perturbation_and_the_next_state_ano
     assert not torch.equal(first, second)
 
 
-# ---------------------------------------------------------------- files
-
-
-def test_failed_write_leaves_the_old_file_and_no_temporary_one(tmp_path):
-    (tmp_path / "x").write_text("old")
-
-    def fail(temporary):
-        temporary.write_text("half")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        data.write_atomic(tmp_path / "x", fail)
-    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("x", "old")]
-
-
 # ---------------------------------------------------------------- data sets
 
 
@@ -115,7 +98,7 @@ def write_bg60k(root, rows, delimiter, split="bg60k", folder="bg60k", inverted=F
         data.save_image(torch.rand(3, SIZE, SIZE), root / f"{folder}_imgs_{i % 2}" / name)
         stem = name.rpartition(".")[0]
         data.save_image(1 - mask if inverted else mask, root / f"{folder}_masks_{i % 2}" / f"{stem}.webp")
-    (root / f"{split}_info.txt").write_text("\n".join(map(delimiter.join, rows)), encoding="utf-8-sig")
+    (root / f"{split}_info.txt").write_text("\n".join(map(delimiter.join, rows)), "utf-8-sig", "surrogateescape")
 
 
 @pytest.mark.parametrize("delimiter", ["\t", ",", ", ", " ", "   "])
@@ -127,7 +110,7 @@ def test_bg60k_is_read_with_any_delimiter_and_categories_with_spaces(delimiter, 
     assert [item.image.parent.name for item in items] == ["bg60k_imgs_0", "bg60k_imgs_1"] * 2
     assert [item.mask.name for item in items] == ["1.webp", "2.webp", "a.b.webp", "3.webp"]
     assert not items[0].inverted and "4 images in 4 categories" in notes[0]
-    assert data.categories_of(items) == sorted(category for _, category in rows)
+    assert categories_of(items) == sorted(category for _, category in rows)
 
 
 def test_bg60k_names_may_hold_the_folder_and_lack_the_suffix(tmp_path):
@@ -178,7 +161,7 @@ def test_ones_own_masks_are_white_on_the_product_however_much_they_cover(tmp_pat
     assert not items[0].inverted and any("are they white on the background?" in note for note in notes)
 
 
-def test_long_tail_is_told_in_three_numbers(tmp_path):
+def test_the_long_tail_is_reported_in_three_numbers(tmp_path):
     write_bg60k(tmp_path, [("1.jpg", "mug"), ("2.jpg", "pot")], "\t")
     (tmp_path / "bg60k_info.txt").write_text("1\tmug\n" * 101 + "2\tpot\n" * 10 + "1\tpan\n2\tcup\n")
     note = next(note for note in data.read_items(tmp_path)[1] if "long tail" in note)
@@ -222,13 +205,19 @@ def test_imagefolder_is_read(tmp_path):
     ({**MUG, "mask": 7}, ":2: not a JSON object of strings"), ({"file_name": "images/mug.png"}, ":2: needs"),
     ({**MUG, "mask": "../secret.png"}, ":2: mask ../secret.png leaves"),
     ({**MUG, "reference": "/etc/hostname"}, ":2: reference /etc/hostname leaves"),
-    ({**MUG, "file_name": "link.png"}, ":2: file_name link.png leaves"),
+    ({**MUG, "mask": "masks/../../secret.png"}, ":2: mask masks/../../secret.png leaves"),
+    ({**MUG, "mask": "C:\\masks\\mug.png"}, r":2: mask C:.* leaves"),
+    ({**MUG, "mask": "masks\\mug.png"}, ":2: mask .* holds a backslash; write /"),
+    ({**MUG, "category": "\udcb1"}, ":2: not UTF-8 text"),
+    ({**MUG, "file_name": "n" * 300}, "1 of 2 .*:2: no file nnn"),
+    ({**MUG, "file_name": "\0"}, "1 of 2 .*:2: no file"),
+    ({**MUG, "file_name": "link.png"}, "1 of 2 .*:2: no file link.png"),
     ({**MUG, "file_name": "gone.png"}, "1 of 2 .*:2: no file gone.png"),
 ])
 def test_bad_imagefolder_line_is_named(entry, message, tmp_path):
     write_imagefolder(tmp_path / "set", [MUG, entry])
     data.save_image(torch.rand(3, 4, 4), tmp_path / "secret.png")
-    (tmp_path / "set" / "link.png").symlink_to(tmp_path / "secret.png")
+    (tmp_path / "set" / "link.png").symlink_to(tmp_path / "nothing")
     with pytest.raises(BadInput, match=message):
         data.read_items(tmp_path / "set")
 
@@ -243,10 +232,119 @@ def test_folders_that_are_no_data_set_say_what_was_expected(tmp_path):
     with pytest.raises(BadInput, match="folders bg60k_imgs_0"):
         data.read_items(tmp_path)
     write_bg60k(tmp_path / "set", [("1.jpg", "mug")], "\t")
-    for content, message in [("电饭煲".encode("gb18030"), "UTF-8"), (b"", "empty"), (b"one-column", "2 columns")]:
+    for content, message in [("电饭煲".encode("gb18030"), "UTF-8"), (b"", "empty"), (b"one-column", "2 columns"),
+                             ("1.jpg\t电饭煲".encode("gb18030"), "UTF-8"), (b"\xff\xfe1", "UTF-8"),
+                             (b"../1.jpg\tmug", "1: ../1.jpg leaves"), (b"/1.jpg\tmug", "1: /1.jpg leaves"),
+                             (b"bg60k_imgs_0\\1.jpg\tmug", "1: .* holds a backslash")]:
         (tmp_path / "set" / "bg60k_info.txt").write_bytes(content)
         with pytest.raises(BadInput, match=message):
             data.read_items(tmp_path / "set")
+
+
+def test_lists_may_have_a_byte_order_mark_windows_line_ends_or_utf_16(tmp_path):
+    write_imagefolder(tmp_path, [MUG, POT | {"category": "电饭煲"}])
+    list_, text = tmp_path / "metadata.jsonl", (tmp_path / "metadata.jsonl").read_text(encoding="utf-8")
+    expected = data.read_items(tmp_path)
+    for encoding, end in [("utf-8-sig", "\n"), ("utf-8", "\r\n"), ("utf-16", "\r\n"), ("utf-8", "\r")]:
+        list_.write_bytes(text.replace("\n", end).encode(encoding))
+        assert data.read_items(tmp_path) == expected
+
+
+# ---------------------------------------------------------------- links, spellings, odd names
+
+NFC, NFD = "caf\u00e9", unicodedata.normalize("NFD", "caf\u00e9")
+GBK = os.fsdecode("杯".encode("gbk"))  # as a Chinese zip leaves it on Linux
+
+
+def put(path):
+    """A cut-out at `path`, whatever its name says about the format."""
+    rgba = Image.fromarray(np.random.default_rng(0).integers(0, 255, (SIZE, SIZE, 3), dtype=np.uint8))
+    rgba.putalpha(Image.fromarray((disc(SIZE, SIZE, 6)[0] * 255).byte().numpy()))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rgba.save(path, format="PNG")
+
+
+def link_into_blobs(root):
+    """Makes a folder what the Hugging Face cache holds: every file a link to a blob without a suffix beside it."""
+    (root.parent / "blobs").mkdir()
+    for i, file in enumerate(sorted(path for path in root.rglob("*") if path.is_file())):
+        file.rename(root.parent / "blobs" / str(i))
+        file.symlink_to(os.path.relpath(root.parent / "blobs" / str(i), file.parent))
+
+
+def test_a_data_set_in_the_hugging_face_cache_is_read_under_the_names_that_are_written(tmp_path):
+    write_imagefolder(tmp_path / "own" / "snapshot", [MUG, POT])
+    link_into_blobs(tmp_path / "own" / "snapshot")
+    items = data.read_items(tmp_path / "own" / "snapshot")[0]
+    images = tmp_path / "own" / "snapshot" / "images"
+    assert [item.image for item in items] == [images / "mug.png", images / "pot.png"]
+    assert data.load_ad(items[0], SIZE)[0].shape == (3, SIZE, SIZE)
+    write_bg60k(tmp_path / "bg60k" / "snapshot", [("1.jpg", "mug"), ("2.jpg", "pot")], "\t")
+    link_into_blobs(tmp_path / "bg60k" / "snapshot")
+    items = data.read_items(tmp_path / "bg60k" / "snapshot")[0]
+    assert [(item.image.name, item.mask.name) for item in items] == [("1.jpg", "1.webp"), ("2.jpg", "2.webp")]
+
+
+def test_folders_may_be_links(tmp_path):
+    put(tmp_path / "disk" / "a.png")
+    (tmp_path / "ads").mkdir()
+    (tmp_path / "ads" / "mug").symlink_to(tmp_path / "disk")
+    list_folder(tmp_path / "ads")
+    [item] = data.read_items(tmp_path / "ads")[0]
+    assert item.image == tmp_path / "ads" / "mug" / "a.png" and item.category == "mug"
+    write_bg60k(tmp_path / "release", [("1.jpg", "mug")], "\t")
+    for kind in "imgs", "masks":
+        (tmp_path / "release" / f"bg60k_{kind}_0").rename(tmp_path / kind)
+        (tmp_path / "release" / f"bg60k_{kind}_0").symlink_to(tmp_path / kind)
+    assert data.read_items(tmp_path / "release")[0][0].image.parent.name == "bg60k_imgs_0"
+
+
+@pytest.mark.parametrize("on_disk, in_list", [(NFC, NFD), (NFD, NFC)])
+def test_a_file_is_found_in_either_of_unicodes_spellings(on_disk, in_list, tmp_path):
+    put(tmp_path / "own" / on_disk / f"{on_disk}.png")
+    line = {"file_name": f"{in_list}/{in_list}.png", "category": f" {in_list} ", "product": in_list, "scene": "x"}
+    (tmp_path / "own" / "metadata.jsonl").write_text(json.dumps(line))
+    [item] = data.read_items(tmp_path / "own")[0]
+    assert item.image == tmp_path / "own" / on_disk / f"{on_disk}.png"
+    assert (item.category, item.product) == (NFC, NFC)
+    write_bg60k(tmp_path / "release", [(f"{on_disk}.jpg", "x")], "\t")
+    (tmp_path / "release" / "bg60k_info.txt").write_text(f"bg60k_imgs_0/{in_list}\t{in_list}\n")
+    [item] = data.read_items(tmp_path / "release")[0]
+    assert (item.image.name, item.mask.name, item.category) == (f"{on_disk}.jpg", f"{on_disk}.webp", NFC)
+
+
+def test_a_category_spelt_in_two_ways_is_one(tmp_path):
+    for folder, name in ((NFC, "a"), (NFD, "b")):
+        put(tmp_path / folder / f"{name}.png")
+    data.save_image(disc(SIZE, SIZE, 6), tmp_path / NFC / f"{NFC}_mask.png")
+    put(tmp_path / NFC / f"{NFD}.png")
+    list_folder(tmp_path)
+    items = data.read_items(tmp_path)[0]
+    assert {item.category for item in items} == {NFC} and len(items) == 3
+    assert [item.mask and item.mask.name for item in items if item.image.stem == NFD] == [f"{NFC}_mask.png"]
+    line = {"file_name": f"{NFC}/{NFC}.png", "category": "x"}  # of which the folder is there, and the file in NFD
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(line))
+    assert data.read_items(tmp_path)[0][0].image == tmp_path / NFC / f"{NFD}.png"
+    (tmp_path / "categories.json").write_text(json.dumps({NFD: "sks 0"}))
+    assert read_identifiers(tmp_path / "categories.json") == {NFC: "sks 0"}
+
+
+def test_names_that_are_no_utf_8_are_listed_read_dropped_and_printed_by_escapes(tmp_path):
+    put(tmp_path / "ads" / "mug" / f"{GBK}.png")
+    put(tmp_path / "ads" / "mug" / "b.png")
+    for arguments in (["--list"], []):
+        command = [sys.executable, data.__file__, tmp_path / "ads", "--size", "16", *arguments]
+        console = os.environ | {"PYTHONIOENCODING": "ascii:strict"}
+        result = subprocess.run(command, text=True, capture_output=True, env=console)
+        assert result.returncode == 0 and "2 images load" in result.stdout, result.stderr
+    assert (tmp_path / "ads" / "metadata.jsonl").read_text(encoding="utf-8").count(r"mug/\udcb1\udcad.png") == 1
+    items = data.read_items(tmp_path / "ads")[0]
+    assert [item.image for item in items] == [tmp_path / "ads" / "mug" / name for name in ("b.png", f"{GBK}.png")]
+    write_bg60k(tmp_path / "release", [(f"{GBK}.jpg", "mug"), ("2.jpg", "mug")], "\t")
+    assert data.read_items(tmp_path / "release")[0][0].image.name == f"{GBK}.jpg"
+    list_, line = tmp_path / "release" / "bg60k_info.txt", "杯.jpg\tmug\n".encode("gbk")
+    assert data.drop_lines(list_, {2}).read_bytes() == line + b"2.jpg\tmug"
+    assert list_.read_bytes() == line
 
 
 # ---------------------------------------------------------------- training samples
@@ -301,7 +399,79 @@ def test_a_folder_of_categories_is_listed(photo, tmp_path, capsys):
         data.main([str(tmp_path / "empty"), "--list"])
 
 
-def test_blank_backgrounds_are_told_and_dropped_and_the_whole_list_is_kept(tmp_path, capsys):
+@pytest.mark.parametrize("name", [".ipynb_checkpoints", ".thumbnails", ".Trash-1000", "__MACOSX", "@eaDir", "#recycle",
+                                  "$RECYCLE.BIN", "System Volume Information", "lost+found", "@Recycle"])
+def test_hidden_folders_and_those_of_systems_are_no_categories_and_hold_no_masks(name, tmp_path):
+    put(tmp_path / "ads" / "mug" / "a.png")
+    put(tmp_path / "ads" / name / "a.png")
+    put(tmp_path / "ads" / "mug" / name / "a.png")
+    notes = list_folder(tmp_path / "ads")
+    assert [item.category for item in data.read_items(tmp_path / "ads")[0]] == ["mug"] and len(notes) == 1
+    write_bg60k(tmp_path / "release", [("1.jpg", "mug")], "\t")
+    put(tmp_path / "release" / "bg60k_imgs_0" / name / "1.jpg")
+    assert data.read_items(tmp_path / "release")[0][0].image.parent.name == "bg60k_imgs_0"
+
+
+def test_companions_of_pictures_are_no_pictures(tmp_path):
+    put(tmp_path / "ads" / "mug" / "a.png")
+    write_bg60k(tmp_path / "release", [("1.jpg", "mug")], "\t")
+    for folder in ("ads/mug", "release/bg60k_imgs_0", "release/bg60k_masks_0"):
+        for name in ("._a.png", "._1.jpg", ".DS_Store", "Thumbs.db", "desktop.ini"):
+            (tmp_path / folder / name).write_bytes(b"\0\5\26\7")
+    (tmp_path / "release" / "bg60k_imgs_0" / "1.txt").write_text("a caption")
+    assert len(list_folder(tmp_path / "ads")) == 1 and len(data.read_items(tmp_path / "ads")[0]) == 1
+    (tmp_path / "release" / "bg60k_info.txt").write_text("1\tmug\n")
+    assert [item.image.name for item in data.read_items(tmp_path / "release")[0]] == ["1.jpg"]
+
+
+def test_what_a_listing_takes_and_what_it_leaves_out_is_said_in_one_note(tmp_path):
+    taken = ["mug/a.jfif", "mug/b.JPG", "mug/c.webp", "mug/d.gif", "mug/e.TIFF", "mug/f.bmp", "mug/g.mpo",
+             "face/sheet_mask.png", "face/x_mask.png", "face/x_mask_mask.png"]  # the last is the mask of x_mask
+    for name in taken:
+        put(tmp_path / name)
+    for name in ("loose.png", "mug/2024/a.png", "mug/2024/raw/b.png", "mug/h.heic", "mug/notes.txt", "a\\b/c.png",
+                 f"{GBK}/a.png", "face/sheet.tmp"):
+        put(tmp_path / name)
+    (tmp_path / "mug" / "gone.png").symlink_to(tmp_path / "nothing")
+    (tmp_path / "mug" / "round").symlink_to(tmp_path)
+    notes = list_folder(tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text().splitlines()]
+    assert sorted(line["file_name"] for line in lines) == sorted(taken[:-1])
+    assert [line["mask"] for line in lines if "mask" in line] == ["face/x_mask_mask.png"]
+    assert notes[0].startswith("9 pictures listed") and len(notes) == 2 and "\n" not in notes[1]
+    for part in ("1 not in the folder of a category, such as loose.png", "in deeper folders, such as mug/2024/a.png",
+                 "3 of other formats than JPEG, PNG", "such as face/sheet.tmp",
+                 "1 that are links to nothing, such as mug/gone.png", "2 to be renamed"):
+        assert part in notes[1], notes[1]
+
+
+def test_a_listing_whose_check_fails_leaves_nothing_and_can_be_given_again(tmp_path, monkeypatch):
+    put(tmp_path / "mug" / "a.png")
+    (tmp_path / "mug" / "b.png").write_text("broken")
+    for _ in range(2):
+        with pytest.raises(BadInput, match="b.png: not a readable image"):
+            data.main([str(tmp_path), "--list", "--size", "16"])
+        assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.png", "b.png", "mug"]
+    put(tmp_path / "mug" / "b.png")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(data, "check_items", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        data.main([str(tmp_path), "--list", "--size", "16"])
+    data.main([str(tmp_path), "--list", "--size", "16"])
+    assert len(data.read_items(tmp_path)[0]) == 2
+
+
+def test_the_command_ends_with_what_it_wrote_and_what_to_do_next(tmp_path, capsys):
+    put(tmp_path / "ads" / "mug" / "a.png")
+    data.main([str(tmp_path / "ads"), "--list", "--size", "16", "--sheet", str(tmp_path / "sheet.png")])
+    *_, wrote, train, paint = capsys.readouterr().out.splitlines()
+    assert wrote == f"wrote {tmp_path / 'ads' / 'metadata.jsonl'}, {tmp_path / 'sheet.png'}"
+    assert f"train.py cg --data {tmp_path / 'ads'}" in train and f"generate.py --data {tmp_path / 'ads'} --out" in paint
+    write_bg60k(tmp_path / "release", [("1.jpg", "mug")], "\t", "bg1k", "bg1k")
+    data.main([str(tmp_path / "release"), "--split", "bg1k", "--size", "16"])
+    assert "next" in (last := capsys.readouterr().out.splitlines()[-1]) and "--split bg1k" in last
+
+
+def test_blank_backgrounds_are_reported_and_dropped_and_the_whole_list_is_kept(tmp_path, capsys):
     write_imagefolder(tmp_path, [MUG, POT])
     lines = (tmp_path / "metadata.jsonl").read_text().splitlines()
     blank = np.full((SIZE, SIZE, 3), 240, np.uint8)

@@ -1,4 +1,4 @@
-"""Evaluation: the metrics against closed forms and scipy, the baselines against their equations, tables end to end."""
+"""Evaluation: metrics and t-SNE against closed forms, rivals against their equations, tables and figures end to end."""
 
 import io
 import json
@@ -8,33 +8,77 @@ import shutil
 import subprocess
 import sys
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CLIP_CONFIG, random
+from conftest import CLIP_CONFIG, random, randomise
 
 import evaluate
-from clip import CLIP
+from clip import CLIP, TextEncoder, load_tokenizer
 from data import background_hint, load_ad
-from generate import TOY, prompt_texts
-from model import UNet
+from generate import Canvas, prompt_texts
+from model import CategoryGenerator, ControlNet, PersonalityGenerator, UNet
+from rivals import methods
 from rivals.baselines import blended_diffusion, stable_diffusion
-from sampler import ddim, seeded
+from sampler import Painting, ddim, seeded
+from support import networks
 from support.datasets import read_items
-from support.figures import tsne
+from support.figures import choose, neighbour_probabilities, scatter, tsne, tsne_loss
 from support.files import BadInput
+from support.images import to_tensor
 from support.metrics import frechet, interval, joint_frechet, similarity
+from support.models import TOY
+from support.networks import Networks
+from support.opening import open_image
+from support.settings import check_options
+from toy.products import PRODUCTS
+from toy.stages import TOY_TEXT, TOY_UNET, TOY_VAE, train_tokenizer
 from toy.world import write_world
-from weights import StableDiffusion, load_clip, load_stable_diffusion
+from vae import VAE
+from weights import (
+    TEXT_FILE,
+    UNET_FILE,
+    StableDiffusion,
+    control_config,
+    load_clip,
+    load_stable_diffusion,
+    save_control,
+    save_module,
+)
 
 
 @pytest.fixture(scope="module")
 def ads(tmp_path_factory):
     root = tmp_path_factory.mktemp("world")
-    write_world(root, size=128, base=0, ads=16, bg1k=5, pairs=10, workers=1, parts=("ads",))
+    write_world(root, size=64, base=0, ads=16, bg1k=5, pairs=10, workers=1, parts=("ads",))
     return root / "ads"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """All networks of an evaluation, random, at 64 pixels: the options that name them."""
+    folder = tmp_path_factory.mktemp("tiny")
+    train_tokenizer(["a photo of mug, in the background of sks 0 1 2"] * 9, 600, 32, folder / "base" / "tokenizer")
+    tokenizer = load_tokenizer(folder / "base" / "tokenizer")
+    text = TOY_TEXT | {"vocab_size": tokenizer.bpe.get_vocab_size(), "eos_token_id": tokenizer.end, "hidden_size": 32}
+    unet = TOY_UNET | {"sample_size": 16, "block_out_channels": [8, 16, 16, 16], "cross_attention_dim": 32}
+    save_module(randomise(TextEncoder(text)), folder / "base" / "text_encoder", TEXT_FILE)
+    save_module(randomise(VAE(TOY_VAE | {"block_out_channels": [8, 8, 16]})), folder / "base" / "vae", UNET_FILE)
+    save_module(randomise(UNet(unet)), folder / "base" / "unet", UNET_FILE)
+    options, config = {"--weights": folder / "base"}, control_config(unet, 4)
+    branches = {"cg": CategoryGenerator(config), "pg": PersonalityGenerator(config), "controlnet": ControlNet(config),
+                "cg-plain": CategoryGenerator(config | {"attention": "plain"})}
+    identifiers = {category: f"sks {i}" for i, category in enumerate(sorted(PRODUCTS))}
+    for i, (name, branch) in enumerate(branches.items()):
+        options[f"--{name}"] = folder / name
+        save_control(randomise(branch, seed=i), folder / name, categories=None if name == "controlnet" else identifiers)
+    for i, name in enumerate(("clip", "guide-clip")):
+        options[f"--{name}"] = folder / name
+        save_module(randomise(CLIP(CLIP_CONFIG), seed=i), folder / name, TEXT_FILE)
+    return options
 
 
 @pytest.fixture(scope="module")
@@ -65,14 +109,14 @@ def test_frechet_is_the_closed_form_of_gaussians_with_diagonal_covariances():
 
 
 @pytest.mark.parametrize("n", [300, 12])  # more samples than dimensions, and fewer: singular covariances
-def test_frechet_is_the_one_by_scipys_matrix_square_root(n):
-    linalg = pytest.importorskip("scipy.linalg")
+def test_frechet_is_the_one_by_roots_of_matrices(n):
+    """tr (Σ_x Σ_y)^½ = tr (Σ_x^½ Σ_y Σ_x^½)^½: roots of symmetric matrices, by their eigenvalues."""
     x = random(n, 20, dtype=torch.float64) @ random(20, 20, seed=1, dtype=torch.float64)
     y = random(n + 5, 20, seed=2, dtype=torch.float64) @ random(20, 20, seed=3, dtype=torch.float64) + 0.5
-    # The root of Σ_x Σ_y has the trace of that of Σ_x^½ Σ_y Σ_x^½, whose root is well behaved when they are singular
-    root_x = torch.from_numpy(linalg.sqrtm(x.T.cov().numpy() + 1e-14 * torch.eye(20).numpy()).real)
-    root = linalg.sqrtm((root_x @ y.T.cov() @ root_x + 1e-14 * torch.eye(20)).numpy()).real
-    expected = (x.mean(0) - y.mean(0)).square().sum() + x.T.cov().trace() + y.T.cov().trace() - 2 * root.trace()
+    eigenvalues, vectors = torch.linalg.eigh(x.T.cov())
+    root_x = vectors * eigenvalues.clamp(min=0).sqrt() @ vectors.T
+    trace = torch.linalg.eigvalsh(root_x @ y.T.cov() @ root_x).clamp(min=0).sqrt().sum()
+    expected = (x.mean(0) - y.mean(0)).square().sum() + x.T.cov().trace() + y.T.cov().trace() - 2 * trace
     assert frechet(x, y).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
@@ -100,7 +144,7 @@ def test_the_interval_of_a_mean_is_that_of_the_normal_distribution():
     assert half == pytest.approx(1.96 * x.std().item() / math.sqrt(len(x)), rel=0.08)
 
 
-@pytest.mark.parametrize("height, width", [(100, 70), (64, 129), (32, 32), (20, 27)])
+@pytest.mark.parametrize("height, width", [(100, 70), (64, 129), (32, 32), (20, 26)])
 def test_clips_preprocessing_is_the_reference_processors(height, width):
     """Up to the reference's rounding to 8 bits: at most one level and a half."""
     transformers = pytest.importorskip("transformers")
@@ -117,7 +161,7 @@ def test_clips_preprocessing_is_the_reference_processors(height, width):
     assert (CLIP(CLIP_CONFIG).preprocess(x[None] / 255) - theirs).abs().max() < 1.6 / 255
 
 
-# ---------------------------------------------------------------- baselines
+# ---------------------------------------------------------------- the rivals
 
 
 def test_an_edited_walk_ends_at_what_is_put_back(sd):
@@ -131,42 +175,49 @@ def test_an_edited_walk_ends_at_what_is_put_back(sd):
     assert torch.equal(z * M, z_known * M) and not torch.allclose(z * (1 - M), z_known * (1 - M))
 
 
-def products(ads, count=2):
-    pairs = [load_ad(item, 128) for item in read_items(ads)[0][:count]]
-    return torch.stack([rgb for rgb, _ in pairs]), torch.stack([mask for _, mask in pairs])
+def canvas_of(ads, count=2, **more) -> Canvas:
+    pairs = [load_ad(item, 64) for item in read_items(ads)[0][:count]]
+    rgb, mask = (torch.stack(x) for x in zip(*pairs))
+    return Canvas(rgb, mask, [prompt_texts("mug", None)] * count, seeded(0, count), **more)
 
 
-def test_inpainting_keeps_the_product_and_paints_the_rest(sd, ads):
-    rgb, mask = products(ads)
-    painted = stable_diffusion(sd, rgb, mask, [prompt_texts("mug", None)] * 2, seeded(0, 2), steps=3)
-    through_vae = sd.decode(sd.encode(rgb * mask + 0.5 * (1 - mask)))
-    inside = -F.max_pool2d(-mask, 15, 1, 7) > 0.99  # well away from the edge, over which the VAE's decoder looks
-    assert inside.any() and ((painted - through_vae) * inside).abs().max() < 0.15
-    assert ((painted - 0.5) * (1 - mask)).abs().mean() > 0.05
+@pytest.mark.parametrize("with_reference", [False, True])
+def test_inpainting_keeps_the_products_latent_and_paints_the_rest(sd, ads, with_reference, monkeypatch):
+    """The latent of the product on grey, or pasted onto the reference, wherever M is nearer 1 than 0 at a position."""
+    canvas = canvas_of(ads)
+    scene = canvas.rgb.flip(0) if with_reference else torch.full_like(canvas.rgb, 0.5)
+    if with_reference:
+        canvas = canvas._replace(reference=scene, reference_mask=canvas.mask.flip(0))
+    monkeypatch.setattr(StableDiffusion, "decode", lambda self, z: z)
+    z = stable_diffusion(sd, canvas, Painting(steps=3))
+    z_known = sd.encode(canvas.rgb * canvas.mask + scene * (1 - canvas.mask))
+    M = F.interpolate((canvas.mask > 0.5).float(), size=z.shape[2:])
+    assert 0 < M.mean() < 1 and torch.equal(z * M, z_known * M)
+    assert ((z - z_known) * (1 - M)).abs().mean() > 0.1 * z_known.abs().mean()
 
 
-def test_an_inpainting_unet_is_told_the_product(sd, ads, monkeypatch):
+def test_an_inpainting_unet_reads_the_product(sd, ads, monkeypatch):
     """Beside z_t it reads the mask of what to paint, 1 − M, and the latent of the product on grey."""
     wide = UNet(sd.unet.config | {"in_channels": 9}).requires_grad_(False)
     seen = []
     monkeypatch.setattr(UNet, "forward", lambda self, z, *_: seen.append(z) or z[:, :4])
-    rgb, mask = products(ads)
-    nine = StableDiffusion(sd.tokenizer, sd.text_encoder, wide, sd.vae, sd.schedule)
-    stable_diffusion(nine, rgb, mask, [prompt_texts("mug", None)] * 2, seeded(0, 2), steps=2)
-    M = F.interpolate((mask > 0.5).float(), size=(32, 32))
-    hard = (mask > 0.5).float()
-    product = sd.encode(rgb * hard + 0.5 * (1 - hard))
+    canvas = canvas_of(ads)
+    stable_diffusion(replace(sd, unet=wide), canvas, Painting(steps=2))
+    hard = (canvas.mask > 0.5).float()
+    product = sd.encode(canvas.rgb * hard + 0.5 * (1 - hard))
+    M = F.interpolate(hard, size=product.shape[2:])
     assert all(torch.equal(z[:2], torch.cat([z[:2, :4], 1 - M, product], dim=1)) for z in seen) and len(seen) == 2
 
 
 def test_blended_diffusion_follows_the_gradient_of_the_clip_distance(sd, ads, monkeypatch):
     """ε − ε_unguided = strength √(1 − ᾱ_t) ∇_z D: here by finite differences, through UNet (a stand-in) and decoder."""
-    clip, (rgb, mask) = load_clip(TOY / "clip").double(), (x.double() for x in products(ads))
-    reference, reference_mask, t, strength, found = rgb.flip(0), mask.flip(0), 601, 7.0, {}
-    monkeypatch.setattr("baselines.sample", lambda *_, guide, **_k: found.update(guide=guide) or random(2, 4, 32, 32))
+    clip, canvas = randomise(CLIP(CLIP_CONFIG)).double(), canvas_of(ads)
+    rgb, mask = canvas.rgb.double(), canvas.mask.double()
+    reference, reference_mask, t, strength, found = rgb.flip(0), mask.flip(0), 601, 7.0, []
+    canvas = canvas._replace(rgb=rgb, mask=mask, reference=reference, reference_mask=reference_mask)
+    monkeypatch.setattr("rivals.baselines.stable_diffusion", lambda *arguments: found.append(arguments[-1]))
     monkeypatch.setattr(StableDiffusion, "decode", lambda self, z: F.interpolate(z[:, :3], scale_factor=4).sigmoid())
-    blended_diffusion(sd, rgb, mask, [prompt_texts("mug", None)] * 2, seeded(0, 2), reference, reference_mask, clip,
-                      strength)
+    blended_diffusion(sd, canvas, Painting(), clip, strength)
 
     def eps_model(z, t):
         return 0.4 * z.sin()
@@ -174,41 +225,98 @@ def test_blended_diffusion_follows_the_gradient_of_the_clip_distance(sd, ads, mo
     def distance(z):
         a = sd.schedule.alpha_bar[t].item()
         picture = sd.decode((z - math.sqrt(1 - a) * eps_model(z, t)) / math.sqrt(a))
-        x, y = (clip.encode_image(background_hint(*pair)) for pair in ((picture, mask), (reference, reference_mask)))
+        x, y = (clip.encode_image(clip.preprocess(background_hint(*pair)))
+                for pair in ((picture, mask), (reference, reference_mask)))
         return 2 - F.cosine_similarity(x, y).sum()
 
-    z, direction = (random(2, 4, 32, 32, seed=i, dtype=torch.float64) for i in (0, 1))
+    z, direction = (random(2, 4, 16, 16, seed=i, dtype=torch.float64) for i in (0, 1))
     slope = (distance(z + 1e-5 * direction) - distance(z - 1e-5 * direction)) / 2e-5
     expected = strength * math.sqrt(1 - sd.schedule.alpha_bar[t].item()) * slope
-    added = found["guide"](eps_model, z, t) - eps_model(z, t)
+    added = found[0](eps_model, z, t) - eps_model(z, t)
     assert (added * direction).sum().item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 # ---------------------------------------------------------------- figures
 
 
-def test_tsne_keeps_apart_what_is_apart():
-    """Three far clusters in 20 dimensions: every point's nearest neighbours in the plane are of its own."""
-    x = torch.cat([random(25, 20, seed=i) + 12 * random(1, 20, seed=10 + i) for i in range(3)])
+def clusters(sizes, spreads, dimensions=20, seed=0):
+    """Far clusters of these sizes and standard deviations, and the cluster of each row."""
+    x = [spread * random(n, dimensions, seed=seed + i) + 12 * random(1, dimensions, seed=seed + 100 + i)
+         for i, (n, spread) in enumerate(zip(sizes, spreads))]
+    return torch.cat(x), torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+
+
+def kl_divergence(x, y, perplexity):
+    """KL(P ‖ Q), written out: Q by Student's t with one degree of freedom."""
+    P, w = neighbour_probabilities(x.double(), perplexity), 1 / (1 + (y[:, None] - y).double().square().sum(2))
+    Q = w.fill_diagonal_(0) / w.sum()
+    return (P * (P / Q).log())[P > 0].sum().item()
+
+
+@pytest.mark.parametrize("n, perplexity", [(40, 10), (7, 30)])
+def test_each_points_neighbours_have_the_wanted_perplexity(n, perplexity):
+    """Before it is made symmetric; here by points on a circle, which are all alike, so that P is symmetric already."""
+    angle = torch.arange(n).double() * 2 * math.pi / n
+    P = neighbour_probabilities(torch.stack([angle.cos(), angle.sin()], dim=1), perplexity)
+    assert P.sum().item() == pytest.approx(1) and torch.equal(P, P.T) and not P.diag().any()
+    assert torch.special.entr(P * n).sum(1).exp().tolist() == pytest.approx([min(perplexity, (n - 1) / 3)] * n)
+
+
+def test_the_loss_of_tsne_is_the_kl_divergence_and_its_gradient_is_right():
+    x, y = random(12, 5, dtype=torch.float64), random(12, 2, seed=1, dtype=torch.float64)
+    P = neighbour_probabilities(x, 3)
+    assert (tsne_loss(y, P)[0] - torch.special.entr(P).sum()).item() == pytest.approx(kl_divergence(x, y, 3))
+    expected = torch.autograd.functional.jacobian(lambda y: tsne_loss(y, P, 4)[0], y)
+    torch.testing.assert_close(tsne_loss(y, P, 4)[1], expected)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("sizes, spreads", [([25, 25, 25], [1, 1, 1]), ([60, 20, 6, 30], [1, 0.1, 2, 0.01])])
+def test_tsne_keeps_apart_what_is_apart(sizes, spreads, seed):
+    """Every point's nearest neighbours in the plane are of its own cluster."""
+    x, cluster = clusters(sizes, spreads, seed=1000 * seed)
     y = tsne(x, perplexity=10, steps=250)
     nearest = torch.cdist(y, y).fill_diagonal_(math.inf).topk(5, largest=False).indices
-    assert torch.equal(nearest // 25, (torch.arange(75) // 25)[:, None].expand(75, 5))
+    assert torch.equal(cluster[nearest], cluster[:, None].expand(-1, 5))
+
+
+@pytest.mark.parametrize("x", [
+    *(random(n, 16, seed=n) for n in range(3, 11)), random(100, 30), clusters([25] * 15, [3] * 15, 64)[0],
+    random(9, 8).repeat(4, 1), torch.linspace(0, 1, 40)[:, None].expand(40, 3), 1e-4 * random(20, 8) + 10,
+], ids=[*map(str, range(3, 11)), "one cluster", "375", "each four times", "a line", "nearly equal"])
+def test_tsne_is_nearer_than_the_principal_components_at_their_best_size(x):
+    y, (U, S, _) = tsne(x), torch.linalg.svd(x.double() - x.double().mean(0), full_matrices=False)
+    components = (U * S)[:, :2] / S[0]
+    best = min(kl_divergence(x, 2.0**k * components, 30) for k in range(-6, 10))
+    assert y.isfinite().all() and kl_divergence(x, y, 30) < 0.95 * best
+
+
+def test_tsne_of_equal_points_is_a_picture_too():
+    y = tsne(torch.ones(20, 5))
+    assert y.isfinite().all()
+    assert scatter(y, [("CG", "mug")] * 20, ["mug"]).size == (1130, 900)
+
+
+def test_the_same_items_are_chosen_every_time_in_their_order():
+    assert choose(list(range(100)), 8) == choose(list(range(100)), 8) == sorted(choose(list(range(100)), 8))
+    assert len({*choose(list(range(100)), 8)}) == 8 and choose([1, 2], 8) == [1, 2]
 
 
 # ---------------------------------------------------------------- the command line
 
 
-def command(ads, out, *arguments):
-    evaluate.main([*map(str, arguments), "--data", str(ads), "--out", str(out), "--steps", "2", "--controlnet",
-                   str(TOY / "cg"), "--tuned", str(TOY / "cg"), "--guide-clip", str(TOY / "clip"), "--dtype", "float32"])
+def command(ads, out, models, *arguments):
+    options = [str(word) for pair in models.items() for word in pair]
+    evaluate.main([*map(str, arguments), "--data", str(ads), "--out", str(out), "--steps", "2", "--dtype", "float32",
+                   "--device", "cpu", *options])
 
 
 @pytest.fixture(scope="module")
-def results(ads, tmp_path_factory):
+def results(ads, tiny, tmp_path_factory):
     out = tmp_path_factory.mktemp("results")
-    for what in ("table1", "table2", "table4"):
+    for what in evaluate.TABLES:
         with redirect_stdout(io.StringIO()) as printed:
-            command(ads, out, what)
+            command(ads, out, tiny, what)
         (out / f"{what}.printed").write_text(printed.getvalue())
     return out
 
@@ -218,18 +326,25 @@ def test_a_table_is_printed_and_kept_with_its_figures(results, table, count, pai
     content = json.loads((results / f"{table}.json").read_text())
     measured = [row["measured"] for row in content["rows"] if row["measured"]]
     assert len(measured) == painted and {row["n"] for row in measured} == {count}
-    text = (results / f"{table}.md").read_text()
-    assert (results / f"{table}.printed").read_text() == text
+    text, printed = (results / f"{table}.md").read_text(), (results / f"{table}.printed").read_text()
+    assert printed.startswith(text + f"\n{results / table}.md\n{results / table}.json\nnext: ")
     for row in measured:
         assert ("joint" in row) == (table == "table1")
         for value, half in [row[metric] for metric in ("similarity", "frechet", "joint") if metric in row]:
             assert half > 0 and f"{value:.2f} ± {half:.2f}" in text
-    assert ("| LaMa | not yet | 88.33 | not yet | 8.24 | not yet |" in text) == (table == "table1")
+    lama = "| LaMa | not implemented | 88.33 | not implemented | 8.24 | not implemented |"
+    assert (lama in text) == (table == "table1")
+
+
+def test_table_4_says_beside_which_partner_pg_was_trained(results):
+    lines = (results / "table4.md").read_text().splitlines()
+    rows = [line for line in lines if line.startswith("|") and "in CG's place" in line]
+    assert len(rows) == 2 and all("this PG was trained beside CG" in row for row in rows)
 
 
 @pytest.mark.parametrize("table, ours", [("table1", "CG"), ("table2", "CG + PG")])
 def test_ours_is_ahead_by_the_difference_of_the_figures(results, table, ours):
-    """Their interval is of the difference on the same items: none between a method and itself."""
+    """The interval is that of the difference on the same items: there is none between a method and itself."""
     rows = [row for row in json.loads((results / f"{table}.json").read_text())["rows"] if row["measured"]]
     for protocol in {row["protocol"] for row in rows}:
         theirs = {row["method"]: row["measured"] for row in rows if row["protocol"] == protocol}
@@ -240,131 +355,183 @@ def test_ours_is_ahead_by_the_difference_of_the_figures(results, table, ours):
         assert all(by == [0, 0] for by in theirs[ours]["ours_ahead"].values())
 
 
-def test_the_figures_are_those_of_the_pictures(results, ads):
+def test_the_figures_are_those_of_the_pictures(results, ads, tiny):
     """CG's similarity in Table 1, from the files of its pictures and the originals."""
-    clip, folder = load_clip(TOY / "clip"), next((results / "pictures" / "bg1k").glob("cg-*"))
+    clip, folder = load_clip(tiny["--clip"]), next((results / "pictures" / "bg1k").glob("cg-????????"))
     items = read_items(ads, "bg1k")[0]
-    x, y = (clip.encode_image(torch.stack([evaluate.to_tensor(evaluate.open_image(path)) for path in paths]))
+    x, y = (clip.encode_image(torch.cat([clip.preprocess(to_tensor(open_image(path))[None]) for path in paths]))
             for paths in (sorted(folder.glob("*.png"))[: len(items)], [item.image for item in items]))
     row = next(row for row in json.loads((results / "table1.json").read_text())["rows"] if row["method"] == "CG")
     assert row["measured"]["similarity"][0] == pytest.approx(similarity(x, y).mean().item(), rel=1e-4)
 
 
-def test_tables_share_pictures_and_nothing_is_painted_twice(results, ads, capsys):
+def test_tables_share_pictures_and_nothing_is_painted_twice(results, ads, tiny, capsys):
     before = {path: path.stat().st_mtime_ns for path in results.rglob("*.png")}
     assert len(list((results / "pictures" / "ref").iterdir())) == 8  # 4 rows of Table 2, 5 of Table 4, one in both
-    command(ads, results, "table1")
+    command(ads, results, tiny, "table1")
     assert {path: path.stat().st_mtime_ns for path in results.rglob("*.png")} == before
     assert "painting" not in capsys.readouterr().err
-    command(ads, results, "table1", "--guidance", "1.5", "--limit", "2")  # other settings: other pictures
+    command(ads, results, tiny, "table1", "--guidance", "1.5", "--limit", "2")  # other settings: other pictures
     assert len(list((results / "pictures" / "bg1k").iterdir())) == 8
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
 
 
 @pytest.mark.parametrize("figure", ["tsne", "fig6", "fig9", "fig10"])
-def test_a_figure_is_drawn(results, ads, figure, capsys):
-    command(ads, results, figure)
-    image = evaluate.open_image(results / f"{figure}.png")
-    assert min(image.size) > 200 and len(image.resize((64, 64)).getcolors(4096)) > 8
-    if figure == "tsne":
-        lines = capsys.readouterr().out.splitlines()
-        assert [line.split(":")[0] for line in lines[:3]] == ["original", "CG", "ControlNet"]
-        assert all("nearest to it" in line for line in lines[:3])
+def test_a_figure_is_drawn(results, ads, tiny, figure, capsys):
+    command(ads, results, tiny, figure)
+    image = open_image(results / f"{figure}.png")
+    assert min(image.size) > 100 and len(image.resize((64, 64)).getcolors(4096)) > 8
+    *lines, path, following = capsys.readouterr().out.splitlines()
+    assert path == str(results / f"{figure}.png") and following.startswith("next: ")
+    assert [line.split(":")[0] for line in lines] == (["original", "CG", "ControlNet"] if figure == "tsne" else [])
+    assert all("nearest to it" in line for line in lines)
 
 
-def test_the_three_trainings_of_fig7(results, ads, tmp_path, monkeypatch):
+def test_cg_with_plain_attention_is_trained_as_cg_is():
+    cg = evaluate.train.TOY_SETTINGS["cg"]
+    assert methods.TRAINED["cg-plain"] == ["cg", "--attention", "plain", "--steps", str(cg["steps"])]
+
+
+def test_the_three_trainings_of_fig7(ads, tmp_path, monkeypatch):
     """They differ as Fig. 7 says: no perturbation, dilation alone, dilation and mixup; each runs on first use only."""
     commands = []
+
+    def train(command, **_):
+        commands.append(command[2:])
+        shutil.copytree(TOY / "pg", Path(command[command.index("--out") + 1], "pg"))
+        return subprocess.CompletedProcess(command, 0)
+
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("train.main", commands.append)
-    monkeypatch.setattr(evaluate.Lab, "branch", lambda self, name: evaluate.load_branch(
-        "category" if name == "cg" else "personality", TOY / name[:2], self.sd, self.args))
-    monkeypatch.setattr(evaluate, "version", lambda path: str(path))
-    command(ads, tmp_path / "results", "fig7", "--limit", "2")
-    options = {tuple(c[c.index("--steps") + 2 : c.index("--out")]) for c in commands}
-    assert options == {("--theta", "0", "--sigma", "1", "1"), ("--sigma", "1", "1"), ()}
-    assert all(c[:3] == ["pg", "--steps", "600"] for c in commands)
+    monkeypatch.setattr(networks.subprocess, "run", train)
+    for _ in range(2):
+        command(ads, tmp_path / "results", {"--size": 64}, "fig7", "--limit", "2")
+    options = [tuple(c[c.index("--steps") + 2 : c.index("--out")]) for c in commands]
+    assert options == [("--theta", "0", "--sigma", "1", "1"), ("--sigma", "1", "1"), ()]
+    assert all(c[:3] == ["pg", "--steps", "600"] and c[c.index("--cg") + 1] == str(TOY / "cg") for c in commands)
     assert (tmp_path / "results" / "fig7.png").is_file()
 
 
-def test_pictures_are_kept_for_what_they_were_painted_of(ads, tmp_path, monkeypatch):
-    """The first items of a split share the whole split's pictures; other pairs, or a changed picture, have their own."""
-    monkeypatch.setattr(evaluate, "paint_items", lambda *_: None)
+def test_pictures_are_kept_for_what_they_were_painted_of(ads, tiny, tmp_path, monkeypatch):
+    """The first items of a split share the whole split's pictures; other settings, pairs or files have their own."""
+    monkeypatch.setattr(methods, "paint_items", lambda *_: None)
     data = shutil.copytree(ads, tmp_path / "ads")
 
-    def folder(*limit: str) -> Path:
-        args = evaluate.parse(["table2", "--data", str(data), "--device", "cpu", "--out", str(tmp_path / "out"), *limit])
-        args.dtype = torch.float32
-        lab = evaluate.Lab(args)
-        return lab.pictures("cg", lab.items("ref"), "ref")[0].parent
+    def folder(*options: str, method: str = "cg") -> Path:
+        words = [str(word) for pair in tiny.items() for word in pair]
+        lab = evaluate.lab_of(evaluate.options().parse_args(
+            ["table2", "--data", str(data), "--out", str(tmp_path / "out"), *words, *options]))
+        return lab.pictures(method, lab.items("ref"), "ref")[0].parent
 
-    whole, info = folder(), data / "bgpair_info.txt"
-    assert folder("--limit", "2") == whole
+    first, info = folder(), data / "bgpair_info.txt"
+    for harmless in ("--limit 2", "--batch 3", "--centres 5", "--strength 3", f"--clip {tiny['--guide-clip']}",
+                     f"--pg {tiny['--cg']}"):
+        assert folder(*harmless.split()) == first, harmless
+    others = ["--steps 7", "--guidance 3", "--size 32", "--seed 5", "--dtype float32", f"--cg {tiny['--cg-plain']}"]
+    assert len({first, *(folder(*other.split()) for other in others)}) == 1 + len(others)
+    assert folder("--strength", "3", method="blended-diffusion") != folder(method="blended-diffusion")
     rows = [line.split("\t") for line in info.read_text().splitlines()]
     rows[0][1], rows[1][1] = rows[1][1], rows[0][1]
     info.write_text("".join("\t".join(row) + "\n" for row in rows))
     paired = folder()
     os.utime(read_items(data, "bgpair")[0][0].image, (0, 0))
-    assert len({whole, paired, folder()}) == 3
+    assert len({first, paired, folder()}) == 3
 
 
-def test_under_torchrun_the_first_process_alone_trains_the_guides_clip(tmp_path):
-    """Its loss compares all pictures of a batch, so that they can't be dealt out; the second waits for it."""
-    write_world(tmp_path, base=8, workers=1, parts=("base",))
+def test_under_torchrun_one_process_trains_and_the_others_wait(tmp_path):
+    """A stand-in for train.py makes the folder, and would find no process group in its environment."""
+    (tmp_path / "train.py").write_text(
+        "import os, pathlib, sys, time\n"
+        "assert 'WORLD_SIZE' not in os.environ\n"
+        "time.sleep(1)\n"
+        "pathlib.Path(sys.argv[sys.argv.index('--out') + 1], 'clip').mkdir(parents=True)\n")
     (tmp_path / "both.py").write_text(
         "import torch.distributed as dist\n"
-        "import evaluate\n"
-        f"evaluate.TRAINED['guide-clip'] = 'clip', 1, ['--batch', '4', '--data', {str(tmp_path / 'base')!r}]\n"
+        "from support import networks\n"
+        f"networks.TRAIN = {str(tmp_path / 'train.py')!r}\n"
         "dist.init_process_group('gloo')\n"
-        "print(evaluate.Lab(evaluate.parse(['table2', '--device', 'cpu'])).path('guide-clip'))\n")
+        "path = networks.Networks({'weights': None}, {'guide-clip': ['clip']}, 'cpu').path('guide-clip')\n"
+        "print(path, path.is_dir())\n")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     run = subprocess.run([*torchrun, "both.py"], cwd=tmp_path, text=True, capture_output=True,
                          env=os.environ | {"PYTHONPATH": str(Path(evaluate.__file__).parent)})
     assert run.returncode == 0, run.stderr
-    one, other = run.stdout.split()
-    assert one == other and run.stderr.count("training, once") == 1
-    load_clip(tmp_path / one)
+    one, other = run.stdout.splitlines()
+    assert one == other and one.endswith(" True") and run.stderr.count("training, once") == 1
+
+
+@pytest.mark.parametrize("name", methods.TRAINED)
+def test_train_takes_the_command_that_makes_a_network(name):
+    args = evaluate.train.options().parse_args([*methods.TRAINED[name], "--device", "cpu", "--amp"])
+    check_options(args)
+    assert args.stage in methods.TRAINED[name] and args.steps
+
+
+def test_an_interrupted_training_is_resumed_and_a_failed_one_is_not_taken_for_done(tmp_path, monkeypatch):
+    commands, results = [], [1, 0]
+
+    def train(command, **_):
+        commands.append(command)
+        checkpoint = Path(command[command.index("--out") + 1], "training", "clip", "checkpoint_00000001.safetensors")
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.touch()
+        return subprocess.CompletedProcess(command, results.pop(0))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(networks.subprocess, "run", train)
+    lab = Networks({"weights": None}, {"guide-clip": ["clip", "--steps", "1"]}, "cpu")
+    with pytest.raises(BadInput, match="the training failed, as it says above"):
+        lab.path("guide-clip")
+    assert lab.path("guide-clip").parent.is_dir() and lab.path("guide-clip").name == "clip"
+    assert ["--resume" in command for command in commands] == [False, True]
+
+
+OPTIONS = ("--controlnet", "--cg-plain", "--guide-clip")  # what has to be given so that nothing is trained
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["table9"], "table9: must be one of table1, table2"),
-    (["table1", "--data", "nowhere"], "no such data set"),
-    (["table1", "--limit", "1"], "must be a whole number from 2"),
-    (["table2", "--weights", str(TOY / "base")], "--guide-clip is missing"),
-    (["fig9", "--limit", "3"], "no category has two pairs"),
-    (["table1", "--clip", "nowhere"], "nowhere is missing"),
-    (["table2", "--pg", "nowhere", "--guide-clip", str(TOY / "clip")], "nowhere is missing"),
-    (["table1", "--weights", "nowhere", "--cg", str(TOY / "cg"), "--clip", str(TOY / "clip")], "nowhere is missing"),
-    (["table1", "--weights", str(TOY / "base"), "--cg", str(TOY / "cg")], "--clip is missing"),
-    (["fig7", "--weights", str(TOY / "base"), "--cg", str(TOY / "cg")], "fig7 is the toy's"),
-    (["table1", "--out", str(TOY / "README.md")], "README.md"),
+    ("table9", "table9: must be one of table1, table2"),
+    ("table1 --data nowhere", "no such data set"),
+    ("table1 --limit 1", "must be a whole number from 2"),
+    ("table1 --weights {toy}/base --cg {toy}/cg", "--clip is missing"),
+    ("table1 --weights {toy}/base", "--cg is missing"),
+    ("table2 --weights {toy}/base --cg {toy}/cg --guide-clip", "--guide-clip is missing"),
+    ("fig9 --limit 3", "no category has two pairs"),
+    ("table1 --clip nowhere", "nowhere is missing"),
+    ("table2 --pg nowhere", "nowhere is missing"),
+    ("table1 --weights nowhere --cg {toy}/cg --clip {toy}/clip", "nowhere is missing"),
+    ("fig7 --weights {toy}/base --cg {toy}/cg", "fig7 is the toy's"),
+    ("table1 --cg-plain {toy}/cg", "--cg-plain .*cg is a CG with mask-guided attention; give one with plain"),
+    ("table1 --hint inpaint --controlnet", "--hint goes with --controlnet"),
+    ("table1 --out {toy}/README.md", "README.md"),
 ])
-def test_bad_use_is_one_line(arguments, message, tmp_path, monkeypatch, ads):
+def test_bad_use_is_one_line(arguments, message, tmp_path, monkeypatch, ads, tiny):
+    """Here an option at the end, without a value, is one that is not given."""
     monkeypatch.chdir(tmp_path)
-    given = [] if "--data" in arguments else ["--data", str(ads)]
+    words = arguments.format(toy=TOY).split()
+    options = {"--data": ads} | {option: tiny[option] for option in OPTIONS}
+    if words[-1] in OPTIONS:
+        options.pop(words.pop())
     with pytest.raises(BadInput, match=message) as error:
-        evaluate.main([*arguments, *given, *(["--steps", "1"] if "--limit" not in arguments else []),
-                       *([] if "--guide" in message else ["--controlnet", str(TOY / "cg"), "--tuned", str(TOY / "cg")])])
+        evaluate.main([words[0], *(str(word) for pair in options.items() for word in pair), *words[1:]])
     assert "\n" not in str(error.value) and not Path("results", "pictures").exists(), "said before anything is painted"
 
 
-def test_what_is_missing_is_said_before_anything_is_painted(ads, tmp_path):
-    """A category that CG was not trained on; and the line that only --tuned can give is left out where it is missing."""
-    shutil.copytree(TOY / "cg", tmp_path / "cg")
+def test_what_is_missing_is_said_before_anything_is_painted(ads, tiny, tmp_path):
+    """A category that CG was not trained on. The row that only --cg-plain can give is left out where it is missing."""
+    shutil.copytree(tiny["--cg"], tmp_path / "cg")
     (tmp_path / "cg" / "categories.json").write_text('{"mug": "sks 0"}')
     with pytest.raises(BadInput, match="CG was not trained on category '[a-z ]+'; choose one of mug$"):
-        command(ads, tmp_path / "results", "table1", "--cg", str(tmp_path / "cg"))
-    evaluate.main(["table1", "--data", str(ads), "--out", str(tmp_path / "results"), "--steps", "1", "--limit", "2",
-                   "--weights", str(TOY / "base"), "--cg", str(TOY / "cg"), "--controlnet", str(TOY / "cg"),
-                   "--clip", str(TOY / "clip")])
+        command(ads, tmp_path / "results", tiny | {"--cg": tmp_path / "cg"}, "table1")
+    command(ads, tmp_path / "results", {name: path for name, path in tiny.items() if name != "--cg-plain"}, "table1",
+            "--limit", "2")
     rows = json.loads((tmp_path / "results" / "table1.json").read_text())["rows"]
     assert [row["method"] for row in rows] == [
         "LaMa", "Stable Diffusion", "ControlNet", "CG", "originals of other products"]
 
 
-def test_an_ad_that_cannot_be_read_is_named_and_left_out_of_the_centres(ads, results, tmp_path, capsys):
+def test_an_ad_that_cannot_be_read_is_named_and_left_out_of_the_centres(ads, tiny, tmp_path, capsys):
     shutil.copytree(ads, tmp_path / "ads")
     read_items(tmp_path / "ads")[0][0].image.write_bytes(b"")
-    command(tmp_path / "ads", tmp_path / "results", "tsne")
+    command(tmp_path / "ads", tmp_path / "results", tiny, "tsne")
     out, err = capsys.readouterr()
-    assert err.count("skipped") == 1 and "nan" not in out and len(out.splitlines()) == 4
+    assert err.count("skipped") == 1 and "nan" not in out and len(out.splitlines()) == 5

@@ -1,5 +1,6 @@
 """Training: every stage runs, an interrupted run resumes bit for bit, and bad use ends in one line."""
 
+import dataclasses
 import gc
 import json
 import math
@@ -13,18 +14,33 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from conftest import inputs, random, randomise
+from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+import generate
 import train
 from clip import TextEncoder
-from data import load_ad
-from model import ControlNet, UNet
+from data import Samples, diffuse, load_ad, product_hint
+from model import CategoryGenerator, ControlNet, Prompts, UNet, predict_noise
+from sampler import Schedule, timestep_weights
+from support import cache, checkpoints, settings, trainer
+from support.cache import fingerprint
+from support.checkpoints import Checkpoints, list_checkpoints
+from support.curve import SMOOTH, draw_curve, ticks
 from support.datasets import read_items
+from support.encoded import CategoryPrompts, Latents, prompt_table
 from support.files import BadInput
+from support.identifiers import number_categories, template_of
+from support.images import to_tensor
+from support.models import check_identifiers
+from support.trainer import Batches, Log, MovingAverage, Trainer, learning_rate, seed_of
+from toy import stages
 from toy.world import write_world
 from vae import VAE
-from weights import StableDiffusion, load_control, load_stable_diffusion
+from weights import StableDiffusion, control_config, load_control, load_stable_diffusion
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -54,6 +70,13 @@ def cg(world, base, tmp_path_factory):
     return out / "cg"
 
 
+@pytest.fixture
+def quick(monkeypatch):
+    """Leaves out the painting of sheets, which takes most of a short run's time."""
+    for module, name in ((train, "draw_branches"), (stages, "draw_captions")):
+        monkeypatch.setattr(module, name, lambda *_: Image.new("RGB", (8, 8)))
+
+
 def command(*arguments):
     train.main([str(a) for a in arguments])
 
@@ -75,6 +98,7 @@ def test_every_stage_leaves_a_log_a_sheet_and_a_checkpoint(base, cg):
         lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         assert lines[-1]["step"] == 2 and {"loss", "lr", "images_per_second"} <= lines[-1].keys()
         assert (folder / "sheet_000002.png").is_file() and (folder / "checkpoint_00000002.safetensors").is_file()
+        assert (folder / "loss.png").is_file()
         assert not [p for p in folder.iterdir() if p.name.startswith(".")], "a temporary file is left"
 
 
@@ -85,22 +109,62 @@ def test_pg_and_joint_train(stage, world, base, cg, tmp_path):
     assert (tmp_path / "cg").exists() == (stage == "joint")
 
 
-@pytest.mark.parametrize("data, words", [("base", ", in the background of a "), ("ads", ", in the background of sks ")])
-def test_a_controlnet_trains_on_captions_where_there_are_and_else_on_cgs_prompts(data, words, world, base, tmp_path,
-                                                                                 monkeypatch):
-    """An ordinary ControlNet reads P and no mask; its folder opens as one."""
-    texts, reads = [], []
-    encode, forward = StableDiffusion.prompts, ControlNet.forward
+def test_stage_controlnet_trains_on_captions(world, base, tmp_path, monkeypatch):
+    """A general ControlNet; its folder opens as one."""
+    texts, encode = [], StableDiffusion.prompts
     monkeypatch.setattr(StableDiffusion, "prompts", lambda self, t: texts.extend(t) or encode(self, t))
-    monkeypatch.setattr(ControlNet, "forward", lambda self, *inputs: reads.append(len(inputs)) or forward(self, *inputs))
-    command("controlnet", "--data", world / data, "--weights", base, "--out", tmp_path, "--batch", 4, "--size", 64,
-            "--steps", 2, "--prompt-dropout", 0, "--sample-every", 9)
-    assert any(words in text for text in texts) and set(reads) == {4}  # z_t, t, P, hint
+    run = "controlnet", "--weights", base, "--out", tmp_path, "--batch", 4, "--size", 64, "--steps", 2
+    command(*run, "--data", world / "base", "--prompt-dropout", 0)
+    assert texts[:8] != [""] * 8 and all(", in the background of " in text for text in texts[:8])
     assert type(load_control(tmp_path / "controlnet")) is ControlNet
+    assert not (tmp_path / "controlnet" / "categories.json").exists(), "captions name no identifiers"
+    with pytest.raises(BadInput, match="captions, which this data set lacks; .* train.py cg --attention plain"):
+        command(*run, "--data", world / "ads", "--out", tmp_path / "ads")
+
+
+@pytest.fixture(scope="session")
+def plain(world, base, tmp_path_factory):
+    out = tmp_path_factory.mktemp("plain")
+    command(*branch("cg", world, base, out), "--steps", 2, "--attention", "plain")
+    return out / "cg"
+
+
+def test_cg_with_plain_attention_is_an_ordinary_controlnet_that_loads_as_cg(plain, cg):
+    """The same parameters, read with Eq. 2 on P and without the mask; which of the two it is lies in config.json."""
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (plain, cg)]
+    assert configs[0] == configs[1] | {"attention": "plain"} and configs[1]["attention"] == "mask-guided"
+    assert (plain / "categories.json").read_text() == (cg / "categories.json").read_text()
+    as_cg, ordinary = load_control(plain, "category"), load_control(plain)
+    assert isinstance(as_cg, CategoryGenerator)
+    given = Prompts("P", "P_fg", "P_bg")
+    assert as_cg.reads(given) == "P" and load_control(cg, "category").reads(given) == ("P_fg", "P_bg")
+    z, t, P = random(2, 4, 16, 16), torch.tensor([981, 21]), random(2, 32, 128, seed=1)
+    hint, mask = random(2, 3, 64, 64, seed=2).sigmoid(), torch.ones(2, 1, 64, 64)
+    for ours, theirs in zip(as_cg(z, t, P, hint, mask), ordinary(z, t, P, hint), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_diffusers_opens_cg_with_plain_attention(plain):
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.ControlNetModel.from_pretrained(plain).state_dict()
+    ours = load_control(plain).state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_pg_trains_beside_cg_with_plain_attention_and_joint_with_it(world, base, plain, tmp_path, quick, capsys):
+    command(*branch("pg", world, base, tmp_path / "pg"), "--cg", plain, "--steps", 1)
+    command(*branch("joint", world, base, tmp_path / "joint"), "--attention", "plain", "--steps", 1)
+    assert "training CG with plain attention and PG" in capsys.readouterr().err
+    assert load_control(tmp_path / "joint" / "cg", "category").config["attention"] == "plain"
+    assert "attention" not in load_control(tmp_path / "joint" / "pg", "personality").config
+    item = read_items(world / "ads", "bg1k")[0][0]
+    generate.main([str(x) for x in ("--product", item.image, "--mask", item.mask, "--category", "laptop", "--steps", 1,
+                                    "--weights", base, "--cg", plain, "--out", tmp_path / "out")])
+    assert [path.suffix for path in (tmp_path / "out").iterdir()] == [".png"]
 
 
 @pytest.mark.parametrize("stage", ["pg", "unet"])
-def test_an_interrupted_run_resumes_bit_for_bit(stage, world, base, cg, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_bit_for_bit(stage, world, base, cg, tmp_path, monkeypatch, quick):
     """pg has the most randomness (mixup partners, masks, dropout, noise), unet the moving average."""
     def arguments(out):
         data = ("--data", world / "base") if stage == "unet" else ("--cg", cg)
@@ -108,39 +172,54 @@ def test_an_interrupted_run_resumes_bit_for_bit(stage, world, base, cg, tmp_path
                 "--ema", 0.9, "--device", "cpu")
 
     command(*arguments(tmp_path / "whole"))
-    save = train.save_checkpoint
+    save = Checkpoints.save
 
-    def save_and_die(args, step, *rest):
-        save(args, step, *rest)
+    def save_and_die(self, step, *state):
+        save(self, step, *state)
         if step == 4:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "save_checkpoint", save_and_die)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Checkpoints, "save", save_and_die)
         command(*arguments(tmp_path / "broken"))
-    monkeypatch.undo()
     command(*arguments(tmp_path / "broken"), "--resume")
 
     folders = [tmp_path / run / "training" / stage for run in ("whole", "broken")]
     whole, resumed = (load_file(folder / "checkpoint_00000008.safetensors") for folder in folders)
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    logs = [[json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()] for folder in folders]
-    assert logs[0] == logs[1]
+    assert steps_logged(folders[0]) == steps_logged(folders[1])
 
 
 # ---------------------------------------------------------------- processes, parts, workers: the same run
+
+
+def steps_logged(folder) -> list[int]:
+    return [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def weights_of(folder) -> dict:
     return load_file(folder / "diffusion_pytorch_model.safetensors")
 
 
-def launch(*arguments, processes: int = 1, code: str | None = None) -> subprocess.Popen:
-    """train.py in a process of its own, or in several under torchrun; or code that ends by calling train.main()."""
+QUICK = """
+import sys
+sys.path.insert(0, {root!r})
+from PIL import Image
+import train
+from support import checkpoints
+train.draw_branches = lambda *_: Image.new("RGB", (8, 8))
+{code}
+with train.one_line_errors():
+    train.main()
+"""
+
+
+def launch(script, *arguments, processes: int = 1, code: str = "") -> subprocess.Popen:
+    """train.py without sheets, in a process of its own or in several under torchrun, after `code`."""
+    script.write_text(QUICK.format(root=str(ROOT), code=code))
     program = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
-    program += ["-c", code] if code else [str(ROOT / "train.py")]
-    return subprocess.Popen([sys.executable, *program, *map(str, arguments)], cwd=ROOT, text=True,
+    return subprocess.Popen([sys.executable, *program, script, *map(str, arguments)], cwd=ROOT, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
 
 
@@ -150,17 +229,17 @@ def distance(a: dict, b: dict) -> float:
 
 
 @pytest.mark.parametrize("options", [("--micro-batch", 1), ("--workers", 2)], ids=["parts", "workers"])
-def test_parts_and_workers_change_nothing(options, world, base, cg, tmp_path):
+def test_parts_and_workers_change_nothing(options, world, base, cg, tmp_path, quick):
     run = "--cg", cg, "--steps", 2
     command(*branch("pg", world, base, tmp_path / "whole"), *run)
     command(*branch("pg", world, base, tmp_path / "other"), *run, *options)
     assert distance(weights_of(tmp_path / "whole" / "pg"), weights_of(tmp_path / "other" / "pg")) < 1e-6
 
 
-def test_a_micro_batch_that_does_not_fit_is_made_smaller(world, base, tmp_path, monkeypatch, capsys):
+def test_a_micro_batch_that_does_not_fit_is_made_smaller(world, base, tmp_path, monkeypatch, capsys, quick):
     """With a memory that holds two samples, the weights are those of a run in parts of two; the step begins again."""
     command(*branch("cg", world, base, tmp_path / "two"), "--steps", 2, "--micro-batch", 2)
-    forward = train.Step.forward
+    forward = trainer.Loss.forward
 
     def small(self, batch, generator):
         loss = forward(self, batch, generator)
@@ -169,120 +248,117 @@ def test_a_micro_batch_that_does_not_fit_is_made_smaller(world, base, tmp_path, 
             raise torch.OutOfMemoryError
         return loss
 
-    monkeypatch.setattr(train.Step, "forward", small)
+    monkeypatch.setattr(trainer.Loss, "forward", small)
     command(*branch("cg", world, base, tmp_path / "found"), "--steps", 2, "--micro-batch", 4)
     assert "--micro-batch 4 does not fit the memory of cpu, goes on with 2" in capsys.readouterr().err
     assert distance(weights_of(tmp_path / "two" / "cg"), weights_of(tmp_path / "found" / "cg")) == 0
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_weights_of_one(world, base, tmp_path):
+def test_two_processes_give_the_weights_of_one(world, base, tmp_path, quick):
     """Batch 4: by one process at once, or by two in two parts each."""
     run = "--steps", 4, "--device", "cpu"
     command(*branch("cg", world, base, tmp_path / "one"), *run)
-    process = launch(*branch("cg", world, base, tmp_path / "two"), *run, "--micro-batch", 1, processes=2)
+    process = launch(tmp_path / "quick.py", *branch("cg", world, base, tmp_path / "two"), *run, "--micro-batch", 1,
+                     processes=2)
     _, errors = process.communicate()
     assert process.returncode == 0, errors
     one, two = weights_of(tmp_path / "one" / "cg"), weights_of(tmp_path / "two" / "cg")
     assert max(t.abs().max() for n, t in one.items() if "controlnet_down_blocks" in n) > 1e-3, "they were zero"
     assert distance(one, two) < 1e-6
-    steps = [[json.loads(line)["step"] for line in (tmp_path / n / "training/cg/log.jsonl").read_text().splitlines()]
-             for n in ("one", "two")]
-    assert steps[0] == steps[1], "one process of the two writes the log"
+    one, two = (steps_logged(tmp_path / n / "training" / "cg") for n in ("one", "two"))
+    assert one == two, "one process of the two writes the log"
 
 
 # ---------------------------------------------------------------- faults
 
 
 KILL = """
-import os, signal, sys
-import train
-save = train.save_file
+import os, signal
+save = checkpoints.save_file
 
-def half(tensors, path, header=None):
+def half(tensors, path, header):
     save(tensors, path, header)
-    if "checkpoint_00000006" in str(path):
+    if header["step"] == "6":
         os.truncate(path, os.path.getsize(path) // 2)
         os.kill(os.getpid(), signal.SIGKILL)
 
-train.save_file = half
-train.main()
+checkpoints.save_file = half
 """
 
 
 @pytest.mark.slow
-def test_a_run_killed_while_it_writes_ends_with_the_same_weights(world, base, tmp_path):
+def test_a_run_killed_while_it_writes_ends_with_the_same_weights(world, base, tmp_path, quick):
     run = "--steps", 8, "--save-every", 2, "--device", "cpu"
     command(*branch("cg", world, base, tmp_path / "whole"), *run)
-    killed = launch(*branch("cg", world, base, tmp_path / "killed"), *run, code=KILL)
+    killed = launch(tmp_path / "quick.py", *branch("cg", world, base, tmp_path / "killed"), *run, code=KILL)
     assert killed.wait() == -signal.SIGKILL, killed.stderr.read()
     folder = tmp_path / "killed" / "training" / "cg"
     assert [path.name for path in sorted(folder.glob("checkpoint*"))] == ["checkpoint_00000002.safetensors",
                                                                         "checkpoint_00000004.safetensors"]
     command(*branch("cg", world, base, tmp_path / "killed"), *run, "--resume")
     assert distance(weights_of(tmp_path / "whole" / "cg"), weights_of(tmp_path / "killed" / "cg")) == 0
-    assert [path.name for path in sorted(folder.iterdir()) if "checkpoint" in path.name] == [
+    assert [path.name for path in sorted(folder.iterdir()) if path.name.startswith((".", "checkpoint"))] == [
         "checkpoint_00000006.safetensors", "checkpoint_00000008.safetensors"], "the newest two stay, and no part of one"
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_leaves_and_the_run_goes_on(world, base, tmp_path):
+def test_sigterm_saves_and_leaves_and_the_run_goes_on(world, base, tmp_path, quick):
     """As torchrun and batch systems send it: to all processes of the group, the loader's workers too."""
     run = (*branch("cg", world, base, tmp_path), "--save-every", 100000, "--device", "cpu", "--log-every", 1)
-    process = launch(*run, "--steps", 100000, "--workers", 2)
+    process = launch(tmp_path / "quick.py", *run, "--steps", 100000, "--workers", 2)
     log = tmp_path / "training" / "cg" / "log.jsonl"
     while not (log.is_file() and log.read_text()) and process.poll() is None:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGTERM)
     _, errors = process.communicate()
     assert process.returncode == 128 + signal.SIGTERM and "--resume goes on from there" in errors, errors
-    step = int(train.checkpoints(train.argparse.Namespace(out=tmp_path, stage="cg"))[-1].stem.split("_")[1])
+    step = int(list_checkpoints(log.parent)[-1].stem.split("_")[1])
     command(*run, "--steps", step + 1, "--resume")
 
 
-def test_a_full_disk_stops_the_run_and_leaves_the_last_good_checkpoint(world, base, tmp_path, monkeypatch):
-    save = train.save_file
+def test_a_full_disk_stops_the_run_and_leaves_the_last_good_checkpoint(world, base, tmp_path, monkeypatch, quick):
+    save = checkpoints.save_file
 
-    def full(tensors, path, header=None):
-        if "checkpoint_00000004" in str(path):
+    def full(tensors, path, header):
+        if header["step"] == "4":
             raise OSError(28, "No space left on device")
         save(tensors, path, header)
 
-    monkeypatch.setattr(train, "save_file", full)
+    monkeypatch.setattr(checkpoints, "save_file", full)
     with pytest.raises(BadInput, match="No space left.*add --resume: checkpoint_00000002.safetensors is whole"):
         command(*branch("cg", world, base, tmp_path), "--steps", 8, "--save-every", 2)
-    assert [path.name for path in (tmp_path / "training" / "cg").glob("*checkpoint*")] == ["checkpoint_00000002.safetensors"]
+    assert [path.name for path in list_checkpoints(tmp_path / "training" / "cg")] == ["checkpoint_00000002.safetensors"]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(world, base, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(world, base, tmp_path, monkeypatch, quick):
     command(*branch("cg", world, base, tmp_path), "--steps", 2)
     monkeypatch.setattr(train, "timestep_weights", lambda schedule, kind: torch.full((schedule.T,), float("nan")))
-    with pytest.raises(BadInput, match="the loss is nan, its gradient's length nan at step 2; .* earlier steps is good"):
+    with pytest.raises(BadInput, match="the loss is nan, its gradient's length nan at step 2; .* is good"):
         command(*branch("cg", world, base, tmp_path), "--steps", 4, "--resume")
-    assert [path.name for path in (tmp_path / "training" / "cg").glob("*checkpoint*")] == ["checkpoint_00000002.safetensors"]
+    assert [path.name for path in list_checkpoints(tmp_path / "training" / "cg")] == ["checkpoint_00000002.safetensors"]
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_before_it_changes_a_weight(world, base, tmp_path, monkeypatch):
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_changes_a_weight(world, base, tmp_path, monkeypatch,
+                                                                                quick):
+    folder = tmp_path / "training" / "cg"
     command(*branch("cg", world, base, tmp_path), "--steps", 2)
-    before = load_file(tmp_path / "training" / "cg" / "checkpoint_00000002.safetensors")
+    before = load_file(folder / "checkpoint_00000002.safetensors")
 
-    def accumulate(model, *rest, original=train.accumulate):
-        loss = original(model, *rest)
-        next(model.parameters()).grad.fill_(float("inf"))
+    def accumulate(self, *rest, original=Trainer.accumulate):
+        loss = original(self, *rest)
+        next(self.loss.parameters()).grad.fill_(float("inf"))
         return loss
 
-    monkeypatch.setattr(train, "accumulate", accumulate)
+    monkeypatch.setattr(Trainer, "accumulate", accumulate)
     with pytest.raises(BadInput, match="its gradient's length (inf|nan) at step 2"):
         command(*branch("cg", world, base, tmp_path), "--steps", 3, "--resume")
-    after = load_file(train.checkpoints(train.argparse.Namespace(out=tmp_path, stage="cg"))[-1])
+    after = load_file(list_checkpoints(folder)[-1])
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_a_resumed_run_knows_the_steps_that_a_gradient_scaler_skipped(tmp_path):
     """Adam's bias correction counts the steps that were taken, of which there are fewer than the run has."""
-    args = train.parse(["cg", "--out", str(tmp_path)])
-    args.identifiers = args.frozen = None
-
     def trained(gradients, p, optimizer, scaler):
         for gradient in gradients:
             scaler.scale((p * gradient).sum()).backward()
@@ -298,35 +374,97 @@ def test_a_resumed_run_knows_the_steps_that_a_gradient_scaler_skipped(tmp_path):
     whole = trained([math.inf, 1.0, -0.5, 2.0], *fresh())
     p, optimizer, scaler = fresh()
     trained([math.inf, 1.0, -0.5], p, optimizer, scaler)
-    train.save_checkpoint(args, 3, {"p": p}, {}, optimizer, scaler)
+    saved = Checkpoints(tmp_path, 2, {}, None)
+    saved.save(3, {"p": p}, {}, optimizer, scaler)
     p, optimizer, scaler = fresh()
-    assert train.load_checkpoint(args, {"p": p}, {}, optimizer, scaler) == 3
+    assert saved.load({"p": p}, {}, optimizer, scaler) == 3
     assert int(optimizer.state[p]["step"]) == 2
     assert torch.equal(trained([2.0], p, optimizer, scaler), whole)
 
 
-def test_a_run_is_not_resumed_with_other_categories(world, base, tmp_path):
-    """A category's identifier is its place among all: with one more, others would move."""
+def older(checkpoint):
+    """Rewrites a checkpoint as it was before categories could be added: their fingerprint lies among the settings."""
+    with safe_open(checkpoint, "pt") as file:
+        header = {name: json.loads(text) for name, text in file.metadata().items()}
+    old = {"identifiers": fingerprint(header.pop("identifiers"))}
+    settings = {name: value for name, value in header.pop("settings").items() if name != "attention"} | old
+    texts = {"step": str(header["step"]), "adam": str(header["adam"]), "settings": json.dumps(settings),
+             "scaler": json.dumps(header["scaler"])}
+    save_file(load_file(checkpoint), checkpoint, texts)
+
+
+def test_a_checkpoint_of_an_earlier_version_resumes_unless_its_categories_changed(world, base, tmp_path, capsys, quick):
     data = shutil.copytree(world / "ads", tmp_path / "ads")
     run = "cg", "--data", data, *branch("cg", world, base, tmp_path / "run")[3:]
-    command(*run, "--steps", 1, "--identifier", "style {}")
-    saved = json.loads((tmp_path / "run" / "cg" / "categories.json").read_text())
-    assert list(saved.items())[:2] == [("laptop", "style 0"), ("perfume", "style 1")]
-    with pytest.raises(BadInput, match="are not those that the run began with"):
-        command(*run, "--steps", 2, "--resume")
+    command(*run, "--steps", 1)
+    older(tmp_path / "run" / "training" / "cg" / "checkpoint_00000001.safetensors")
+    command(*run, "--steps", 2, "--resume")
+    assert "resumed with other settings than the run's: steps 1 -> 2\n" in capsys.readouterr().err
+    older(tmp_path / "run" / "training" / "cg" / "checkpoint_00000002.safetensors")
     info = data / "bg60k_info.txt"
     info.write_text(info.read_text().replace("laptop", "anvil", 1))
     with pytest.raises(BadInput, match="are not those that the run began with"):
-        command(*run, "--steps", 2, "--identifier", "style {}", "--resume")
+        command(*run, "--steps", 3, "--resume")
 
 
-def test_a_log_that_a_killed_process_left_in_the_middle_of_a_line_goes_on(world, base, tmp_path):
+# ---------------------------------------------------------------- identifiers: once given, they stay
+
+
+def test_a_category_that_is_added_gets_the_next_identifier_and_the_others_keep_theirs(world, base, tmp_path, quick):
+    """By --init-control and by --resume; PG, trained before, still belongs with the extended CG."""
+    def identifiers(name):
+        return json.loads((tmp_path / name / "categories.json").read_text())
+
+    data = shutil.copytree(world / "ads", tmp_path / "ads")
+    info = data / "bg60k_info.txt"
+    run = "--data", data, *branch("cg", world, base, "")[3:5], "--batch", 4, "--size", 64
+    command("cg", *run, "--out", tmp_path / "a", "--steps", 1)
+    command("pg", *run, "--out", tmp_path / "a", "--steps", 1, "--cg", tmp_path / "a/cg")
+    first = identifiers("a/cg")
+    assert list(first.items())[:2] == [("laptop", "sks 0"), ("perfume", "sks 1")] and len(first) == 8
+    info.write_text(info.read_text().replace("laptop", "anvil", 1))  # sorted, it would be the first
+
+    with pytest.raises(BadInput, match="category anvil was not in CG's training set; train CG on this data first"):
+        command("pg", *run, "--out", tmp_path / "b", "--steps", 1, "--cg", tmp_path / "a/cg")
+    command("cg", *run, "--out", tmp_path / "b", "--steps", 1, "--init-control", tmp_path / "a/cg")
+    command("cg", *run, "--out", tmp_path / "a", "--steps", 2, "--resume")
+    for name in ("a/cg", "b/cg"):
+        assert list(identifiers(name).items()) == [*first.items(), ("anvil", "sks 8")]
+        check_identifiers(tmp_path / name, tmp_path / "a/pg")
+    command("pg", *run, "--out", tmp_path / "b", "--steps", 1, "--cg", tmp_path / "b/cg")
+    assert identifiers("b/pg") == identifiers("b/cg")
+
+
+def test_a_run_keeps_its_own_identifiers_and_refuses_others(world, base, tmp_path, quick):
+    run = branch("cg", world, base, tmp_path)
+    command(*run, "--steps", 1, "--identifier", "style {}")
+    command(*run, "--steps", 2, "--resume")
+    saved = json.loads((tmp_path / "cg" / "categories.json").read_text())
+    assert list(saved.items())[:2] == [("laptop", "style 0"), ("perfume", "style 1")]
+    with pytest.raises(BadInput, match="--identifier sks {}: .* has other identifiers, such as 'style 7'"):
+        command(*run, "--steps", 3, "--resume", "--identifier", "sks {}")
+    with pytest.raises(BadInput, match="--identifier sks {}: .*categories.json has other identifiers"):
+        command(*branch("cg", world, base, tmp_path / "b"), "--steps", 1, "--init-control", tmp_path / "cg",
+                "--identifier", "sks {}")
+
+
+def test_numbers_go_on_where_they_stopped():
+    known = number_categories(["pear", "apple"], "v1 kind {}")
+    assert known == {"pear": "v1 kind 0", "apple": "v1 kind 1"} and template_of(known) == "v1 kind {}"
+    longer = number_categories(["fig", "apple"], template_of(known), known)
+    assert list(longer.items()) == [*known.items(), ("fig", "v1 kind 2")]
+    assert template_of({}) is None and template_of({"pear": "warm light"}) is None
+    edited = {"pear": "sks 0", "apple": "sks 2"}
+    assert number_categories(["fig"], "sks {}", edited)["fig"] == "sks 3", "no number is given twice"
+
+
+def test_a_log_that_a_killed_process_left_in_the_middle_of_a_line_goes_on(world, base, tmp_path, quick):
     command(*branch("cg", world, base, tmp_path), "--steps", 2, "--log-every", 1)
     log = tmp_path / "training" / "cg" / "log.jsonl"
     with open(log, "a") as file:
         file.write('{"step": 3, "lo')
     command(*branch("cg", world, base, tmp_path), "--steps", 3, "--log-every", 1, "--resume")
-    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2, 3]
+    assert steps_logged(log.parent) == [1, 2, 3]
 
 
 def test_clip_needs_its_whole_batch_at_once(world, tmp_path):
@@ -337,18 +475,16 @@ def test_clip_needs_its_whole_batch_at_once(world, tmp_path):
 # ---------------------------------------------------------------- cached latents and prompts, memory
 
 
-def latents_of(world, base, cache, **other) -> tuple:
+def latents_of(world, base, cache, size=64) -> tuple:
     """Latents of the toy's ads -> them, the base, and how many images the VAE encoded for them."""
     sd = load_stable_diffusion(base)
-    encoded, encode = [], sd.vae.encode
-    sd.vae.encode = lambda x: encoded.append(len(x)) or encode(x)
-    args = train.argparse.Namespace(**{"size": 64, "amp": None, "micro_batch": 4, "workers": 0, "device": "cpu",
-                                       "checkpointing": False, "cache": cache} | other)
-    return train.Latents(sd, read_items(world)[0], args), sd, sum(encoded)
+    counts, encode = [], sd.vae.encode
+    sd.vae.encode = lambda x: counts.append(len(x)) or encode(x)
+    return Latents(sd, read_items(world)[0], size, cache, batch=4), sd, sum(counts)
 
 
 def test_latents_are_encoded_once_and_again_where_something_changed(world, base, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.Latents, "PART", 8)
+    monkeypatch.setattr(Latents, "PART", 8)
     ads = shutil.copytree(world / "ads", tmp_path / "ads")
     latents, sd, count = latents_of(ads, base, tmp_path / "cache")
     items = read_items(ads)[0]
@@ -370,24 +506,25 @@ def test_latents_are_encoded_once_and_again_where_something_changed(world, base,
 
 
 def test_an_interrupted_encoding_goes_on_where_it_was(world, base, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.Latents, "PART", 8)
-    save, calls = train.save_file, []
+    monkeypatch.setattr(Latents, "PART", 8)
+    save, calls = cache.save_file, []
 
-    def interrupted(tensors, path, header=None):
+    def interrupted(tensors, path):
         calls.append(path)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        save(tensors, path, header)
+        save(tensors, path)
 
-    monkeypatch.setattr(train, "save_file", interrupted)
+    monkeypatch.setattr(cache, "save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         latents_of(world / "ads", base, tmp_path / "cache")
     assert len(list((tmp_path / "cache").iterdir())) == 1, "one whole part and nothing else"
     assert latents_of(world / "ads", base, tmp_path / "cache")[2] == 16
 
 
-def test_training_holds_neither_vae_nor_text_encoder_and_nothing_frozen_has_gradients(world, base, tmp_path, monkeypatch):
-    def look(task, args):
+def test_training_holds_neither_vae_nor_text_encoder_and_nothing_frozen_has_gradients(world, base, tmp_path,
+                                                                                      monkeypatch):
+    def look(task, settings):
         assert [type(o) for o in networks() if id(o) not in before] == [UNet]
         trained = {id(p) for m in task.modules.values() for p in m.parameters()}
         task.loss(torch.utils.data.default_collate([task.samples[(i, i)] for i in range(2)]), None).backward()
@@ -403,13 +540,13 @@ def test_training_holds_neither_vae_nor_text_encoder_and_nothing_frozen_has_grad
         return [o for o in gc.get_objects() if type(o) in (VAE, TextEncoder, UNet)]
 
     before = set(map(id, networks()))
-    monkeypatch.setattr(train, "run", look)
+    monkeypatch.setattr(train, "fit", look)
     with pytest.raises(Done):
         command(*branch("cg", world, base, tmp_path), "--steps", 2)
 
 
 @pytest.mark.parametrize("stage, amp", [("cg", "float16"), ("pg", "bfloat16")])
-def test_mixed_precision_trains_float32_weights(stage, amp, world, base, cg, tmp_path):
+def test_mixed_precision_trains_float32_weights(stage, amp, world, base, cg, tmp_path, quick):
     run = (*branch(stage, world, base, tmp_path), "--amp", amp, "--device", "cpu", "--checkpointing",
            *(("--cg", cg) if stage == "pg" else ()))
     command(*run, "--steps", 2)
@@ -425,13 +562,13 @@ def test_mixed_precision_trains_float32_weights(stage, amp, world, base, cg, tmp
 
 def test_the_runs_seed_decides_the_noise_and_the_order():
     """All 32 bits that torch's CPU generator reads of a seed differ with the run's seed, and with the step."""
-    draws = [torch.randn(4, generator=torch.Generator().manual_seed(train.seed_of(seed, "step", step)))
+    draws = [torch.randn(4, generator=torch.Generator().manual_seed(seed_of(seed, "step", step)))
              for seed in (0, 1, 2**32 - 1) for step in (0, 1)]
     assert len({tuple(d.tolist()) for d in draws}) == 6
-    assert list(train.Batches(10, 4, 0, 0, 5)) != list(train.Batches(10, 4, 1, 0, 5))
+    assert list(Batches(10, 4, 0, 0, 5)) != list(Batches(10, 4, 1, 0, 5))
 
 
-def test_a_run_is_not_overwritten_and_other_settings_are_told(world, base, tmp_path, capsys):
+def test_a_run_is_not_overwritten_and_other_settings_are_named(world, base, tmp_path, capsys, quick):
     run = (*branch("cg", world, base, tmp_path), "--steps", 1)
     command(*run)
     with pytest.raises(BadInput, match="add --resume"):
@@ -439,48 +576,51 @@ def test_a_run_is_not_overwritten_and_other_settings_are_told(world, base, tmp_p
     with pytest.raises(BadInput, match="already at step 1"):
         command(*run, "--resume")
     command(*run, "--steps", 2, "--lr", 1e-4, "--resume")
-    assert "steps 1 -> 2, lr 0.001 -> 0.0001" in capsys.readouterr().err
+    assert "resumed with other settings than the run's: lr 0.001 -> 0.0001, steps 1 -> 2\n" in capsys.readouterr().err
     path = tmp_path / "training" / "cg" / "checkpoint_00000002.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(BadInput, match="checkpoint_00000002.safetensors is broken"):
         command(*run, "--steps", 3, "--resume")
 
 
-def test_a_branch_starts_from_another_of_its_layout(world, base, cg, tmp_path):
+def test_a_branch_starts_from_another_of_its_layout(world, base, cg, tmp_path, quick):
     command(*branch("pg", world, base, tmp_path), "--cg", cg, "--init-control", cg, "--steps", 1, "--lr", 1e-9)
     start, end = (load_file(folder / "diffusion_pytorch_model.safetensors") for folder in (cg, tmp_path / "pg"))
     assert all(torch.allclose(start[name], end[name], atol=1e-6) for name in start)
 
 
 def test_batches_hold_each_index_once_an_epoch_and_can_be_entered_anywhere():
-    batches = list(train.Batches(count=10, batch=4, seed=0, start=0, steps=5))
+    batches = list(Batches(count=10, batch=4, seed=0, start=0, steps=5))
     assert sorted(i for keys in batches for i, _ in keys) == sorted(2 * list(range(10))), "each index once an epoch"
     assert len({seed for keys in batches for _, seed in keys}) == 20, "every sample has a seed of its own"
-    assert list(train.Batches(10, 4, 0, start=3, steps=5)) == batches[3:], "starting later is the same walk"
-    shares = [list(train.Batches(10, 4, 0, 0, 5, rank, 2)) for rank in (0, 1)]
+    assert list(Batches(10, 4, 0, start=3, steps=5)) == batches[3:], "starting later is the same walk"
+    shares = [list(Batches(10, 4, 0, 0, 5, rank, 2)) for rank in (0, 1)]
     for whole, first, second in zip(batches, *shares, strict=True):
         assert sorted(whole) == sorted(first + second) and len(first) == len(second) == 2, "shared without repeats"
 
 
 def test_learning_rate_warms_up_stays_and_decays_and_the_papers_is_constant():
-    args = train.argparse.Namespace(lr=1.0, warmup=10, decay=0.5, steps=100)
-    assert [train.learning_rate(s, args) for s in (0, 9, 49, 75)] == pytest.approx([0.1, 1.0, 1.0, 0.5])
-    paper = train.argparse.Namespace(**train.PAPER, steps=100)
-    assert {train.learning_rate(s, paper) for s in range(100)} == {1e-5}
+    rates = [learning_rate(step, lr=1.0, steps=100, warmup=10, decay=0.5) for step in (0, 9, 49, 75)]
+    assert rates == pytest.approx([0.1, 1.0, 1.0, 0.5])
+    paper = {name: train.PAPER[name] for name in ("lr", "warmup", "decay")}
+    assert {learning_rate(step, steps=100, **paper) for step in range(100)} == {1e-5}
 
 
 def test_moving_average_is_swapped_in_and_out():
-    p = torch.nn.Parameter(torch.ones(2))
-    ema = {"p": torch.zeros(2)}
-    with train.averaged({"p": p}, ema):
-        assert p.eq(0).all()
-    assert p.eq(1).all() and ema["p"].eq(0).all()
+    p = torch.nn.Parameter(torch.zeros(2))
+    ema = MovingAverage({"p": p}, decay=0.9)
+    p.data.fill_(1)
+    ema.update(step=1000)  # late enough for the decay to be 0.9
+    with ema.in_place():
+        assert p.allclose(torch.tensor(0.1))
+    assert p.eq(1).all() and ema.values["p"].allclose(torch.tensor(0.1))
 
 
 def test_diffuse_draws_from_the_posterior_and_add_noise_is_the_forward_process_written_out():
-    schedule, mean, std = train.Schedule(), torch.randn(4, 64, 64), torch.rand(4, 1, 1)
-    z_0, eps, t = train.diffuse(mean, std, torch.Generator().manual_seed(0), 1000)
-    assert ((z_0 - mean) / std).std().item() == pytest.approx(1, abs=0.05) and eps.std().item() == pytest.approx(1, abs=0.05)
+    schedule, mean, std = Schedule(), torch.randn(4, 64, 64), torch.rand(4, 1, 1)
+    z_0, eps, t = diffuse(mean, std, torch.Generator().manual_seed(0), 1000)
+    for noise in ((z_0 - mean) / std, eps):
+        assert noise.std().item() == pytest.approx(1, abs=0.05)
     beta = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     kept = torch.prod(1 - beta[: t + 1])
     z_t = schedule.add_noise(z_0[None], eps[None], t[None])[0]
@@ -488,20 +628,20 @@ def test_diffuse_draws_from_the_posterior_and_add_noise_is_the_forward_process_w
 
 
 def test_timestep_weights_are_1_or_the_papers_of_min_snr_and_debias_written_out():
-    assert train.timestep_weights(train.Schedule(), "uniform").eq(1).all()
+    assert timestep_weights(Schedule(), "uniform").eq(1).all()
     for prediction in ("epsilon", "v_prediction"):
-        schedule = train.Schedule({"prediction_type": prediction})
+        schedule = Schedule({"prediction_type": prediction})
         for t in (0, 100, 500, 999):
             snr = float(schedule.alpha_bar[t] / (1 - schedule.alpha_bar[t]))
-            in_eps = 1 if prediction == "epsilon" else snr / (snr + 1)  # an error in v is this much larger than one in ε
-            min_snr, debias = (train.timestep_weights(schedule, kind)[t].item() for kind in ("min-snr", "debias"))
+            in_eps = 1 if prediction == "epsilon" else snr / (snr + 1)  # an error in v is this much larger
+            min_snr, debias = (timestep_weights(schedule, kind)[t].item() for kind in ("min-snr", "debias"))
             assert min_snr == pytest.approx(min(snr, 5) / snr * in_eps, rel=1e-4)
             assert debias == pytest.approx(snr**-0.5 * in_eps, rel=1e-4)
 
 
 def test_noise_offset_moves_the_noise_by_a_constant_a_channel():
     mean = std = torch.zeros(4, 8, 8)
-    plain, moved = (train.diffuse(mean, std, torch.Generator().manual_seed(0), 1000, offset)[1] for offset in (0.0, 0.5))
+    plain, moved = (diffuse(mean, std, torch.Generator().manual_seed(0), 1000, offset)[1] for offset in (0.0, 0.5))
     offset = moved - plain
     assert torch.allclose(offset, offset[..., :1, :1].expand_as(offset), atol=1e-6)
     assert len(offset[..., 0, 0].unique()) == 4 and offset.std() > 0.1
@@ -523,6 +663,7 @@ def test_noise_offset_moves_the_noise_by_a_constant_a_channel():
     (["cg", "--batch", "4", "--micro-batch", "3"], "--micro-batch 3: must divide --batch 4"),
     (["pg", "--cg", "d", "--sigma", "0.9", "0.8"], "--sigma: give the lower number first"),
     (["cg", "--theta", "0"], "--theta belongs to stage pg and joint"),
+    (["pg", "--attention", "plain"], "--attention belongs to stage cg and joint"),
     (["vae", "--noise-offset", "0"], "--noise-offset belongs to stage unet and cg"),
     (["cg", "--identifier", "sks"], "--identifier sks: needs {} where"),
     (["cg", "--device", "gpu"], "--device"),
@@ -545,3 +686,113 @@ def test_bad_use_ends_in_one_line(arguments, message, world, base, tmp_path):
     with pytest.raises(BadInput, match=message) as error:
         train.main(arguments)
     assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------- Eq. 1, written out
+
+
+def test_eq1_equals_the_equation_written_out(unet, pg):
+    """The weighted mean square of ε less what is predicted from z_t; a dropped ad's prompts are those of ''."""
+    x, schedule, cg = inputs(2), Schedule(), randomise(CategoryGenerator(pg.config), seed=1)
+    table = random(3, 3, 7, 24, seed=5)  # two categories and '', for P, P_fg, P_bg
+    prompts = CategoryPrompts(table, [1, 0, 1], "cpu")
+    eq1 = train.Eq1(unet, schedule, [(cg, "product"), (pg, "background")], prompts, 0.5,
+                    timestep_weights(schedule, "min-snr"))
+    image, eps = random(2, 3, 128, 128, seed=6).sigmoid(), random(2, 4, 16, 16, seed=7)
+    loss = eq1({"z_0": x.z, "eps": eps, "t": x.t, "image": image, "mask": x.mask, "background": x.hint_ref,
+                "index": torch.tensor([2, 1]), "drop": torch.tensor([0.6, 0.4])})
+
+    kept = schedule.alpha_bar[x.t].view(2, 1, 1, 1)
+    prompts = Prompts(*(table[[1, 2], k] for k in range(3)))
+    branches = [(cg, cg.hint_features(image * x.mask)), (pg, pg.hint_features(x.hint_ref))]
+    predicted = predict_noise(unet, kept.sqrt() * x.z + (1 - kept).sqrt() * eps, x.t, prompts, branches, x.mask)
+    snr = kept / (1 - kept)
+    assert torch.allclose(loss, ((eps - predicted).square() * snr.clamp(max=5) / snr).mean(), rtol=1e-4)
+
+
+def test_a_training_loop_can_be_written_in_a_cell(world, base, tmp_path):
+    """From public pieces alone; it learns: the loss on one batch falls."""
+    torch.manual_seed(0)
+    sd, (items, _) = load_stable_diffusion(base), read_items(world / "ads")
+    cg = CategoryGenerator(control_config(sd.unet.config, sd.vae.factor))
+    cg.init_from_unet(sd.unet)
+    samples = Samples(items, 64, Latents(sd, items, 64, tmp_path))
+    texts = sorted({item.category for item in items})
+    table = prompt_table(sd, [generate.prompt_texts(name, "sks 0") for name in texts], tmp_path)
+    batch = torch.utils.data.default_collate([samples[i, i] for i in range(4)])
+    prompts = Prompts(*table[[texts.index(items[i].category) for i in batch["index"]]].unbind(1))
+    optimizer, losses = torch.optim.AdamW(cg.parameters(), 1e-3), []
+    for _ in range(4):
+        z_t = sd.schedule.add_noise(batch["z_0"], batch["eps"], batch["t"])
+        branches = [(cg, cg.hint_features(product_hint(batch["image"], batch["mask"])))]
+        output = predict_noise(sd.unet, z_t, batch["t"], prompts, branches, batch["mask"])
+        loss = F.mse_loss(output, sd.schedule.target(batch["z_0"], batch["eps"], batch["t"]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+# ---------------------------------------------------------------- what a run says
+
+
+def test_a_run_says_what_it_trains_on_what_it_wrote_and_what_is_next(world, base, cg, tmp_path, capsys, quick):
+    run = "--data", world / "ads", "--weights", base, "--batch", 4, "--size", 64, "--steps", 2, "--log-every", 1
+    command("cg", *run, "--out", tmp_path / "a b")
+    out, err = capsys.readouterr()
+    assert f"training CG, 2.2 million parameters, on 24 pictures from {world / 'ads'}: steps 1 to 2 of 4" in err
+    assert "\nstep 1 of 2: loss " in err and "\nstep 2 of 2: loss " in err, "without a terminal, plain lines"
+    model, folder = tmp_path / "a b" / "cg", tmp_path / "a b" / "training" / "cg"
+    assert out.splitlines() == [
+        f"trained CG: {model}", f"to look at, in {folder}: loss.png, sheet_000002.png, log.jsonl",
+        f"next: python train.py pg --weights {base} --data {world / 'ads'} --cg '{model}'",
+        f"  or: python generate.py --weights {base} --cg '{model}' --product PHOTO.png --category NAME"]
+    command("pg", *run, "--out", tmp_path / "pg", "--cg", cg)
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        f"next: python generate.py --weights {base} --cg {cg} --pg {tmp_path / 'pg' / 'pg'} "
+        "--product PHOTO.png --category NAME")
+
+
+def test_the_curve_falls_with_the_loss_and_one_bad_batch_does_not_flatten_it():
+    lines = [{"step": 20 * i, "loss": 1 / i, "raw": 1e6 if i == 50 else 1 / i} for i in range(1, 101)]
+    page = draw_curve(lines, "loss")
+    colour = torch.tensor([int(SMOOTH[i : i + 2], 16) for i in (1, 3, 5)])
+    at = (255 * to_tensor(page) - colour.view(3, 1, 1)).abs().amax(0) < 40
+    top = [int(at[30:, x].nonzero().min()) for x in (120, 300, 800)]
+    assert top[0] + 100 < top[1] < top[2]
+    assert draw_curve(lines[:1], "loss").size == page.size == draw_curve([{"step": 1, "loss": 0.0}], "loss").size
+    assert ticks(0, 2580, 8) == [0, 500, 1000, 1500, 2000, 2500]
+    assert ticks(0.03, 0.21) == pytest.approx([0.05, 0.1, 0.15, 0.2])
+
+
+def test_the_log_goes_on_smoothing_where_it_was_interrupted(tmp_path):
+    made = dataclasses.make_dataclass("S", ["log_every", "steps", "batch"])(1, 9, 4)
+    bar = dataclasses.make_dataclass("Bar", ["disable"])(True)
+    whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
+    for file, starts in ((whole, (0,)), (broken, (0, 5))):
+        for start in starts:
+            log = Log(file, start, made)
+            log.bar = bar
+            for step in range(start, 9):
+                log.add(step + 1, float(step % 3), lr=1.0)
+    kept = [[{k: line[k] for k in ("step", "loss", "raw")} for line in map(json.loads, file.read_text().splitlines())]
+            for file in (whole, broken)]
+    for one, two in zip(*kept, strict=True):
+        assert one == pytest.approx(two, abs=1e-5)
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_amp_alone_means_bfloat16_where_it_is_faster_and_a_resumed_run_keeps_its_choice(faster, world, base, tmp_path,
+                                                                                       monkeypatch, capsys, quick):
+    amps, fit = [], train.fit
+    monkeypatch.setattr(train, "fit", lambda task, given: amps.append(given.amp) or fit(task, given))
+    run = (*branch("cg", world, base, tmp_path), "--device", "cpu", "--amp")
+    monkeypatch.setattr(settings, "bfloat16_is_faster", lambda: faster)
+    command(*run, "--steps", 1)
+    says = "trains in mixed precision, bfloat16" if faster else "trains in float32: this machine does not"
+    assert f"--amp: {says}" in capsys.readouterr().err
+    monkeypatch.setattr(settings, "bfloat16_is_faster", lambda: not faster)
+    command(*run, "--steps", 2, "--resume")
+    assert "amp" not in capsys.readouterr().err.split("resumed with other settings")[1].splitlines()[0]
+    assert amps == [torch.bfloat16 if faster else None] * 2

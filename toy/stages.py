@@ -8,6 +8,8 @@ denoising. All else is SD 1.5's shape made small. Nothing here is the paper's.
 
 import json
 import math
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,13 +19,15 @@ from torch import Tensor, nn
 
 from clip import CLIP, TextEncoder, clip_bpe, load_tokenizer
 from data import Ads, Samples
-from generate import IDENTIFIER, paint
+from generate import IDENTIFIER, Canvas, paint
 from model import UNet
-from sampler import Schedule, seeded, timestep_weights
+from sampler import Painting, Schedule, seeded, timestep_weights
 from support.datasets import read_items
+from support.encoded import Latents
 from support.files import BadInput, write_atomic, write_json
 from support.images import canvas_size, sheet
-from support.trainer import Latents, Task
+from support.settings import Settings
+from support.trainer import Task
 from vae import VAE
 from weights import TEXT_FILE, UNET_FILE, StableDiffusion, load_module, save_module
 
@@ -56,166 +60,217 @@ def captions_of(items: list) -> list[tuple[str, str]]:
     return captions
 
 
-def initial(args, kind: type, config: dict) -> nn.Module:
-    """A module to train: random, or with the weights of the folder --init."""
-    if args.init:
-        return load_module(kind, args.init, UNET_FILE, args.device, torch.float32).train().requires_grad_(True)
-    return kind(config).to(args.device)
+def initial(settings: Settings, kind: type, config: dict) -> nn.Module:
+    """A module to train: random, or with the weights in the folder --init."""
+    if settings.init:
+        return load_module(kind, settings.init, UNET_FILE, settings.device, torch.float32).train().requires_grad_(True)
+    return kind(config).to(settings.device)
 
 
-def vae_task(args) -> Task:
-    """Stage vae: reconstruction through a 4-channel latent."""
-    items = read_items(args.data)[0]
-    torch.manual_seed(args.seed)
-    vae = initial(args, VAE, dict(TOY_VAE))
-    if args.size % 8:
-        raise BadInput(f"--size {args.size}: must be a multiple of 8: the VAE is trained on crops of half the side")
-    ads = Ads(items, args.size)
-    some = torch.stack([ads[i]["image"] for i in range(0, len(items), max(1, len(items) // 256))])
-    # Errors are measured along the colours' principal axes, each scaled by its spread: in plain RGB the brightness
-    # outweighs the hues, which then wash out.
-    values, axes = torch.linalg.eigh(torch.cov(2 * some.transpose(0, 1).flatten(1)[:, ::16]))
-    whiten = (axes / values.sqrt()).T.to(args.device)  # (3, 3)
-    crop = args.size // 2
+# ---------------------------------------------------------------- stage vae
 
-    def loss(batch: dict, generator) -> Tensor:
-        x = 2 * batch["image"] - 1
-        y0, x0 = torch.randint(args.size - crop + 1, (2,), generator=generator).tolist()
+
+@dataclass
+class VAELoss:
+    """Reconstruction of random crops through a 4-channel latent, and a little KL.
+
+    Errors are measured along the colours' principal axes, each scaled by its spread: in plain RGB the brightness
+    outweighs the hues, which then wash out.
+    """
+
+    vae: VAE
+    whiten: Tensor  # (3, 3), from RGB
+    size: int  # of the pictures, in pixels; crops have half of it
+
+    def __call__(self, batch: dict, generator: torch.Generator) -> Tensor:
+        x, crop = 2 * batch["image"] - 1, self.size // 2
+        y0, x0 = torch.randint(self.size - crop + 1, (2,), generator=generator).tolist()
         x = x[:, :, y0 : y0 + crop, x0 : x0 + crop]
-        mean, logvar = vae.encode(x)
+        mean, logvar = self.vae.encode(x)
         z = mean + (logvar / 2).exp() * torch.randn(mean.shape, generator=generator).to(mean)
-        error = vae.decode(z) - x
-        white = torch.einsum("ij,bjhw->bihw", whiten, error)
+        error = self.vae.decode(z) - x
+        white = torch.einsum("ij,bjhw->bihw", self.whiten, error)
         colour = F.avg_pool2d(white, 4).square().mean() + 0.2 * white.abs().mean()
         kl = (mean.square() + logvar.exp() - 1 - logvar).mean() / 2
         return colour + KL * kl
 
+
+def vae_task(settings: Settings) -> Task:
+    """Stage vae: reconstruction through a 4-channel latent."""
+    items = read_items(settings.data)[0]
+    torch.manual_seed(settings.seed)
+    vae = initial(settings, VAE, dict(TOY_VAE))
+    if settings.size % 8:
+        raise BadInput(f"--size {settings.size}: must be a multiple of 8: the VAE is trained on crops of half the side")
+    ads = Ads(items, settings.size)
+    some = torch.stack([ads[i]["image"] for i in range(0, len(items), max(1, len(items) // 256))])
+    values, axes = torch.linalg.eigh(torch.cov(2 * some.transpose(0, 1).flatten(1)[:, ::16]))
+    whiten = (axes / values.sqrt()).T.to(settings.device)
+
     def draw():
-        x = some[:8].to(args.device)
+        x = some[:8].to(settings.device)
         decoded = vae.decode(vae.encode(2 * x - 1)[0]) / 2 + 0.5
         return sheet([list(x), list(decoded)], row_labels=["original", "decoded"])
 
     def save(out: Path) -> None:
         # the UNet wants latents of unit variance
-        z = torch.cat([vae.encode(2 * x.to(args.device) - 1)[0] for x in some.split(32)])
+        z = torch.cat([vae.encode(2 * x.to(settings.device) - 1)[0] for x in some.split(32)])
         vae.scaling_factor = vae.config["scaling_factor"] = round(1 / z.std().item(), 5)
-        vae.config["sample_size"] = args.size
-        save_module(vae, out / "vae", UNET_FILE, args.save_dtype)
+        vae.config["sample_size"] = settings.size
+        save_module(vae, out / "vae", UNET_FILE, settings.save_dtype)
 
-    return Task({"vae": vae}, Samples(items, args), loss, draw, save)
+    return Task("the VAE", {"vae": vae}, Samples(items, settings.size), VAELoss(vae, whiten, settings.size), draw, save,
+                [["python", "train.py", "clip", "--out", str(settings.out)]])
 
 
-def clip_task(args) -> Task:
-    """Stage clip: pictures and their captions into one space (contrastive). The text tower becomes SD's encoder."""
-    items = read_items(args.data)[0]
-    captions = [", ".join(pair) for pair in captions_of(items)]
-    if args.size % TOY_VISION["patch_size"]:
-        raise BadInput(f"--size {args.size}: must be a multiple of {TOY_VISION['patch_size']}")
-    if args.resume:
-        tokenizer = load_tokenizer(args.out / "tokenizer")
-    else:  # the identifiers' words belong to the vocabulary, though no caption holds them
-        words = [IDENTIFIER.format(" ".join("0123456789"))] * len(captions)
-        train_tokenizer(captions + words, TOY_VOCABULARY, TOY_TEXT["max_position_embeddings"], args.out / "tokenizer")
-        tokenizer = load_tokenizer(args.out / "tokenizer")
+# ---------------------------------------------------------------- stage clip
+
+
+@dataclass
+class CLIPLoss:
+    """Contrastive: among the pictures of a batch each caption finds its own, and the other way round."""
+
+    clip: CLIP
+    ids: tuple[Tensor, Tensor, Tensor]  # tokens of the captions, of their first and their second halves, (n, L)
+
+    def __call__(self, batch: dict, generator: torch.Generator) -> Tensor:
+        indices, (whole, product, scene) = batch["index"].cpu(), self.ids
+        # Half of the texts are one half of a caption: mask-guided attention will read either half alone.
+        kinds = torch.randint(4, (len(indices),), generator=generator)
+        tokens = torch.stack([(whole, whole, product, scene)[k][i] for k, i in zip(kinds.tolist(), indices.tolist())])
+        image = F.normalize(self.clip.encode_image(batch["image"]), dim=-1)
+        text = F.normalize(self.clip.encode_text(tokens.to(image.device)), dim=-1)
+        logits = self.clip.logit_scale.clamp(max=math.log(100)).exp() * image @ text.T
+        target = torch.arange(len(logits), device=logits.device)
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def initial_clip(settings: Settings, tokenizer) -> CLIP:
     text = TOY_TEXT | {"vocab_size": tokenizer.bpe.get_vocab_size(), "eos_token_id": tokenizer.end}
-    torch.manual_seed(args.seed)
+    torch.manual_seed(settings.seed)
     clip = CLIP({"model_type": "clip", "architectures": ["CLIPModel"], "projection_dim": TOY_TEXT["projection_dim"],
-                 "text_config": text, "vision_config": TOY_VISION | {"image_size": args.size}}).to(args.device)
-    # Tokens that no caption holds keep these values. The identifiers' digits are such, and the only words that tell one
-    # category's background prompt from another's: longer vectors, that the transformer does not wash them out.
+                 "text_config": text, "vision_config": TOY_VISION | {"image_size": settings.size}}).to(settings.device)
+    # Tokens that are in no caption keep these values. The identifiers' digits are such tokens, and the only words that
+    # distinguish one category's background prompt from another's: longer vectors keep the transformer from washing them
+    # out.
     tokens = nn.init.normal_(clip.text_model.embeddings.token_embedding.weight, std=0.3)
     with torch.no_grad():
         tokens[tokenizer([str(d) for d in range(10)])[:, 1]] *= 3
     for embedding in (clip.text_model.embeddings.position_embedding, clip.vision_model.embeddings.position_embedding):
         nn.init.normal_(embedding.weight, std=0.02)
-    ids = tokenizer(captions)
-    parts = [tokenizer([pair[k] for pair in captions_of(items)]) for k in (0, 1)]
+    return clip
 
-    def loss(batch: dict, generator) -> Tensor:
-        indices = batch["index"].cpu()
-        # Half of the texts are one half of a caption: mask-guided attention will read either half alone.
-        which = torch.randint(4, (len(indices),), generator=generator)
-        tokens = torch.stack([(ids, ids, parts[0], parts[1])[w][i] for w, i in zip(which.tolist(), indices.tolist())])
-        image = F.normalize(clip.encode_image(batch["image"]), dim=-1)
-        text = F.normalize(clip.encode_text(tokens.to(args.device)), dim=-1)
-        logits = clip.logit_scale.clamp(max=math.log(100)).exp() * image @ text.T
-        target = torch.arange(len(logits), device=logits.device)
-        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
-    ads = Ads(items, args.size)
+def clip_task(settings: Settings) -> Task:
+    """Stage clip: pictures and their captions into one space (contrastive). The text tower becomes SD's encoder."""
+    items, out = read_items(settings.data)[0], settings.out
+    captions = captions_of(items)
+    texts = [", ".join(pair) for pair in captions]
+    if settings.size % TOY_VISION["patch_size"]:
+        raise BadInput(f"--size {settings.size}: must be a multiple of {TOY_VISION['patch_size']}")
+    if not settings.resume:  # the identifiers' words belong to the vocabulary, though they are in no caption
+        words = [IDENTIFIER.format(" ".join("0123456789"))] * len(texts)
+        train_tokenizer(texts + words, TOY_VOCABULARY, TOY_TEXT["max_position_embeddings"], out / "tokenizer")
+    tokenizer = load_tokenizer(out / "tokenizer")
+    clip = initial_clip(settings, tokenizer)
+    ids = tokenizer(texts), *(tokenizer([pair[k] for pair in captions]) for k in (0, 1))
+    ads = Ads(items, settings.size)
 
     def draw():
-        """The pictures of sixteen captions; below each the one, of those sixteen, that its caption finds."""
-        images = torch.stack([ads[i]["image"] for i in range(min(16, len(items)))]).to(args.device)
-        text = clip.encode_text(ids[: len(images)].to(args.device))
+        """The pictures of sixteen captions; below each the one, among those sixteen, that its caption finds."""
+        images = torch.stack([ads[i]["image"] for i in range(min(16, len(items)))]).to(settings.device)
+        text = clip.encode_text(ids[0][: len(images)].to(settings.device))
         image = F.normalize(clip.encode_image(images), dim=-1)
         return sheet([list(images), list(images[(text @ image.T).argmax(dim=1)])], row_labels=["captioned", "found"])
 
     def save(out: Path) -> None:
-        save_module(clip, out / "clip", TEXT_FILE, args.save_dtype)
-        encoder = TextEncoder(text)
+        save_module(clip, out / "clip", TEXT_FILE, settings.save_dtype)
+        encoder = TextEncoder(clip.config["text_config"])
         encoder.text_model = clip.text_model
-        save_module(encoder, out / "text_encoder", TEXT_FILE, args.save_dtype)
+        save_module(encoder, out / "text_encoder", TEXT_FILE, settings.save_dtype)
 
-    return Task({"clip": clip}, Samples(items, args), loss, draw, save)
+    return Task("CLIP", {"clip": clip}, Samples(items, settings.size), CLIPLoss(clip, ids), draw, save,
+                [["python", "train.py", "unet", "--out", str(out), "--weights", str(out)]])
 
 
-def unet_task(args) -> Task:
+# ---------------------------------------------------------------- stage unet
+
+
+@dataclass
+class UNetLoss:
+    """The error of ε, by prompts of five kinds, weighted by timestep."""
+
+    sd: StableDiffusion
+    captions: list[tuple[str, str]]
+    weight: Tensor  # (T,)
+
+    def __call__(self, batch: dict, generator: torch.Generator) -> Tensor:
+        indices, z_0, eps, t = batch["index"].tolist(), batch["z_0"], batch["eps"], batch["t"]
+        # Whole captions; either half alone, as mask-guided attention will ask for; none, for the guidance; and captions
+        # without colours, since the paper's prompts name none.
+        kinds = torch.multinomial(torch.tensor([0.46, 0.12, 0.17, 0.10, 0.15]), len(indices), True, generator=generator)
+        texts = []
+        for i, kind in zip(indices, kinds.tolist()):
+            product, scene = self.captions[i]
+            texts.append((f"{product}, {scene}", product, scene, "", f"{product}, {scene.split(', ')[0]}")[kind])
+        with torch.no_grad():
+            P = self.sd.prompts(texts)
+        output = self.sd.unet(self.sd.schedule.add_noise(z_0, eps, t), t, P)
+        return ((output - eps).square().mean(dim=(1, 2, 3)) * self.weight[t]).mean()
+
+
+def unet_task(settings: Settings) -> Task:
     """Stage unet: text to image on the base set, where product and scene are independent."""
-    items = read_items(args.data)[0]
-    base = args.weights
-    torch.manual_seed(args.seed)
-    config = TOY_UNET | {"sample_size": args.size // 4}
-    unet = initial(args, UNet, config)
-    if not args.init:
+    items, base, device = read_items(settings.data)[0], settings.weights, settings.device
+    torch.manual_seed(settings.seed)
+    unet = initial(settings, UNet, TOY_UNET | {"sample_size": settings.size // 4})
+    if not settings.init:
         for name, parameter in unet.named_parameters():  # each residual branch starts at nothing
             if name.endswith(("conv2.weight", "proj_out.weight", "conv_out.weight")):
                 nn.init.zeros_(parameter)
-    text_encoder = load_module(TextEncoder, base / "text_encoder", TEXT_FILE, args.device, torch.float32)
-    vae = load_module(VAE, base / "vae", UNET_FILE, args.device, torch.float32)
+    text_encoder = load_module(TextEncoder, base / "text_encoder", TEXT_FILE, device, torch.float32)
+    vae = load_module(VAE, base / "vae", UNET_FILE, device, torch.float32)
     sd = StableDiffusion(load_tokenizer(base / "tokenizer"), text_encoder, unet, vae, Schedule())
-    canvas_size(1, 1, args.size, sd.multiple)
+    canvas_size(1, 1, settings.size, sd.multiple)
     captions = captions_of(items)
-    latents = Latents(sd, items, args)
-    weight = timestep_weights(sd.schedule, args.weighting).to(args.device)
+    latents = Latents(sd, items, settings.size, settings.cache, min(8, settings.micro_batch), settings.amp,
+                      settings.workers)
+    loss = UNetLoss(sd, captions, timestep_weights(sd.schedule, settings.weighting).to(device))
+    samples = Samples(items, settings.size, latents, pictures=False, noise_offset=settings.noise_offset)
+    weights = ["--weights", str(settings.out)]
+    return Task("the UNet", {"unet": unet}, samples, loss, partial(draw_captions, sd, items, settings.size),
+                partial(save_base, sd, settings.save_dtype),
+                [["python", "generate.py", "--prompt", ", ".join(captions[0]), *weights],
+                 ["python", "train.py", "cg", *weights]])
 
-    def loss(batch: dict, generator) -> Tensor:
-        indices, z_0, eps, t = batch["index"].tolist(), batch["z_0"], batch["eps"], batch["t"]
-        # Whole captions, either half alone as mask-guided attention will ask for, none for the guidance, and such as
-        # tell no colours, as the paper's prompts don't.
-        kinds = torch.multinomial(torch.tensor([0.46, 0.12, 0.17, 0.10, 0.15]), len(indices), True, generator=generator)
-        texts = [(", ".join(captions[i]), *captions[i], "", f"{captions[i][0]}, {captions[i][1].split(', ')[0]}")[k]
-                 for i, k in zip(indices, kinds.tolist())]
-        with torch.no_grad():
-            P = sd.prompts(texts)
-        output = unet(sd.schedule.add_noise(z_0, eps, t), t, P)
-        return ((output - eps).square().mean(dim=(1, 2, 3)) * weight[t]).mean()
 
-    def draw():
-        count, ads = min(16, len(items)), Ads(items, args.size)
-        blank = torch.zeros(count, 3, args.size, args.size, device=args.device)
-        painted = paint(sd, blank, blank[:, :1], [(", ".join(pair),) * 3 for pair in captions[:count]],
-                        seeded(0, count), steps=25)
-        rows = []
-        for start in range(0, count, 8):
-            rows += [list(painted[start : start + 8]), [ads[i]["image"] for i in range(start, min(start + 8, count))]]
-        return sheet(rows, row_labels=["painted", "captioned"] * (len(rows) // 2))
+def draw_captions(sd: StableDiffusion, items: list, size: int):
+    """Pictures painted by the captions of sixteen items, above the items' own pictures."""
+    count, ads, device = min(16, len(items)), Ads(items, size), sd.unet.conv_in.weight.device
+    blank = torch.zeros(count, 3, size, size, device=device)
+    texts = [(", ".join(item.caption),) * 3 for item in items[:count]]
+    painted = paint(sd, Canvas(blank, blank[:, :1], texts, seeded(0, count)), Painting(steps=25))
+    rows = []
+    for start in range(0, count, 8):
+        rows += [list(painted[start : start + 8]), [ads[i]["image"] for i in range(start, min(start + 8, count))]]
+    return sheet(rows, row_labels=["painted", "captioned"] * (len(rows) // 2))
 
-    def save(out: Path) -> None:
-        save_module(unet, out / "unet", UNET_FILE, args.save_dtype)
-        # what makes the folder a Stable Diffusion for other tools
-        index = {"_class_name": "StableDiffusionPipeline", "scheduler": ["diffusers", "DDIMScheduler"],
-                 "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
-                 "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
-                 "safety_checker": [None, None], "feature_extractor": [None, None]}
-        scheduler = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "clip_sample": False}
-        write_json(index, out / "model_index.json")
-        write_json(scheduler | sd.schedule.config, out / "scheduler" / "scheduler_config.json")
 
-    return Task({"unet": unet}, Samples(items, args, latents, pictures=False), loss, draw, save)
+def save_base(sd: StableDiffusion, dtype: torch.dtype, out: Path) -> None:
+    """The UNet, and what makes the folder a Stable Diffusion for other tools."""
+    save_module(sd.unet, out / "unet", UNET_FILE, dtype)
+    index = {"_class_name": "StableDiffusionPipeline", "scheduler": ["diffusers", "DDIMScheduler"],
+             "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
+             "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
+             "safety_checker": [None, None], "feature_extractor": [None, None]}
+    scheduler = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "clip_sample": False}
+    write_json(index, out / "model_index.json")
+    write_json(scheduler | sd.schedule.config, out / "scheduler" / "scheduler_config.json")
 
 
 STAGES = {"vae": vae_task, "clip": clip_task, "unet": unet_task}
+
+# ---------------------------------------------------------------- the tokenizer
 
 
 def train_tokenizer(texts: list[str], size: int, length: int, folder: Path) -> None:

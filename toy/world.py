@@ -21,10 +21,13 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from support.options import whole_number
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python toy/world.py`: the repository's root
 
-from support.files import BadInput, Parser, one_line_errors, whole, write_atomic
+from support.files import BadInput, one_line_errors, write_atomic
 from support.images import save_image
+from support.options import Parser
 from toy.canvas import COLOURS, SHADOW, Canvas
 from toy.products import ALL_PRODUCTS, OTHERS, PRODUCTS, product_caption, product_colour
 from toy.scenes import Brand, paint_scene, scene_caption
@@ -250,13 +253,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
                       help="write a page of ads: a row per category, a column per brand")
     goal.add_argument("--samples", metavar="DIR", type=Path, help="write the sample products and references")
     for name, default, kind, text in (
-        ("--size", 128, whole(64, 4096), "height and width of a picture, in pixels"),
-        ("--base", 24000, whole(0, 999_999), "pictures of any category in any scene"),
-        ("--ads", 6000, whole(0, 999_999), "ads of the training set, BG60k"),
-        ("--bg1k", 256, whole(0, 999_999), "ads of the test set, with held-out brands"),
-        ("--pairs", 256, whole(0, 999_999), "test pairs of a product and a reference ad"),
-        ("--seed", 0, whole(0, 2**32 - 1), "decides which pictures are drawn"),
-        ("--workers", 2, whole(1, 256), "processes that draw"),
+        ("--size", 128, whole_number(64, 4096), "height and width of a picture, in pixels"),
+        ("--base", 24000, whole_number(0, 999_999), "pictures of any category in any scene"),
+        ("--ads", 6000, whole_number(0, 999_999), "ads of the training set, BG60k"),
+        ("--bg1k", 256, whole_number(0, 999_999), "ads of the test set, with held-out brands"),
+        ("--pairs", 256, whole_number(0, 999_999), "test pairs of a product and a reference ad"),
+        ("--seed", 0, whole_number(0, 2**32 - 1), "decides which pictures are drawn"),
+        ("--workers", 2, whole_number(1, 256), "processes that draw"),
     ):
         parser.add_argument(name, metavar="N", type=kind, default=default, help=f"{text} [{default}]")
     return parser.parse_args(arguments)

@@ -1,0 +1,180 @@
+"""The methods that section 5 compares, and the pictures that they paint of a data set.
+
+A method is added by an entry in METHODS; a rival that is not made of our own networks, by a function beside those in
+rivals/baselines.py too. The tables of evaluate.py say "not implemented" in the rows of methods that are not in METHODS.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import train
+from clip import CLIP
+from generate import paint, paint_ads, prompt_texts
+from rivals.baselines import blended_diffusion, stable_diffusion
+from sampler import Painting
+from support.batch import paint_items, result_path
+from support.cache import file_fingerprint, fingerprint
+from support.datasets import Item, read_items
+from support.files import BadInput
+from support.machine import barrier
+from support.metrics import embed_pictures
+from support.models import ModelChoice, Models, identifiers_of, load_models
+from support.networks import Networks
+from support.tensors import model_fingerprint
+from weights import load_clip
+
+
+class Method(NamedTuple):
+    """How a row of a table paints: by generate.paint with these networks, or by a function from rivals/."""
+
+    cg: str | None = None  # what stands in CG's place: cg, cg-plain (CG with plain attention) or controlnet
+    pg: str | None = None
+    from_reference: bool = True  # z_T, where there is a reference
+    plain_prompt: bool = False  # 'A photo of [category]', without the identifier
+    rival: Callable | None = None
+    clip: str | None = None  # that guides the rival
+
+    def networks(self) -> list[str]:
+        """What it needs beside the base."""
+        return [name for name in (self.cg, self.pg, self.clip) if name]
+
+
+METHODS = {
+    "stable-diffusion": Method(plain_prompt=True, rival=stable_diffusion),
+    "blended-diffusion": Method(plain_prompt=True, rival=blended_diffusion, clip="guide-clip"),
+    "controlnet": Method("controlnet", plain_prompt=True),
+    "cg": Method("cg"),
+    "cg-plain": Method("cg-plain"),
+    "cg+pg": Method("cg", "pg"),
+    "cg+pg-noise": Method("cg", "pg", from_reference=False),
+    "controlnet+pg": Method("controlnet", "pg"),
+    "cg-plain+pg": Method("cg-plain", "pg"),
+    "shuffled": Method(plain_prompt=True),  # paints nothing: the original ads, each beside another product's
+    **{f"fig7-{name}": Method("cg", f"pg-{name}") for name in ("none", "dilation", "mixup")},
+}
+# What train.py is told to make the toy's networks that are not shipped; cg-plain has CG's own settings
+TRAINED = {
+    "controlnet": ["controlnet", "--steps", "2600", "--data", str(train.TOY_DATA / "base")],
+    "cg-plain": ["cg", "--attention", "plain", "--steps", str(train.TOY_SETTINGS["cg"]["steps"])],
+    "guide-clip": ["clip", "--steps", "800", "--seed", "1"],
+    "pg-none": ["pg", "--steps", "600", "--theta", "0", "--sigma", "1", "1"],
+    "pg-dilation": ["pg", "--steps", "600", "--sigma", "1", "1"],
+    "pg-mixup": ["pg", "--steps", "600"],
+}
+
+PROTOCOLS = {"bg1k": "", "ref": "Ref→Self", "self": "Self→Self"}  # what is painted, see Lab.all_items; in print
+
+
+@dataclass(frozen=True)
+class Lab:
+    """What all tables and figures share: the data, the networks, and the pictures, which are kept in `out`."""
+
+    data: Path
+    limit: int | None  # of items that are painted
+    centres: int | None  # at most so many training ads make the centres of Fig. 5a
+    networks: Networks
+    choice: ModelChoice  # the base and where it runs; the branches are the methods'
+    how: Painting
+    size: int | None
+    strength: float  # of the guidance by CLIP
+    seed: int
+    batch: int
+    record: dict  # how pictures are painted, whatever the method: see support/record.py
+    out: Path
+
+    def check(self, methods: list[str], items: list[Item]) -> None:
+        """Raises BadInput for networks or categories that these methods would miss, before anything is painted."""
+        names = [name for method in methods for name in METHODS[method].networks()]
+        with_identifiers = not all(METHODS[method].plain_prompt for method in methods)
+        self.networks.check(["weights", *names, "clip"], {item.category for item in items if with_identifiers})
+
+    def items(self, protocol: str) -> list[Item]:
+        """What is painted and measured: the first --limit."""
+        return self.all_items(protocol)[: self.limit]
+
+    def all_items(self, protocol: str) -> list[Item]:
+        """bg1k: products; ref: products and the references they are paired with; self: each its own reference."""
+        if protocol == "bg1k":
+            return [replace(item, reference=None, reference_mask=None) for item in self.products]
+        if protocol == "self":
+            return [replace(item, reference=item.image, reference_mask=item.mask) for item in self.pairs]
+        if items := [item for item in self.pairs if item.reference]:
+            return items
+        raise BadInput(f"{self.data}: no item has a reference, which this command needs; choose another data set")
+
+    @cached_property
+    def products(self) -> list[Item]:
+        return read_items(self.data, "bg1k")[0]
+
+    @cached_property
+    def pairs(self) -> list[Item]:
+        return read_items(self.data, "bgpair")[0]
+
+    def pictures(self, name: str, items: list[Item], folder: str) -> list[Path]:
+        """Where a method's pictures of these items lie; those that are missing are painted first.
+
+        The folder's name ends in a fingerprint of all that the pictures depend on. The first --limit items of a split
+        share the whole split's folder.
+        """
+        method = METHODS[name]
+        used = [model_fingerprint(self.networks.path(network)) for network in ("weights", *method.networks())]
+        record = self.record | {"method": name, "strength": self.strength if method.clip else None, "models": used}
+        split = self.all_items(folder) if folder in PROTOCOLS else items
+        files = [[item.category, *map(file_fingerprint, (item.image, item.mask, item.reference, item.reference_mask))]
+                 for item in split]
+        out = self.out / "pictures" / folder / f"{name}-{fingerprint([record, files])[:8]}"
+        paths = [result_path(out, i, item) for i, item in enumerate(items)]
+        missing = not all(path.exists() for path in paths)
+        barrier()  # every process has looked before any paints
+        if missing:
+            print(f"painting {folder}, {name}", file=sys.stderr)
+            self.paint(method, items, out, record)
+        barrier()
+        return paths
+
+    def paint(self, method: Method, items: list[Item], out: Path, record: dict) -> None:
+        """Paints items by a method, with support/batch.py."""
+        categories = {item.category for item in items}
+        cg = None if method.plain_prompt else self.networks.path("cg")
+        texts = {name: prompt_texts(name, identifier) for name, identifier in identifiers_of(categories, cg).items()}
+        models = self.load(method, categories)
+        painter = partial(paint_ads, painter=self.painter(method, models), size=models.size,
+                          multiple=models.sd.multiple, steps=self.how.steps)
+        paint_items(items, texts, painter, out, record, models.dtype, self.seed, self.batch)
+
+    def load(self, method: Method, categories: set[str]) -> Models:
+        """The base and a method's branches."""
+        if method.cg is None:
+            return load_models(self.choice, self.size)
+        place = "controlnet" if method.cg == "controlnet" else "cg"
+        pg = method.pg and self.networks.path(method.pg)
+        choice = replace(self.choice, pg=pg, **{place: self.networks.path(method.cg)})
+        return load_models(choice, self.size, categories, with_pg=pg is not None)
+
+    def painter(self, method: Method, models: Models) -> Callable:
+        """painter(canvas, on_step) -> pictures, as generate.paint."""
+        if method.rival:
+            guide = {"clip": self.load_clip(method.clip), "strength": self.strength} if method.clip else {}
+            return partial(method.rival, models.sd, how=self.how, **guide)
+        hint = self.how.hint if method.cg == "controlnet" else "product"  # --hint is --controlnet's
+        how = replace(self.how, from_reference=method.from_reference, hint=hint)
+        return partial(paint, models.sd, how=how, cg=models.cg, pg=models.pg)
+
+    def load_clip(self, name: str) -> CLIP:
+        return load_clip(self.networks.path(name), self.choice.device, torch.float32)
+
+    @cached_property
+    def clip(self) -> CLIP:
+        """The one that measures."""
+        return self.load_clip("clip")
+
+    def embeddings(self, paths: list[Path], items: list[Item] | None = None) -> Tensor:
+        """As embed_pictures, which see."""
+        return embed_pictures(self.clip, paths, items, self.out / "embeddings")

@@ -1,0 +1,124 @@
+"""Support: latents and prompts of a data set, encoded once; not needed to understand the paper."""
+
+import sys
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+from data import Ads
+from model import Prompts
+from support.cache import compute_once, file_fingerprint, weights_fingerprint
+from support.datasets import Item
+from support.machine import barrier, processes
+from weights import StableDiffusion
+
+
+def autocast(device: torch.device | str, dtype: torch.dtype | None, cache: bool = True) -> torch.autocast:
+    """A context in which matrix products and convolutions are computed in `dtype`; None changes nothing.
+
+    With `cache` it keeps the weights' half-precision copies until it is left.
+    """
+    return torch.autocast(torch.device(device).type, dtype, enabled=dtype is not None, cache_enabled=cache)
+
+
+class Latents:
+    """What the frozen VAE makes of a data set's pictures, cut to squares of `size` pixels; in files of PART items each.
+
+    latents[i] -> mean and standard deviation, both (4, h, w) float32, scaled as the UNet's z; and for an inpainting
+    UNet what it reads beside z_t, (5, h, w), else None. Processes share the work; what exists is not computed again.
+    """
+
+    PART = 1024
+
+    def __init__(self, sd: StableDiffusion, items: list[Item], size: int, folder: Path, batch: int = 8,
+                 amp: torch.dtype | None = None, workers: int = 0):
+        rank, world = processes()
+        self.scale, self.T, ads = sd.vae.scaling_factor, sd.schedule.T, Ads(items, size)
+        network = [weights_fingerprint(sd.vae), size, str(amp), sd.unet.config["in_channels"]]
+        files = [[file_fingerprint(item.image), file_fingerprint(item.mask), item.inverted] for item in items]
+        starts = range(0, len(items), self.PART)
+        keys = [network + files[start : start + self.PART] for start in starts]
+        bar = tqdm(total=len(items), desc="encoding", unit="image", disable=rank > 0 or not sys.stderr.isatty())
+
+        def encode(start: int) -> dict[str, Tensor]:
+            part = Subset(ads, range(start, min(start + self.PART, len(items))))
+            return encode_ads(sd, DataLoader(part, batch, num_workers=workers), amp, lambda n: bar.update(n * world))
+
+        for start, key in list(zip(starts, keys))[rank::world]:
+            compute_once(folder, key, partial(encode, start))
+        bar.close()
+        barrier()
+        self.parts = [compute_once(folder, key, partial(encode, start)) for start, key in zip(starts, keys)]
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        part, row = self.parts[index // self.PART], index % self.PART
+        mean, std = part["mean"][row].float(), (part["logvar"][row].float() / 2).exp()
+        return mean * self.scale, std * self.scale, part["inpainting"][row].float() if "inpainting" in part else None
+
+
+@torch.no_grad()
+def encode_ads(sd: StableDiffusion, batches: Iterable[dict], amp: torch.dtype | None,
+               on_batch: Callable[[int], None]) -> dict[str, Tensor]:
+    """What `Latents` keeps of batches of Ads, (n, ...) float16 each; on_batch is told how many were encoded."""
+    weight, rows = sd.vae.quant_conv.weight, {}
+    for batch in batches:
+        image, mask = batch["image"].to(weight.device), batch["mask"].to(weight.device)
+        with autocast(weight.device, amp):
+            mean, logvar = sd.vae.encode(2 * image.to(weight) - 1)
+            encoded = {"mean": mean, "logvar": logvar, "inpainting": sd.inpainting(image.to(mean), mask)}
+        for name, x in encoded.items():
+            if x is not None:
+                rows.setdefault(name, []).append(x.to("cpu", torch.float16))
+        on_batch(len(image))
+    return {name: torch.cat(x) for name, x in rows.items()}
+
+
+def prompt_table(sd: StableDiffusion, texts: list[tuple[str, str, str]], folder: Path,
+                 amp: torch.dtype | None = None) -> Tensor:
+    """The encodings of C triples of texts, for P, P_fg and P_bg: (C, 3, L, D), memory-mapped."""
+    device = sd.text_encoder.text_model.final_layer_norm.weight.device
+
+    @torch.no_grad()
+    def encode() -> dict[str, Tensor]:
+        with autocast(device, amp):
+            return {"prompts": torch.stack([sd.prompts(list(triple)).cpu() for triple in texts])}
+
+    key = [weights_fingerprint(sd.text_encoder), sd.tokenizer.bpe.to_str(), texts, str(amp)]
+    if processes()[0] == 0:
+        compute_once(folder, key, encode)
+    barrier()
+    return compute_once(folder, key, encode)["prompts"]
+
+
+class CategoryPrompts:
+    """A batch's prompts by category (section 3.2), from the rows of a prompt table, whose last row encodes ''.
+
+    row_of_item (n,): the row of each item of the data set.
+    """
+
+    def __init__(self, table: Tensor, row_of_item: list[int], device: str):
+        self.table, self.row_of_item, self.device = table, torch.tensor(row_of_item), device
+
+    def __call__(self, index: Tensor, dropped: Tensor) -> Prompts:
+        """index (B,): positions in the data set; dropped (B,): whose prompt is replaced by ''."""
+        rows = torch.where(dropped.cpu(), len(self.table) - 1, self.row_of_item[index.cpu()])
+        return Prompts(*self.table[rows].to(self.device).unbind(1))
+
+
+class CaptionPrompts:
+    """A batch's prompts by caption, for a branch that reads P alone: encoded when needed, since there are as many
+    captions as pictures.
+    """
+
+    def __init__(self, encode: Callable[[list[str]], Tensor], captions: list[str]):
+        self.encode, self.captions = encode, captions
+
+    @torch.no_grad()
+    def __call__(self, index: Tensor, dropped: Tensor) -> Prompts:
+        P = self.encode(["" if d else self.captions[i] for i, d in zip(index.tolist(), dropped.tolist())])
+        return Prompts(P, P, P)

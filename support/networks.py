@@ -1,0 +1,87 @@
+"""Support: an evaluation's networks, some trained on first use; not needed to understand the paper."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from support.cache import fingerprint
+from support.files import BadInput, read_json
+from support.machine import barrier, processes
+from support.models import TOY, branch_path, check_identifiers, identifiers_of
+from support.tensors import model_fingerprint
+
+TRAIN = Path(__file__).resolve().parent.parent / "train.py"
+OPTIONS = ("weights", "cg", "pg", "controlnet", "cg-plain", "clip", "guide-clip")  # of evaluate.py that name networks
+SHIPPED = {"weights": TOY / "base", "clip": TOY / "clip"}  # and CG and PG, see branch_path
+
+
+class Networks(NamedTuple):
+    """The networks, by the names of OPTIONS (`weights` is the base) and of those that only the toy has."""
+
+    options: dict[str, Path | None]  # None where the option was not given
+    trained: dict[str, list[str]]  # arguments of train.py that make a network of the toy that is not shipped
+    device: str
+
+    def given(self, name: str) -> Path | None:
+        """Where a network's weights lie, by its option or as shipped; None where it is the toy's and must be trained.
+
+        Raises BadInput where its option is missing: beside another base the toy's networks are of no use.
+        """
+        path, base = self.options.get(name), self.options["weights"]
+        if name in ("cg", "pg"):
+            return branch_path(name, path, base)
+        if base and not path:
+            raise BadInput(f"--{name} is missing: the toy's does not go with --weights {base}" if name in self.options
+                           else "fig7 is the toy's: leave out --weights")
+        return path or SHIPPED.get(name)
+
+    def path(self, name: str) -> Path:
+        """As `given`; trains the network first where it must be."""
+        frozen = [] if name == "guide-clip" else ["weights", "cg"] if name.startswith("pg-") else ["weights"]
+        return self.given(name) or train_once(name, self.trained[name], [*map(self.given, frozen)], self.device)
+
+    def check(self, names: list[str], categories: set[str]) -> None:
+        """Raises BadInput where networks are missing or do not belong together, or where CG does not know one of the
+        categories: at once, not after hours of painting.
+        """
+        paths = {name: path for name in names if (path := self.given(name))}
+        for path in paths.values():
+            model_fingerprint(path)
+        if categories:
+            identifiers_of(categories, self.given("cg"))
+        for name in paths.keys() & {"cg-plain", "pg"}:
+            check_identifiers(self.given("cg"), paths[name])
+        for name, attention in (("cg", "mask-guided"), ("cg-plain", "plain")):
+            if name in paths and (found := attention_of(paths[name])) != attention:
+                raise BadInput(f"--{name} {paths[name]} is a CG with {found} attention; give one with {attention}")
+
+
+def attention_of(cg: Path) -> str:
+    """What train.py cg --attention recorded in a CG's config.json."""
+    config = (cg.parent if cg.is_file() else cg) / "config.json"
+    return read_json(config).get("attention", "mask-guided") if config.is_file() else "mask-guided"
+
+
+def train_once(name: str, command: list[str], frozen: list[Path], device: str) -> Path:
+    """A network's folder, after `train.py *command` on top of the frozen networks, unless that has been done before.
+
+    Under torchrun one process trains and the others wait. A training that was interrupted goes on.
+    """
+    key = [command, [model_fingerprint(path) for path in frozen]]
+    out = Path("runs", "evaluate", f"{name}-{fingerprint(key)[:8]}")
+    if processes()[0] == 0 and not out.exists():
+        unfinished = out.with_name(f"{out.name}.unfinished")
+        command = [*command, "--out", str(unfinished), "--cache", "runs/cache", "--device", device, "--amp"]
+        if command[0] == "pg":
+            command += ["--cg", str(frozen[1])]
+        print("training, once: python train.py", *command, file=sys.stderr)
+        if [*unfinished.glob("training/*/checkpoint_*")]:
+            command.append("--resume")
+        alone = {name: x for name, x in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS")}
+        if subprocess.run([sys.executable, TRAIN, *command], env=alone, stdout=2).returncode:  # stdout is the table's
+            raise BadInput("the training failed, as it says above; once that is mended, this command goes on")
+        unfinished.rename(out)
+    barrier()
+    return out / command[0]

@@ -1,0 +1,85 @@
+"""Support: a command line's options: kinds of values and their errors; not needed to understand the paper."""
+
+import argparse
+import errno
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from support.files import REMEDIES, BadInput
+from support.names import is_unicode, nfc
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are BadInput, without the usage."""
+
+    def error(self, message: str) -> None:
+        raise BadInput(message)
+
+
+def _number(kind: type, what: str, low: float, high: float, text: str) -> float:
+    """An option's value within [low, high]."""
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not low <= value <= high:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a {what} from {low} to {high}")
+    return value
+
+
+def whole_number(low: int, high: int) -> Callable[[str], int]:
+    """The kind of an option that takes a whole number within [low, high]."""
+    return partial(_number, int, "whole number", low, high)
+
+
+def real_number(low: float, high: float) -> Callable[[str], float]:
+    """The kind of an option that takes a number within [low, high]."""
+    return partial(_number, float, "number", low, high)
+
+
+def unicode_text(text: str) -> str:
+    """The kind of an option that becomes a prompt or a part of it: a category in the spelling of all categories."""
+    if not is_unicode(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no UTF-8 text; give it as UTF-8")
+    return nfc(text)
+
+
+def check_folder(out: Path, option: str = "--out") -> None:
+    """Raises BadInput where an option's output folder can't be made or written to."""
+    try:
+        out.stat()
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise BadInput(f"{option} {out}: {error.strerror}; {REMEDIES[error.errno]}") from None
+    nearest = next(path for path in (out.absolute(), *out.absolute().parents) if os.path.exists(path))
+    if not nearest.is_dir():
+        raise BadInput(f"{option} {out}: {nearest} is a file; choose another folder")
+    if not os.access(nearest, os.W_OK):
+        raise BadInput(f"{option} {out}: {nearest} is read-only; choose another folder")
+
+
+def one_for_each(values: list | None, others: list | None, option: str, other: str) -> list:
+    """One value of an option for each of another's. Raises BadInput unless the option was given zero times, once, or
+    once for each.
+    """
+    values, count = values or [None], len(others or ())
+    if len(values) not in (1, count) or (option.endswith("mask") and values[0] and len(values) != count):
+        raise BadInput(f"{option}: {len(values)} given for {count} of {other}; give one for each")
+    return values * count if len(values) == 1 else values
+
+
+def check_together(args, exclusive: list[tuple[str, ...]] = (), needed: list[tuple[str, str]] = ()) -> None:
+    """Raises BadInput where options of one group of `exclusive` are given together, or the first of a pair in `needed`
+    without the second.
+    """
+    def given(option: str) -> bool:
+        return getattr(args, option) not in (None, False)
+
+    for group in exclusive:
+        if len(some := [f"--{option.replace('_', '-')}" for option in group if given(option)]) > 1:
+            raise BadInput(f"{some[0]} and {some[1]} exclude each other; leave one out")
+    for option, other in needed:
+        if given(option) and not given(other):
+            raise BadInput(f"--{option.replace('_', '-')} goes with --{other}; add that one")
