@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 from torch.utils.data import Dataset
 
-from support.checking import check_ads
+from support.checking import check_ads, print_next_commands
 from support.datasets import MASK_OF_ITEM, Item, drop_lines, list_folder, read_items, refuse_many_broken
 from support.files import BadInput, one_line_errors
 from support.images import fit, load_masked, save_image, sheet
@@ -254,20 +254,14 @@ def main(arguments: list[str] | None = None) -> None:
         if args.list:
             listed.unlink()  # so that the same command can be given again
         raise
-    own = listed.is_file()
     if args.drop_blank and blank:
-        lines = listed if own else args.dir / f"{args.split}_info.txt"
+        lines = listed if listed.is_file() else args.dir / f"{args.split}_info.txt"
         kept = drop_lines(lines, {item.line for item in blank})
         print(f"dropped from {lines}; the whole list is {kept}")
         wrote += [lines, kept]
     if wrote:
         print("wrote", ", ".join(map(str, dict.fromkeys(wrote))))
-    if own or args.split == "bg60k":
-        print(f"next, train CG on it: python train.py cg --data {args.dir} --weights SD15")
-    if own or args.split != "bg60k":
-        split = "" if own else f" --split {args.split}"
-        print(f"next, with the CG and PG that you trained: python generate.py --data {args.dir}{split} --out results "
-              "--weights SD15 --cg CG --pg PG")
+    print_next_commands(args.dir, args.split)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from support.files import BadInput, one_line_errors, write_atomic, write_json
 from support.images import sheet
 from support.machine import pick_device, processes
 from support.metrics import RESAMPLES, Measured, compare, interval, similarity
-from support.models import ModelChoice, add_model_options
+from support.models import ModelChoice, add_model_options, add_walk_options
 from support.networks import OPTIONS, Networks
 from support.options import Parser, check_folder, real_number, whole_number
 from support.record import record_of
@@ -274,11 +274,7 @@ def options() -> Parser:
     add("--centres", metavar="N", type=whole_number(1, 10**9),
         help="tsne: centres from the first N training ads [all]")
     add = parser.add_argument_group("how the methods paint").add_argument
-    add("--steps", metavar="N", type=whole_number(1, 500), default=Painting.steps,
-        help=f"steps of DDIM [{Painting.steps}, the paper's]")
-    add("--guidance", metavar="X", type=real_number(1, 30), default=Painting.guidance,
-        help=f"weight of the prompt [{Painting.guidance}, the paper's]")
-    add("--size", metavar="N", type=whole_number(8, 4096), help="longer side of the painted canvas [the base's]")
+    add_walk_options(add)
     add("--seed", metavar="N", type=whole_number(0, 2**32 - 1), default=0, help="item i is painted with SEED + i [0]")
     add("--strength", metavar="X", type=real_number(0, 1e6), default=STRENGTH,
         help=f"of Blended Diffusion's CLIP guidance [{STRENGTH:g}, chosen on the toy]")

@@ -22,18 +22,17 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from data import Ad, background_hint, dilate, inpaint_hint, product_hint
 from model import ControlNet, Prompts
 from sampler import Conditions, Painting, sample, seeded
-from support.batch import line_of, paint_items, save_data_sheet
+from support.batch import check_finite, line_of, paint_items, save_data_sheet, steps_bar
 from support.cutouts import SOLID, extend
 from support.datasets import BROKEN, Item, read_items
 from support.files import BadInput, one_line_errors
 from support.gallery import SHEET, Gallery, check_result_names
 from support.images import canvas_size, fit, resized_strips, save_image, to_bytes
-from support.models import TOY, ModelChoice, Models, add_model_options, load_models
+from support.models import TOY, ModelChoice, Models, add_model_options, add_walk_options, load_models
 from support.options import Parser, check_folder, check_together, one_for_each, real_number, unicode_text, whole_number
 from support.record import command_of, record_of
 from weights import StableDiffusion
@@ -118,11 +117,6 @@ def paste_back(painted: Tensor, painted_mask: Tensor, box: tuple[int, int, int, 
     return result
 
 
-def steps_bar(steps: int, text: str) -> tqdm:
-    """A bar over the denoising steps on stderr, where that is a terminal."""
-    return tqdm(total=steps, desc=text, unit="step", leave=False, disable=not sys.stderr.isatty())
-
-
 def paint_ads(ads: list[Ad], painter: Callable, size: int, multiple: int, steps: int) -> list[Tensor]:
     """Finished ads, each (3, H, W) uint8 in its product's frame.
 
@@ -148,13 +142,6 @@ def paint_ads(ads: list[Ad], painter: Callable, size: int, multiple: int, steps:
         for i, ad, picture, mask, box in zip(batch, chosen, painted, masks, boxes):
             results[i] = paste_back(picture, mask, box, ad.rgb, ad.mask)
     return results
-
-
-def check_finite(painted: Tensor) -> None:
-    """Raises BadInput where the model produced NaN or infinite pixels."""
-    if not painted.isfinite().all():
-        raise BadInput("--dtype: the painted pixels are not finite; add --dtype float32; if they still are not, the "
-                       "weights are broken")
 
 
 # ---------------------------------------------------------------- the three commands
@@ -272,14 +259,9 @@ def options() -> Parser:
         help="pictures, with seeds SEED, SEED + 1, ... [1]")
     add("--seed", metavar="N", type=whole_number(0, 2**32 - 1), default=0,
         help="of the noise; SEED + i for item i of --data [0]")
-    add("--steps", metavar="N", type=whole_number(1, 500), default=Painting.steps,
-        help=f"steps of DDIM [{Painting.steps}, the paper's]")
-    add("--guidance", metavar="X", type=real_number(1, 30), default=Painting.guidance,
-        help=f"weight of the prompt, 1: without guidance [{Painting.guidance}, the paper's]")
+    add_walk_options(add)
     add("--eta", metavar="X", type=real_number(0, 1), default=Painting.eta,
         help="DDIM's η: part of DDPM's noise that is added at each step [0: none, the paper's]")
-    add("--size", metavar="N", type=whole_number(8, 4096),
-        help="longer side of the painted canvas in pixels [the base's: toy 128, SD 1.5 and the paper 512]")
     add("--start", metavar="FROM", choices=["reference", "noise"], default="reference",
         help="z_T: the reference's latent, noised, or pure noise [reference, the paper's; noise without a reference]")
     add("--plain-prompt", action="store_true",

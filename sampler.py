@@ -31,7 +31,7 @@ class Painting:
 class Schedule:
     """How much of a picture is left at each timestep: z_t = √ᾱ_t z_0 + √(1 − ᾱ_t) ε; and which timesteps a walk visits.
 
-    Built from the fields of a public scheduler_config.json; the defaults are Stable Diffusion's.
+    config: fields of a public scheduler_config.json; the defaults are Stable Diffusion's.
     """
 
     def __init__(self, config: dict | None = None):
@@ -39,8 +39,7 @@ class Schedule:
                                 "steps_offset": 1, "set_alpha_to_one": False, "prediction_type": "epsilon",
                                 "timestep_spacing": "leading", **(config or {})}
         self.T = config["num_train_timesteps"]
-        # scaled linear: √β grows linearly
-        beta = torch.linspace(config["beta_start"] ** 0.5, config["beta_end"] ** 0.5, self.T) ** 2
+        beta = torch.linspace(config["beta_start"] ** 0.5, config["beta_end"] ** 0.5, self.T) ** 2  # scaled linear
         self.alpha_bar = torch.cumprod(1 - beta, dim=0)  # (T,)
         self.final_alpha_bar = torch.tensor(1.0) if config["set_alpha_to_one"] else self.alpha_bar[0]
 

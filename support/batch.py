@@ -66,8 +66,8 @@ class Manifest:
                 self.refuse(file, "with other weights" if name == "models" else f"with {option}")
 
     def refuse(self, file: str, how: str) -> None:
-        raise BadInput(f"--out {self.file.parent} holds {file}, which was painted {how}; name another folder, or give the "
-                       "options it was painted with")
+        raise BadInput(f"--out {self.file.parent} holds {file}, which was painted {how}; name another folder, or give "
+                       "the options it was painted with")
 
     def append(self, line: dict) -> None:
         append_line(line, self.file)
@@ -89,8 +89,8 @@ def one_ahead(read: Callable, chunks: list[list]) -> Iterator[dict]:
 def paint_items(items: list[Item], texts: dict[str, tuple[str, str, str]],
                 paint_ads: Callable[[list[Ad]], list[Tensor]], out: Path, record: dict, dtype: str, seed: int,
                 batch: int) -> tuple[int, int, int]:
-    """Paints all items of a data set that are not in `out` yet -> how many were painted, were there, are broken; the last are
-    named and skipped. Item i is painted with seed + i; texts by category; record: how, see support/record.py.
+    """Paints all items of a data set that are not in `out` yet -> how many were painted, were there, are broken; the last
+    are named and skipped. Item i is painted with seed + i; texts by category; record: how, see support/record.py.
 
     Under torchrun each process paints its share. Raises BadInput where `out` holds pictures of the same names that were
     painted from other items or in another way.
@@ -132,6 +132,18 @@ def paint_items(items: list[Item], texts: dict[str, tuple[str, str, str]],
         if written:
             written.result()
     return len(todo) - broken, len(share) - len(todo), broken
+
+
+def steps_bar(steps: int, text: str) -> tqdm:
+    """A bar over the denoising steps on stderr, where that is a terminal."""
+    return tqdm(total=steps, desc=text, unit="step", leave=False, disable=not sys.stderr.isatty())
+
+
+def check_finite(painted: Tensor) -> None:
+    """Raises BadInput where the model produced NaN or infinite pixels."""
+    if not painted.isfinite().all():
+        raise BadInput("--dtype: the painted pixels are not finite; add --dtype float32; if they still are not, the "
+                       "weights are broken")
 
 
 def save_data_sheet(items: list[Item], out: Path, columns: int = 8, cells: int = 32) -> None:

@@ -47,3 +47,14 @@ def check_ads(ads: Dataset, items: list[Item], where: Path) -> tuple[list[Item],
     if len(blank) > 10:
         print(f"  ... and {len(blank) - 10:,} more")
     return blank, samples
+
+
+def print_next_commands(root: Path, split: str) -> None:
+    """What to do with a data set that has been checked: a list of one's own, or a split of BG60k as released."""
+    own = (root / "metadata.jsonl").is_file()
+    if own or split == "bg60k":
+        print(f"next, train CG on it: python train.py cg --data {root} --weights SD15")
+    if own or split != "bg60k":
+        of_split = "" if own else f" --split {split}"
+        print(f"next, with the CG and PG that you trained: python generate.py --data {root}{of_split} --out results "
+              "--weights SD15 --cg CG --pg PG")

@@ -1,4 +1,4 @@
-"""Support: several products in several styles: the jobs, their names, their sheet; not needed to understand the paper."""
+"""Support: several products in several styles: what to paint, names, a sheet; not needed to understand the paper."""
 
 import re
 from dataclasses import dataclass, replace

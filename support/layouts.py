@@ -89,7 +89,7 @@ RENAMES = [(re.compile(pattern), name) for pattern, name in (
 def our_name(name: str) -> str:
     """Our name of a tensor, from that in a public file (without the prefix of a single file)."""
     for pattern, new in RENAMES:
-        name = pattern.sub(new if isinstance(new, str) else lambda match: new(*map(int, match.groups())), name)
+        name = pattern.sub(new if isinstance(new, str) else lambda match, f=new: f(*map(int, match.groups())), name)
     return name
 
 
