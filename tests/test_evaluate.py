@@ -144,9 +144,11 @@ def test_the_interval_of_a_mean_is_that_of_the_normal_distribution():
     assert half == pytest.approx(1.96 * x.std().item() / math.sqrt(len(x)), rel=0.08)
 
 
-@pytest.mark.parametrize("height, width", [(100, 70), (64, 129), (32, 32), (20, 26)])
-def test_clips_preprocessing_is_the_reference_processors(height, width):
-    """Up to the reference's rounding to 8 bits: at most one level and a half."""
+@pytest.mark.parametrize("height, width", [(100, 70), (64, 129), (32, 32), (20, 27)])
+def test_clips_preprocessing_is_the_reference_processors_resizing_and_openais_crop(height, width):
+    """Up to the reference's rounding to 8 bits: at most one level and a half. The crop starts at half of the margin,
+    which is rounded to even.
+    """
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("torchvision", reason="its image processors need it") if not hasattr(
         transformers, "CLIPImageProcessorPil") else None
@@ -156,8 +158,10 @@ def test_clips_preprocessing_is_the_reference_processors(height, width):
     side = CLIP_CONFIG["vision_config"]["image_size"]
     x = (random(3, height, width).sigmoid() * 255).round()
     image = Image.fromarray(x.permute(1, 2, 0).byte().numpy())
-    reference = processor(size={"shortest_edge": side}, crop_size={"height": side, "width": side}, do_normalize=False)
-    theirs = reference(image, return_tensors="pt")["pixel_values"]
+    reference = processor(size={"shortest_edge": side}, do_center_crop=False, do_normalize=False)
+    resized = reference(image, return_tensors="pt")["pixel_values"]
+    top, left = (round((size - side) / 2) for size in resized.shape[2:])
+    theirs = resized[:, :, top : top + side, left : left + side]
     assert (CLIP(CLIP_CONFIG).preprocess(x[None] / 255) - theirs).abs().max() < 1.6 / 255
 
 
