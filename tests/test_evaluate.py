@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from conftest import CLIP_CONFIG, random, randomise
 
 import evaluate
+import train
 from clip import CLIP, TextEncoder, load_tokenizer
 from data import background_hint, load_ad
 from generate import Canvas, prompt_texts
@@ -392,7 +393,7 @@ def test_a_figure_is_drawn(results, ads, tiny, figure, capsys):
 
 
 def test_cg_with_plain_attention_is_trained_as_cg_is():
-    cg = evaluate.train.TOY_SETTINGS["cg"]
+    cg = train.TOY_SETTINGS["cg"]
     assert methods.TRAINED["cg-plain"] == ["cg", "--attention", "plain", "--steps", str(cg["steps"])]
 
 
@@ -465,7 +466,7 @@ def test_under_torchrun_one_process_trains_and_the_others_wait(tmp_path):
 
 @pytest.mark.parametrize("name", methods.TRAINED)
 def test_train_takes_the_command_that_makes_a_network(name):
-    args = evaluate.train.options().parse_args([*methods.TRAINED[name], "--device", "cpu", "--amp"])
+    args = train.options().parse_args([*methods.TRAINED[name], "--device", "cpu", "--amp"])
     check_options(args)
     assert args.stage in methods.TRAINED[name] and args.steps
 
