@@ -116,10 +116,8 @@ def dilate(mask: Tensor, theta: int) -> Tensor:
     return F.max_pool2d(mask, (1, theta), stride=1)  # 2 θ comparisons a pixel in place of θ²
 
 
-def perturb(
-    image: Tensor, mask: Tensor, other: Tensor, generator: Generator, theta: int = THETA,
-    sigma: tuple[float, float] = SIGMA
-) -> Tensor:
+def perturb(image: Tensor, mask: Tensor, other: Tensor, generator: Generator, theta: int = THETA,
+            sigma: tuple[float, float] = SIGMA) -> Tensor:
     """PG's hint in training: a background in which neither the product's outline nor the elements can be just copied.
 
     image I, other I_rand (3, H, W), mask M (1, H, W) -> (3, H, W). theta in pixels of a 512 x 512 image, sigma the
@@ -135,8 +133,7 @@ def perturb(
         M_aug = M_aug.maximum(moved).maximum(random_masks(h, w, generator))
     else:
         M_aug = mask
-    low, high = sigma
-    s = low + (high - low) * torch.rand((), generator=generator)  # σ
+    s = sigma[0] + (sigma[1] - sigma[0]) * torch.rand((), generator=generator)  # σ
     I_aug = s * image + (1 - s) * other  # Eq. 6
     return I_aug * (1 - M_aug)  # the paper prints I_aug ⊗ M_aug, a slip: PG must see the background
 
@@ -177,8 +174,8 @@ class Samples(Dataset):
         generator = Generator().manual_seed(seed)
         sample = self.ads[index] if self.pictures else {"index": index}
         if self.perturbed:
-            step = int(torch.randint(1, max(2, len(self)), (), generator=generator))  # to another ad
-            other = self.ads[(sample["index"] + step) % len(self)]["image"]
+            away = int(torch.randint(1, max(2, len(self)), (), generator=generator))
+            other = self.ads[(sample["index"] + away) % len(self)]["image"]
             sample["background"] = perturb(sample["image"], sample["mask"], other, generator, self.theta, self.sigma)
         if self.latents:
             mean, std, inpainting = self.latents[sample["index"]]
@@ -225,8 +222,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("dir", type=Path, help="BG60k's root, or a folder with metadata.jsonl")
     add("--split", default="bg60k", help="bg60k (default), bg1k or bgpair")
     add("--sheet", metavar="FILE", type=Path, help="draw eight items here: image, mask, CG's hint, PG's hint")
-    add("--size", metavar="N", type=whole_number(1, 4096), default=512,
-        help="side of the training images in pixels (default 512)")
+    add("--size", metavar="N", type=whole_number(1, 4096), default=512, help="side of the training images [512 px]")
     add("--list", action="store_true",
         help="first write metadata.jsonl, from DIR/CATEGORY/NAME.png and NAME_mask.png or alpha")
     add("--drop-blank", action="store_true",

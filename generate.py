@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from clip import Tokenizer
 from data import Ad, background_hint, dilate, inpaint_hint, product_hint
 from model import ControlNet, Prompts
 from sampler import Conditions, Painting, sample, seeded
@@ -43,13 +44,22 @@ IDENTIFIER = "sks {}"  # [D], section 5.1: 'sks' and the category's id
 # ---------------------------------------------------------------- a batch on its canvas
 
 
-def prompt_texts(category: str, identifier: str | None) -> tuple[str, str, str]:
-    """The texts of P, P_fg and P_bg (section 3.2). Without an identifier, the plain prompt on all sides."""
-    product = f"A photo of {category}"
+def prompt_texts(category: str, identifier: str | None, tokenizer: Tokenizer | None = None) -> tuple[str, str, str]:
+    """The texts of P, P_fg and P_bg (section 3.2). Without an identifier, the plain prompt on all sides.
+
+    Given the tokenizer, a category that is too long for the text encoder is cut, never the identifier after it.
+    """
     if identifier is None:
-        return product, product, product
+        return (f"A photo of {category}",) * 3
     background = f"in the background of {identifier}"
-    return f"{product}, {background}", product, background
+    if tokenizer:
+        category = tokenizer.shorten(category, "A photo of ", f", {background}")
+    return f"A photo of {category}, {background}", f"A photo of {category}", background
+
+
+def prompts_by_category(identifiers: dict[str, str | None], tokenizer: Tokenizer) -> dict[str, tuple[str, str, str]]:
+    """The texts of each category, from its identifier."""
+    return {name: prompt_texts(name, identifier, tokenizer) for name, identifier in identifiers.items()}
 
 
 def encode_prompts(sd: StableDiffusion, texts: list[tuple[str, str, str]]) -> Prompts:
@@ -76,8 +86,7 @@ def paint(sd: StableDiffusion, canvas: Canvas, how: Painting, cg: ControlNet | N
           pg: ControlNet | None = None, on_step: Callable | None = None) -> Tensor:
     """Paints backgrounds (Fig. 2) -> (B, 3, H, W) float32 in [0, 1], the products not yet pasted back.
 
-    Without cg the base paints alone; in its place a plain ControlNet can stand. pg paints where there are references.
-    on_step as in `sample`.
+    Without cg the base paints alone; in its place a ControlNet can stand. pg reads the references, if any.
     """
     weight, branches, z_ref = sd.unet.conv_in.weight, [], None
     rgb, mask = canvas.rgb.to(weight), canvas.mask.to(weight)
@@ -192,8 +201,8 @@ def generate_product(args) -> None:
         [[category] for category in one_for_each(args.category, files, "--category", "--product")],
         seeds=range(args.seed, args.seed + args.num), with_and_without=demo)
     models, how, record = load(args, set(chain(*gallery.categories)), bool(ads))
-    texts = {name: prompt_texts(name, identifier) for name, identifier in models.identifiers.items()}
-    paint_all, jobs, pictures = painter_of_ads(models, how), gallery.jobs(texts), []
+    jobs = gallery.jobs(prompts_by_category(models.identifiers, models.sd.tokenizer))
+    paint_all, pictures = painter_of_ads(models, how), []
     gallery.remove_sheet(args.out)
     for start in range(0, len(jobs), args.batch):
         chunk = jobs[start : start + args.batch]
@@ -212,7 +221,7 @@ def generate_data(args) -> None:
     items, notes = read_items(args.data, args.split or "bg1k")
     items = items[: args.limit]
     models, how, record = load(args, {item.category for item in items}, any(item.reference for item in items))
-    texts = {name: prompt_texts(name, identifier) for name, identifier in models.identifiers.items()}
+    texts = prompts_by_category(models.identifiers, models.sd.tokenizer)
     print("\n".join(notes), file=sys.stderr)
     painted, there, broken = paint_items(items, texts, painter_of_ads(models, how), args.out, record, models.dtype,
                                          args.seed, args.batch)
@@ -230,7 +239,7 @@ def save(image, path: Path, line: dict | None = None) -> None:
 
 
 def say_next(text: str) -> None:
-    """What a user may want to do after this; not among the paths on stdout."""
+    """What to do after this, on stderr: on stdout are the paths alone."""
     print(f"next: {text}", file=sys.stderr)
 
 

@@ -6,13 +6,11 @@
     python train.py cg --attention plain                                    # without Eq. 3, to measure what it adds
     python train.py cg --resume                                             # goes on exactly where it stopped
     torchrun --nproc_per_node 8 train.py cg --data BG60K --weights SD15     # on eight GPUs
-    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py ...  # on each of two
 
 Stages: vae, clip and unet (in toy/stages.py) make a base from pictures with captions. cg, then pg with CG frozen, or
 joint train the paper's branches on a frozen base. controlnet trains a general ControlNet on captions, to compare with.
-One loop serves all; a stage is what is trained, on which samples, and its loss. Everything random in a sample is drawn
-from the run's seed and the sample's position in the run, so an interruption changes nothing; for the paper's branches
-neither does the number of processes that share a batch, nor the number of parts in which it is computed.
+One loop serves all. Everything random in a sample follows from the run's seed and the sample's position in the run, so
+an interruption changes nothing; nor, for the paper's branches, the number of processes or parts that share a batch.
 """
 
 import argparse
@@ -26,8 +24,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from clip import Tokenizer
 from data import SIGMA, THETA, Samples, product_hint
-from generate import IDENTIFIER, Canvas, paint, prompt_texts
+from generate import IDENTIFIER, Canvas, paint, prompts_by_category
 from model import CategoryGenerator, ControlNet, PersonalityGenerator, Prompts, UNet, predict_noise
 from sampler import Painting, Schedule, seeded, timestep_weights
 from support.cache import fingerprint
@@ -101,10 +100,7 @@ class Eq1:
 
 
 def fit(task: Task, settings: Settings) -> None:
-    """Trains a task to settings.steps; log, curve, sheets and checkpoints go to settings.folder.
-
-    After SIGTERM the step is finished, a checkpoint written, and the program left with status 143.
-    """
+    """Trains a task to settings.steps, or to the step at which SIGTERM comes: then it leaves with status 143."""
     trainer = Trainer(task, settings)
     for step, batch in trainer.batches():
         loss = trainer.backward(step, batch)  # task.loss, over all parts and processes, and its gradients
@@ -151,7 +147,7 @@ def batch_prompts(sd: StableDiffusion, items: list[Item], identifiers: dict[str,
     """Eq1.prompts: by category with its identifier, encoded here once; without identifiers by caption."""
     if identifiers is None:  # as many as pictures: encoded when they are needed
         return CaptionPrompts(replace(sd, unet=None, vae=None).prompts, [", ".join(item.caption) for item in items])
-    texts = [prompt_texts(*pair) for pair in identifiers.items()] + [("", "", "")]
+    texts = [*prompts_by_category(identifiers, sd.tokenizer).values(), ("", "", "")]
     rows = {name: row for row, name in enumerate(identifiers)}
     return CategoryPrompts(prompt_table(sd, texts, settings.cache, settings.amp),
                            [rows[item.category] for item in items], settings.device)
@@ -187,26 +183,24 @@ def branch_task(settings: Settings) -> Task:
     branches = [(branch, shows) for branch, shows in ((cg or control, "product"), (pg, "background")) if branch]
     eq1 = Eq1(sd.unet, sd.schedule, branches, batch_prompts(sd, items, identifiers, settings), settings.prompt_dropout,
               timestep_weights(sd.schedule, settings.weighting).to(settings.device))
-    cg_name = "CG with plain attention" if settings.attention == "plain" else "CG"
-    name = {"cg": cg_name, "pg": "PG", "joint": f"{cg_name} and PG", "controlnet": "a ControlNet"}[stage]
-    canvas = held_out_canvas(items, identifiers, settings, with_references=pg is not None)
+    canvas = held_out_canvas(items, identifiers, sd.tokenizer, settings, with_references=pg is not None)
 
     def save(out: Path) -> None:
         for folder, branch in trained.items():
             save_control(branch, out / folder, settings.save_dtype, identifiers)
 
-    return Task(name, trained, samples, lambda batch, generator: eq1(batch),
+    return Task(settings.what, trained, samples, lambda batch, generator: eq1(batch),
                 partial(draw_branches, sd.unet, cg or control, pg, canvas, settings), save,
                 next_commands(settings, toy=settings.data == TOY_DATA / "ads"), identifiers, fingerprints)
 
 
-def held_out_canvas(items: list[Item], identifiers: dict[str, str] | None, settings: Settings,
+def held_out_canvas(items: list[Item], identifiers: dict[str, str] | None, tokenizer: Tokenizer, settings: Settings,
                     with_references: bool) -> Canvas:
     """The ads that sheets are painted from, with their categories' prompts, or without identifiers their captions."""
     split = "bgpair" if with_references else "bg1k"
     ads, (rgb, mask, *references) = held_out_ads(settings.data, split, items, identifiers, settings.size)
-    texts = [prompt_texts(ad.category, identifiers[ad.category]) if identifiers else (", ".join(ad.caption),) * 3
-             for ad in ads]
+    texts = prompts_by_category(identifiers, tokenizer) if identifiers else None
+    texts = [texts[ad.category] if texts else (", ".join(ad.caption),) * 3 for ad in ads]
     return Canvas(rgb, mask, texts, [], *(references if with_references else ()))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import train
 from clip import CLIP
-from generate import paint, paint_ads, prompt_texts
+from generate import paint, paint_ads, prompts_by_category
 from rivals.baselines import blended_diffusion, stable_diffusion
 from sampler import Painting
 from support.batch import paint_items, result_path
@@ -144,8 +144,8 @@ class Lab:
         """Paints items by a method, with support/batch.py."""
         categories = {item.category for item in items}
         cg = None if method.plain_prompt else self.networks.path("cg")
-        texts = {name: prompt_texts(name, identifier) for name, identifier in identifiers_of(categories, cg).items()}
         models = self.load(method, categories)
+        texts = prompts_by_category(identifiers_of(categories, cg), models.sd.tokenizer)
         painter = partial(paint_ads, painter=self.painter(method, models), size=models.size,
                           multiple=models.sd.multiple, steps=self.how.steps)
         paint_items(items, texts, painter, out, record, models.dtype, self.seed, self.batch)

@@ -90,6 +90,12 @@ class Settings:
         """The memory layout in which convolutions are fastest: float32 at full size is the exception."""
         return torch.channels_last if self.amp or self.size <= 128 else torch.contiguous_format
 
+    @property
+    def what(self) -> str:
+        """What a branch's stage trains, in words."""
+        cg = "CG with plain attention" if self.attention == "plain" else "CG"
+        return {"cg": cg, "pg": "PG", "joint": f"{cg} and PG", "controlnet": "a ControlNet"}[self.stage]
+
     def autocast(self) -> torch.autocast:
         """With --amp the context of half precision. It keeps half copies of the weights, unless memory counts more."""
         return autocast(self.device, self.amp, cache=not self.checkpointing)
