@@ -28,7 +28,7 @@ def test_every_command_of_the_readme_runs_in_order(tmp_path):
         shutil.copy(path, tmp_path)
     for folder in ("support", "rivals", "toy"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("data", "__pycache__"))
-    plain = shutil.copytree(ROOT / "toy" / "cg", tmp_path / "toy" / "cg-plain")  # untrained, so that none is trained here
+    plain = shutil.copytree(ROOT / "toy" / "cg", tmp_path / "toy" / "cg-plain")  # a stand-in, so that none is trained
     write_json(read_json(plain / "config.json") | {"attention": "plain"}, plain / "config.json")
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     assert {command.split()[1] for command in COMMANDS} == {*SHORT}
