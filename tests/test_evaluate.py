@@ -401,13 +401,13 @@ def test_the_three_trainings_of_fig7(ads, tmp_path, monkeypatch):
     """They differ as Fig. 7 says: no perturbation, dilation alone, dilation and mixup; each runs on first use only."""
     commands = []
 
-    def train(command, **_):
+    def stand_in(command, **_):
         commands.append(command[2:])
         shutil.copytree(TOY / "pg", Path(command[command.index("--out") + 1], "pg"))
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(networks.subprocess, "run", train)
+    monkeypatch.setattr(networks.subprocess, "run", stand_in)
     for _ in range(2):
         command(ads, tmp_path / "results", {"--size": 64}, "fig7", "--limit", "2")
     options = [tuple(c[c.index("--steps") + 2 : c.index("--out")]) for c in commands]
@@ -474,7 +474,7 @@ def test_train_takes_the_command_that_makes_a_network(name):
 def test_an_interrupted_training_is_resumed_and_a_failed_one_is_not_taken_for_done(tmp_path, monkeypatch):
     commands, results = [], [1, 0]
 
-    def train(command, **_):
+    def stand_in(command, **_):
         commands.append(command)
         checkpoint = Path(command[command.index("--out") + 1], "training", "clip", "checkpoint_00000001.safetensors")
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
@@ -482,7 +482,7 @@ def test_an_interrupted_training_is_resumed_and_a_failed_one_is_not_taken_for_do
         return subprocess.CompletedProcess(command, results.pop(0))
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(networks.subprocess, "run", train)
+    monkeypatch.setattr(networks.subprocess, "run", stand_in)
     lab = Networks({"weights": None}, {"guide-clip": ["clip", "--steps", "1"]}, "cpu")
     with pytest.raises(BadInput, match="the training failed, as it says above"):
         lab.path("guide-clip")

@@ -21,14 +21,12 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from support.options import whole_number
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python toy/world.py`: the repository's root
 
 from support.files import BadInput, one_line_errors, write_atomic
 from support.images import save_image
 from support.machine import barrier, processes
-from support.options import Parser
+from support.options import Parser, whole_number
 from toy.canvas import COLOURS, SHADOW, Canvas
 from toy.products import ALL_PRODUCTS, OTHERS, PRODUCTS, product_caption, product_colour
 from toy.scenes import Brand, paint_scene, scene_caption
