@@ -1,7 +1,10 @@
 """The toy ad world keeps its promises: what the base may learn, what is left to CG, what the tests have not seen."""
 
 import random
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -169,3 +172,11 @@ def test_an_interrupted_drawing_is_never_taken_for_a_whole_one(tmp_path, monkeyp
     with pytest.raises(KeyboardInterrupt):
         write_world(tmp_path / "data", size=64, base=2, ads=2, bg1k=1, pairs=1)
     assert not (tmp_path / "data" / "base").exists() and not (tmp_path / "data" / "ads").exists()
+
+
+def test_the_command_runs_from_any_folder_and_refuses_in_one_line(tmp_path):
+    script = Path(toy.world.__file__).resolve()
+    done = subprocess.run([sys.executable, script, "--out", "data", "--bg1k", "0"], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--pairs 0" in done.stderr
+    assert not [*tmp_path.iterdir()]
