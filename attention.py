@@ -24,7 +24,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) ->
 
 
 def attention_weights(q: Tensor, k: Tensor, heads: int) -> Tensor:
-    """softmax(q kᵀ / √d), not returned by `attend`'s fused kernel: q (B, N, C), k (B, L, C) -> (B, heads, N, L)."""
+    """softmax(q kᵀ / √d), to look at: `attend` keeps it inside. q (B, N, C), k (B, L, C) -> (B, heads, N, L)."""
     q, k = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k))
     return (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(dim=-1)
 
@@ -35,12 +35,12 @@ def mask_at(mask: Tensor, h: int, w: int) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x on a context; of x on itself where there is none.
+    """Multi-head attention of x on a context; without one, of x on itself.
 
     x (B, N, C); context (B, L, D) or None -> (B, N, C). With the prompt's encoding P as context this is CA(x, P).
     """
 
-    watch: Callable[[Tensor], None] | None = None  # where set, receives the weights (B, heads, N, L) of every call
+    watch: Callable[[Tensor], None] | None = None  # where set, is given the weights (B, heads, N, L); by Eq. 3 twice
 
     def __init__(self, channels: int, heads: int, context_channels: int | None = None):
         super().__init__()
@@ -57,8 +57,8 @@ class Attention(nn.Module):
         """CA(x, P_fg) ⊗ M + CA(x, P_bg) ⊗ (1 − M): the two terms that Eq. 3 adds to x.
 
         x (B, N, C); P_fg, P_bg (B, L, D); M (B, N, 1), 1 on the product -> (B, N, C).
-        Positions on the product attend only to the product's prompt, positions around it only to the background's, with
-        one set of weights. The output layer is affine and M + (1 − M) = 1, so it is applied once, to the blend.
+        Positions on the product attend only to the product's prompt, positions around it only to the background's;
+        both by the same layers. The output layer is affine and M + (1 − M) = 1, so it is applied once, to the blend.
         """
         q = self.to_q(x)
         fg, bg = self.read(q, P_fg), self.read(q, P_bg)

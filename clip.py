@@ -210,8 +210,8 @@ class Tokenizer:
         return len(self.bpe.encode(text, add_special_tokens=False).ids)
 
     def shorten(self, text: str, before: str = "", after: str = "") -> str:
-        """The text, without its last words where before + text + after would be too long: then it is the text that is
-        cut, with a line on stderr, and never what stands around it.
+        """The text, cut to so many words that before + text + after is not too long for the text encoder; `before` and
+        `after` are never cut. stderr has a line on it.
         """
         if self.count(before + text + after) <= self.room:
             return text

@@ -51,7 +51,7 @@ class Ad(NamedTuple):
 def load_ad(item: Item, size: int) -> tuple[Tensor, Tensor]:
     """An ad, background and all, and its mask: (3, size, size) and (1, size, size).
 
-    The square of the picture's short side that is nearest to the product's centroid. Raises load_masked's errors.
+    Cut to the largest square, as near to the product's centroid as it fits. Raises load_masked's errors.
     """
     image, mask = load_masked(item.image, item.mask, "image", MASK_OF_ITEM, item.inverted)
     h, w = mask.shape[1:]
@@ -62,7 +62,7 @@ def load_ad(item: Item, size: int) -> tuple[Tensor, Tensor]:
 
 
 class Ads(Dataset):
-    """Training samples: {"image": (3, S, S), "mask": (1, S, S), "index": position in items}.
+    """The ads of a data set: {"image": (3, S, S), "mask": (1, S, S), "index": position in items}.
 
     A broken item is named once on stderr, its index kept in `broken`, and the next one taken in its place ("index"
     says which). Raises BadInput once more than 1% are broken. Each worker of a DataLoader has its own `broken`.
@@ -96,7 +96,7 @@ def product_hint(image: Tensor, mask: Tensor) -> Tensor:
 
 
 def inpaint_hint(image: Tensor, mask: Tensor) -> Tensor:
-    """What ControlNet 1.1 inpaint sees in their place: I, and −1 wherever 1 − M > 0.5, without a blend between them."""
+    """What ControlNet 1.1 inpaint sees instead: I, but −1 where 1 − M > 0.5. Shapes as in product_hint."""
     return torch.where(1 - mask > 0.5, -1.0, image)
 
 
@@ -118,11 +118,11 @@ def dilate(mask: Tensor, theta: int) -> Tensor:
 
 def perturb(image: Tensor, mask: Tensor, other: Tensor, generator: Generator, theta: int = THETA,
             sigma: tuple[float, float] = SIGMA) -> Tensor:
-    """PG's hint in training: a background in which neither the product's outline nor the elements can be just copied.
+    """PG's hint in training: a background from which neither outline nor elements can simply be copied.
 
     image I, other I_rand (3, H, W), mask M (1, H, W) -> (3, H, W). theta in pixels of a 512 x 512 image, sigma the
-    range of σ. Fig. 7 compares neither step (theta 0: no change of the mask; sigma 1 to 1: no mixup), the first, and
-    both. All randomness is drawn from the CPU `generator`, so a run can be resumed.
+    range of σ. Fig. 7 compares no perturbation (theta 0: the mask as it is; sigma 1 to 1: no mixup), the first step
+    alone, and both. All randomness is drawn from the CPU `generator`, so a run can be resumed.
     """
     h, w = mask.shape[1:]
     if theta:
@@ -156,9 +156,10 @@ def random_masks(h: int, w: int, generator: Generator) -> Tensor:
 class Samples(Dataset):
     """Training samples by (index, seed); all randomness in one comes from its seed, on whichever worker makes it.
 
-    Always "index". `pictures` adds "image" and "mask"; `perturbed` PG's hint "background" (Eq. 5, 6), by `theta` and
-    `sigma` as in `perturb`; `latents` what one step of Eq. 1 draws, "z_0", "eps" and "t" (see `diffuse`), and a number
-    "drop" in [0, 1), which decides whether the prompt is dropped.
+    Always has "index". `pictures` adds "image" and "mask". `perturbed` adds PG's hint, "background" (Eq. 5, 6), with
+    `theta` and `sigma` as in `perturb`. `latents`, a support.encoded.Latents, adds what one step of Eq. 1 draws: "z_0",
+    "eps" and "t" (see `diffuse`), and "drop" in [0, 1), which decides whether the prompt is dropped; for an inpainting
+    UNet also "inpainting" (5, h, w).
     """
 
     def __init__(self, items: list[Item], size: int, latents=None, pictures: bool = True, perturbed: bool = False,
@@ -189,7 +190,7 @@ class Samples(Dataset):
 
 def diffuse(mean: Tensor, std: Tensor, generator: Generator, T: int,
             noise_offset: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Draws z_0 (4, h, w) from the VAE's posterior, noise ε of the same shape, and a timestep t () below T.
+    """Draws z_0 (4, h, w) from the VAE's posterior (mean, std), noise ε of the same shape, a timestep t () < T.
 
     Even at the largest t, z_t still carries the picture's mean brightness; the pure noise that sampling starts from
     does not, and dark scenes come out grey. With noise_offset > 0 the mean of ε varies too (Guttenberg 2023), so that

@@ -8,9 +8,10 @@
                                           # fig9: a product in many styles; fig10: many products in one
     python evaluate.py table1 --data BG60K --weights SD15 --cg CG --controlnet FILE --hint inpaint --clip VIT-B-32
 
-Read from the top: the methods and the tables as data; the lab, which paints and embeds; what is measured; the figures.
-Without options everything is the toy's; networks that are not shipped with it are trained on first use. Pictures and
-embeddings stay in --out, so that an interrupted evaluation goes on where it stopped and the tables share them.
+Read from the top: the tables as data; what is measured; the figures. rivals/methods.py holds the methods, and the lab
+that paints and embeds. Without options everything is the toy's; networks that are not shipped with it are trained on
+first use. Pictures and embeddings stay in --out, so that an interrupted evaluation goes on where it stopped and the
+tables share them.
 """
 
 import argparse
@@ -77,11 +78,11 @@ TABLES = {
         Row("CG + PG", "cg+pg", (68.26, 2.39, 93.63, 1.39)),
     ]),
     "table4": Table(["ref"], ["similarity", "frechet"], "cg+pg", [
-        Row("(a) ControlNet in CG's place; this PG was trained beside CG", "controlnet+pg", (66.17, 4.01)),
+        Row("(a) ControlNet in CG's place (this PG was trained beside CG)", "controlnet+pg", (66.17, 4.01)),
         Row("(b) no PG, z_T from the reference", "cg", (67.50, 2.76)),
         Row("(c) CG + PG, z_T pure noise", "cg+pg-noise", (66.51, 2.73)),
         Row("(d) CG + PG, z_T from the reference", "cg+pg", (68.26, 2.39)),
-        Row("CG with plain attention in CG's place; this PG was trained beside CG", "cg-plain+pg"),
+        Row("CG with plain attention in CG's place (this PG was trained beside CG)", "cg-plain+pg"),
     ]),
 }  # fmt: skip
 METRICS = {"similarity": "similarity ↑", "frechet": "Fréchet ↓", "joint": "joint Fréchet ↓"}

@@ -45,7 +45,7 @@ IDENTIFIER = "sks {}"  # [D], section 5.1: 'sks' and the category's id
 
 
 def prompt_texts(category: str, identifier: str | None, tokenizer: Tokenizer | None = None) -> tuple[str, str, str]:
-    """The texts of P, P_fg and P_bg (section 3.2). Without an identifier, the plain prompt on all sides.
+    """The texts of P, P_fg and P_bg (section 3.2). Without an identifier, all three are the plain prompt.
 
     Given the tokenizer, a category that is too long for the text encoder is cut, never the identifier after it.
     """
@@ -63,7 +63,7 @@ def prompts_by_category(identifiers: dict[str, str | None], tokenizer: Tokenizer
 
 
 def encode_prompts(sd: StableDiffusion, texts: list[tuple[str, str, str]]) -> Prompts:
-    """Texts of P, P_fg and P_bg, a triple a picture -> their encodings. Each different text is encoded once."""
+    """The texts of P, P_fg and P_bg of B pictures -> encodings, (B, L, D) each. Each different text is encoded once."""
     unique = list(dict.fromkeys(text for triple in texts for text in triple))
     encoded = sd.prompts(unique)  # (U, L, D)
     row = {text: i for i, text in enumerate(unique)}
@@ -76,7 +76,7 @@ class Canvas(NamedTuple):
     rgb: Tensor  # (B, 3, H, W)
     mask: Tensor  # (B, 1, H, W), M
     texts: list[tuple[str, str, str]]  # for P, P_fg, P_bg
-    generators: list[torch.Generator]  # one a picture, for its noise
+    generators: list[torch.Generator]  # one per picture, for its noise
     reference: Tensor | None = None  # (B, 3, H, W), I_ref
     reference_mask: Tensor | None = None  # (B, 1, H, W), M_ref
 
@@ -86,7 +86,7 @@ def paint(sd: StableDiffusion, canvas: Canvas, how: Painting, cg: ControlNet | N
           pg: ControlNet | None = None, on_step: Callable | None = None) -> Tensor:
     """Paints backgrounds (Fig. 2) -> (B, 3, H, W) float32 in [0, 1], the products not yet pasted back.
 
-    Without cg the base paints alone; in its place a ControlNet can stand. pg reads the references, if any.
+    cg: CG or a plain ControlNet in its place; without it the base paints alone. pg sees the references, if any.
     """
     weight, branches, z_ref = sd.unet.conv_in.weight, [], None
     rgb, mask = canvas.rgb.to(weight), canvas.mask.to(weight)
@@ -114,8 +114,8 @@ def paste_back(painted: Tensor, painted_mask: Tensor, box: tuple[int, int, int, 
     as `fit` returned it.
 
     Where M = 1 the result is the product's pixels, exactly: the product must stay unchanged (section 1). The networks
-    paint the product too, blurred over its edge by a pixel of the canvas, where painted_mask (1, h, w) is M: there the
-    scene is continued from further out, so that no glow of the painted product surrounds the real one.
+    paint the product too, and it spreads over its edge (painted_mask (1, h, w) is M on the canvas) by about a pixel.
+    There the scene is continued from further out, so that no glow surrounds the real product.
     """
     painted = extend(painted, dilate(painted_mask, 3) <= 1 - SOLID)
     top, left, h, w = box
@@ -129,7 +129,7 @@ def paste_back(painted: Tensor, painted_mask: Tensor, box: tuple[int, int, int, 
 def paint_ads(ads: list[Ad], painter: Callable, size: int, multiple: int, steps: int) -> list[Tensor]:
     """Finished ads, each (3, H, W) uint8 in its product's frame.
 
-    Ads with the same canvas size, and all with or all without a reference, are batched together. painter(canvas,
+    A batch has one canvas size, and references for all of its ads or for none. painter(canvas,
     on_step=...) -> (B, 3, h, w), as `paint`; size: the canvas's longer side; multiple: its sides are multiples of it.
     """
     batches = defaultdict(list)
@@ -193,14 +193,14 @@ def generate_product(args) -> None:
     """
     demo, sample_file = args.product is None, TOY / "samples" / f"{SAMPLE}.png"
     files = args.product or [sample_file]
-    ads = [sample_file.with_stem(f"{SAMPLE}_reference")] if demo else args.reference or []
+    references = [sample_file.with_stem(f"{SAMPLE}_reference")] if demo else args.reference or []
     gallery = Gallery(
         [Item(*pair, "") for pair in zip(files, one_for_each(args.mask, files, "--mask", "--product"))],
-        [*zip(ads, one_for_each(args.reference_mask, ads, "--reference-mask", "--reference"))],
+        [*zip(references, one_for_each(args.reference_mask, references, "--reference-mask", "--reference"))],
         [list(dict.fromkeys(args.category or [SAMPLE]))] if len(files) == 1 else
         [[category] for category in one_for_each(args.category, files, "--category", "--product")],
         seeds=range(args.seed, args.seed + args.num), with_and_without=demo)
-    models, how, record = load(args, set(chain(*gallery.categories)), bool(ads))
+    models, how, record = load(args, set(chain(*gallery.categories)), bool(references))
     jobs = gallery.jobs(prompts_by_category(models.identifiers, models.sd.tokenizer))
     paint_all, pictures = painter_of_ads(models, how), []
     gallery.remove_sheet(args.out)
@@ -212,7 +212,7 @@ def generate_product(args) -> None:
     if len(pictures) > 1:
         save(gallery.sheet(pictures, "ControlNet" if args.controlnet else "CG"), args.out / SHEET)
     say_next("--product PHOTO --mask MASK --category NAME paints around a product of your own" if demo else
-             "--num 4 paints more of them; --how FILE prints the command that paints one again" if ads else
+             "--num 4 paints more of them; --how FILE prints the command that paints one again" if references else
              "--reference AD --reference-mask MASK paints in the style of an ad")
 
 
@@ -239,7 +239,7 @@ def save(image, path: Path, line: dict | None = None) -> None:
 
 
 def say_next(text: str) -> None:
-    """What to do after this, on stderr: on stdout are the paths alone."""
+    """What to do after this, on stderr: stdout has only the paths."""
     print(f"next: {text}", file=sys.stderr)
 
 

@@ -2,10 +2,10 @@
 
 Read from top to bottom: the blocks; the UNet; ControlNet, from which CategoryGenerator (Eq. 3) and PersonalityGenerator
 (Eq. 4) differ by one line each; `predict_noise`, which runs all three in parallel. vae.py and clip.py hold the others.
-Every class is built from the fields of its public config.json, so one class is the toy's and SD 1.5's. Modules and
+Every class is built from the fields of its public config.json, so the toy and SD 1.5 share the classes. Modules and
 parameters carry the names of the public diffusers folders.
 
-Shapes: images (B, 3, H, W); latents z (B, 4, h, w) with h = H / f, f = 8 for SD 1.5; prompts P (B, L, D).
+Shapes: images (B, 3, H, W); latents z (B, 4, h, w), h = H/f, f = 8 for SD 1.5; prompts P (B, L, D); hints (B, 3, H, W).
 """
 
 import math
@@ -100,15 +100,15 @@ def run_layer(block: nn.Module, *inputs) -> Tensor:
     return block.layer(*inputs)
 
 
-def rows_of(context, x: Tensor) -> Tensor:
-    """x (B, C, h, w) with a row a prompt: guidance's two passes are the same up to the first cross-attention."""
+def one_row_per_prompt(x: Tensor, context) -> Tensor:
+    """x (B, C, h, w) with one row per prompt: up to the first cross-attention guidance's two passes are the same."""
     rows = len(context[0]) if isinstance(context, tuple) else len(context)
     return x if len(x) == rows else x.repeat(rows // len(x), 1, 1, 1)
 
 
 class DownBlock(nn.Module):
-    """One level of the encoder. x (B, C_in, h, w), time (B, T) -> its output, (B, C, h/2, w/2) or for the last level
-    (B, C, h, w), and what each layer and the downsampling leave as skip connections, of C channels each.
+    """One level of the encoder. x (B, C_in, h, w), time (B, T) -> x (B, C, h/2, w/2), in the last level (B, C, h, w),
+    and the skip connections: the output of each layer and of the downsampling, C channels each.
     """
 
     recompute = False
@@ -126,7 +126,7 @@ class DownBlock(nn.Module):
 
     def layer(self, i, x, time, context, mask):
         x = self.resnets[i](x, time)
-        return self.attentions[i](rows_of(context, x), context, mask) if hasattr(self, "attentions") else x
+        return self.attentions[i](one_row_per_prompt(x, context), context, mask) if hasattr(self, "attentions") else x
 
     def forward(self, x, time, context, mask=None):
         skips = []
@@ -151,7 +151,7 @@ class MidBlock(nn.Module):
         self.attentions = nn.ModuleList([SpatialTransformer(channels, **attention)])
 
     def layer(self, x, time, context, mask):
-        x = self.attentions[0](self.resnets[0](x, time), context, mask)
+        x = self.attentions[0](one_row_per_prompt(self.resnets[0](x, time), context), context, mask)
         return self.resnets[1](x, time)
 
     def forward(self, x, time, context, mask=None):
@@ -218,7 +218,7 @@ class UNetEncoder(nn.Module):
         self.mid_block = MidBlock(channels[-1], time_channels, norm, attention[-1])
 
     def embed_time(self, t: Tensor) -> Tensor:
-        """t (B,) int64 -> (B, T), through SiLU as every residual block wants it."""
+        """t (B,) int64 -> (B, T), after the SiLU that every residual block expects."""
         encoding = timestep_encoding(t, self.conv_in.out_channels).to(self.conv_in.weight.dtype)
         return F.silu(self.time_embedding(encoding))
 
@@ -229,7 +229,7 @@ class UNetEncoder(nn.Module):
             x, left = block(x, time, context, mask)
             skips += left
         x = self.mid_block(x, time, context, mask)
-        return x, [rows_of(context, skip) for skip in skips]
+        return x, [one_row_per_prompt(skip, context) for skip in skips]
 
     def recompute_activations(self) -> None:
         """Gradient checkpointing from now on, see `run_layer`."""
@@ -265,9 +265,9 @@ class UNet(UNetEncoder):
         self.conv_out = nn.Conv2d(channels[0], config["out_channels"], 3, padding=1)
 
     def forward(self, z: Tensor, t: Tensor, context: Tensor, residuals: list[Tensor] | None = None) -> Tensor:
-        """z_t (B, 4, h, w), or nine channels for an inpainting UNet; t (B,) or (1,) int64; context P (B, L, D) -> eps.
+        """z_t (B, 4, h, w), nine channels for an inpainting UNet; t (B,) or (1,); P (B, L, D) -> ε or v (B, 4, h, w).
 
-        residuals: what the branches add, one tensor a skip connection and one for the middle block (13 for SD 1.5).
+        residuals: what the branches add, one tensor per skip connection and one for the middle block (13 for SD 1.5).
         """
         time = self.embed_time(t)
         x, skips = self.encode(self.conv_in(z), time, context)
@@ -344,7 +344,7 @@ class ControlNet(UNetEncoder):
         return self.residuals(z, t, context, self.hint_features(hint), mask)
 
     def hint_features(self, hint: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, C, h, w). It is the same at every step: compute it once a picture, before the walk."""
+        """(B, 3, H, W) -> (B, C, h, w). The same at every step: computed once per picture, before denoising."""
         return self.controlnet_cond_embedding(hint)
 
     def residuals(self, z: Tensor, t: Tensor, context, features: Tensor, mask: Tensor | None = None) -> list[Tensor]:
@@ -361,7 +361,7 @@ class ControlNet(UNetEncoder):
 class CategoryGenerator(ControlNet):
     """CG (section 3.2): its hint is the product I ⊗ M, and every cross-attention is mask-guided (Eq. 3).
 
-    "attention": "plain" in its config is ours, to measure what Eq. 3 adds: `train.py cg --attention plain`.
+    Not in the paper: "attention": "plain" in its config, to measure what Eq. 3 adds (`train.py cg --attention plain`).
     """
 
     def reads(self, prompts: Prompts):

@@ -1,7 +1,7 @@
 """From noise to a picture: the noise schedule, DDIM, classifier-free guidance, z_T from a reference (section 5.1, 3.3).
 
 The step itself is `ddim_step`, a pure function; `ddim` repeats it and yields the intermediate results; `guided` is the
-noise that the networks predict with and without the prompt; `sample` joins them into the whole system's walk.
+noise that the networks predict with and without the prompt; `sample` joins them: from z_T to z_0.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,7 +29,7 @@ class Painting:
 
 
 class Schedule:
-    """How much of a picture is left at each timestep: z_t = √ᾱ_t z_0 + √(1 − ᾱ_t) ε; and which timesteps a walk visits.
+    """How much of a picture is left at each timestep: z_t = √ᾱ_t z_0 + √(1 − ᾱ_t) ε; and which timesteps DDIM visits.
 
     config: fields of a public scheduler_config.json; the defaults are Stable Diffusion's.
     """
@@ -50,7 +50,7 @@ class Schedule:
         - trailing: 999, 979, …, 19. Few-step models are trained for it: a single step visits 999.
         - linspace: 999, 979, 958, …, 0.
 
-        Whatever the spacing, a step at t ends at t − T // steps, as in the reference. Raises BadInput for too many.
+        Whatever the spacing, a step at t ends at t − T // steps, as in diffusers. Raises BadInput for too many.
         """
         if self.config["timestep_spacing"] == "trailing":
             ts = np.arange(self.T, 0, -self.T / steps)[:steps].round() - 1
@@ -63,7 +63,7 @@ class Schedule:
         return ts.astype(int).tolist()
 
     def alpha_bar_at(self, t: int) -> Tensor:
-        """ᾱ_t, and its value for the end of the walk below t = 0."""
+        """ᾱ_t; for t < 0, after the last step, the final value."""
         return self.alpha_bar[t] if t >= 0 else self.final_alpha_bar
 
     def add_noise(self, z_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
@@ -88,9 +88,9 @@ class Schedule:
 def timestep_weights(schedule: Schedule, kind: str) -> Tensor:
     """The weight of each timestep's error, (T,): 1 ('uniform', Eq. 1), or by its signal-to-noise ratio.
 
-    Nearly clean z_t make most of the error of ε, little of which can be learnt; the noisiest, where the scene is
-    decided, make almost none. 'min-snr' (Hang et al. 2023, γ = 5) weights the former down, 'debias' (Yu et al. 2023)
-    the former down and the latter up.
+    Most of the error of ε comes from nearly clean z_t, where little of it can be learnt; almost none comes from the
+    noisiest, where the scene is decided. 'min-snr' (Hang et al. 2023, γ = 5) weights the former down; 'debias' (Yu et
+    al. 2023) also weights the latter up. Neither is the paper's.
     """
     if kind == "uniform":
         return torch.ones(schedule.T)
@@ -117,8 +117,8 @@ def ddim(eps_model: Callable[[Tensor, int], Tensor], z_T: Tensor, schedule: Sche
          edit: Callable[[Tensor, int], Tensor] | None = None) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Walks from z_T (B, 4, h, w) to z_0; yields (t, z_{t−1}, ẑ_0) after every step.
 
-    eps_model(z, t) -> eps; generators, one a picture, draw the steps' noise where η > 0. edit(z, t) -> z changes each
-    step's result, t its timestep, below 0 at the end: what is known of the picture can be put back there.
+    eps_model(z, t) -> eps; generators, one per picture, draw the steps' noise where η > 0. edit(z, t) -> z changes the
+    result of each step, at its timestep t (below 0 at the end), so that known parts of the picture can be put back.
     """
     z, stride = z_T, schedule.T // steps
     for t in schedule.timesteps(steps):
@@ -130,7 +130,7 @@ def ddim(eps_model: Callable[[Tensor, int], Tensor], z_T: Tensor, schedule: Sche
 
 
 def seeded(seed: int, count: int = 1) -> list[torch.Generator]:
-    """One CPU generator a picture, seed + index: neither device nor batch size changes a picture."""
+    """One CPU generator per picture, seed + index: neither device nor batch size changes a picture."""
     return [torch.Generator().manual_seed(seed + i) for i in range(count)]
 
 
@@ -150,7 +150,7 @@ class Conditions(NamedTuple):
 
 
 def guided(unet: UNet, schedule: Schedule, given: Conditions, guidance: float) -> Callable[[Tensor, int], Tensor]:
-    """Classifier-free guidance: eps_model(z, t), ε(z, t) without the prompt + guidance · (ε with it − ε without it).
+    """Classifier-free guidance -> eps_model(z, t) = ε('') + guidance · (ε(P) − ε('')), (B, 4, h, w).
 
     Both passes run as one batch of 2 B rows; guidance 1 runs the pass with the prompt alone.
     """

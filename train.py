@@ -10,7 +10,7 @@
 Stages: vae, clip and unet (in toy/stages.py) make a base from pictures with captions. cg, then pg with CG frozen, or
 joint train the paper's branches on a frozen base. controlnet trains a general ControlNet on captions, to compare with.
 One loop serves all. Everything random in a sample follows from the run's seed and the sample's position in the run, so
-an interruption changes nothing; nor, for the paper's branches, the number of processes or parts that share a batch.
+an interruption changes nothing; for the paper's branches, neither does the number of processes or of parts of a batch.
 """
 
 import argparse
@@ -83,9 +83,9 @@ class Eq1:
     unet: UNet  # frozen
     schedule: Schedule
     branches: list[tuple[ControlNet, str]]  # each with what its hint shows: "product" or "background"
-    prompts: Callable[[Tensor, Tensor], Prompts]  # of a batch of ads, by "index", and whose are dropped
-    prompt_dropout: float  # how many prompts are replaced by ''
-    weight: Tensor  # (T,), of the error at each timestep; Eq. 1: 1
+    prompts: Callable[[Tensor, Tensor], Prompts]  # (index, dropped), both (B,) -> the ads' prompts, or ''
+    prompt_dropout: float  # the fraction of prompts replaced by ''
+    weight: Tensor  # (T,): weight of the error at each timestep; in Eq. 1 all are 1
 
     def __call__(self, batch: dict[str, Tensor]) -> Tensor:
         """A batch of `Samples` -> the loss, ()."""
@@ -145,7 +145,7 @@ def build_branches(sd: StableDiffusion, settings: Settings) -> dict[str, Control
 def batch_prompts(sd: StableDiffusion, items: list[Item], identifiers: dict[str, str] | None,
                   settings: Settings) -> Callable[[Tensor, Tensor], Prompts]:
     """Eq1.prompts: by category with its identifier, encoded here once; without identifiers by caption."""
-    if identifiers is None:  # as many as pictures: encoded when they are needed
+    if identifiers is None:  # one per picture, so they are encoded when needed; unet, vae: not kept alive
         return CaptionPrompts(replace(sd, unet=None, vae=None).prompts, [", ".join(item.caption) for item in items])
     texts = [*prompts_by_category(identifiers, sd.tokenizer).values(), ("", "", "")]
     rows = {name: row for row, name in enumerate(identifiers)}
@@ -196,16 +196,16 @@ def branch_task(settings: Settings) -> Task:
 
 def held_out_canvas(items: list[Item], identifiers: dict[str, str] | None, tokenizer: Tokenizer, settings: Settings,
                     with_references: bool) -> Canvas:
-    """The ads that sheets are painted from, with their categories' prompts, or without identifiers their captions."""
+    """The ads that sheets are painted from, with their categories' prompts; without identifiers their captions."""
     split = "bgpair" if with_references else "bg1k"
     ads, (rgb, mask, *references) = held_out_ads(settings.data, split, items, identifiers, settings.size)
     texts = prompts_by_category(identifiers, tokenizer) if identifiers else None
     texts = [texts[ad.category] if texts else (", ".join(ad.caption),) * 3 for ad in ads]
-    return Canvas(rgb, mask, texts, [], *(references if with_references else ()))
+    return Canvas(rgb, mask, texts, [], *(references if with_references else ()))  # noise: in draw_branches
 
 
 def draw_branches(unet: UNet, cg: ControlNet, pg: ControlNet | None, canvas: Canvas, settings: Settings):
-    """A column for each ad: product, with PG the reference, the painted picture, the ad that the product is from."""
+    """A sheet with a column per ad: product, for PG also the reference, the painted picture, and the original ad."""
     base = load_stable_diffusion(settings.weights, "cpu", tokenizer=settings.tokenizer)  # training dropped its VAE
     vae, text_encoder = base.vae.to(settings.device), base.text_encoder.to(settings.device)
     sd = replace(base, unet=unet, vae=vae, text_encoder=text_encoder)

@@ -63,10 +63,9 @@ class StableDiffusion:
         """-> encodings (B, L, D)."""
         return self.text_encoder(self.tokenizer(texts).to(self.text_encoder.text_model.final_layer_norm.weight.device))
 
-    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """images (B, 3, H, W) in [0, 1] -> z (B, 4, h, w): the mean, or with noise ~ N(0, 1) a draw."""
-        mean, logvar = self.vae.encode(2 * images.to(self.vae.quant_conv.weight) - 1)
-        return (mean if noise is None else mean + (logvar / 2).exp() * noise.to(mean)) * self.vae.scaling_factor
+    def encode(self, images: Tensor) -> Tensor:
+        """images (B, 3, H, W) in [0, 1] -> z (B, 4, h, w), the mean of the VAE's posterior."""
+        return self.vae.encode(2 * images.to(self.vae.quant_conv.weight) - 1)[0] * self.vae.scaling_factor
 
     def decode(self, z: Tensor) -> Tensor:
         """z (B, 4, h, w) -> images (B, 3, H, W) float32 in [0, 1]."""

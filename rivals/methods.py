@@ -1,7 +1,7 @@
 """The methods that section 5 compares, and the pictures that they paint of a data set.
 
-A method is added by an entry in METHODS; a rival that is not made of our own networks, by a function beside those in
-rivals/baselines.py too. The tables of evaluate.py say "not implemented" in the rows of methods that are not in METHODS.
+To add a method, add an entry to METHODS; for a rival that is not made of our own networks, also a function like those
+in rivals/baselines.py. The tables of evaluate.py say "not implemented" in the rows of methods that are not in METHODS.
 """
 
 import sys
@@ -126,7 +126,9 @@ class Lab:
         """
         method = METHODS[name]
         used = [model_fingerprint(self.networks.path(network)) for network in ("weights", *method.networks())]
-        record = self.record | {"method": name, "strength": self.strength if method.clip else None, "models": used}
+        hint = self.how.hint if method.cg == "controlnet" else "product"  # --hint is --controlnet's
+        record = self.record | {"method": name, "strength": self.strength if method.clip else None, "hint": hint,
+                                "models": used}
         split = self.all_items(folder) if folder in PROTOCOLS else items
         files = [[item.category, *map(file_fingerprint, (item.image, item.mask, item.reference, item.reference_mask))]
                  for item in split]
@@ -177,5 +179,5 @@ class Lab:
         return self.load_clip("clip")
 
     def embeddings(self, paths: list[Path], items: list[Item] | None = None) -> Tensor:
-        """As embed_pictures, which see."""
+        """Of pictures, (n, d): see embed_pictures."""
         return embed_pictures(self.clip, paths, items, self.out / "embeddings")

@@ -90,7 +90,7 @@ def paint_items(items: list[Item], texts: dict[str, tuple[str, str, str]],
                 paint_ads: Callable[[list[Ad]], list[Tensor]], out: Path, record: dict, dtype: str, seed: int,
                 batch: int) -> tuple[int, int, int]:
     """Paints all items of a data set that are not in `out` yet -> how many were painted, were there, are broken;
-    broken ones are named and skipped. Item i is painted with seed + i; texts by category; record: how, see support/record.py.
+    broken ones are named and skipped. Item i is painted with seed + i; texts by category; record: how, see record.py.
 
     Under torchrun each process paints its share. Raises BadInput where `out` holds pictures of the same names that were
     painted from other items or in another way.

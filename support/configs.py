@@ -1,7 +1,7 @@
 """Support: the fields of public config.json files, and which are refused; not needed to understand the paper.
 
 A field that is ignored although it changes what a model computes makes a silently wrong picture. So each field is
-listed with the values for which our networks compute the same as the reference; any other value is refused by name.
+listed with the values for which our networks compute the same as diffusers'; any other value is refused by name.
 """
 
 import json

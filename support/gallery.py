@@ -65,7 +65,7 @@ class Gallery:
         return jobs
 
     def small(self, picture: Tensor, mask: Tensor | None = None) -> Image.Image:
-        """As it stands on the sheet."""
+        """A picture at the size it has on the sheet."""
         count = len(self.rows) * len(self.categories[0]) * max(1, len(self.references))
         return thumbnail(picture, 256 if count <= 8 else 160, mask)
 
@@ -82,7 +82,7 @@ class Gallery:
 
     @staticmethod
     def remove_sheet(out: Path) -> None:
-        """An earlier command's, which would seem to be this one's."""
+        """Removes an earlier command's sheet, which would seem to be this one's."""
         (out / SHEET).unlink(missing_ok=True)
 
 

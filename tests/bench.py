@@ -33,7 +33,8 @@ def machine() -> str:
     except OSError:
         names = []
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{(names or [platform.processor() or platform.machine()])[0]}, {cores} cores, Python {platform.python_version()}"
+    name = (names or [platform.processor() or platform.machine()])[0]
+    return f"{name}, {cores} cores, Python {platform.python_version()}"
 
 
 def process(*arguments: str, repeat: int = 3) -> float:
@@ -62,7 +63,8 @@ UNET = {"_class_name": "UNet2DConditionModel", "in_channels": 4, "out_channels":
         "cross_attention_dim": 768, "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
         "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3}
 VAE_CONFIG = {"_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "latent_channels": 4,
-              "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "norm_num_groups": 32, "sample_size": 512,
+              "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "norm_num_groups": 32,
+              "sample_size": 512,
               "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
 TEXT = {"model_type": "clip_text_model", "architectures": ["CLIPTextModel"], "vocab_size": 49408, "hidden_size": 768,
         "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "max_position_embeddings": 77}
@@ -91,7 +93,8 @@ def write_sd15(folder: Path) -> None:
     save_module(VAE(VAE_CONFIG), folder / "vae", UNET_FILE)
     save_module(TextEncoder(TEXT), folder / "text_encoder", TEXT_FILE)
     train_tokenizer(["a photo of a mug"] * 3, 600, 77, folder / "tokenizer")
-    write_json({"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
+    write_json({"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085,
+                "beta_end": 0.012,
                 "steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False},
                folder / "scheduler" / "scheduler_config.json")
     write_json({"_class_name": "StableDiffusionControlNetPipeline", "scheduler": ["diffusers", "DDIMScheduler"],
@@ -106,7 +109,8 @@ def make_sd15(folder: Path) -> None:
     starts at that of the one which started it.
     """
     if not (folder / "model_index.json").exists():
-        code = "import sys; sys.path[:0] = ['.', 'tests']; from bench import Path, write_sd15; write_sd15(Path(sys.argv[1]))"
+        code = ("import sys; sys.path[:0] = ['.', 'tests']; from bench import Path, write_sd15; "
+                "write_sd15(Path(sys.argv[1]))")
         subprocess.run([sys.executable, "-c", code, str(folder.absolute())], cwd=ROOT, check=True)
 
 
@@ -140,7 +144,8 @@ import torch
 from diffusers import ControlNetModel, MultiControlNetModel, StableDiffusionControlNetPipeline
 folder, dtype, steps = sys.argv[1], getattr(torch, sys.argv[2]), int(sys.argv[3])
 device = "cuda" if torch.cuda.is_available() and steps else "cpu"
-controls = MultiControlNetModel([ControlNetModel.from_pretrained(f"{folder}/{n}", torch_dtype=dtype) for n in ("cg", "pg")])
+controls = [ControlNetModel.from_pretrained(f"{folder}/{n}", torch_dtype=dtype) for n in ("cg", "pg")]
+controls = MultiControlNetModel(controls)
 pipe = StableDiffusionControlNetPipeline.from_pretrained(folder, controlnet=controls, torch_dtype=dtype).to(device)
 out = {"load": time.perf_counter() - start}
 if steps:
@@ -231,15 +236,16 @@ def sd15(folder: Path, steps: int) -> None:
     chosen = ours if cuda or best == "float32" else measured(OURS, folder, best, steps)
     for dtype, run in {"float32": ours, best: chosen}.items():
         rate = rate_of_products(best if cuda else dtype)
-        print(f"a step is {flops / 1e12:.2f} TFLOP; {best if cuda else dtype}: {flops / run['step'] / 1e12:.2f} TFLOP/s, "
-              f"{flops / run['step'] / rate:.0%} of the {rate / 1e12:.2f} that products of matrices reach")
+        reached = flops / run["step"]
+        print(f"a step is {flops / 1e12:.2f} TFLOP; {best if cuda else dtype}: {reached / 1e12:.2f} TFLOP/s, "
+              f"{reached / rate:.0%} of the {rate / 1e12:.2f} that products of matrices reach")
         if cuda:
             print(f"peak memory on the GPU           {ours['cuda peak'] / 1e9:8.2f} GB   diffusers "
                   f"{theirs['cuda peak'] / 1e9:8.2f} GB")
             break
     else:
-        print(f"picture, --dtype auto, {steps} steps  {run['picture']:8.2f} s    float32 {ours['picture']:8.2f} s    ratio "
-              f"{run['picture'] / ours['picture']:.2f} (aim 1)")
+        print(f"picture, --dtype auto, {steps} steps  {run['picture']:8.2f} s    float32 {ours['picture']:8.2f} s    "
+              f"ratio {run['picture'] / ours['picture']:.2f} (aim 1)")
         print(f"                                 diffusers, float32 {theirs['picture']:8.2f} s    ratio "
               f"{run['picture'] / theirs['picture']:.2f} (aim 0.7 with native bfloat16)")
         print(f"peak memory, {best}          {run['peak'] / 1e9:8.2f} GB   float32 {ours['peak'] / 1e9:8.2f} GB   "
@@ -249,12 +255,13 @@ def sd15(folder: Path, steps: int) -> None:
 # ---------------------------------------------------------------- training at SD 1.5's size
 
 
-# Steps of Eq. 1 on random latents and prompts: folder, stage, pixels, dtype and checkpointing in, seconds and bytes out.
+# Steps of Eq. 1 on random latents and prompts: folder, stage, pixels, dtype, checkpointing in, seconds and bytes out.
 TRAIN = """
 import json, resource, sys, time
 sys.path.insert(0, ".")
 import torch
-folder, stage, size, dtype, recompute = sys.argv[1], sys.argv[2], int(sys.argv[3]), getattr(torch, sys.argv[4]), sys.argv[5] == "1"
+folder, stage, size, dtype = sys.argv[1], sys.argv[2], int(sys.argv[3]), getattr(torch, sys.argv[4])
+recompute = sys.argv[5] == "1"
 device, half = "cuda" if torch.cuda.is_available() else "cpu", dtype != torch.float32
 z, eps, t = torch.randn(1, 4, size // 8, size // 8), torch.randn(1, 4, size // 8, size // 8), torch.tensor([500])
 P, hint, mask = torch.randn(1, 77, 768), torch.rand(1, 3, size, size), torch.rand(1, 1, size, size)
@@ -326,12 +333,14 @@ def training(folder: Path) -> None:
         train_step(code, folder, "cg", size, dtype, recompute, steps=6) for code, dtype, recompute in (
             (OURS_TRAIN, dtype, False), (THEIRS_TRAIN, dtype, False), (OURS_TRAIN, dtype, True),
             (OURS_TRAIN, "bfloat16", True), (THEIRS_TRAIN.replace("1e-5, )", "1e-5, fused=True)"), dtype, False)))
-    print(f"a step of CG, {size} px, micro-batch 1, {dtype}: {ours['step']:.2f} s, {ours[memory] / 1e9:.2f} GB; "
-          f"diffusers {theirs['step']:.2f} s, {theirs[memory] / 1e9:.2f} GB; ratios {ours['step'] / theirs['step']:.2f} "
-          f"(aim {0.8 if cuda else 1}), {ours[memory] / theirs[memory]:.2f} (aim 1); with --checkpointing "
-          f"{less['step']:.2f} s, {less[memory] / 1e9:.2f} GB: {less[memory] / theirs[memory]:.2f} (aim 0.8), with --amp too "
-          f"{half['step']:.2f} s, {half[memory] / 1e9:.2f} GB: {half[memory] / theirs[memory]:.2f}; diffusers "
-          f"with our fused AdamW {fused['step']:.2f} s, ratio {ours['step'] / fused['step']:.2f}")
+    print(f"a step of CG, {size} px, micro-batch 1, {dtype}")
+    print("| | seconds | GB | of diffusers' seconds | of its memory |")
+    print("| --- | --- | --- | --- | --- |")
+    for name, run in {"diffusers": theirs, "diffusers, our fused AdamW": fused,
+                      f"ours (aims {0.8 if cuda else 1}, 1)": ours,
+                      "ours, --checkpointing (aim of memory 0.8)": less, "ours, --checkpointing --amp": half}.items():
+        print(f"| {name} | {run['step']:.2f} | {run[memory] / 1e9:.2f} | {run['step'] / theirs['step']:.2f} | "
+              f"{run[memory] / theirs[memory]:.2f} |")
     print("| 512 px, micro-batch 1 | float32 | float32, --checkpointing | --amp | --amp --checkpointing |")
     print("| --- | --- | --- | --- | --- |")
     for stage in ("cg", "pg"):
@@ -388,7 +397,8 @@ def batch() -> None:
     print(f"pictures a second, {torch.get_num_threads()} threads: " + ", ".join(
         f"batch {k} {v:.2f}" if k != "process" else f"one process each {v:.2f}" for k, v in rates.items()))
     best = max(rates.values())
-    print(f"the best is {best / rates[1]:.2f} x batch 1 (aim 1.5), {best / rates['process']:.1f} x a process each (aim 5)")
+    print(f"the best is {best / rates[1]:.2f} x batch 1 (aim 1.5), {best / rates['process']:.1f} x a process each "
+          "(aim 5)")
 
 
 # ---------------------------------------------------------------- a large photo

@@ -454,7 +454,7 @@ def test_a_listing_whose_check_fails_leaves_nothing_and_can_be_given_again(tmp_p
         assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.png", "b.png", "mug"]
     put(tmp_path / "mug" / "b.png")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(data, "check_items", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(data, "check_ads", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         data.main([str(tmp_path), "--list", "--size", "16"])
     data.main([str(tmp_path), "--list", "--size", "16"])
     assert len(data.read_items(tmp_path)[0]) == 2

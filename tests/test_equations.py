@@ -222,7 +222,8 @@ def test_eq4_at_soft_edges_is_y_times_one_minus_M(pg):
     i = inputs()
     plain = ControlNet(pg.config)
     plain.load_state_dict(pg.state_dict())
-    for y, x in zip(pg(i.z, i.t, i.prompts.P, i.hint_ref, i.mask), plain(i.z, i.t, i.prompts.P, i.hint_ref), strict=True):
+    ys, xs = pg(i.z, i.t, i.prompts.P, i.hint_ref, i.mask), plain(i.z, i.t, i.prompts.P, i.hint_ref)
+    for y, x in zip(ys, xs, strict=True):
         h, w = y.shape[2:]
         M = i.mask.view(2, 1, h, 128 // h, w, 128 // w).mean((3, 5))
         torch.testing.assert_close(y, x * (1 - M), atol=1e-4, rtol=1e-4)
@@ -266,7 +267,8 @@ def test_zero_convolutions_learn_from_the_first_step(unet, fresh):
     i, (cg, pg) = inputs(), fresh
     for branch in fresh:
         branch.requires_grad_(True)
-    predict_noise(unet, i.z, i.t, i.prompts, with_features((cg, i.hint), (pg, i.hint_ref)), i.mask).square().mean().backward()
+    branches = with_features((cg, i.hint), (pg, i.hint_ref))
+    predict_noise(unet, i.z, i.t, i.prompts, branches, i.mask).square().mean().backward()
     for branch in fresh:
         for conv in (*branch.controlnet_down_blocks, branch.controlnet_mid_block):
             assert conv.weight.grad.abs().max() > 0
@@ -280,7 +282,8 @@ def test_predict_noise_gives_each_branch_its_prompts_and_sums_the_branches(unet,
     ys = pg(i.z, i.t, P, i.hint_ref, i.mask)
     cs = plain(i.z, i.t, P, i.hint)
     expected = unet(i.z, i.t, P, [x + y + c for x, y, c in zip(xs, ys, cs, strict=True)])
-    ours = predict_noise(unet, i.z, i.t, i.prompts, with_features((cg, i.hint), (pg, i.hint_ref), (plain, i.hint)), i.mask)
+    branches = with_features((cg, i.hint), (pg, i.hint_ref), (plain, i.hint))
+    ours = predict_noise(unet, i.z, i.t, i.prompts, branches, i.mask)
     torch.testing.assert_close(ours, expected)
     assert relative_error(unet(i.z, i.t, P), expected) > 0.01  # the branches matter
 
@@ -344,7 +347,8 @@ def test_eps_of_a_v_prediction_model_is_the_eps_that_went_in():
         steps, a = torch.full((3,), t), alpha_bars()[t]
         v = schedule.target(z_0, eps, steps)
         torch.testing.assert_close(v, math.sqrt(a) * eps - math.sqrt(1 - a) * z_0, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(schedule.eps_from(v, schedule.add_noise(z_0, eps, steps), t), eps, rtol=1e-4, atol=1e-5)
+        z_t = schedule.add_noise(z_0, eps, steps)
+        torch.testing.assert_close(schedule.eps_from(v, z_t, t), eps, rtol=1e-4, atol=1e-5)
 
 
 def test_the_target_of_an_eps_prediction_model_is_eps():
@@ -361,7 +365,7 @@ def test_ddim_step_equals_equation_12_of_its_paper(eta):
     predicted_x_0 = (x_t - math.sqrt(1 - a) * eps) / math.sqrt(a)
     direction = math.sqrt(1 - a_prev - sigma**2) * eps
     expected = math.sqrt(a_prev) * predicted_x_0 + direction + sigma * noise
-    ours, z_0 = ddim_step(eps, x_t, torch.tensor(a, dtype=torch.float64), torch.tensor(a_prev, dtype=torch.float64), eta, noise)
+    ours, z_0 = ddim_step(eps, x_t, *torch.tensor([a, a_prev], dtype=torch.float64), eta, noise)
     torch.testing.assert_close(ours, expected)
     torch.testing.assert_close(z_0, predicted_x_0)
 
@@ -373,7 +377,7 @@ def test_ddim_step_with_eta_1_has_ddpms_posterior():
     mean = (math.sqrt(a_prev) * (1 - alpha) * x_0 + math.sqrt(alpha) * (1 - a_prev) * x_t) / (1 - a)
     variance = (1 - a_prev) / (1 - a) * (1 - alpha)
     eps = (x_t - math.sqrt(a) * x_0) / math.sqrt(1 - a)
-    ours, _ = ddim_step(eps, x_t, torch.tensor(a, dtype=torch.float64), torch.tensor(a_prev, dtype=torch.float64), 1.0, noise)
+    ours, _ = ddim_step(eps, x_t, *torch.tensor([a, a_prev], dtype=torch.float64), 1.0, noise)
     torch.testing.assert_close(ours, mean + math.sqrt(variance) * noise)
 
 
@@ -394,7 +398,8 @@ def test_ddim_recovers_z_0_exactly_from_a_perfect_eps():
 
 @torch.no_grad()
 def test_watched_weights_are_those_that_attention_uses():
-    layer, x, P_fg, P_bg = randomise(Attention(24, 3, 16)), random(2, 9, 24), random(2, 5, 16, seed=1), random(2, 5, 16, seed=2)
+    layer, x = randomise(Attention(24, 3, 16)), random(2, 9, 24)
+    P_fg, P_bg = random(2, 5, 16, seed=1), random(2, 5, 16, seed=2)
     M, seen = random(2, 9, 1, seed=3).sigmoid(), []
     layer.watch = seen.append
     blend = layer.mask_guided(x, P_fg, P_bg, M)
@@ -473,7 +478,8 @@ def test_guidance_equals_two_separate_passes_that_keep_the_hints(unet, cg, pg, p
     branches = with_features((cg, i.hint), (pg, i.hint_ref))
     ours = sample(unet, schedule, Conditions(prompts, unconditional, branches, i.mask), seeded(0, 3), (4, 16, 16),
                   Painting(steps=2, guidance=guidance))
-    z, a = torch.cat([torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(n)) for n in range(3)]), alpha_bars()
+    noise = [torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(n)) for n in range(3)]
+    z, a = torch.cat(noise), alpha_bars()
     for t, t_next in ((501, 1), (1, 0)):
         steps = torch.full((3,), t)
         with_prompt = predict_noise(unet, z, steps, prompts, branches, i.mask)

@@ -149,7 +149,7 @@ def test_no_halo_of_the_old_background(run):
 
 
 def test_no_glow_of_the_painted_product():
-    """The networks paint a red disc, a pixel of the canvas too wide, in a white room; pasted back, the room is white."""
+    """The networks paint a red disc, a pixel of the canvas too wide, in a white room; pasted back, that is white."""
     small, large = (torch.from_numpy(disc(side, side)).float()[None] / 255 for side in (32, 128))
     blurred = F.avg_pool2d(small, 3, stride=1, padding=1)
     painted, red = 1 - torch.tensor([0.0, 1, 1])[:, None, None] * blurred, torch.tensor([1.0, 0, 0])[:, None, None]
@@ -207,8 +207,8 @@ def test_reference_mask_file_equals_alpha(run):
 def test_every_product_after_every_reference_and_a_sheet_of_all(run):
     for name, seed in (("mug", 0), ("cup", 1), ("ad", 2), ("banner", 3)):
         cutout(f"{name}.png", seed=seed)
-    paths, _ = run("--product", "mug.png", "cup.png", "--category", "mug", "watch", "--reference", "ad.png", "banner.png",
-                   "--out", "all", "--batch", 3)
+    paths, _ = run("--product", "mug.png", "cup.png", "--category", "mug", "watch", "--reference", "ad.png",
+                   "banner.png", "--out", "all", "--batch", 3)
     assert [p.name for p in paths] == ["mug_like_ad_0.png", "mug_like_banner_0.png", "cup_like_ad_0.png",
                                        "cup_like_banner_0.png", "sheet.png"]
     [one], _ = run("--product", "cup.png", "--category", "watch", "--reference", "ad.png", "--out", "one")
@@ -223,7 +223,8 @@ def test_a_single_product_in_each_of_several_categories(run):
     assert [p.name for p in paths] == [*names, "sheet.png"]
     [one], _ = run("--product", "mug.png", "--category", "running shoe", "--out", "one")
     assert np.abs(pixels(one).astype(int) - pixels(paths[1])).max() <= 1 and (pixels(one) != pixels(paths[0])).any()
-    after, _ = run("--product", "mug.png", "--category", "watch", "running shoe", "--reference", "ad.png", "--out", "two")
+    after, _ = run("--product", "mug.png", "--category", "watch", "running shoe", "--reference", "ad.png",
+                   "--out", "two")
     assert [p.name for p in after] == ["mug_watch_like_ad_0.png", "mug_running_shoe_like_ad_0.png", "sheet.png"]
 
 
@@ -306,8 +307,8 @@ def test_pictures_painted_in_another_way_are_not_taken_for_done(run, items, othe
     run("--data", items, "--seed", 7, "--out", "all")
     with pytest.raises(SystemExit):
         run("--data", items, *(() if "--seed" in other else ("--seed", 7)), *other, "--out", "all")
-    assert capsys.readouterr().err.endswith(f"error: --out all holds 000000_0.png, which was painted {difference}; name "
-                                            "another folder, or give the options it was painted with\n")
+    assert capsys.readouterr().err.endswith(f"error: --out all holds 000000_0.png, which was painted {difference}; "
+                                            "name another folder, or give the options it was painted with\n")
 
 
 def test_a_new_option_is_part_of_the_record_unless_it_is_listed_as_harmless():
@@ -323,7 +324,8 @@ def test_a_new_option_is_part_of_the_record_unless_it_is_listed_as_harmless():
 
 @pytest.mark.parametrize("options", [
     ("--product", "mug.png", "--category", "mug", "--seed", 3),
-    ("--product", "mug.png", "--category", "watch", "--reference", "my ad.png", "--start", "noise", "--guidance", "3.5"),
+    ("--product", "mug.png", "--category", "watch", "--reference", "my ad.png", "--start", "noise",
+     "--guidance", "3.5"),
     ("--product", "rgb.png", "--mask", "mask.png", "--category", "running shoe", "--eta", "0.5", "--size", "96"),
     ("--product", "mug.png", "--category", "teapot", "--plain-prompt"),
     ("--prompt", "a photo of a mug", "--seed", 9)])
@@ -387,8 +389,8 @@ def test_data_with_an_unknown_category_stops_before_painting(run, items, capsys)
     (items / "metadata.jsonl").write_text(text)
     with pytest.raises(SystemExit):
         run("--data", items)
-    assert capsys.readouterr().err == ("error: CG was not trained on category 'teapot'; choose one of mug, running shoe, "
-                                       "watch; or add --plain-prompt\n")
+    assert capsys.readouterr().err == ("error: CG was not trained on category 'teapot'; choose one of mug, running "
+                                       "shoe, watch; or add --plain-prompt\n")
     assert not Path("out").exists()
     assert str(run("--data", items, "--plain-prompt")[0][-1]).startswith("out: 5 painted")
 

@@ -330,10 +330,11 @@ def test_add_noise_and_v_targets():
 
 # ---------------------------------------------------------------- tokenizer
 
-PARTS = ["a photo of", "Perfume", "in the background of sks 17", "don't", "it's", "WE'LL", "they'd've", "l'été",
-         "crème brûlée", "naïve e\u0301", "Straße", "İstanbul", "Ωmega", "ﬁne", "护肤品", "的背景", "冰箱 sks 3", "東京タワー", "서울",
-         "صورة", "हिन्दी", "👟🔥", "👩‍🔬", "1234", "567.89€", "3x", "²", "½", "Ⅷ", "--", "!!!", "<|endoftext|>", "</w>", "a_b",
-         "foo@bar.com", "\t", "\n ", "\u00a0", "\u3000", "\u200b", " ", "   ", "x" * 40, "'", "’s", "&amp;"]
+PARTS = ["a photo of", "Perfume", "in the background of sks 17", "don't", "it's", "WE'LL", "they'd've",
+         "l'été", "crème brûlée", "naïve e\u0301", "Straße", "İstanbul", "Ωmega", "ﬁne", "护肤品",
+         "的背景", "冰箱 sks 3", "東京タワー", "서울", "صورة", "हिन्दी", "👟🔥", "👩‍🔬", "1234",
+         "567.89€", "3x", "²", "½", "Ⅷ", "--", "!!!", "<|endoftext|>", "</w>", "a_b", "foo@bar.com",
+         "\t", "\n ", "\u00a0", "\u3000", "\u200b", " ", "   ", "x" * 40, "'", "’s", "&amp;"]
 
 
 def many_prompts(count: int = 400) -> list[str]:

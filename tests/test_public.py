@@ -167,7 +167,7 @@ def steps_of(name: str) -> list[str]:
     """A name on its way through the rules."""
     steps = [name]
     for pattern, new in RENAMES:
-        steps.append(pattern.sub(new if isinstance(new, str) else lambda m: new(*map(int, m.groups())), steps[-1]))
+        steps.append(pattern.sub(new if isinstance(new, str) else lambda m, f=new: f(*map(int, m.groups())), steps[-1]))
     return steps
 
 
