@@ -450,18 +450,19 @@ def test_under_torchrun_one_process_trains_and_the_others_wait(tmp_path):
         "time.sleep(1)\n"
         "pathlib.Path(sys.argv[sys.argv.index('--out') + 1], 'clip').mkdir(parents=True)\n")
     (tmp_path / "both.py").write_text(
+        "import pathlib\n"
         "import torch.distributed as dist\n"
         "from support import networks\n"
         f"networks.TRAIN = {str(tmp_path / 'train.py')!r}\n"
         "dist.init_process_group('gloo')\n"
         "path = networks.Networks({'weights': None}, {'guide-clip': ['clip']}, 'cpu').path('guide-clip')\n"
-        "print(path, path.is_dir())\n")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+        "pathlib.Path(f'found_{dist.get_rank()}').write_text(f'{path} {path.is_dir()}')\n")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     run = subprocess.run([*torchrun, "both.py"], cwd=tmp_path, text=True, capture_output=True,
                          env=os.environ | {"PYTHONPATH": str(Path(evaluate.__file__).parent)})
     assert run.returncode == 0, run.stderr
-    one, other = run.stdout.splitlines()
-    assert one == other and one.endswith(" True") and run.stderr.count("training, once") == 1
+    one, other = ((tmp_path / f"found_{rank}").read_text() for rank in (0, 1))
+    assert one == other and one.endswith("clip True") and run.stderr.count("training, once") == 1
 
 
 @pytest.mark.parametrize("name", methods.TRAINED)
