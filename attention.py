@@ -95,6 +95,12 @@ class FeedForward(nn.Module):
         return self.net[2](self.net[0](x))
 
 
+def one_row_per_prompt(x: Tensor, context) -> Tensor:
+    """x (B, ...) repeated to the prompts' rows: up to the first of them guidance's two passes are the same, and one."""
+    rows = len(context[0]) if isinstance(context, tuple) else len(context)
+    return x if len(x) == rows else x.repeat(rows // len(x), *[1] * (x.ndim - 1))
+
+
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention, feed-forward, each added to its input."""
 
@@ -109,7 +115,7 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, context, M: Tensor | None = None) -> Tensor:
         """x (B, N, C) -> (B, N, C). context: P (B, L, D), or the pair (P_fg, P_bg) with M (B, N, 1)."""
-        x = x + self.attn1(self.norm1(x))
+        x = one_row_per_prompt(x + self.attn1(self.norm1(x)), context)
         if isinstance(context, tuple):
             x = x + self.attn2.mask_guided(self.norm2(x), *context, M)  # Eq. 3
         else:
@@ -150,4 +156,4 @@ class SpatialTransformer(nn.Module):
         x = x.transpose(1, 2).unflatten(2, (h, w))  # (B, C, h, w)
         if not self.linear_projection:
             x = self.proj_out(x)
-        return residual + x  # in this order: the sum takes the memory format of its first operand
+        return one_row_per_prompt(residual, context) + x  # this order: a sum has its first term's memory format

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from attention import SpatialTransformer, mask_at
+from attention import SpatialTransformer, mask_at, one_row_per_prompt
 
 # ---------------------------------------------------------------- blocks
 
@@ -100,12 +100,6 @@ def run_layer(block: nn.Module, *inputs) -> Tensor:
     return block.layer(*inputs)
 
 
-def one_row_per_prompt(x: Tensor, context) -> Tensor:
-    """x (B, C, h, w) with one row per prompt: up to the first cross-attention guidance's two passes are the same."""
-    rows = len(context[0]) if isinstance(context, tuple) else len(context)
-    return x if len(x) == rows else x.repeat(rows // len(x), 1, 1, 1)
-
-
 class DownBlock(nn.Module):
     """One level of the encoder. x (B, C_in, h, w), time (B, T) -> x (B, C, h/2, w/2), in the last level (B, C, h, w),
     and the skip connections: the output of each layer and of the downsampling, C channels each.
@@ -126,7 +120,7 @@ class DownBlock(nn.Module):
 
     def layer(self, i, x, time, context, mask):
         x = self.resnets[i](x, time)
-        return self.attentions[i](one_row_per_prompt(x, context), context, mask) if hasattr(self, "attentions") else x
+        return self.attentions[i](x, context, mask) if hasattr(self, "attentions") else x
 
     def forward(self, x, time, context, mask=None):
         skips = []
@@ -151,7 +145,7 @@ class MidBlock(nn.Module):
         self.attentions = nn.ModuleList([SpatialTransformer(channels, **attention)])
 
     def layer(self, x, time, context, mask):
-        x = self.attentions[0](one_row_per_prompt(self.resnets[0](x, time), context), context, mask)
+        x = self.attentions[0](self.resnets[0](x, time), context, mask)
         return self.resnets[1](x, time)
 
     def forward(self, x, time, context, mask=None):
