@@ -172,6 +172,22 @@ def measured(code: str, folder: Path, dtype: str, steps: int, repeat: int = 1) -
     return {key: min(run[key] for run in runs) for key in runs[0]}
 
 
+def side_by_side(folder: Path, steps: int) -> tuple[float, float]:
+    """Seconds of a step in float32, ours and diffusers', each on a core of its own at the same time, then on the
+    other's: a machine whose speed drifts favours neither. The means of both rounds.
+    """
+    cores, seconds = sorted(os.sched_getaffinity(0))[:2], {OURS: [], THEIRS: []}
+    for order in (cores, cores[::-1]):
+        runs = {}
+        for code, core in zip(seconds, order):
+            pinned = f"import os\nos.sched_setaffinity(0, [{core}])\n{code}{REPORT}"
+            runs[code] = subprocess.Popen([sys.executable, "-c", pinned, str(folder), "float32", str(steps)], cwd=ROOT,
+                                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        for code, run in runs.items():
+            seconds[code].append(json.loads(run.communicate()[0].splitlines()[-1])["step"])
+    return sum(seconds[OURS]) / 2, sum(seconds[THEIRS]) / 2
+
+
 def flops_of_a_step() -> float:
     """Of one guided step with both branches at 512 px, by torch's own counter (multiplications and additions)."""
     import torch
@@ -228,6 +244,10 @@ def sd15(folder: Path, steps: int) -> None:
         print(f"--dtype auto chooses {best}: bfloat16 products of small matrices are "
               f"{speed[torch.bfloat16] / speed[torch.float32]:.2f} x as fast as float32's")
     ours, theirs = (measured(code, folder, best if cuda else "float32", steps) for code in (OURS, THEIRS))
+    if hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) > 1 and not cuda:
+        one, other = side_by_side(folder, 3)
+        print(f"guided step, float32, a core each{one:8.2f} s    diffusers {other:8.2f} s    ratio {one / other:.2f} "
+              "(aim 0.95)")
     for what, aim in (("step", 0.95), ("picture", 0.6)):
         of = f"guided {what}, {best if cuda else 'float32'}" + (f", {steps} steps" if what == "picture" else "")
         aimed = f" (aim {aim})" if what == "step" or cuda else ""
