@@ -110,8 +110,7 @@ def paint(sd: StableDiffusion, canvas: Canvas, how: Painting, cg: ControlNet | N
 
 def paste_back(painted: Tensor, painted_mask: Tensor, box: tuple[int, int, int, int], rgb: Tensor,
                mask: Tensor) -> Tensor:
-    """The product over the painted canvas (3, h, w), in the product's own frame: (3, H, W) uint8, as it is saved; box
-    as `fit` returned it.
+    """The product over the painted canvas (3, h, w), in its own frame -> (3, H, W) uint8; box as `fit` returned it.
 
     Where M = 1 the result is the product's pixels, exactly: the product must stay unchanged (section 1). The networks
     paint the product too, and it spreads over its edge (painted_mask (1, h, w) is M on the canvas) by about a pixel.
@@ -129,8 +128,8 @@ def paste_back(painted: Tensor, painted_mask: Tensor, box: tuple[int, int, int, 
 def paint_ads(ads: list[Ad], painter: Callable, size: int, multiple: int, steps: int) -> list[Tensor]:
     """Finished ads, each (3, H, W) uint8 in its product's frame.
 
-    A batch has one canvas size, and references for all of its ads or for none. painter(canvas,
-    on_step=...) -> (B, 3, h, w), as `paint`; size: the canvas's longer side; multiple: its sides are multiples of it.
+    A batch has one canvas size, and references for all of its ads or for none. painter(canvas, on_step=...) ->
+    (B, 3, h, w), as `paint`; size: the canvas's longer side; multiple: its sides are multiples of it.
     """
     batches = defaultdict(list)
     for i, ad in enumerate(ads):
@@ -173,6 +172,7 @@ def painter_of_ads(models: Models, how: Painting) -> Callable[[list[Ad]], list[T
 def generate_text(args) -> None:
     """--prompt: the base alone."""
     models, how, record = load(args)
+    Gallery.remove_sheet(args.out)
     for start in range(0, args.num, args.batch):
         seeds = range(args.seed + start, args.seed + min(start + args.batch, args.num))
         blank = torch.zeros(len(seeds), 3, models.size, models.size)

@@ -354,6 +354,9 @@ def test_a_sheet_is_never_an_earlier_commands(run):
     assert Path("out/sheet.png").exists()
     run(*mug())
     assert not Path("out/sheet.png").exists()
+    run(*mug(), "--num", 2)
+    run("--prompt", "a mug")
+    assert not Path("out/sheet.png").exists()
 
 
 def test_pictures_of_weights_trained_on_are_not_taken_for_done(run, items, toy, tmp_path, capsys):
