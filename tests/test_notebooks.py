@@ -5,14 +5,18 @@ from pathlib import Path
 import pytest
 
 nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+SHORTER = {'"--steps", "120"': '"--steps", "20"', '"--sample-every", "60"': '"--sample-every", "10"'}
 NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("*.ipynb"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_without_error(path, tmp_path):
-    """From notebooks/, as an editor starts it; outputs are thrown away."""
+    """From notebooks/, as an editor starts it; outputs are thrown away. Lecture 3 trains for fewer steps."""
     notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        for whole, short in SHORTER.items():
+            cell.source = cell.source.replace(whole, short)
     nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3",
                             resources={"metadata": {"path": str(path.parent)}}).execute()
 
