@@ -230,9 +230,12 @@ def options() -> Parser:
     add("--tokenizer", **path, help="folder with its vocab.json and merges.txt [in --weights; beside a single file]")
     add("--cg", **path, help="stage pg: the trained CG [toy/cg]")
     add("--init", **path, help="stages vae and unet: start from these weights [random]")
+    add("--decoder-only", action="store_true", help="stage vae: leave the encoder, and so all latents, as they are")
     add("--init-control", **path, help="branches: start from a ControlNet, CG or PG [SD's encoder, zero convolutions]")
     add = parser.add_argument_group("the method [on the toy's data the toy's settings, else the paper's]").add_argument
     add("--size", metavar="N", type=whole_number(32, 4096), help="side of the pictures in pixels [toy 128; paper 512]")
+    add("--refine", metavar="N", type=whole_number(1, 16),
+        help="stage unet: learn the second pass too, at N times --size [1: not]")
     add("--attention", choices=["mask-guided", "plain"],
         help="CG's: Eq. 3, or Eq. 2 on P as an ordinary ControlNet's (ours) [mask-guided, the paper's]")
     add("--prompt-dropout", metavar="X", type=real_number(0, 1),

@@ -19,7 +19,8 @@ from weights import CONTROL_FILE, TEXT_FILE
 
 BASE_STAGES, BRANCH_STAGES = ("vae", "clip", "unet"), ("cg", "pg", "joint", "controlnet")
 # Options that only some stages have
-BELONGS = {"init": ("vae", "unet"), "cg": ("pg",), "theta": ("pg", "joint"), "sigma": ("pg", "joint"),
+BELONGS = {"init": ("vae", "unet"), "decoder_only": ("vae",), "refine": ("unet",),
+           "cg": ("pg",), "theta": ("pg", "joint"), "sigma": ("pg", "joint"),
            "identifier": ("cg", "joint"), "attention": ("cg", "joint"),
            **dict.fromkeys(("init_control", "checkpointing", "prompt_dropout", "tokenizer"), BRANCH_STAGES),
            **dict.fromkeys(("weights", "weighting", "noise_offset"), ("unet", *BRANCH_STAGES))}
@@ -45,11 +46,13 @@ class Settings:
     tokenizer: Path | None
     cg: Path | None
     init: Path | None
+    decoder_only: bool
     init_control: Path | None
     out: Path
     cache: Path
     # the method
     size: int
+    refine: int | None
     attention: str | None
     prompt_dropout: float | None
     theta: int

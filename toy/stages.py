@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers import models, pre_tokenizers, trainers
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from clip import CLIP, TextEncoder, clip_bpe, load_tokenizer
 from data import Ads, Samples
@@ -32,6 +33,9 @@ from vae import VAE
 from weights import TEXT_FILE, UNET_FILE, StableDiffusion, load_module, save_module
 
 KL = 1e-3  # stage vae: weight of the KL term
+EDGES = 4.0  # stage vae, --decoder-only: how much more errors within two pixels of an edge count
+LATENT_NOISE = 0.05  # likewise: noise on the latents, whose standard deviation is 1, since a UNet's are not perfect
+SECOND_PASS = 400  # stage unet, --refine: of T timesteps, where the second pass begins at the latest
 
 # The tiny Stable Diffusion: f = 4, so that 128-px pictures keep their edges; all else is SD 1.5's shape made small.
 TOY_VAE = {"_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "latent_channels": 4,
@@ -81,18 +85,28 @@ class VAELoss:
     vae: VAE
     whiten: Tensor  # (3, 3), from RGB
     size: int  # of the pictures, in pixels; crops have half of it
+    decoder_only: bool = False
 
     def __call__(self, batch: dict, generator: torch.Generator) -> Tensor:
         x, crop = 2 * batch["image"] - 1, self.size // 2
         y0, x0 = torch.randint(self.size - crop + 1, (2,), generator=generator).tolist()
         x = x[:, :, y0 : y0 + crop, x0 : x0 + crop]
         mean, logvar = self.vae.encode(x)
-        z = mean + (logvar / 2).exp() * torch.randn(mean.shape, generator=generator).to(mean)
-        error = self.vae.decode(z) - x
+        std = (logvar / 2).exp() + (LATENT_NOISE / self.vae.scaling_factor if self.decoder_only else 0)
+        error = self.vae.decode(mean + std * torch.randn(mean.shape, generator=generator).to(mean)) - x
         white = torch.einsum("ij,bjhw->bihw", self.whiten, error)
-        colour = F.avg_pool2d(white, 4).square().mean() + 0.2 * white.abs().mean()
+        pooled = F.avg_pool2d(white, 4).square().mean()
+        if self.decoder_only:
+            return pooled + (white.abs() * (1 + EDGES * near_edges(x))).mean()
         kl = (mean.square() + logvar.exp() - 1 - logvar).mean() / 2
-        return colour + KL * kl
+        return pooled + 0.2 * white.abs().mean() + KL * kl
+
+
+def near_edges(x: Tensor) -> Tensor:
+    """How near an edge each pixel of x (B, 3, h, w) in [-1, 1] is, (B, 1, h, w): 1 within 2 pixels of a strong one."""
+    dy, dx = x.diff(dim=2).abs().amax(1, True), x.diff(dim=3).abs().amax(1, True)
+    steps = F.pad(dy, (0, 0, 0, 1)).maximum(F.pad(dx, (0, 1)))
+    return F.max_pool2d(steps, 5, stride=1, padding=2).mul(4).clamp(max=1)
 
 
 def vae_task(settings: Settings) -> Task:
@@ -100,6 +114,11 @@ def vae_task(settings: Settings) -> Task:
     items = read_items(settings.data)[0]
     torch.manual_seed(settings.seed)
     vae = initial(settings, VAE, dict(TOY_VAE))
+    if settings.decoder_only:
+        if not settings.init:
+            raise BadInput("--decoder-only goes with --init: name the VAE whose encoder is kept")
+        for part in (vae.encoder, vae.quant_conv):
+            part.requires_grad_(False)
     if settings.size % 8:
         raise BadInput(f"--size {settings.size}: must be a multiple of 8: the VAE is trained on crops of half the side")
     ads = Ads(items, settings.size)
@@ -113,13 +132,14 @@ def vae_task(settings: Settings) -> Task:
         return sheet([list(x), list(decoded)], row_labels=["original", "decoded"])
 
     def save(out: Path) -> None:
-        # the UNet wants latents of unit variance
-        z = torch.cat([vae.encode(2 * x.to(settings.device) - 1)[0] for x in some.split(32)])
-        vae.scaling_factor = vae.config["scaling_factor"] = round(1 / z.std().item(), 5)
-        vae.config["sample_size"] = settings.size
+        if not settings.decoder_only:  # the UNet wants latents of unit variance
+            z = torch.cat([vae.encode(2 * x.to(settings.device) - 1)[0] for x in some.split(32)])
+            vae.scaling_factor = vae.config["scaling_factor"] = round(1 / z.std().item(), 5)
+            vae.config["sample_size"] = settings.size
         save_module(vae, out / "vae", UNET_FILE, settings.save_dtype)
 
-    return Task("the VAE", {"vae": vae}, Samples(items, settings.size), VAELoss(vae, whiten, settings.size), draw, save,
+    loss = VAELoss(vae, whiten, settings.size, settings.decoder_only)
+    return Task("the VAE", {"vae": vae}, Samples(items, settings.size), loss, draw, save,
                 [["python", "train.py", "clip", "--out", str(settings.out)]])
 
 
@@ -198,14 +218,14 @@ def clip_task(settings: Settings) -> Task:
 
 @dataclass
 class UNetLoss:
-    """The error of ε, by prompts of five kinds, weighted by timestep."""
+    """The error of ε, by prompts of five kinds, weighted by timestep; and that of the second pass (see TwoSizes)."""
 
     sd: StableDiffusion
     captions: list[tuple[str, str]]
     weight: Tensor  # (T,)
 
     def __call__(self, batch: dict, generator: torch.Generator) -> Tensor:
-        indices, z_0, eps, t = batch["index"].tolist(), batch["z_0"], batch["eps"], batch["t"]
+        indices = batch["index"].tolist()
         # Whole captions; either half alone, as mask-guided attention will ask for; none, for the guidance; and captions
         # without colours, since the paper's prompts name none.
         kinds = torch.multinomial(torch.tensor([0.46, 0.12, 0.17, 0.10, 0.15]), len(indices), True, generator=generator)
@@ -213,10 +233,34 @@ class UNetLoss:
         for i, kind in zip(indices, kinds.tolist()):
             product, scene = self.captions[i]
             texts.append((f"{product}, {scene}", product, scene, "", f"{product}, {scene.split(', ')[0]}")[kind])
+        loss = (self.errors(batch["z_0"], batch["eps"], batch["t"], texts) * self.weight[batch["t"]]).mean()
+        if "large_z_0" in batch:  # the toy's second pass has no prompt
+            large = batch["large_z_0"], batch["large_eps"], batch["large_t"]
+            loss = loss + self.errors(*large, [""] * len(indices)).mean()
+        return loss
+
+    def errors(self, z_0: Tensor, eps: Tensor, t: Tensor, texts: list[str]) -> Tensor:
+        """The squared error of ε, (B,)."""
         with torch.no_grad():
             P = self.sd.prompts(texts)
-        output = self.sd.unet(self.sd.schedule.add_noise(z_0, eps, t), t, P)
-        return ((output - eps).square().mean(dim=(1, 2, 3)) * self.weight[t]).mean()
+        return (self.sd.unet(self.sd.schedule.add_noise(z_0, eps, t), t, P) - eps).square().mean(dim=(1, 2, 3))
+
+
+class TwoSizes(Dataset):
+    """Samples of the same pictures at two sizes: as the first pass paints them, at any timestep, and enlarged, as the
+    second pass does, at the SECOND_PASS least noisy ones.
+    """
+
+    def __init__(self, small: Samples, large: Samples):
+        self.small, self.large = small, large
+
+    def __len__(self) -> int:
+        return len(self.small)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        large = self.large[key]
+        large["t"] = large["t"] * SECOND_PASS // self.large.latents.T
+        return self.small[key] | {f"large_{name}": large[name] for name in ("z_0", "eps", "t")}
 
 
 def unet_task(settings: Settings) -> Task:
@@ -233,10 +277,15 @@ def unet_task(settings: Settings) -> Task:
     sd = StableDiffusion(load_tokenizer(base / "tokenizer"), text_encoder, unet, vae, Schedule())
     canvas_size(1, 1, settings.size, sd.multiple)
     captions = captions_of(items)
-    latents = Latents(sd, items, settings.size, settings.cache, min(8, settings.micro_batch), settings.amp,
-                      settings.workers)
     loss = UNetLoss(sd, captions, timestep_weights(sd.schedule, settings.weighting).to(device))
-    samples = Samples(items, settings.size, latents, pictures=False, noise_offset=settings.noise_offset)
+
+    def samples_at(size: int, noise_offset: float = 0.0) -> Samples:
+        latents = Latents(sd, items, size, settings.cache, min(8, settings.micro_batch), settings.amp, settings.workers)
+        return Samples(items, size, latents, pictures=False, noise_offset=noise_offset)
+
+    samples = samples_at(settings.size, settings.noise_offset)
+    if (settings.refine or 1) > 1:
+        samples = TwoSizes(samples, samples_at(settings.refine * settings.size))
     weights = ["--weights", str(settings.out)]
     return Task("the UNet", {"unet": unet}, samples, loss, partial(draw_captions, sd, items, settings.size),
                 partial(save_base, sd, settings.save_dtype),

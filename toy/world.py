@@ -6,7 +6,7 @@ must carry over from a reference.
 
     python toy/world.py --sheet sheet.png      # look at it: a row per category, a column per brand
     python toy/world.py --out toy/data         # write the base set, BG60k, BG1k and BG-pair
-    python toy/world.py --samples toy/samples --size 512
+    python toy/world.py --samples toy/samples  # the products and references to try
 """
 
 import argparse
@@ -165,7 +165,7 @@ def ads_jobs(root: Path, ads: int, bg1k: int, pairs: int, size: int, rng: random
 
 def write_world(
     root: str | Path,
-    size: int = 128,
+    size: int = 256,
     base: int = 24000,
     ads: int = 6000,
     bg1k: int = 256,
@@ -230,7 +230,7 @@ SAMPLES = {  # by file name
 }
 
 
-def write_samples(folder: str | Path, size: int = 512) -> None:
+def write_samples(folder: str | Path, size: int = 256) -> None:
     """Products cut out, `name.png`, and `name_reference.png`: ads with their product's mask as the alpha channel."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -243,7 +243,7 @@ def write_samples(folder: str | Path, size: int = 512) -> None:
             Image.fromarray(np.dstack([image, mask])).save(folder / f"{name}_reference.png", optimize=True)
 
 
-def write_sheet(path: str | Path, size: int = 128, columns: int = 10) -> None:
+def write_sheet(path: str | Path, size: int = 256, columns: int = 10) -> None:
     """Ads side by side: a row per category, a column per brand."""
     rows = [np.hstack([draw_picture(category, product.scene, 100 * row + i, i, size)[0] for i in range(columns)])
             for row, (category, product) in enumerate(PRODUCTS.items())]
@@ -261,7 +261,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
                       help="write a page of ads: a row per category, a column per brand")
     goal.add_argument("--samples", metavar="DIR", type=Path, help="write the sample products and references")
     for name, default, kind, text in (
-        ("--size", 128, whole_number(64, 4096), "height and width of a picture, in pixels"),
+        ("--size", 256, whole_number(64, 4096), "height and width of a picture, in pixels"),
         ("--base", 24000, whole_number(0, 999_999), "pictures of any category in any scene"),
         ("--ads", 6000, whole_number(0, 999_999), "ads of the training set, BG60k"),
         ("--bg1k", 256, whole_number(0, 999_999), "ads of the test set, with held-out brands"),

@@ -1,0 +1,107 @@
+"""The stages of the toy's base at 256 px: the decoder alone trained on, and a UNet that learns the second pass too."""
+
+import pytest
+import torch
+from conftest import equal_weights, random
+from test_train import base, command, quick, world  # noqa: F401 (fixtures)
+
+from data import Samples
+from sampler import Schedule
+from support.datasets import read_items
+from support.files import BadInput
+from toy.stages import EDGES, SECOND_PASS, TwoSizes, UNetLoss, VAELoss, near_edges
+from vae import VAE
+from weights import UNET_FILE, load_module
+
+
+def load_vae(folder) -> VAE:
+    return load_module(VAE, folder, UNET_FILE, "cpu", torch.float32)
+
+
+def test_decoder_only_leaves_the_encoder_and_the_scaling_factor_as_they_are(world, base, tmp_path):  # noqa: F811
+    command("vae", "--decoder-only", "--init", base / "vae", "--data", world / "ads", "--size", 64, "--steps", 3,
+            "--batch", 4, "--out", tmp_path)
+    before, after = load_vae(base / "vae"), load_vae(tmp_path / "vae")
+    assert after.config == before.config
+    assert equal_weights(before.encoder, after.encoder) and equal_weights(before.quant_conv, after.quant_conv)
+    assert not equal_weights(before.decoder, after.decoder)
+
+
+def test_decoder_only_asks_for_the_vae_to_start_from(world, tmp_path):  # noqa: F811
+    with pytest.raises(BadInput, match="--decoder-only goes with --init"):
+        command("vae", "--decoder-only", "--data", world / "ads", "--size", 64, "--out", tmp_path)
+
+
+def test_near_edges_is_1_within_two_pixels_of_a_step_and_0_beyond():
+    x = torch.full((1, 3, 12, 16), -0.5)
+    x[:, 1, :, 8:] = 0.0  # between columns 7 and 8
+    assert near_edges(x)[0, 0].tolist() == [[0.0] * 5 + [1.0] * 5 + [0.0] * 6] * 12
+
+
+@pytest.mark.parametrize("distance, weight", [(-12, 1), (0, 1 + EDGES)])
+def test_an_error_beside_an_edge_counts_more_in_the_decoders_loss(distance, weight):
+    """The loss of a decoder that is wrong by 0.5 in one column, at a distance from a vertical edge."""
+
+    class Wrong:
+        scaling_factor = 1.0
+
+        def encode(self, x):
+            self.x = x
+            return torch.zeros(1, 4, 8, 8), torch.full((1, 4, 8, 8), -30.0)
+
+        def decode(self, z):
+            x = self.x.clone()
+            x[..., (x[0, 0, 0] < 0).sum() + distance] += 0.5  # the first column of the white half, or one further left
+            return x
+
+    image = torch.zeros(1, 3, 64, 64)
+    image[..., 32:] = 1.0
+    loss = VAELoss(Wrong(), torch.eye(3), 64, decoder_only=True)({"image": image}, torch.Generator().manual_seed(1))
+    pooled = (0.5 / 4) ** 2 / 8  # one column of four in a block, one block of eight
+    assert loss.item() == pytest.approx(pooled + weight * 0.5 / 32, rel=1e-4)
+
+
+def test_two_sizes_noises_the_enlarged_picture_no_further_than_the_second_pass_goes(world):  # noqa: F811
+    class Latents:
+        T = 1000
+
+        def __init__(self, side):
+            self.side = side
+
+        def __getitem__(self, index):
+            return torch.zeros(4, self.side, self.side), torch.ones(4, self.side, self.side), None
+
+    items = read_items(world / "base")[0]
+    samples = TwoSizes(*(Samples(items, 64, Latents(side), pictures=False) for side in (16, 32)))
+    drawn = [samples[0, seed] for seed in range(64)]
+    assert len(samples) == len(items)
+    assert {s["z_0"].shape[1] for s in drawn} == {16} and {s["large_z_0"].shape[1] for s in drawn} == {32}
+    assert max(s["large_t"] for s in drawn) in range(SECOND_PASS // 2, SECOND_PASS)
+    assert max(s["t"] for s in drawn) > SECOND_PASS
+
+
+def test_the_loss_of_two_sizes_adds_the_unweighted_error_without_a_prompt():
+    class Base:
+        schedule = Schedule()
+        texts: list = []
+
+        def prompts(self, texts):
+            self.texts.append(texts)
+            return torch.zeros(len(texts), 1, 1)
+
+        def unet(self, z, t, P):
+            return torch.zeros_like(z)  # so that the error is ε²
+
+    sd, t = Base(), torch.tensor([3, 700])
+    batch = {"index": torch.tensor([0, 1]), "z_0": random(2, 4, 8, 8), "eps": random(2, 4, 8, 8, seed=1), "t": t}
+    large = {"large_z_0": random(2, 4, 16, 16), "large_eps": random(2, 4, 16, 16, seed=2), "large_t": t // 4}
+    weight = torch.arange(1000.0)
+    loss = UNetLoss(sd, [("a mug", "a wall"), ("a bag", "a beach")], weight)(batch | large, torch.Generator())
+    first = (batch["eps"].square().mean(dim=(1, 2, 3)) * weight[t]).mean()
+    assert torch.allclose(loss, first + large["large_eps"].square().mean()) and sd.texts[1] == ["", ""]
+
+
+def test_stage_unet_learns_both_passes_through_the_command_line(world, base, tmp_path, quick):  # noqa: F811
+    command("unet", "--refine", 2, "--init", base / "unet", "--weights", base, "--data", world / "base", "--size", 32,
+            "--steps", 2, "--batch", 4, "--out", tmp_path)
+    assert (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").is_file()
