@@ -76,7 +76,7 @@ class Manifest:
         for name in old | new:
             if old.get(name) != new.get(name):
                 option, value = f"--{name.replace('_', '-')}", old.get(name)
-                given = f"without {option}" if value in (None, False) else f"with {option} {value}"
+                given = f"without {option}" if value is None or value is False else f"with {option} {value}"
                 self.refuse(file, "with other weights" if name == "models" else given)
 
     def refuse(self, file: str, how: str) -> None:

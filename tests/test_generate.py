@@ -304,7 +304,7 @@ def test_a_second_pass_of_a_prompt_is_as_much_larger(run):
 
 @pytest.mark.parametrize("alone", [False, True])
 def test_the_second_pass_sees_the_ads_at_its_own_size_and_starts_from_the_first_picture(toy, monkeypatch, alone):
-    """A wide ad on canvases of 64 and 128 pixels, with all networks or by the base alone, unguided and without prompt."""
+    """A wide ad on canvases of 64 and 128 pixels: with all networks, or the base alone, with no prompt or guidance."""
     seen, encoded, (h, w) = [], [], (40, 90)
     models_ = models.load_models(models.ModelChoice(dtype="float32", device="cpu", weights=toy / "base",
                                                     cg=toy / "cg", pg=toy / "pg"), None, {"mug"}, with_pg=True)
