@@ -17,7 +17,7 @@ def both(vae, x, z):
 
 @torch.no_grad()
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("positions", [1, 500, 2000])  # strips of one row, of a few, and of many in the largest maps
+@pytest.mark.parametrize("positions", [100, 2000])  # strips of one row of the largest maps, and of many
 def test_strips_show_no_seam(monkeypatch, positions, layout):
     """Up to the rounding of float32: 1e-5 of the largest value, a thousandth of a level of 255."""
     vae = randomise(VAE(VAE_CONFIG)).to(memory_format=layout)
@@ -26,7 +26,7 @@ def test_strips_show_no_seam(monkeypatch, positions, layout):
     monkeypatch.setattr(module, "STRIP", positions)
     for ours, theirs in zip(both(vae, *inputs), whole):
         assert relative_error(ours, theirs) < 1e-5
-        assert ours.is_contiguous(memory_format=layout)
+        assert ours.stride() == theirs.stride(), "a map in another layout is copied by the next layer"
 
 
 @torch.no_grad()
