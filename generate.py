@@ -195,7 +195,8 @@ def generate_text(args) -> None:
         chunk = ads[start : start + args.batch]
         for ad, pictures in zip(chunk, paint_all(chunk)):
             line = line_of(Item(None, None, None), ad.seed, models.dtype, record) | {"prompt": args.prompt}
-            save_kept(pictures, args.out / f"prompt_{ad.seed}.png", line)
+            for kept in kept_files(pictures, args.out / f"prompt_{ad.seed}.png", line):
+                save(*kept)
     say_next("--product PHOTO --mask MASK --category NAME paints around a product")
 
 
@@ -219,7 +220,9 @@ def generate_product(args) -> None:
     for start in range(0, len(jobs), args.batch):
         chunk = jobs[start : start + args.batch]
         for job, pictures in zip(chunk, paint_all([job.ad for job in chunk])):
-            save_kept(pictures, args.out / job.name, line_of(job.item, job.ad.seed, models.dtype, record))
+            line = line_of(job.item, job.ad.seed, models.dtype, record)
+            for kept in kept_files(pictures, args.out / job.name, line):
+                save(*kept)
             small.append(gallery.small(pictures[0]))
     if len(small) > 1:
         save(gallery.sheet(small, "ControlNet" if args.controlnet else "CG"), args.out / SHEET)
@@ -248,12 +251,6 @@ def save(image, path: Path, line: dict | None = None) -> None:
     """Writes a PNG and says so; line: what it was painted from and how, kept in the PNG."""
     save_image(image, path, {"how": json.dumps(line)} if line else None)
     print(path)
-
-
-def save_kept(pictures: list[Tensor], path: Path, line: dict) -> None:
-    """Saves what `paint_ads` made of an ad: the picture and, where it was kept, that of the first pass beside it."""
-    for kept in kept_files(pictures, path, line):
-        save(*kept)
 
 
 def say_next(text: str) -> None:
