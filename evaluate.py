@@ -133,7 +133,8 @@ def table(lab: Lab, name: str) -> None:
              f"Each number is from {counts} pictures; ± is half of its 95% interval ({RESAMPLES} bootstrap samples)."]
     if not own_base:
         lines[-1] += " The paper's are from BG60k and another CLIP: compare only the order."
-    settings = {"data": str(lab.data), "steps": lab.how.steps, "guidance": lab.how.guidance, "seed": lab.seed}
+    settings = {"data": str(lab.data), "steps": lab.how.steps, "sampler": lab.how.sampler,
+                "guidance": lab.how.guidance, "refine": lab.how.refine, "seed": lab.seed}
     write_json(settings | {"rows": results}, lab.out / f"{name}.json")
     write_atomic(lab.out / f"{name}.md", lambda new: new.write_text("\n".join(lines) + "\n", encoding="utf-8"))
     print(*lines, "", lab.out / f"{name}.md", lab.out / f"{name}.json", sep="\n")
@@ -293,14 +294,14 @@ def options() -> Parser:
 def lab_of(args: argparse.Namespace) -> Lab:
     device = pick_device(args.device)
     networks = Networks({name: vars(args)[name.replace("-", "_")] for name in OPTIONS}, TRAINED, device)
-    # without the options that name networks: Lab.pictures records the fingerprints of those that a method uses
     how = painting_of(args, refine=1)
+    # without the options that name networks: Lab.pictures records the fingerprints of those that a method uses
     record = record_of(args, seed=args.seed, **settled(how))
     record = {name: value for name, value in record.items() if name.replace("_", "-") not in OPTIONS}
     return Lab(data=args.data.absolute(), limit=args.limit, centres=args.centres, networks=networks,
                choice=ModelChoice(args.weights, args.tokenizer, device=device, dtype=args.dtype),
-               how=how, size=args.size, strength=args.strength,
-               seed=args.seed, batch=args.batch, record=record, out=args.out)
+               how=how, size=args.size, strength=args.strength, seed=args.seed, batch=args.batch, record=record,
+               out=args.out)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -439,7 +439,7 @@ def samplers() -> None:
     from support.images import fit, load_cutout
     from support.models import ModelChoice, load_models
 
-    names = ["perfume", "mug", "sneaker", "watch"]
+    names = ["perfume", "laptop", "sneaker", "watch"]
     models = load_models(ModelChoice(dtype="float32"), None, {*names})
     texts = prompts_by_category(models.identifiers, models.sd.tokenizer)
     rgb, mask = zip(*(load_cutout(ROOT / "toy" / "samples" / f"{name}.png") for name in names))
@@ -500,7 +500,7 @@ def refine(folder: Path, steps: int) -> None:
         run = measured(REFINE, folder, dtype, steps)
         seconds = [run[f"rest {size}"] + n * run[f"step {size}"] for size, n in zip((512, 1024), run["steps"])]
         print(f"{dtype}: a step {run['step 512']:.1f} s at 512 px, {run['step 1024']:.1f} s at 1024 px; all "
-              f"{run['steps'][0]} steps {seconds[0]:.0f} s, the second pass's {run['steps'][1]} {seconds[1]:.0f} s more")
+              f"{run['steps'][0]} steps {seconds[0]:.0f} s, the second's {run['steps'][1]} {seconds[1]:.0f} s more")
         peaks = [f"{run[f'peak {when}'] / 1e9:.2f} GB" for when in ("of the load", 512, 1024)]
         print(f"{dtype}: peak memory {peaks[0]} after the load, {peaks[1]} after the first pass, {peaks[2]} after the "
               f"second; on the GPU {run['cuda peak'] / 1e9:.2f} GB")

@@ -331,6 +331,16 @@ def test_the_second_pass_sees_the_ads_at_its_own_size_and_starts_from_the_first_
         assert torch.equal(large.prompts.P, small.prompts.P) and way == how
 
 
+def test_a_rivals_picture_gets_the_second_pass_too(toy, monkeypatch):
+    models_ = models.load_models(models.ModelChoice(dtype="float32", device="cpu", weights=toy / "base"), None)
+    encoded, real = [], StableDiffusion.encode
+    monkeypatch.setattr(StableDiffusion, "encode", lambda sd, x: encoded.append(x) or real(sd, x))
+    ad = Ad(torch.zeros(3, 64, 64), torch.zeros(1, 64, 64), ("",) * 3, 0)
+    how = Painting(steps=2, refine=2, refine_from=600)
+    [[final, first]] = generate.paint_ads([ad], models_, how, lambda canvas, on_step: canvas.rgb + 0.5, keep_first=True)
+    assert (first == 128).all() and torch.equal(encoded[0], torch.full((1, 3, 128, 128), 0.5)) and final.ne(128).any()
+
+
 # ---------------------------------------------------------------- data sets
 
 
