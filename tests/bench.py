@@ -510,11 +510,12 @@ VAE = """
 import json, resource, sys
 sys.path[:0] = [".", "tests"]
 import torch
-import vae
 from bench import VAE_CONFIG
-part, dtype, strips = sys.argv[1], getattr(torch, sys.argv[2]), int(sys.argv[3])
-vae.STRIP = vae.STRIP if strips else 2**40
-network = vae.VAE(VAE_CONFIG).to(dtype).eval()
+from support import strips
+from vae import VAE
+part, dtype, in_strips = sys.argv[1], getattr(torch, sys.argv[2]), int(sys.argv[3])
+strips.STRIP = strips.STRIP if in_strips else 2**40
+network = VAE(VAE_CONFIG).to(dtype).eval()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 with torch.inference_mode():
     if part == "decode":
