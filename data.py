@@ -10,7 +10,6 @@ Everywhere: a picture is (3, H, W) float32 in [0, 1], its mask M (1, H, W) with 
 and values between at soft edges.
 """
 
-import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -21,11 +20,11 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 from torch.utils.data import Dataset
 
-from support.checking import check_ads, print_next_commands
+from support.checking import check_ads, parse, print_next_commands
 from support.datasets import MASK_OF_ITEM, Item, drop_lines, list_folder, read_items, refuse_many_broken
 from support.files import BadInput, one_line_errors
 from support.images import fit, load_masked, save_image, sheet
-from support.options import Parser, check_folder, whole_number
+from support.options import check_folder
 
 # Background perturbation, section 5.1
 THETA = 50  # kernel of the dilation in pixels of a 512 x 512 image; scaled along with other sizes
@@ -214,21 +213,6 @@ def save_sheet(samples: list[dict], items: list[Item], path: Path) -> None:
         rows.append([I, M, product_hint(I, M), perturb(I, M, other["image"], generator)])
     names = [items[sample["index"]].category for sample in samples]
     save_image(sheet(rows, ["image", "mask", "CG's hint", "PG's hint, perturbed"], names), path)
-
-
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description="Check a data set: report what is in it and what was assumed, load every picture, find "
-                    "blank backgrounds, and draw eight items as the networks see them.")
-    add = parser.add_argument
-    add("dir", type=Path, help="BG60k's root, or a folder with metadata.jsonl")
-    add("--split", default="bg60k", help="bg60k (default), bg1k or bgpair")
-    add("--sheet", metavar="FILE", type=Path, help="draw eight items here: image, mask, CG's hint, PG's hint")
-    add("--size", metavar="N", type=whole_number(1, 4096), default=512, help="side of the training images [512 px]")
-    add("--list", action="store_true",
-        help="first write metadata.jsonl, from DIR/CATEGORY/NAME.png and NAME_mask.png or alpha")
-    add("--drop-blank", action="store_true",
-        help="take images with a blank background out of the list; the whole list stays as FILE.all")
-    return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:

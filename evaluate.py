@@ -32,16 +32,16 @@ from torch import Generator, Tensor
 from generate import save
 from rivals.baselines import STRENGTH
 from rivals.methods import METHODS, PROTOCOLS, TRAINED, Lab
-from sampler import Painting
 from support.datasets import Item, read_items
 from support.figures import choose, cutout_of, picture_of, scatter, tsne
 from support.files import BadInput, one_line_errors, write_atomic, write_json
 from support.images import sheet
 from support.machine import pick_device, processes
 from support.metrics import RESAMPLES, Measured, compare, interval, similarity
-from support.models import ModelChoice, add_model_options, add_walk_options
+from support.models import ModelChoice, add_model_options
 from support.networks import OPTIONS, Networks
 from support.options import Parser, check_folder, real_number, whole_number
+from support.painting import add_walk_options, painting_of, settled
 from support.record import record_of
 from toy.world import TOY_DATA, draw_on_first_use
 
@@ -133,7 +133,8 @@ def table(lab: Lab, name: str) -> None:
              f"Each number is from {counts} pictures; ± is half of its 95% interval ({RESAMPLES} bootstrap samples)."]
     if not own_base:
         lines[-1] += " The paper's are from BG60k and another CLIP: compare only the order."
-    settings = {"data": str(lab.data), "steps": lab.how.steps, "guidance": lab.how.guidance, "seed": lab.seed}
+    settings = {"data": str(lab.data), "steps": lab.how.steps, "sampler": lab.how.sampler,
+                "guidance": lab.how.guidance, "refine": lab.how.refine, "seed": lab.seed}
     write_json(settings | {"rows": results}, lab.out / f"{name}.json")
     write_atomic(lab.out / f"{name}.md", lambda new: new.write_text("\n".join(lines) + "\n", encoding="utf-8"))
     print(*lines, "", lab.out / f"{name}.md", lab.out / f"{name}.json", sep="\n")
@@ -275,7 +276,7 @@ def options() -> Parser:
     add("--centres", metavar="N", type=whole_number(1, 10**9),
         help="tsne: centres from the first N training ads [all]")
     add = parser.add_argument_group("how the methods paint").add_argument
-    add_walk_options(add)
+    add_walk_options(add, "1, the paper's")
     add("--seed", metavar="N", type=whole_number(0, 2**32 - 1), default=0, help="item i is painted with SEED + i [0]")
     add("--strength", metavar="X", type=real_number(0, 1e6), default=STRENGTH,
         help=f"of Blended Diffusion's CLIP guidance [{STRENGTH:g}, chosen on the toy]")
@@ -293,13 +294,14 @@ def options() -> Parser:
 def lab_of(args: argparse.Namespace) -> Lab:
     device = pick_device(args.device)
     networks = Networks({name: vars(args)[name.replace("-", "_")] for name in OPTIONS}, TRAINED, device)
+    how = painting_of(args, refine=1)
     # without the options that name networks: Lab.pictures records the fingerprints of those that a method uses
-    record = record_of(args, seed=args.seed)
+    record = record_of(args, seed=args.seed, **settled(how))
     record = {name: value for name, value in record.items() if name.replace("_", "-") not in OPTIONS}
     return Lab(data=args.data.absolute(), limit=args.limit, centres=args.centres, networks=networks,
                choice=ModelChoice(args.weights, args.tokenizer, device=device, dtype=args.dtype),
-               how=Painting(args.steps, args.guidance, hint=args.hint), size=args.size, strength=args.strength,
-               seed=args.seed, batch=args.batch, record=record, out=args.out)
+               how=how, size=args.size, strength=args.strength, seed=args.seed, batch=args.batch, record=record,
+               out=args.out)
 
 
 def main(arguments: list[str] | None = None) -> None:

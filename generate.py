@@ -10,11 +10,11 @@ A product comes with its mask: an image with an alpha channel, or --mask FILE, w
 the product's frame, and the product's own pixels where the mask is 1.
 """
 
-import argparse
 import json
 import sys
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -27,14 +27,15 @@ from clip import Tokenizer
 from data import Ad, background_hint, dilate, inpaint_hint, product_hint
 from model import ControlNet, Prompts
 from sampler import Conditions, Painting, sample, seeded
-from support.batch import check_finite, line_of, paint_items, save_data_sheet, steps_bar
+from support.batch import check_finite, kept_files, line_of, paint_items, save_data_sheet, steps_bar
 from support.cutouts import SOLID, extend
 from support.datasets import BROKEN, Item, read_items
 from support.files import BadInput, one_line_errors
-from support.gallery import SHEET, Gallery, check_result_names
-from support.images import canvas_size, fit, resized_strips, save_image, to_bytes
-from support.models import TOY, ModelChoice, Models, add_model_options, add_walk_options, load_models
-from support.options import Parser, check_folder, check_together, one_for_each, real_number, unicode_text, whole_number
+from support.gallery import SHEET, Gallery
+from support.images import canvas_size, fit, resize, resized_strips, save_image, to_bytes
+from support.models import TOY, ModelChoice, Models, load_models
+from support.options import one_for_each
+from support.painting import check, count_steps, options, painting_of, settled
 from support.record import command_of, record_of
 from weights import StableDiffusion
 
@@ -83,40 +84,47 @@ class Canvas(NamedTuple):
 
 @torch.inference_mode()
 def paint(sd: StableDiffusion, canvas: Canvas, how: Painting, cg: ControlNet | None = None,
-          pg: ControlNet | None = None, on_step: Callable | None = None) -> Tensor:
+          pg: ControlNet | None = None, on_step: Callable | None = None, first: Tensor | None = None) -> Tensor:
     """Paints backgrounds (Fig. 2) -> (B, 3, H, W) float32 in [0, 1], the products not yet pasted back.
 
-    cg: CG or a plain ControlNet in its place; without it the base paints alone. pg sees the references, if any.
+    cg: CG or a plain ControlNet in its place; without it the base paints alone. pg sees the references, if any. With
+    first (B, 3, h, w), the pictures of a first pass on a smaller canvas, this is the second: it noises them to T'.
     """
-    weight, branches, z_ref = sd.unet.conv_in.weight, [], None
+    if first is not None and how.refine_alone:
+        canvas, how, cg, pg = canvas._replace(texts=[("", "", "")] * len(first)), replace(how, guidance=1), None, None
+    weight, branches, start = sd.unet.conv_in.weight, [], None
     rgb, mask = canvas.rgb.to(weight), canvas.mask.to(weight)
     if cg:
         hint = inpaint_hint(rgb, mask) if how.hint == "inpaint" else product_hint(rgb, mask)
         branches.append((cg, cg.hint_features(hint)))
-    if canvas.reference is not None:
-        if pg:
-            hint = background_hint(canvas.reference.to(weight), canvas.reference_mask.to(weight))
-            branches.append((pg, pg.hint_features(hint)))
-        if how.from_reference:
-            z_ref = sd.encode(canvas.reference)
+    if pg and canvas.reference is not None:
+        hint = background_hint(canvas.reference.to(weight), canvas.reference_mask.to(weight))
+        branches.append((pg, pg.hint_features(hint)))
+    begin = canvas.reference if how.from_reference else None  # what z_T is made from
+    if first is not None:  # enlarged as pictures: latents would blur
+        begin = torch.stack([resize(picture, *rgb.shape[2:]) for picture in first])
+        start = how.refine_from * sd.schedule.T // 1000
+    z_ref = None if begin is None else sd.encode(begin)
     given = Conditions(encode_prompts(sd, canvas.texts), encode_prompts(sd, [("", "", "")] * len(rgb)), branches, mask,
                        sd.inpainting(rgb, mask))
-    z = sample(sd.unet, sd.schedule, given, canvas.generators, sd.latent_shape(*rgb.shape[2:]), how, z_ref, on_step)
+    z = sample(sd.unet, sd.schedule, given, canvas.generators, sd.latent_shape(*rgb.shape[2:]), how, z_ref, on_step,
+               start)
     return sd.decode(z)
 
 
 # ---------------------------------------------------------------- any pictures, in their own frames
 
 
-def paste_back(painted: Tensor, painted_mask: Tensor, box: tuple[int, int, int, int], rgb: Tensor,
-               mask: Tensor) -> Tensor:
+def paste_back(painted: Tensor, painted_mask: Tensor, box: tuple[int, int, int, int], rgb: Tensor, mask: Tensor,
+               spread: int = 1) -> Tensor:
     """The product over the painted canvas (3, h, w), in its own frame -> (3, H, W) uint8; box as `fit` returned it.
 
     Where M = 1 the result is the product's pixels, exactly: the product must stay unchanged (section 1). The networks
-    paint the product too, and it spreads over its edge (painted_mask (1, h, w) is M on the canvas) by about a pixel.
-    There the scene is continued from further out, so that no glow surrounds the real product.
+    paint the product too, and it spreads over its edge (painted_mask (1, h, w) is M on the canvas) by about a pixel,
+    after a second pass by `spread`. There the scene is continued from further out, so that no glow surrounds the
+    product.
     """
-    painted = extend(painted, dilate(painted_mask, 3) <= 1 - SOLID)
+    painted = extend(painted, dilate(painted_mask, 1 + 2 * spread) <= 1 - SOLID)
     top, left, h, w = box
     result = torch.empty(rgb.shape, dtype=torch.uint8)
     for rows, scene in resized_strips(painted[:, top : top + h, left : left + w], *rgb.shape[1:]):
@@ -125,64 +133,70 @@ def paste_back(painted: Tensor, painted_mask: Tensor, box: tuple[int, int, int, 
     return result
 
 
-def paint_ads(ads: list[Ad], painter: Callable, size: int, multiple: int, steps: int) -> list[Tensor]:
-    """Finished ads, each (3, H, W) uint8 in its product's frame.
+def canvas_of(ads: list[Ad], h: int, w: int, generators: list[torch.Generator]) -> tuple[Canvas, list[tuple]]:
+    """Ads on a canvas of h x w pixels, and where their frames lie on it, as `fit` returns it."""
+    rgb, boxes = zip(*(fit(ad.rgb, h, w, "contain") for ad in ads))
+    mask = torch.stack([fit(ad.mask, h, w, "contain")[0] for ad in ads])
+    canvas = Canvas(torch.stack(rgb), mask, [ad.texts for ad in ads], generators)
+    if ads[0].reference is not None:
+        references = (torch.stack([fit(ad.reference[k], h, w, "cover")[0] for ad in ads]) for k in (0, 1))
+        canvas = Canvas(*canvas[:4], *references)
+    return canvas, boxes
+
+
+def paint_ads(ads: list[Ad], models: Models, how: Painting, painter: Callable | None = None,
+              keep_first: bool = False) -> list[list[Tensor]]:
+    """Finished ads, each (3, H, W) uint8 in its product's frame; with keep_first also as the first pass left it.
 
     A batch has one canvas size, and references for all of its ads or for none. painter(canvas, on_step=...) ->
-    (B, 3, h, w), as `paint`; size: the canvas's longer side; multiple: its sides are multiples of it.
+    (B, 3, h, w) paints a rival's first pass.
     """
+    ours, steps = partial(paint, models.sd, how=how, cg=models.cg, pg=models.pg), count_steps(models, how)
     batches = defaultdict(list)
     for i, ad in enumerate(ads):
-        batches[canvas_size(*ad.mask.shape[1:], size, multiple), ad.reference is not None].append(i)
-    results = [None] * len(ads)
+        size = canvas_size(*ad.mask.shape[1:], models.size, models.sd.multiple)
+        batches[size, ad.reference is not None].append(i)
+    results = [[] for _ in ads]
     for ((h, w), with_reference), batch in batches.items():
-        chosen = [ads[i] for i in batch]
-        rgb, boxes = zip(*(fit(ad.rgb, h, w, "contain") for ad in chosen))
-        masks = [fit(ad.mask, h, w, "contain")[0] for ad in chosen]
-        canvas = Canvas(torch.stack(rgb), torch.stack(masks), [ad.texts for ad in chosen],
-                        [seeded(ad.seed)[0] for ad in chosen])
-        if with_reference:
-            references = (torch.stack([fit(ad.reference[k], h, w, "cover")[0] for ad in chosen]) for k in (0, 1))
-            canvas = Canvas(*canvas[:4], *references)
+        chosen, painted = [ads[i] for i in batch], None
+        generators = [seeded(ad.seed)[0] for ad in chosen]
         with steps_bar(steps, f"{len(batch)} at once{', with references' if with_reference else ''}") as bar:
-            painted = painter(canvas, on_step=lambda *_: bar.update()).cpu()
-        check_finite(painted)
-        for i, ad, picture, mask, box in zip(batch, chosen, painted, masks, boxes):
-            results[i] = paste_back(picture, mask, box, ad.rgb, ad.mask)
+            for n in dict.fromkeys((1, how.refine)):  # the canvas of the second pass is n times larger
+                canvas, boxes = canvas_of(chosen, n * h, n * w, generators)
+                painter_of_pass = partial(ours, first=painted) if n > 1 else painter or ours
+                painted = painter_of_pass(canvas, on_step=lambda *_: bar.update()).cpu()
+                check_finite(painted)
+                if n == how.refine or keep_first:
+                    for i, ad, picture, mask, box in zip(batch, chosen, painted, canvas.mask, boxes):
+                        results[i].insert(0, paste_back(picture, mask, box, ad.rgb, ad.mask, spread=n))
     return results
 
 
 # ---------------------------------------------------------------- the three commands
 
 
-def load(args, categories: set[str] = frozenset(), with_pg: bool = False) -> tuple[Models, Painting, dict]:
-    """The models, how to paint with them, and the record of both."""
+def load(args, categories: set[str] = frozenset(), with_pg: bool = False) -> tuple[Models, Callable, dict]:
+    """The models, `paint_ads` with them as the options say, and the record of both."""
     choice = ModelChoice(args.weights, args.tokenizer, args.cg, args.pg, args.controlnet, args.device, args.dtype)
+    how = painting_of(args, eta=args.eta, from_reference=args.start == "reference")
     models = load_models(choice, args.size, categories, with_pg, args.plain_prompt)
-    how = Painting(args.steps, args.guidance, args.eta, args.start == "reference", args.hint)
-    return models, how, record_of(args, size=models.size, models=models.fingerprints)
-
-
-def painter_of_ads(models: Models, how: Painting) -> Callable[[list[Ad]], list[Tensor]]:
-    """`paint_ads` by the paper's method."""
-    painter = partial(paint, models.sd, how=how, cg=models.cg, pg=models.pg)
-    return partial(paint_ads, painter=painter, size=models.size, multiple=models.sd.multiple, steps=how.steps)
+    count_steps(models, how)  # refuses a second pass that can't be painted
+    paint_all = partial(paint_ads, models=models, how=how, keep_first=args.keep_first)
+    return models, paint_all, record_of(args, size=models.size, models=models.fingerprints, **settled(how))
 
 
 def generate_text(args) -> None:
-    """--prompt: the base alone."""
-    models, how, record = load(args)
+    """--prompt: the base alone, around no product."""
+    models, paint_all, record = load(args)
     Gallery.remove_sheet(args.out)
-    for start in range(0, args.num, args.batch):
-        seeds = range(args.seed + start, args.seed + min(start + args.batch, args.num))
-        blank = torch.zeros(len(seeds), 3, models.size, models.size)
-        canvas = Canvas(blank, blank[:, :1], [(args.prompt,) * 3] * len(seeds), [seeded(seed)[0] for seed in seeds])
-        with steps_bar(how.steps, "base") as bar:
-            pictures = paint(models.sd, canvas, how, on_step=lambda *_: bar.update())
-        check_finite(pictures)
-        for seed, picture in zip(seeds, pictures):
-            line = line_of(Item(None, None, None), seed, models.dtype, record) | {"prompt": args.prompt}
-            save(picture, args.out / f"prompt_{seed}.png", line)
+    blank = torch.zeros(3, *[models.size * record["refine"]] * 2)
+    ads = [Ad(blank, blank[:1], (args.prompt,) * 3, seed) for seed in range(args.seed, args.seed + args.num)]
+    for start in range(0, len(ads), args.batch):
+        chunk = ads[start : start + args.batch]
+        for ad, pictures in zip(chunk, paint_all(chunk)):
+            line = line_of(Item(None, None, None), ad.seed, models.dtype, record) | {"prompt": args.prompt}
+            for kept in kept_files(pictures, args.out / f"prompt_{ad.seed}.png", line):
+                save(*kept)
     say_next("--product PHOTO --mask MASK --category NAME paints around a product")
 
 
@@ -200,17 +214,18 @@ def generate_product(args) -> None:
         [list(dict.fromkeys(args.category or [SAMPLE]))] if len(files) == 1 else
         [[category] for category in one_for_each(args.category, files, "--category", "--product")],
         seeds=range(args.seed, args.seed + args.num), with_and_without=demo)
-    models, how, record = load(args, set(chain(*gallery.categories)), bool(references))
-    jobs = gallery.jobs(prompts_by_category(models.identifiers, models.sd.tokenizer))
-    paint_all, pictures = painter_of_ads(models, how), []
+    models, paint_all, record = load(args, set(chain(*gallery.categories)), bool(references))
+    jobs, small = gallery.jobs(prompts_by_category(models.identifiers, models.sd.tokenizer)), []
     gallery.remove_sheet(args.out)
     for start in range(0, len(jobs), args.batch):
         chunk = jobs[start : start + args.batch]
-        for job, picture in zip(chunk, paint_all([job.ad for job in chunk])):
-            save(picture, args.out / job.name, line_of(job.item, job.ad.seed, models.dtype, record))
-            pictures.append(gallery.small(picture))
-    if len(pictures) > 1:
-        save(gallery.sheet(pictures, "ControlNet" if args.controlnet else "CG"), args.out / SHEET)
+        for job, pictures in zip(chunk, paint_all([job.ad for job in chunk])):
+            line = line_of(job.item, job.ad.seed, models.dtype, record)
+            for kept in kept_files(pictures, args.out / job.name, line):
+                save(*kept)
+            small.append(gallery.small(pictures[0]))
+    if len(small) > 1:
+        save(gallery.sheet(small, "ControlNet" if args.controlnet else "CG"), args.out / SHEET)
     say_next("--product PHOTO --mask MASK --category NAME paints around a product of your own" if demo else
              "--num 4 paints more of them; --how FILE prints the command that paints one again" if references else
              "--reference AD --reference-mask MASK paints in the style of an ad")
@@ -220,11 +235,11 @@ def generate_data(args) -> None:
     """--data: every item not yet painted, with PG where the item has a reference."""
     items, notes = read_items(args.data, args.split or "bg1k")
     items = items[: args.limit]
-    models, how, record = load(args, {item.category for item in items}, any(item.reference for item in items))
+    models, paint_all, record = load(args, {item.category for item in items}, any(item.reference for item in items))
     texts = prompts_by_category(models.identifiers, models.sd.tokenizer)
     print("\n".join(notes), file=sys.stderr)
-    painted, there, broken = paint_items(items, texts, painter_of_ads(models, how), args.out, record, models.dtype,
-                                         args.seed, args.batch)
+    painted, there, broken = paint_items(items, texts, paint_all, args.out, record, models.dtype, args.seed, args.batch,
+                                         args.keep_first)
     save_data_sheet(items, args.out)  # of several processes the last one has them all
     print(f"{args.out}: {painted:,} painted, {there:,} were there, {broken:,} broken")
     if broken > BROKEN * (painted + there + broken):
@@ -243,65 +258,8 @@ def say_next(text: str) -> None:
     print(f"next: {text}", file=sys.stderr)
 
 
-# ---------------------------------------------------------------- the command line
-
-
-def options() -> Parser:
-    parser = Parser(description=__doc__, formatter_class=partial(
-        argparse.RawDescriptionHelpFormatter, max_help_position=32, width=120))
-    add = parser.add_argument_group("what to paint [a sample of the toy]").add_argument
-    files = dict(metavar="FILE", type=Path, nargs="+")
-    add("--product", **files, help="photo, or several (JPEG, PNG, WebP, ...); its alpha channel is its mask")
-    add("--mask", **files, help="the product's mask, white on the product; one for each product")
-    add("--category", metavar="NAME", type=unicode_text, nargs="+",
-        help="the product's category, of CG's; one for all or one for each; "
-        "for a single product also several: it is painted in each")
-    add("--reference", **files, help="ad whose style the background follows (PG), or several [none: CG alone]")
-    add("--reference-mask", **files, help="mask of the product in the reference [its alpha channel]; one for each")
-    add("--data", metavar="DIR", type=Path, help="BG60k as released, or metadata.jsonl; goes on where it stopped")
-    add("--split", metavar="NAME", help="of the data set as released: bg60k, bg1k or bgpair [bg1k]")
-    add("--limit", metavar="N", type=whole_number(1, 10**9), help="only the first N items of the data set [all]")
-    add("--prompt", metavar="TEXT", type=unicode_text, help="plain text-to-image with the base alone")
-    add("--how", metavar="FILE", type=Path, help="print the command that paints this picture again, and paint nothing")
-    add = parser.add_argument_group("how").add_argument
-    add("--num", metavar="N", type=whole_number(1, 9999), default=1,
-        help="pictures, with seeds SEED, SEED + 1, ... [1]")
-    add("--seed", metavar="N", type=whole_number(0, 2**32 - 1), default=0,
-        help="of the noise; SEED + i for item i of --data [0]")
-    add_walk_options(add)
-    add("--eta", metavar="X", type=real_number(0, 1), default=Painting.eta,
-        help="DDIM's η: part of DDPM's noise that is added at each step [0: none, the paper's]")
-    add("--start", metavar="FROM", choices=["reference", "noise"], default="reference",
-        help="z_T: the reference's latent, noised, or pure noise [reference, the paper's; noise without a reference]")
-    add("--plain-prompt", action="store_true",
-        help="a category that CG was not trained on gets the plain prompt 'A photo of NAME' [an error]")
-    add = parser.add_argument_group("models and machine").add_argument
-    add_model_options(add)
-    add("--batch", metavar="N", type=whole_number(1, 1024), default=4, help="pictures painted at once [4]")
-    add("--out", metavar="DIR", type=Path, default=Path("out"), help="where the pictures go [out]")
-    return parser
-
-
-def check(args) -> None:
-    """Raises BadInput for options that do not go together and for an --out that can't be written."""
-    check_together(args, [("product", "data", "prompt"), ("controlnet", "cg")],
-                   [("mask", "product"), ("category", "product"), ("reference", "product"),
-                    ("reference_mask", "reference"), ("split", "data"), ("limit", "data")])
-    for option in ("cg", "pg", "controlnet"):
-        if args.prompt is not None and getattr(args, option):
-            raise BadInput(f"--prompt is painted by the base alone, without --{option}; leave one out")
-    if args.product and not args.category:
-        raise BadInput("--product goes with --category; add the product's category")
-    if args.hint == "inpaint" and not args.controlnet:
-        raise BadInput("--hint goes with --controlnet; add that one")
-    check_result_names(args.product or [], args.reference or [], args.category or [])
-    if args.data and args.num != 1:
-        raise BadInput("--num: a data set gets one picture an item; leave it out, or run again with another --out")
-    check_folder(args.out)
-
-
 def main(arguments: list[str] | None = None) -> None:
-    parser = options()
+    parser = options(__doc__)
     args = parser.parse_args(arguments)
     if args.how:
         print(command_of(args.how, parser))

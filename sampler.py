@@ -1,9 +1,11 @@
 """From noise to a picture: the noise schedule, DDIM, classifier-free guidance, z_T from a reference (section 5.1, 3.3).
 
-The step itself is `ddim_step`, a pure function; `ddim` repeats it and yields the intermediate results; `guided` is the
-noise that the networks predict with and without the prompt; `sample` joins them: from z_T to z_0.
+The step itself is `ddim_step`, a pure function; `ddim` repeats it and yields the intermediate results, and so does
+`dpm`, which needs fewer steps; `guided` is the noise that the networks predict with and without the prompt; `sample`
+joins them: from z_T to z_0.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -26,10 +28,15 @@ class Painting:
     eta: float = 0.0  # η of DDIM: 0 deterministic, 1 as much noise at each step as DDPM
     from_reference: bool = True  # z_T is the reference's latent noised, where there is one; else pure noise
     hint: str = "product"  # what the branch in CG's place sees: I ⊗ M, or "inpaint", as ControlNet 1.1 inpaint does
+    # Ours, not the paper's:
+    sampler: str = "ddim"  # or "dpm++", DPM-Solver++ (2M): 20 steps do what DDIM does in 50
+    refine: int = 1  # how many times larger a second pass paints the picture again; 1: no second pass
+    refine_from: int = 301  # T', from which the second pass denoises, in thousandths of the schedule
+    refine_alone: bool = False  # the second pass is the base's alone: no branches, the prompt '', no guidance
 
 
 class Schedule:
-    """How much of a picture is left at each timestep: z_t = √ᾱ_t z_0 + √(1 − ᾱ_t) ε; and which timesteps DDIM visits.
+    """How much of a picture is left at each timestep: z_t = √ᾱ_t z_0 + √(1 − ᾱ_t) ε; and which timesteps are visited.
 
     config: fields of a public scheduler_config.json; the defaults are Stable Diffusion's.
     """
@@ -43,14 +50,15 @@ class Schedule:
         self.alpha_bar = torch.cumprod(1 - beta, dim=0)  # (T,)
         self.final_alpha_bar = torch.tensor(1.0) if config["set_alpha_to_one"] else self.alpha_bar[0]
 
-    def timesteps(self, steps: int) -> list[int]:
+    def timesteps(self, steps: int, start: int | None = None) -> list[int]:
         """`steps` timesteps, evenly spaced, the noisiest first; for 50 of T = 1000, by the field timestep_spacing:
 
         - leading: 981, 961, …, 1. Where T is no multiple of `steps` the noisy end is cut: 400 start at 799.
         - trailing: 999, 979, …, 19. Few-step models are trained for it: a single step visits 999.
         - linspace: 999, 979, 958, …, 0.
 
-        Whatever the spacing, a step at t ends at t − T // steps, as in diffusers. Raises BadInput for too many.
+        Whatever the spacing, a step of DDIM at t ends at t − T // steps, as in diffusers. Of a walk that begins at
+        `start`, those up to there. Raises BadInput for too many steps, and where none is left.
         """
         if self.config["timestep_spacing"] == "trailing":
             ts = np.arange(self.T, 0, -self.T / steps)[:steps].round() - 1
@@ -60,7 +68,10 @@ class Schedule:
             ts = np.arange(steps)[::-1] * (self.T // steps) + self.config["steps_offset"]
         if steps > self.T or ts[0] >= self.T:
             raise BadInput(f"--steps {steps}: too many for this model's schedule of {self.T} timesteps; give fewer")
-        return ts.astype(int).tolist()
+        ts = [t for t in ts.astype(int).tolist() if start is None or t <= start]
+        if not ts:
+            raise BadInput(f"--refine-from: none of the {steps} steps is that late; raise it, or give more --steps")
+        return ts
 
     def alpha_bar_at(self, t: int) -> Tensor:
         """ᾱ_t; for t < 0, after the last step, the final value."""
@@ -112,21 +123,58 @@ def ddim_step(eps: Tensor, z_t: Tensor, alpha_bar: Tensor, alpha_bar_prev: Tenso
     return (z_prev + sigma * noise if sigma > 0 else z_prev), z_0
 
 
+Step = tuple[int, Tensor, Tensor]  # (t, z_{t−1}, ẑ_0)
+
+
 def ddim(eps_model: Callable[[Tensor, int], Tensor], z_T: Tensor, schedule: Schedule, steps: int = Painting.steps,
          eta: float = 0.0, generators: list[torch.Generator] | None = None,
-         edit: Callable[[Tensor, int], Tensor] | None = None) -> Iterator[tuple[int, Tensor, Tensor]]:
+         edit: Callable[[Tensor, int], Tensor] | None = None, start: int | None = None) -> Iterator[Step]:
     """Walks from z_T (B, 4, h, w) to z_0; yields (t, z_{t−1}, ẑ_0) after every step.
 
     eps_model(z, t) -> eps; generators, one per picture, draw the steps' noise where η > 0. edit(z, t) -> z changes the
     result of each step, at its timestep t (below 0 at the end), so that known parts of the picture can be put back.
+    Given `start`, it walks only the steps up to there, from z_T at the first of them.
     """
     z, stride = z_T, schedule.T // steps
-    for t in schedule.timesteps(steps):
+    for t in schedule.timesteps(steps, start):
         eps = eps_model(z, t)
         noise = torch.cat([draw_noise(z.shape[1:], g) for g in generators]).to(z) if eta > 0 else None
         z, z_0 = ddim_step(eps, z, schedule.alpha_bar_at(t), schedule.alpha_bar_at(t - stride), eta, noise)
         z = edit(z, t - stride) if edit else z
         yield t, z, z_0
+
+
+def dpm(eps_model: Callable[[Tensor, int], Tensor], z_T: Tensor, schedule: Schedule, steps: int = Painting.steps,
+        edit: Callable[[Tensor, int], Tensor] | None = None, start: int | None = None) -> Iterator[Step]:
+    """DPM-Solver++ (2M) (Lu et al. 2022, Algorithm 2), as `ddim`: second order, from the guesses ẑ_0 of two steps.
+
+    With α = √ᾱ, σ = √(1 − ᾱ), λ = log(α / σ), and h = λ_{t−1} − λ_t the length of a step, h' that of the one before:
+
+        z_{t−1} = (σ_{t−1} / σ_t) z_t − α_{t−1} (e^{−h} − 1) D,    D = ẑ_0 + h / (2 h') (ẑ_0 − ẑ_0'),
+
+    D being ẑ_0 extrapolated to the middle of the step. The first step has none before it, and at the last, to a clean
+    picture, h may be infinite: there D = ẑ_0, which makes the step DDIM's.
+    """
+    z, timesteps, before = z_T, schedule.timesteps(steps, start), None
+    for t, to in zip(timesteps, [*timesteps[1:], -1]):
+        a, a_to = float(schedule.alpha_bar_at(t)), float(schedule.alpha_bar_at(to))  # ᾱ
+        z_0 = D = (z - (1 - a) ** 0.5 * eps_model(z, t)) / a**0.5
+        lambda_t, lambda_to = (0.5 * math.log(x / (1 - x)) if x < 1 else math.inf for x in (a, a_to))
+        if before and to >= 0:
+            z_0_before, lambda_before = before
+            D = z_0 + (lambda_to - lambda_t) / (2 * (lambda_t - lambda_before)) * (z_0 - z_0_before)
+        z = ((1 - a_to) / (1 - a)) ** 0.5 * z - a_to**0.5 * math.expm1(lambda_t - lambda_to) * D
+        z, before = edit(z, to) if edit else z, (z_0, lambda_t)
+        yield t, z, z_0
+
+
+def walk(eps_model: Callable[[Tensor, int], Tensor], z_T: Tensor, schedule: Schedule, how: Painting,
+         generators: list[torch.Generator], edit: Callable[[Tensor, int], Tensor] | None = None,
+         start: int | None = None) -> Iterator[Step]:
+    """`ddim` or `dpm`, as `how` says."""
+    if how.sampler == "dpm++":
+        return dpm(eps_model, z_T, schedule, how.steps, edit, start)
+    return ddim(eps_model, z_T, schedule, how.steps, how.eta, generators, edit, start)
 
 
 def seeded(seed: int, count: int = 1) -> list[torch.Generator]:
@@ -171,28 +219,28 @@ def guided(unet: UNet, schedule: Schedule, given: Conditions, guidance: float) -
 
 
 def first_latent(schedule: Schedule, generators: list[torch.Generator], shape: tuple[int, int, int], steps: int,
-                 z_ref: Tensor | None = None, device="cpu") -> Tensor:
+                 z_ref: Tensor | None = None, device="cpu", start: int | None = None) -> Tensor:
     """z_T (B, *shape) float32: pure noise or, given the reference's latent z_ref, that noised to the first timestep."""
     noise = torch.cat([draw_noise(shape, g) for g in generators]).to(device)
     if z_ref is None:
         return noise
-    return schedule.add_noise(z_ref.to(noise), noise, torch.full((len(noise),), schedule.timesteps(steps)[0]))
+    return schedule.add_noise(z_ref.to(noise), noise, torch.full((len(noise),), schedule.timesteps(steps, start)[0]))
 
 
 @torch.no_grad()
 def sample(unet: UNet, schedule: Schedule, given: Conditions, generators: list[torch.Generator],
            shape: tuple[int, int, int], how: Painting, z_ref: Tensor | None = None,
-           on_step: Callable[[int, Tensor, Tensor], None] | None = None) -> Tensor:
+           on_step: Callable[[int, Tensor, Tensor], None] | None = None, start: int | None = None) -> Tensor:
     """Denoises B = len(generators) pictures -> z_0 (B, *shape) float32, scaled as the UNet's latents are.
 
     z_ref (B, *shape): the references' latents, from which z_T starts (section 3.3). on_step(t, z_{t−1}, ẑ_0) is called
-    after every step.
+    after every step. The second pass is the walk's part from `start` = T' on, z_ref being the first one's pictures.
     """
     if given.mask is not None:  # area averages of area averages are the same: the full size is averaged only once
         given = given._replace(mask=mask_at(given.mask, *shape[1:]))
-    z_T = first_latent(schedule, generators, shape, how.steps, z_ref, unet.conv_in.weight.device)
+    z_T = first_latent(schedule, generators, shape, how.steps, z_ref, unet.conv_in.weight.device, start)
     eps_model = guided(unet, schedule, given, how.guidance)
-    for t, z, z_0 in ddim(eps_model, z_T, schedule, how.steps, how.eta, generators):
+    for t, z, z_0 in walk(eps_model, z_T, schedule, how, generators, start=start):
         if on_step:
             on_step(t, z, z_0)
     return z

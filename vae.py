@@ -4,11 +4,26 @@ Read from the end: VAE, its encoder and decoder, the levels they are made of. Bu
 vae/config.json, with its names. Shapes: pictures (B, 3, H, W); latents (B, 4, h, w) with h = H / f, f = 8 for SD 1.5.
 """
 
-import torch.nn.functional as F
+from collections.abc import Callable
+from functools import partial
+from itertools import chain
+
 from torch import Tensor, nn
 
 from attention import attend
 from model import Downsample, ResnetBlock, Upsample
+from support.strips import in_strips, norm_silu_conv
+
+
+class VAEResnet(ResnetBlock):
+    """The UNet's residual block without a timestep. (B, C_in, h, w) -> (B, C, h, w)."""
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int):
+        super().__init__(in_channels, out_channels, groups, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = norm_silu_conv(self.norm2, self.conv2, norm_silu_conv(self.norm1, self.conv1, x))
+        return h.add_(self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)  # in place: at the peak of memory
 
 
 class VAEAttention(nn.Module):
@@ -33,7 +48,7 @@ class VAEMidBlock(nn.Module):
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock(channels, channels, groups, 1e-6) for _ in range(2))
+        self.resnets = nn.ModuleList(VAEResnet(channels, channels, groups) for _ in range(2))
         self.attentions = nn.ModuleList([VAEAttention(channels, groups)])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -48,18 +63,16 @@ class VAELevel(nn.Module):
     def __init__(self, layers: int, in_channels: int, out_channels: int, groups: int, resample: str | None):
         super().__init__()
         self.resnets = nn.ModuleList(
-            ResnetBlock(in_channels if i == 0 else out_channels, out_channels, groups, 1e-6) for i in range(layers))
+            VAEResnet(in_channels if i == 0 else out_channels, out_channels, groups) for i in range(layers))
         if resample == "down":
             self.downsamplers = nn.ModuleList([Downsample(out_channels, asymmetric=True)])
         if resample == "up":
             self.upsamplers = nn.ModuleList([Upsample(out_channels)])
 
-    def forward(self, x: Tensor) -> Tensor:
-        for resnet in self.resnets:
-            x = resnet(x)
-        for resample in (*getattr(self, "downsamplers", ()), *getattr(self, "upsamplers", ())):
-            x = resample(x)
-        return x
+    def layers(self) -> list[Callable[[Tensor], Tensor]]:
+        """In their order. Whoever calls them one by one holds no level's input until its end: it may be 1 GB."""
+        up = [partial(in_strips, upsampler) for upsampler in getattr(self, "upsamplers", ())]
+        return [*self.resnets, *getattr(self, "downsamplers", ()), *up]
 
 
 class VAEEncoder(nn.Module):
@@ -79,9 +92,9 @@ class VAEEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
-        for block in self.down_blocks:
-            x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+        for layer in chain(*(block.layers() for block in self.down_blocks), [self.mid_block]):
+            x = layer(x)
+        return norm_silu_conv(self.conv_norm_out, self.conv_out, x)
 
 
 class VAEDecoder(nn.Module):
@@ -101,9 +114,9 @@ class VAEDecoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(z))
-        for block in self.up_blocks:
-            x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        for layer in chain(*(block.layers() for block in self.up_blocks)):
+            x = layer(x)
+        return norm_silu_conv(self.conv_norm_out, self.conv_out, x)
 
 
 class VAE(nn.Module):

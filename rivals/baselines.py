@@ -18,7 +18,7 @@ from torch import Tensor
 from clip import CLIP
 from data import background_hint
 from generate import Canvas, encode_prompts
-from sampler import Conditions, Painting, ddim, draw_noise, first_latent, guided
+from sampler import Conditions, Painting, draw_noise, first_latent, guided, walk
 from weights import StableDiffusion
 
 # Strength of Blended Diffusion's guidance, ours. On pairs of training ads, 0 left the reference's scene to chance, 50
@@ -55,7 +55,7 @@ def stable_diffusion(sd: StableDiffusion, canvas: Canvas, how: Painting, on_step
         eps_model = partial(guide, eps_model)
     z_T = first_latent(sd.schedule, canvas.generators, shape, how.steps,
                        None if canvas.reference is None else z_known, z_known.device)
-    for t, z, z_0 in ddim(eps_model, z_T, sd.schedule, how.steps, how.eta, canvas.generators, put_back):
+    for t, z, z_0 in walk(eps_model, z_T, sd.schedule, how, canvas.generators, put_back):
         if on_step:
             on_step(t, z, z_0)
     return sd.decode(z)

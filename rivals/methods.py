@@ -16,7 +16,7 @@ from torch import Tensor
 
 import train
 from clip import CLIP
-from generate import paint, paint_ads, prompts_by_category
+from generate import paint_ads, prompts_by_category
 from rivals.baselines import blended_diffusion, stable_diffusion
 from sampler import Painting
 from support.batch import paint_items, result_path
@@ -148,8 +148,9 @@ class Lab:
         cg = None if method.plain_prompt else self.networks.path("cg")
         models = self.load(method, categories)
         texts = prompts_by_category(identifiers_of(categories, cg), models.sd.tokenizer)
-        painter = partial(paint_ads, painter=self.painter(method, models), size=models.size,
-                          multiple=models.sd.multiple, steps=self.how.steps)
+        hint = self.how.hint if method.cg == "controlnet" else "product"  # --hint is --controlnet's
+        how = replace(self.how, from_reference=method.from_reference, hint=hint)
+        painter = partial(paint_ads, models=models, how=how, painter=self.rival(method, models))
         paint_items(items, texts, painter, out, record, models.dtype, self.seed, self.batch)
 
     def load(self, method: Method, categories: set[str]) -> Models:
@@ -161,14 +162,10 @@ class Lab:
         choice = replace(self.choice, pg=pg, **{place: self.networks.path(method.cg)})
         return load_models(choice, self.size, categories, with_pg=pg is not None)
 
-    def painter(self, method: Method, models: Models) -> Callable:
-        """painter(canvas, on_step) -> pictures, as generate.paint."""
-        if method.rival:
-            guide = {"clip": self.load_clip(method.clip), "strength": self.strength} if method.clip else {}
-            return partial(method.rival, models.sd, how=self.how, **guide)
-        hint = self.how.hint if method.cg == "controlnet" else "product"  # --hint is --controlnet's
-        how = replace(self.how, from_reference=method.from_reference, hint=hint)
-        return partial(paint, models.sd, how=how, cg=models.cg, pg=models.pg)
+    def rival(self, method: Method, models: Models) -> Callable | None:
+        """painter(canvas, on_step) -> pictures, as generate.paint; None for a method of our own networks."""
+        guide = {"clip": self.load_clip(method.clip), "strength": self.strength} if method.clip else {}
+        return method.rival and partial(method.rival, models.sd, how=self.how, **guide)
 
     def load_clip(self, name: str) -> CLIP:
         return load_clip(self.networks.path(name), self.choice.device, torch.float32)

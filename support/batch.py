@@ -41,6 +41,19 @@ def line_of(item: Item, seed: int, dtype: str, record: dict) -> dict:
             "category": item.category, "seed": seed, "dtype": dtype, "how": record}
 
 
+def first_path(path: Path) -> Path:
+    """Where --keep-first keeps what the first pass painted, beside the finished picture. No other result ends so."""
+    return path.with_name(result_name(f"{path.stem}_first", ".png"))
+
+
+def kept_files(pictures: list[Tensor], path: Path, line: dict) -> list[tuple[Tensor, Path, dict]]:
+    """What is saved of an ad: its picture and, where it was kept, that of the first pass, whose line is that of a
+    picture without a second pass.
+    """
+    first = line | {"how": {n: v for n, v in line["how"].items() if not n.startswith("refine")} | {"refine": 1}}
+    return [*zip(pictures, (path, first_path(path)), (line, first))]
+
+
 class Manifest:
     """manifest.jsonl, a line for each picture of a folder. Files are compared by name, since data sets are moved."""
 
@@ -60,10 +73,11 @@ class Manifest:
             if there[name] != line[name]:
                 self.refuse(file, f"with {name} {there[name]}")
         old, new = there.get("how", {}), line["how"]
-        for name in old.keys() | new.keys():
+        for name in old | new:
             if old.get(name) != new.get(name):
-                option = f"--{name.replace('_', '-')} {old.get(name)}"
-                self.refuse(file, "with other weights" if name == "models" else f"with {option}")
+                option, value = f"--{name.replace('_', '-')}", old.get(name)
+                given = f"without {option}" if value is None or value is False else f"with {option} {value}"
+                self.refuse(file, "with other weights" if name == "models" else given)
 
     def refuse(self, file: str, how: str) -> None:
         raise BadInput(f"--out {self.file.parent} holds {file}, which was painted {how}; name another folder, or give "
@@ -87,10 +101,11 @@ def one_ahead(read: Callable, chunks: list[list]) -> Iterator[dict]:
 
 
 def paint_items(items: list[Item], texts: dict[str, tuple[str, str, str]],
-                paint_ads: Callable[[list[Ad]], list[Tensor]], out: Path, record: dict, dtype: str, seed: int,
-                batch: int) -> tuple[int, int, int]:
+                paint_ads: Callable[[list[Ad]], list[list[Tensor]]], out: Path, record: dict, dtype: str, seed: int,
+                batch: int, keep_first: bool = False) -> tuple[int, int, int]:
     """Paints all items of a data set that are not in `out` yet -> how many were painted, were there, are broken;
-    broken ones are named and skipped. Item i is painted with seed + i; texts by category; record: how, see record.py.
+    broken ones are named and skipped. Item i is painted with seed + i; texts by category; record: how, see record.py;
+    keep_first: whether the first pass's pictures are to be there too.
 
     Under torchrun each process paints its share. Raises BadInput where `out` holds pictures of the same names that were
     painted from other items or in another way.
@@ -101,7 +116,8 @@ def paint_items(items: list[Item], texts: dict[str, tuple[str, str, str]],
         manifest.check(path.name, line)
     rank, world = processes()
     share = range(rank, len(items), world)
-    todo = [i for i in share if paths[i].name not in manifest.lines or not paths[i].exists()]
+    wanted = [[path, first_path(path)] if keep_first else [path] for path in paths]
+    todo = [i for i in share if paths[i].name not in manifest.lines or not all(map(Path.exists, wanted[i]))]
     chunks = [todo[k : k + batch] for k in range(0, len(todo), batch)]
 
     def read(i: int) -> Ad | BadInput:
@@ -110,9 +126,10 @@ def paint_items(items: list[Item], texts: dict[str, tuple[str, str, str]],
         except BadInput as error:
             return error
 
-    def write(indices: Iterable[int], pictures: list[Tensor], seconds: float) -> None:
-        for i, picture in zip(indices, pictures):
-            save_image(picture, paths[i], text={"how": json.dumps(lines[i])})
+    def write(indices: Iterable[int], pictures: list[list[Tensor]], seconds: float) -> None:
+        for i, of_ad in zip(indices, pictures):
+            for picture, path, line in kept_files(of_ad, paths[i], lines[i]):
+                save_image(picture, path, text={"how": json.dumps(line)})
             manifest.append({"item": i, "file": paths[i].name} | lines[i] | {"seconds": round(seconds, 3)})
 
     broken, written = 0, None

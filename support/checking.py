@@ -1,5 +1,6 @@
 """Support: loading a whole data set to see what is wrong with it; not needed to understand the paper."""
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from support.cutouts import SOLID
 from support.datasets import Item, refuse_many_broken
 from support.machine import cores
 from support.names import one_line
+from support.options import Parser, whole_number
 
 BLANK_DISTANCE, BLANK_PART = 0.04, 0.98  # blank: 98% of the background is within 0.04 of its median colour
 
@@ -58,3 +60,22 @@ def print_next_commands(root: Path, split: str) -> None:
         of_split = "" if own else f" --split {split}"
         print(f"next, with the CG and PG that you trained: python generate.py --data {root}{of_split} --out results "
               "--weights SD15 --cg CG --pg PG")
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options of data.py."""
+    parser = Parser(description="Check a data set: report what is in it and what was assumed, load every picture, find "
+                    "blank backgrounds, and draw eight items as the networks see them.")
+    add = parser.add_argument
+    add("dir", type=Path, help="BG60k's root, or a folder with metadata.jsonl")
+    add("--split", default="bg60k", help="bg60k (default), bg1k or bgpair")
+    add("--sheet", metavar="FILE", type=Path, help="draw eight items here: image, mask, CG's hint, PG's hint")
+    add("--size", metavar="N", type=whole_number(1, 4096), default=512, help="side of the training images [512 px]")
+    add("--list", action="store_true",
+        help="first write metadata.jsonl, from DIR/CATEGORY/NAME.png and NAME_mask.png or alpha")
+    add("--drop-blank", action="store_true",
+        help="take images with a blank background out of the list; the whole list stays as FILE.all")
+    return parser.parse_args(arguments)

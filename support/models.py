@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from model import ControlNet
-from sampler import Painting
 from support.datasets import read_identifiers
 from support.files import BadInput
 from support.images import canvas_size
 from support.machine import pick_device, pick_dtype
-from support.options import real_number, whole_number
 from support.tensors import model_fingerprint
 from weights import StableDiffusion, load_control, load_stable_diffusion
 
@@ -123,16 +121,6 @@ def identifiers_of(names: set[str], cg: Path | None, plain_prompt: bool = False,
         some = ", ".join([*known][:20]) + (f", ... ({len(known):,} in all, see {file})" if len(known) > 20 else "")
         raise BadInput(f"CG was not trained on category {unknown[0]!r}; choose one of {some}{remedy}")
     return {name: known.get(name) for name in names}
-
-
-def add_walk_options(add: Callable) -> None:
-    """How pictures are painted. add: a parser's add_argument."""
-    add("--steps", metavar="N", type=whole_number(1, 500), default=Painting.steps,
-        help=f"steps of DDIM [{Painting.steps}, the paper's]")
-    add("--guidance", metavar="X", type=real_number(1, 30), default=Painting.guidance,
-        help=f"weight of the prompt, 1: without guidance [{Painting.guidance}, the paper's]")
-    add("--size", metavar="N", type=whole_number(8, 4096),
-        help="longer side of the painted canvas in pixels [the base's: toy 128, SD 1.5 and the paper 512]")
 
 
 def add_model_options(add: Callable) -> None:

@@ -7,6 +7,9 @@
     python tests/bench.py train              # training steps of that size beside diffusers, memory, the loader
     python tests/bench.py batch              # the toy: pictures a second by batch size, and one process a picture
     python tests/bench.py photo              # a photo of 49 megapixels on one core: time and memory beside the painting
+    python tests/bench.py samplers           # the toy: how far DDIM and DPM-Solver++ are from 250 steps, by steps
+    python tests/bench.py refine             # SD 1.5's size: the second pass, 512 -> 1024 px: time and peak memory
+    python tests/bench.py vae                # SD 1.5's VAE alone at 1024 px: peak memory, whole and in strips
 """
 
 import argparse
@@ -421,6 +424,115 @@ def batch() -> None:
           "(aim 5)")
 
 
+# ---------------------------------------------------------------- samplers
+
+
+def samplers() -> None:
+    """The distance to the picture of 250 DDIM steps from the same noise: root mean square over four held-out products
+    by the toy's CG, in levels of 255, before the second pass.
+    """
+    import torch
+
+    sys.path.insert(0, str(ROOT))
+    from generate import Canvas, paint, prompts_by_category
+    from sampler import Painting, seeded
+    from support.images import fit, load_cutout
+    from support.models import ModelChoice, load_models
+
+    names = ["perfume", "laptop", "sneaker", "watch"]
+    models = load_models(ModelChoice(dtype="float32"), None, {*names})
+    texts = prompts_by_category(models.identifiers, models.sd.tokenizer)
+    rgb, mask = zip(*(load_cutout(ROOT / "toy" / "samples" / f"{name}.png") for name in names))
+    rgb, mask = (torch.stack([fit(x, models.size, models.size, "contain")[0] for x in xs]) for xs in (rgb, mask))
+
+    def pictures(steps: int, sampler: str) -> torch.Tensor:
+        canvas = Canvas(rgb, mask, [texts[name] for name in names], seeded(0, len(names)))
+        return paint(models.sd, canvas, Painting(steps, sampler=sampler), models.cg)
+
+    exact = pictures(250, "ddim")
+    print("| steps | DDIM | DPM-Solver++ (2M) |\n| --- | --- | --- |")
+    for steps in (5, 10, 15, 20, 25, 50):
+        far = [255 * (pictures(steps, sampler) - exact).square().mean().sqrt() for sampler in ("ddim", "dpm++")]
+        print(f"| {steps} | {far[0]:.1f} | {far[1]:.1f} |", flush=True)
+
+
+# ---------------------------------------------------------------- the second pass at SD 1.5's size
+
+REFINE = """
+import json, resource, sys, time
+sys.path.insert(0, ".")
+import torch
+from generate import Canvas, paint
+from sampler import Painting, Schedule, seeded
+from weights import load_control, load_stable_diffusion
+folder, dtype, steps = sys.argv[1], getattr(torch, sys.argv[2]), int(sys.argv[3])
+device = "cuda" if torch.cuda.is_available() else "cpu"
+sd = load_stable_diffusion(folder, device, dtype)
+cg, pg = (load_control(f"{folder}/{n}", k, device, dtype) for n, k in (("cg", "category"), ("pg", "personality")))
+how, texts = Painting(steps, refine=2, refine_from=999), [("a photo of mug", "mug", "sks 0")]  # all steps, both times
+out, painted, generators = {}, None, seeded(0)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+out["peak of the load"] = peak()
+for size in (512, 1024):
+    marks, picture, mask = [], torch.rand(1, 3, size, size), torch.zeros(1, 1, size, size)
+    mask[..., size // 4 : 3 * size // 4, size // 4 : 3 * size // 4] = 1
+    begin = time.perf_counter()
+    canvas = Canvas(picture, mask, texts, generators, picture, mask)
+    painted = paint(sd, canvas, how, cg, pg, first=painted, on_step=lambda *_: (
+        device == "cuda" and torch.cuda.synchronize(), marks.append(time.perf_counter()))).cpu()
+    step = min(b - a for a, b in zip(marks, marks[1:]))
+    out |= {f"step {size}": step, f"rest {size}": time.perf_counter() - begin - steps * step, f"peak {size}": peak()}
+schedule = Schedule()
+out["steps"] = [len(schedule.timesteps(50)), len(schedule.timesteps(50, Painting.refine_from))]
+"""
+
+
+def refine(folder: Path, steps: int) -> None:
+    """The time of 50 steps and the second pass's part of them is worked out from a few steps' time."""
+    import torch
+
+    sys.path.insert(0, str(ROOT))
+    from support.machine import pick_dtype
+
+    make_sd15(folder)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for dtype in dict.fromkeys((["float32"] if device == "cpu" else []) + [str(pick_dtype("auto", device))[6:]]):
+        run = measured(REFINE, folder, dtype, steps)
+        seconds = [run[f"rest {size}"] + n * run[f"step {size}"] for size, n in zip((512, 1024), run["steps"])]
+        print(f"{dtype}: a step {run['step 512']:.1f} s at 512 px, {run['step 1024']:.1f} s at 1024 px; all "
+              f"{run['steps'][0]} steps {seconds[0]:.0f} s, the second's {run['steps'][1]} {seconds[1]:.0f} s more")
+        peaks = [f"{run[f'peak {when}'] / 1e9:.2f} GB" for when in ("of the load", 512, 1024)]
+        print(f"{dtype}: peak memory {peaks[0]} after the load, {peaks[1]} after the first pass, {peaks[2]} after the "
+              f"second; on the GPU {run['cuda peak'] / 1e9:.2f} GB")
+
+
+VAE = """
+import json, resource, sys
+sys.path[:0] = [".", "tests"]
+import torch
+from bench import VAE_CONFIG
+from support import strips
+from vae import VAE
+part, dtype, in_strips = sys.argv[1], getattr(torch, sys.argv[2]), int(sys.argv[3])
+strips.STRIP = strips.STRIP if in_strips else 2**40
+network = VAE(VAE_CONFIG).to(dtype).eval()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+with torch.inference_mode():
+    if part == "decode":
+        network.decode(torch.randn(1, 4, 128, 128, dtype=dtype))
+    else:
+        network.encode(torch.randn(1, 3, 1024, 1024, dtype=dtype))
+out = {"grown": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before}
+"""
+
+
+def vae() -> None:
+    """What decoding and encoding a picture of 1024 px in float32 take beside the weights."""
+    for part in ("decode", "encode"):
+        whole, strips = (measured(VAE, Path(part), "float32", strips)["grown"] for strips in (0, 1))
+        print(f"{part} 1024 px, float32: {whole / 1e9:.2f} GB whole, {strips / 1e9:.2f} GB in strips")
+
+
 # ---------------------------------------------------------------- a large photo
 
 MAKE_PHOTO = """
@@ -466,10 +578,14 @@ def photo() -> None:
 # ---------------------------------------------------------------- the toy
 
 
+FAST = "--sampler", "dpm++", "--steps", "20"
+
+
 def toy(everything: bool) -> None:
     with tempfile.TemporaryDirectory() as out:
         default = ("generate.py", "--out", out)
-        print(f"python generate.py, 50 steps, whole process   {process(*default):6.1f} s   (aim: 12)")
+        print(f"python generate.py, 50 steps, whole process   {process(*default):6.1f} s   (aim: 15)")
+        print(f"    --sampler dpm++ --steps 20                {process(*default, *FAST):6.1f} s   (aim: 8)")
         print(f"                    peak memory               {peak(*default):6.0f} MB  (aim: 1000)")
     bare = process("-c", "import torch")
     print(f"import torch                                  {bare:6.2f} s")
@@ -486,20 +602,22 @@ def toy(everything: bool) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=["toy", "sd15", "train", "batch", "photo"], default="toy")
+    parser.add_argument("what", nargs="?", default="toy",
+                        choices=["toy", "sd15", "train", "batch", "photo", "samplers", "refine", "vae"])
     parser.add_argument("--all", action="store_true", help="toy: also what takes minutes")
-    parser.add_argument("--steps", type=int, default=4, help="sd15: denoising steps of the pictures [4]")
-    parser.add_argument("--folder", type=Path, help="sd15, train: keep the 7.2 GB of random weights here [not kept]")
+    parser.add_argument("--steps", type=int, default=4, help="sd15, refine: denoising steps of the pictures [4]")
+    parser.add_argument("--folder", type=Path, help="sd15, train, refine: keep the random weights, 7.2 GB [not kept]")
     args = parser.parse_args()
     if args.steps < 2:
         parser.error("--steps must be at least 2: the first is not timed alone")
     print(machine())
-    if args.what in ("toy", "batch", "photo"):
-        {"toy": partial(toy, args.all), "batch": batch, "photo": photo}[args.what]()
+    alone = {"toy": partial(toy, args.all), "batch": batch, "photo": photo, "samplers": samplers, "vae": vae}
+    if args.what in alone:
+        alone[args.what]()
         return
     with nullcontext(args.folder) if args.folder else tempfile.TemporaryDirectory() as folder:
-        if args.what == "sd15":
-            sd15(Path(folder), args.steps)
+        if args.what in ("sd15", "refine"):
+            {"sd15": sd15, "refine": refine}[args.what](Path(folder), args.steps)
         else:
             loader()
             training(Path(folder))

@@ -431,7 +431,8 @@ def test_pictures_are_kept_for_what_they_were_painted_of(ads, tiny, tmp_path, mo
     for harmless in ("--limit 2", "--batch 3", "--centres 5", "--strength 3", f"--clip {tiny['--guide-clip']}",
                      f"--pg {tiny['--cg']}"):
         assert folder(*harmless.split()) == first, harmless
-    others = ["--steps 7", "--guidance 3", "--size 32", "--seed 5", "--dtype float32", f"--cg {tiny['--cg-plain']}"]
+    others = ["--steps 7", "--guidance 3", "--size 32", "--seed 5", "--dtype float32", "--sampler dpm++", "--refine 2",
+              "--refine 2 --refine-from 400", f"--cg {tiny['--cg-plain']}"]
     assert len({first, *(folder(*other.split()) for other in others)}) == 1 + len(others)
     assert folder("--strength", "3", method="blended-diffusion") != folder(method="blended-diffusion")
     rows = [line.split("\t") for line in info.read_text().splitlines()]

@@ -16,19 +16,22 @@ from PIL import Image
 
 import generate
 from clip import TextEncoder, load_tokenizer
+from data import Ad, background_hint, product_hint
 from model import CategoryGenerator, PersonalityGenerator, UNet
+from sampler import Painting
 from support import models
-from support.files import one_line_errors
-from support.images import resize
+from support.files import one_line_errors, write_json
+from support.images import fit, resize
+from support.painting import painting_of
 from support.record import HARMLESS, record_of
 from toy.stages import TOY_TEXT, TOY_UNET, TOY_VAE, train_tokenizer
 from vae import VAE
-from weights import control_config, save_control, save_module
+from weights import StableDiffusion, control_config, save_control, save_module
 
 ROOT = Path(generate.__file__).parent
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CATEGORIES = {"mug": "sks 0", "running shoe": "sks 1", "watch": "sks 2"}
-STEPS = 2
+QUICK = "--steps 2 --refine 1 --device cpu --dtype float32".split()
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +61,7 @@ def run(toy, tmp_path, monkeypatch, capsys):
     def main(*arguments):
         capsys.readouterr()
         with one_line_errors():
-            generate.main(["--steps", str(STEPS), "--device", "cpu", "--dtype", "float32", *map(str, arguments)])
+            generate.main([*QUICK, *map(str, arguments)])
         out, err = capsys.readouterr()
         return [Path(line) for line in out.splitlines()], err
 
@@ -256,6 +259,89 @@ def test_a_branch_from_before_a_category_was_added_belongs_with_cg_and_one_with_
             models.check_identifiers(cg, branch(name, identifiers))
 
 
+# ---------------------------------------------------------------- the second pass
+
+
+def refined(*arguments):
+    """The options for a second pass that begins at the last of two steps."""
+    return "--refine", 2, "--refine-from", 400, *arguments
+
+
+def test_the_toy_has_a_second_pass_by_the_base_alone_and_other_bases_have_one_on_request():
+    def how(*arguments, **others):
+        return painting_of(generate.options("").parse_args([*map(str, arguments)]), **others)
+
+    assert how() == Painting(refine=2, refine_from=how().refine_from, refine_alone=True)
+    assert how("--refine", 1).refine == how(refine=1).refine == 1
+    assert how("--weights", "sd") == Painting()
+    assert how("--weights", "sd", *refined()) == Painting(refine=2, refine_from=400)
+
+
+def test_keep_first_saves_the_picture_that_a_first_pass_alone_paints(run):
+    rgb, mask = cutout("mug.png", 60, 90)
+    [alone], _ = run(*mug(), "--out", "alone")
+    [final, first], _ = run(*mug(), *refined("--keep-first"))
+    assert [p.name for p in (final, first)] == ["mug_0.png", "mug_0_first.png"]
+    assert (pixels(first) == pixels(alone)).all() and (pixels(final) != pixels(first)).any()
+    assert (pixels(final)[mask == 255] == rgb[mask == 255]).all()
+    [line], _ = run("--how", first)
+    [again], _ = run(*shlex.split(str(line))[2:], "--out", "again")
+    assert (pixels(again) == pixels(alone)).all()
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm++"])
+def test_a_second_pass_paints_a_seed_the_same_alone_and_in_a_batch(run, sampler):
+    cutout("mug.png")
+    (_, together, _), _ = run(*mug(), *refined("--sampler", sampler, "--num", 2, "--out", "two"))
+    [alone], _ = run(*mug(), *refined("--sampler", sampler, "--seed", 1, "--out", "one"))
+    assert np.abs(pixels(together).astype(int) - pixels(alone)).max() <= 1
+
+
+def test_a_second_pass_of_a_prompt_is_as_much_larger(run):
+    [path, first], _ = run("--prompt", "a photo of a mug", *refined("--keep-first"))
+    assert pixels(path).shape == pixels(first).shape == (128, 128, 3)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_the_second_pass_sees_the_ads_at_its_own_size_and_starts_from_the_first_picture(toy, monkeypatch, alone):
+    """A wide ad on canvases of 64 and 128 pixels: with all networks, or the base alone, with no prompt or guidance."""
+    seen, encoded, (h, w) = [], [], (40, 90)
+    models_ = models.load_models(models.ModelChoice(dtype="float32", device="cpu", weights=toy / "base",
+                                                    cg=toy / "cg", pg=toy / "pg"), None, {"mug"}, with_pg=True)
+    real_sample, real_encode = generate.sample, StableDiffusion.encode
+    monkeypatch.setattr(generate, "sample", lambda *a: seen.append(a) or real_sample(*a))
+    monkeypatch.setattr(StableDiffusion, "encode", lambda sd, x: encoded.append(x) or real_encode(sd, x))
+    rgb, mask = torch.rand(3, h, w), torch.from_numpy(disc(h, w)).float()[None] / 255
+    ad = Ad(rgb, mask, ("a mug in sks 0", "a mug", "sks 0"), 0, (rgb.flip(2), mask))
+    how = Painting(steps=2, refine=2, refine_from=600, refine_alone=alone)
+    painted = []
+    monkeypatch.setattr(generate, "check_finite", painted.append)
+    generate.paint_ads([ad], models_, how)
+    (_, _, small, *_), (_, _, large, _, shape, way, z_ref, _, start) = seen
+    assert (small.mask.shape, large.mask.shape) == ((1, 1, 32, 64), (1, 1, 64, 128)) and start == 600
+    assert torch.equal(large.mask[0], fit(mask, 64, 128, "contain")[0])
+    assert torch.equal(encoded[-1][0], resize(painted[0][0], 64, 128)) and shape == (4, 16, 32)
+    if alone:
+        assert large.branches == [] and way.guidance == 1 and torch.equal(large.prompts.P, large.unconditional.P)
+    else:
+        hints = (product_hint(*(fit(x, 64, 128, "contain")[0][None] for x in (rgb, mask))),
+                 background_hint(*(fit(x, 64, 128, "cover")[0][None] for x in ad.reference)))
+        for (branch, features), hint in zip(large.branches, hints, strict=True):
+            assert torch.equal(features, branch.hint_features(hint))
+        assert torch.equal(large.prompts.P, small.prompts.P) and way == how
+
+
+def test_a_rivals_picture_gets_the_second_pass_too(toy, monkeypatch):
+    models_ = models.load_models(models.ModelChoice(dtype="float32", device="cpu", weights=toy / "base"), None)
+    encoded, real = [], StableDiffusion.encode
+    monkeypatch.setattr(StableDiffusion, "encode", lambda sd, x: encoded.append(x) or real(sd, x))
+    ad = Ad(torch.zeros(3, 64, 64), torch.zeros(1, 64, 64), ("",) * 3, 0)
+    how = Painting(steps=2, refine=2, refine_from=600)
+    [[final, first]] = generate.paint_ads([ad], models_, how, lambda canvas, on_step: canvas.rgb + 0.5, keep_first=True)
+    torch.testing.assert_close(encoded[0], torch.full((1, 3, 128, 128), 0.5))
+    assert (first == 128).all() and (final != 128).any()
+
+
 # ---------------------------------------------------------------- data sets
 
 
@@ -300,9 +386,24 @@ def test_data_equals_single_pictures_and_goes_on(run, items, capsys):
         assert Path("all", name).stat().st_mtime_ns == before[Path("all", name)]
 
 
+def test_data_with_keep_first_has_both_pictures_and_one_line_an_item(run, items):
+    run("--data", items, "--limit", 3, *refined("--out", "all"))
+    before = {p.name: p.read_bytes() for p in Path("all").glob("*.png")}
+    out, _ = run("--data", items, "--limit", 3, *refined("--out", "all", "--keep-first"))
+    assert str(out[-1]) == "all: 3 painted, 0 were there, 0 broken"  # anew, as their first pictures were not kept
+    out, _ = run("--data", items, "--limit", 3, *refined("--out", "all", "--keep-first"))
+    assert str(out[-1]) == "all: 0 painted, 3 were there, 0 broken"
+    after = {p.name: p.read_bytes() for p in Path("all").glob("*.png")}
+    assert after.keys() - before.keys() == {f"{i:06}_{i}_first.png" for i in range(3)}
+    assert all(after[name] == before[name] for name in before)
+    files = [json.loads(line)["file"] for line in Path("all/manifest.jsonl").read_text().splitlines()]
+    assert {*files} == {f"{i:06}_{i}.png" for i in range(3)}
+
+
 @pytest.mark.parametrize("other, difference", [
     (("--seed", 8), "with seed 7"), (("--guidance", 3), "with --guidance 2.0"),
-    (("--start", "noise"), "with --start reference"), (("--eta", 1), "with --eta 0.0")])
+    (("--start", "noise"), "with --start reference"), (("--eta", 1), "with --eta 0.0"),
+    (("--sampler", "dpm++"), "with --sampler ddim"), (("--refine", 2), "with --refine 1")])
 def test_pictures_painted_in_another_way_are_not_taken_for_done(run, items, other, difference, capsys):
     run("--data", items, "--seed", 7, "--out", "all")
     with pytest.raises(SystemExit):
@@ -313,12 +414,12 @@ def test_pictures_painted_in_another_way_are_not_taken_for_done(run, items, othe
 
 def test_a_new_option_is_part_of_the_record_unless_it_is_listed_as_harmless():
     """So that pictures painted with another value are never taken for done because someone forgot to add a name."""
-    args = generate.options().parse_args([])
+    args = generate.options("").parse_args([])
     args.sparkle = 3
     assert record_of(args)["sparkle"] == 3
     assert not set(record_of(args)) & HARMLESS
-    recorded = {"steps", "guidance", "eta", "size", "start", "plain_prompt", "weights", "tokenizer", "cg", "pg",
-                "controlnet", "hint", "dtype"}
+    recorded = {"steps", "sampler", "guidance", "eta", "size", "refine", "refine_from", "start", "plain_prompt",
+                "weights", "tokenizer", "cg", "pg", "controlnet", "hint", "dtype"}
     assert {*vars(args)} - HARMLESS - {"sparkle"} == recorded
 
 
@@ -328,6 +429,7 @@ def test_a_new_option_is_part_of_the_record_unless_it_is_listed_as_harmless():
      "--guidance", "3.5"),
     ("--product", "rgb.png", "--mask", "mask.png", "--category", "running shoe", "--eta", "0.5", "--size", "96"),
     ("--product", "mug.png", "--category", "teapot", "--plain-prompt"),
+    ("--product", "mug.png", "--category", "mug", "--sampler", "dpm++", "--refine", 2, "--refine-from", 600),
     ("--prompt", "a photo of a mug", "--seed", 9)])
 def test_a_picture_says_how_it_was_painted_and_the_command_paints_it_again(run, toy, options):
     rgb, mask = cutout("mug.png")
@@ -412,7 +514,7 @@ def test_no_arguments_paint_the_sample(run, toy):
         (toy / "samples").symlink_to(ROOT / "toy" / "samples")
     for branch in ("cg", "pg"):
         (toy / branch / "categories.json").write_text(json.dumps(CATEGORIES | {generate.SAMPLE: "sks 3"}))
-    paths, _ = run()
+    paths, _ = run(*refined())
     assert [str(p) for p in paths] == ["out/perfume_0.png", "out/perfume_like_perfume_reference_0.png", "out/sheet.png"]
     product = pixels(ROOT / "toy" / "samples" / "perfume.png")
     solid = product[..., 3] == 255
@@ -499,6 +601,14 @@ BAD = {  # options: what the line says
     "--size 65": "--size 65: must be a multiple of 32, such as 64",
     "--size -64": "--size",
     "--size 1000000": "--size",
+    "--eta 0.5 --sampler dpm++": "--eta goes with --sampler ddim",
+    "--sampler euler": "--sampler",
+    "--refine 0": "--refine: '0' must be a whole number from 1 to 8",
+    "--refine 8 --size 1024": "--refine 8: paints 8192 pixels, more than 4096; lower it, or --size",
+    "--refine 2 --refine-from 0": "--refine-from: '0' must be a whole number from 1 to 999",
+    "--refine 2 --sampler dpm++ --steps 1 --weights trailing": "--refine-from: none of the 1 steps is that late",
+    "--refine-from 300": "--refine-from goes with a second pass; add --refine 2",
+    "--keep-first": "--keep-first goes with a second pass; add --refine 2",
     "--guidance 0": "--guidance",
     "--guidance nan": "--guidance",
     "--num 0": "--num",
@@ -536,6 +646,9 @@ def test_bad_input_is_one_line_and_writes_nothing(run, files, toy, tmp_path, opt
         (tmp_path / name / "config.json").write_bytes((toy / "pg" / "config.json").read_bytes())
     shutil.copytree(toy / "pg", tmp_path / "renamed")
     (tmp_path / "renamed" / "categories.json").write_text(json.dumps({"mug": "sks 1"}))
+    if "trailing" in options:
+        shutil.copytree(toy / "base", tmp_path / "trailing")
+        write_json({"timestep_spacing": "trailing"}, tmp_path / "trailing" / "scheduler" / "scheduler_config.json")
     if "other" in options:
         unet = TOY_UNET | {"block_out_channels": [8, 16, 16, 24], "cross_attention_dim": 32}
         save_control(CategoryGenerator(control_config(unet, 4)), tmp_path / "other", categories=CATEGORIES)

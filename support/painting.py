@@ -1,0 +1,124 @@
+"""Support: the settings of a painting, and what is wrong with them; not needed to understand the paper."""
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from sampler import Painting
+from support.files import BadInput
+from support.gallery import check_result_names
+from support.models import Models, add_model_options
+from support.options import Parser, check_folder, check_together, real_number, unicode_text, whole_number
+
+LARGEST = 4096  # pixels of the longer side that are painted
+# The toy's second pass: the base alone was trained at 256 px, on little noise and without prompts
+TOY_REFINE = {"refine": 2, "refine_from": 301, "refine_alone": True}
+
+
+def painting_of(args: argparse.Namespace, **others) -> Painting:
+    """How to paint, by the options that all programs have and by `others`: fields of Painting, --refine's default too.
+
+    Raises BadInput for options that do not go together.
+    """
+    fields = (TOY_REFINE if args.weights is None else {}) | others
+    fields |= {name: vars(args)[name] for name in ("refine", "refine_from") if vars(args)[name] is not None}
+    how = Painting(args.steps, args.guidance, hint=args.hint, sampler=args.sampler, **fields)
+    if how.eta and how.sampler != "ddim":
+        raise BadInput(f"--eta goes with --sampler ddim; leave it out, or --sampler {how.sampler}")
+    for option in ("refine_from", "keep_first"):
+        if how.refine == 1 and getattr(args, option, None):
+            raise BadInput(f"--{option.replace('_', '-')} goes with a second pass; add --refine 2")
+    return how
+
+
+def settled(how: Painting) -> dict:
+    """The part of the record that defaults may have decided: the second pass."""
+    if how.refine == 1:
+        return {"refine": 1}
+    return {"refine": how.refine, "refine_from": how.refine_from, "refine_alone": how.refine_alone}
+
+
+def count_steps(models: Models, how: Painting) -> int:
+    """The steps of both passes. Raises BadInput where the second is too large, or none of its steps is late enough."""
+    schedule, size = models.sd.schedule, how.refine * models.size
+    if size > LARGEST:
+        raise BadInput(f"--refine {how.refine}: paints {size} pixels, more than {LARGEST}; lower it, or --size")
+    second = schedule.timesteps(how.steps, how.refine_from * schedule.T // 1000) if how.refine > 1 else []
+    return len(schedule.timesteps(how.steps)) + len(second)
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def add_walk_options(add: Callable, refine: str) -> None:
+    """How pictures are painted. add: a parser's add_argument; refine: the default of --refine, in words."""
+    add("--steps", metavar="N", type=whole_number(1, 500), default=Painting.steps,
+        help=f"steps of denoising [{Painting.steps}, the paper's]")
+    add("--sampler", choices=["ddim", "dpm++"], default=Painting.sampler,
+        help="dpm++: DPM-Solver++ (2M), whose 20 steps do what DDIM does in 50 [ddim, the paper's]")
+    add("--guidance", metavar="X", type=real_number(1, 30), default=Painting.guidance,
+        help=f"weight of the prompt, 1: without guidance [{Painting.guidance}, the paper's]")
+    add("--size", metavar="N", type=whole_number(8, LARGEST),
+        help="longer side of the painted canvas in pixels [the base's: toy 128, SD 1.5 and the paper 512]")
+    add("--refine", metavar="N", type=whole_number(1, 8),
+        help=f"paint a second time on a canvas N times larger, 1: no second pass [{refine}]")
+    add("--refine-from", metavar="T", type=whole_number(1, 999),
+        help="noise to which the second pass goes back, in thousandths of the schedule: the more, the more is painted "
+        f"anew [toy {TOY_REFINE['refine_from']}, else {Painting.refine_from}]")
+
+
+def options(description: str) -> Parser:
+    """Those of generate.py."""
+    parser = Parser(description=description, formatter_class=partial(
+        argparse.RawDescriptionHelpFormatter, max_help_position=32, width=120))
+    add = parser.add_argument_group("what to paint [a sample of the toy]").add_argument
+    files = dict(metavar="FILE", type=Path, nargs="+")
+    add("--product", **files, help="photo, or several (JPEG, PNG, WebP, ...); its alpha channel is its mask")
+    add("--mask", **files, help="the product's mask, white on the product; one for each product")
+    add("--category", metavar="NAME", type=unicode_text, nargs="+",
+        help="the product's category, of CG's; one for all or one for each; "
+        "for a single product also several: it is painted in each")
+    add("--reference", **files, help="ad whose style the background follows (PG), or several [none: CG alone]")
+    add("--reference-mask", **files, help="mask of the product in the reference [its alpha channel]; one for each")
+    add("--data", metavar="DIR", type=Path, help="BG60k as released, or metadata.jsonl; goes on where it stopped")
+    add("--split", metavar="NAME", help="of the data set as released: bg60k, bg1k or bgpair [bg1k]")
+    add("--limit", metavar="N", type=whole_number(1, 10**9), help="only the first N items of the data set [all]")
+    add("--prompt", metavar="TEXT", type=unicode_text, help="plain text-to-image with the base alone")
+    add("--how", metavar="FILE", type=Path, help="print the command that paints this picture again, and paint nothing")
+    add = parser.add_argument_group("how").add_argument
+    add("--num", metavar="N", type=whole_number(1, 9999), default=1,
+        help="pictures, with seeds SEED, SEED + 1, ... [1]")
+    add("--seed", metavar="N", type=whole_number(0, 2**32 - 1), default=0,
+        help="of the noise; SEED + i for item i of --data [0]")
+    add_walk_options(add, "toy 2, else 1; the paper 1")
+    add("--eta", metavar="X", type=real_number(0, 1), default=Painting.eta,
+        help="DDIM's η: part of DDPM's noise that is added at each step [0: none, the paper's]")
+    add("--keep-first", action="store_true", help="save the picture of the first pass too, as NAME_first.png")
+    add("--start", metavar="FROM", choices=["reference", "noise"], default="reference",
+        help="z_T: the reference's latent, noised, or pure noise [reference, the paper's; noise without a reference]")
+    add("--plain-prompt", action="store_true",
+        help="a category that CG was not trained on gets the plain prompt 'A photo of NAME' [an error]")
+    add = parser.add_argument_group("models and machine").add_argument
+    add_model_options(add)
+    add("--batch", metavar="N", type=whole_number(1, 1024), default=4, help="pictures painted at once [4]")
+    add("--out", metavar="DIR", type=Path, default=Path("out"), help="where the pictures go [out]")
+    return parser
+
+
+def check(args) -> None:
+    """Raises BadInput for options that do not go together and for an --out that can't be written."""
+    check_together(args, [("product", "data", "prompt"), ("controlnet", "cg")],
+                   [("mask", "product"), ("category", "product"), ("reference", "product"),
+                    ("reference_mask", "reference"), ("split", "data"), ("limit", "data")])
+    for option in ("cg", "pg", "controlnet"):
+        if args.prompt is not None and getattr(args, option):
+            raise BadInput(f"--prompt is painted by the base alone, without --{option}; leave one out")
+    if args.product and not args.category:
+        raise BadInput("--product goes with --category; add the product's category")
+    if args.hint == "inpaint" and not args.controlnet:
+        raise BadInput("--hint goes with --controlnet; add that one")
+    check_result_names(args.product or [], args.reference or [], args.category or [])
+    if args.data and args.num != 1:
+        raise BadInput("--num: a data set gets one picture an item; leave it out, or run again with another --out")
+    check_folder(args.out)
