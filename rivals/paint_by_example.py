@@ -20,19 +20,18 @@ from clip import CLIP, VisionTransformer
 from model import Prompts, UNet
 from sampler import Conditions, Painting, Schedule, sample
 from support.files import BadInput
-from support.layouts import EXAMPLE_FILE, EXAMPLE_PREFIXES, example_config, looks_like, split_by_model, unet_config
-from support.layouts import vae_config
+from support.layouts import (
+    EXAMPLE_FILE,
+    EXAMPLE_PREFIXES,
+    example_config,
+    looks_like,
+    split_by_model,
+    unet_config,
+    vae_config,
+)
 from support.tensors import read_weights
 from vae import VAE
-from weights import (
-    CLIP_FILE,
-    UNET_FILE,
-    VAE_FILE,
-    StableDiffusion,
-    build_from_shapes,
-    load_module,
-    read_schedule,
-)
+from weights import CLIP_FILE, UNET_FILE, VAE_FILE, StableDiffusion, build_from_shapes, load_module, read_schedule
 
 GUIDANCE = 5.0  # in all commands that its authors published
 
