@@ -2,12 +2,13 @@
 
 It is a Stable Diffusion with two changes. The prompt is a single token that an image encoder makes of the exemplar. And
 the UNet reads what is to be kept in five channels beside z_t, which differ in order and polarity from those of Stable
-Diffusion inpainting. Read from the top: the image encoder; what the UNet reads; painting; loading.
+Diffusion inpainting. Read from the top: the image encoder; the model, with what its UNet reads and how it paints;
+loading.
 
 For Table 2 "we encode the reference image as the condition": the exemplar is the reference, whole.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,23 +137,39 @@ class PaintByExample:
         kept = F.interpolate(M, size=z.shape[2:], mode="bilinear")  # not antialiased: of f = 8 the middle 2 x 2 pixels
         return torch.cat([z, kept.to(z)], dim=1)
 
+    @torch.inference_mode()
+    def paint(self, canvas, how: Painting, on_step: Callable | None = None) -> Tensor:
+        """As generate.paint: a Canvas, whose references are the exemplars, whole, of any size -> (B, 3, H, W) float32.
 
-@torch.inference_mode()
-def paint_by_example(pbe: PaintByExample, rgb: Tensor, mask: Tensor, exemplars: Iterable[Tensor],
-                     generators: list[torch.Generator], how: Painting,
-                     on_step: Callable | None = None) -> Tensor:
-    """Paints around products -> (B, 3, H, W) float32 in [0, 1], the products not yet pasted back.
+        z_T is pure noise. on_step as in `sampler.sample`.
+        """
+        weight = self.sd.unet.conv_in.weight
+        c = self.encode(canvas.reference.to(weight.device))
+        u = self.unconditional.expand_as(c)
+        given = Conditions(Prompts(c, c, c), Prompts(u, u, u),
+                           inpainting=self.inpainting(canvas.rgb.to(weight), canvas.mask.to(weight)))
+        shape = self.sd.latent_shape(*canvas.rgb.shape[2:])
+        z = sample(self.sd.unet, self.sd.schedule, given, canvas.generators, shape, how, on_step=on_step)
+        return self.sd.decode(z)
 
-    rgb (B, 3, H, W), mask M (B, 1, H, W); exemplars: B pictures (3, H', W'), each of its own size. z_T is pure noise.
-    on_step as in `sampler.sample`.
-    """
-    unet = pbe.sd.unet
-    c = torch.cat([pbe.encode(exemplar[None].to(unet.conv_in.weight.device)) for exemplar in exemplars])
-    u = pbe.unconditional.expand_as(c)
-    inpainting = pbe.inpainting(rgb.to(unet.conv_in.weight), mask.to(unet.conv_in.weight))
-    given = Conditions(Prompts(c, c, c), Prompts(u, u, u), inpainting=inpainting)
-    shape = pbe.sd.latent_shape(*rgb.shape[2:])
-    return pbe.sd.decode(sample(unet, pbe.sd.schedule, given, generators, shape, how, on_step=on_step))
+    @property
+    def size(self) -> int:
+        """The side in pixels of the pictures that it is for."""
+        return self.sd.size
+
+    @property
+    def multiple(self) -> int:
+        """A picture's sides must be multiples of it."""
+        return self.sd.multiple
+
+    @property
+    def exemplar(self) -> int:
+        """The side in pixels to which exemplars are squashed."""
+        return self.image_encoder.config["image_size"]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.sd.unet.conv_in.weight.dtype
 
 
 # ---------------------------------------------------------------- loading
