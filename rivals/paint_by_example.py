@@ -134,8 +134,13 @@ class PaintByExample:
         """
         M = (mask >= 0.5).to(rgb)
         z = self.sd.encode(rgb * M + 0.5 * (1 - M))
-        kept = F.interpolate(M, size=z.shape[2:], mode="bilinear")  # not antialiased: of f = 8 the middle 2 x 2 pixels
-        return torch.cat([z, kept.to(z)], dim=1)
+        return torch.cat([z, self.kept(mask, *z.shape[2:]).to(z)], dim=1)
+
+    def kept(self, mask: Tensor, h: int, w: int) -> Tensor:
+        """The last of the five channels, (B, 1, h, w): M reduced bilinearly, but not antialiased. For f = 8 that is the
+        mean of each cell's middle 2 x 2 pixels.
+        """
+        return F.interpolate((mask >= 0.5).float(), size=(h, w), mode="bilinear")
 
     @torch.inference_mode()
     def paint(self, canvas, how: Painting, on_step: Callable | None = None) -> Tensor:

@@ -1,11 +1,11 @@
-"""Support: a stage of train.py that makes a toy's Paint by Example; not needed to understand the paper.
+"""The toy's Paint by Example: stage paint-by-example of train.py, self-supervised as in its paper.
 
-    python train.py paint-by-example --data toy/data/base
+    python train.py paint-by-example
 
-It trains itself, as in its paper: each picture's product is kept, its background is what is to be painted, and the
-exemplar is a crop of the same picture, changed so that it can't be copied back pixel by pixel. In Table 2 the exemplar
-is a whole reference, so crops are large and show the picture's product too. The UNet is the base's with five input
-channels more, the image encoder the toy's CLIP, frozen, with a mapper on top of it.
+The UNet is the base's with five input channels more, the image encoder the toy's CLIP, frozen, with a mapper on top.
+Each ad that CG and PG learn from is its own target: its product is kept, the background is to be painted, and the
+exemplar is a crop of the same ad, distorted so that it can't be copied. In Table 2 the exemplar is a whole reference:
+so crops are large, and show the product too.
 """
 
 import math
@@ -57,22 +57,21 @@ def exemplars_from(images: Tensor, generator: Generator) -> Tensor:
 
 @dataclass
 class ExampleLoss:
-    """E ‖ε − ε_θ(z_t, what is kept, t, c)‖², c the exemplar's token, or the unconditional vector in its place."""
+    """E ‖ε − ε_θ(z_t, what is kept, t, c)‖²; c is the exemplar's token, or the unconditional vector in its place."""
 
     pbe: PaintByExample
     dropout: float  # the fraction of exemplars replaced by the unconditional vector
     weight: Tensor  # (T,): weight of the error at each timestep
 
     def __call__(self, batch: dict[str, Tensor], generator: Generator) -> Tensor:
-        """A batch of `Samples` -> the loss, ()."""
-        z_0, eps, t, image, mask = (batch[name] for name in ("z_0", "eps", "t", "image", "mask"))
-        sd = self.pbe.sd
+        """A batch of `Samples`, "inpainting" as for an inpainting Stable Diffusion -> the loss, ()."""
+        z_0, eps, t, masked = batch["z_0"], batch["eps"], batch["t"], batch["inpainting"][:, 1:]
+        unet, schedule = self.pbe.sd.unet, self.pbe.sd.schedule
         dropped = (batch["drop"] < self.dropout)[:, None, None]
-        c = torch.where(dropped, self.pbe.unconditional, self.pbe.encode(exemplars_from(image, generator)))
-        with torch.no_grad():
-            z_t = torch.cat([sd.schedule.add_noise(z_0, eps, t), self.pbe.inpainting(image, mask)], dim=1)
-        output = sd.unet(z_t, t, c).float()
-        error = (output - sd.schedule.target(z_0, eps, t)).square().mean(dim=(1, 2, 3))  # (B,)
+        c = torch.where(dropped, self.pbe.unconditional, self.pbe.encode(exemplars_from(batch["image"], generator)))
+        kept = self.pbe.kept(batch["mask"], *z_0.shape[2:])
+        output = unet(torch.cat([schedule.add_noise(z_0, eps, t), masked, kept], dim=1), t, c).float()
+        error = (output - schedule.target(z_0, eps, t)).square().mean(dim=(1, 2, 3))  # (B,)
         return (error * self.weight[t]).mean()
 
 
@@ -97,26 +96,24 @@ def initial(settings: Settings) -> PaintByExample:
 def paint_by_example_task(settings: Settings) -> Task:
     """Stage paint-by-example: trains the UNet, the mapper, its norm and projection, and the unconditional vector."""
     pbe, items, size = initial(settings), read_items(settings.data)[0], settings.size
-    sd, encoder = pbe.sd, pbe.image_encoder
+    sd = pbe.sd
     canvas_size(1, 1, size, sd.multiple)  # refuses a size that does not fit the base
     sd.vae.to(settings.amp or torch.float32, memory_format=settings.memory_format)
-    base = load_stable_diffusion(settings.weights, settings.device)  # its latents are those of the other stages
-    latents = Latents(base, items, size, settings.cache, min(8, settings.micro_batch), settings.amp, settings.workers)
-    samples = Samples(items, size, latents, noise_offset=settings.noise_offset)
+    # The masked ad's latent is the same as for an inpainting Stable Diffusion, for which Latents keeps it
+    latents = Latents(sd, items, size, settings.cache, min(8, settings.micro_batch), settings.amp, settings.workers)
     loss = ExampleLoss(pbe, settings.prompt_dropout,
                        timestep_weights(sd.schedule, settings.weighting).to(settings.device))
-    rgb, mask = held_out_ads(settings.data, "bg1k", items, None, size)[1][:2]
+    _, (rgb, mask, reference, _) = held_out_ads(settings.data, "bgpair", items, None, size)
 
     def draw():
-        """A column for each of some ads: product, another ad as its exemplar, the painted picture, the original ad."""
-        exemplars = rgb.roll(1, dims=0)
-        canvas = Canvas(rgb, mask, [], seeded(settings.seed, len(rgb)), exemplars)
-        painted = pbe.paint(canvas, Painting(25, GUIDANCE))
-        rows = {"product": product_hint(rgb, mask), "exemplar": exemplars, "painted": painted, "ad": rgb}
+        """A column for each of some ads: product, exemplar, the painted picture, and the original ad."""
+        canvas = Canvas(rgb, mask, [], seeded(settings.seed, len(rgb)), reference)
+        rows = {"product": product_hint(rgb, mask), "exemplar": reference,
+                "painted": pbe.paint(canvas, Painting(25, GUIDANCE)), "ad": rgb}
         return sheet([list(row) for row in rows.values()], row_labels=list(rows))
 
-    return Task("Paint by Example", {FOLDER: nn.ModuleDict({"unet": sd.unet, "image_encoder": encoder})}, samples, loss,
-                draw, lambda out: save(pbe, out / FOLDER, settings.save_dtype),
+    return Task("Paint by Example", {FOLDER: nn.ModuleDict({"unet": sd.unet, "image_encoder": pbe.image_encoder})},
+                Samples(items, size, latents, noise_offset=settings.noise_offset), loss, draw, lambda out: save(pbe, out / FOLDER, settings.save_dtype),
                 [["python", "generate.py", "--paint-by-example", str(settings.out / FOLDER), "--product", "PHOTO.png",
                   "--reference", "AD.png"]],
                 frozen=fingerprint([model_fingerprint(path) for path in (settings.weights, TOY / "clip")]))
