@@ -217,9 +217,9 @@ def load_clip(path: Path | str, device="cpu", dtype=torch.float32) -> CLIP:
 
 def file_kind(build: type[nn.Module]) -> str:
     """How messages and the tables of support/ name the files of a network."""
-    kinds = {UNet: "a UNet", ControlNet: "a ControlNet", VAE: "a VAE", TextEncoder: "a text encoder",
-             CLIP: "a CLIP model"}
-    return next(kind for network, kind in kinds.items() if issubclass(build, network))
+    kinds = {"UNet": "a UNet", "ControlNet": "a ControlNet", "VAE": "a VAE", "TextEncoder": "a text encoder",
+             "CLIP": "a CLIP model", "LaMa": "a LaMa"}
+    return next(kinds[network.__name__] for network in build.__mro__ if network.__name__ in kinds)
 
 
 class NoInit(TorchFunctionMode):
@@ -302,7 +302,8 @@ def save_module(module: nn.Module, folder: Path, name: str, dtype=None, extra: d
 # ---------------------------------------------------------------- python weights.py convert FILE OUT
 
 NEXT = {SINGLE_FILE: '--weights {} --tokenizer DIR --prompt "a photo of a mug"',
-        "a ControlNet": "--weights SD --controlnet {} --product mug.png --category mug"}
+        "a ControlNet": "--weights SD --controlnet {} --product mug.png --category mug",
+        "a LaMa": "--lama {} --product mug.png"}
 
 
 def main(argv: list[str] | None = None) -> None:

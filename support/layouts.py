@@ -5,13 +5,15 @@ from collections.abc import Iterable, Iterator
 
 from torch import Tensor
 
-# Where a single file keeps each model. A ControlNet's file may also hold it without any prefix.
+# Where a single file keeps each model. A ControlNet's or LaMa's file may also hold it without any prefix.
 PREFIXES = {
     "model.diffusion_model.": "unet",
     "first_stage_model.": "vae",
     "cond_stage_model.transformer.": "text_encoder",  # CLIP, as transformers names it: SD 1.x
     "cond_stage_model.model.": "text_encoder",  # OpenCLIP: SD 2.x
     "control_model.": "control",
+    "generator.": "lama",
+    "model.generator.": "lama",
 }
 
 # What public files hold beside the weights that are read. A tensor that the network does have is never left out.
@@ -123,6 +125,7 @@ KINDS = [(re.compile(pattern), kind) for pattern, kind in (
     (r"lora_|\.lora[._]|_lora\.", "a LoRA"),
     (r"^emb_params$|^string_to_param|^clip_[lg]$", "a textual inversion"),
     (r"^ip_adapter\.|^image_proj\.", "an IP-Adapter"),
+    (r"\.ffc\.", "a LaMa"),
     (r"control_model\.|input_hint_block\.|controlnet_|zero_convs\.", "a ControlNet"),
     (r"^model\.diffusion_model\.", SINGLE_FILE),
     (r"vision_model\.|visual\.", "a CLIP model"),
@@ -189,3 +192,12 @@ def text_config(tensors: dict[str, Tensor], activation: str) -> dict:
             "num_hidden_layers": modules_under("text_model.encoder.layers.", tensors),
             "intermediate_size": tensors["text_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
             "max_position_embeddings": tensors["text_model.embeddings.position_embedding.weight"].shape[0]}
+
+
+def lama_config(tensors: dict[str, Tensor]) -> dict:
+    """The configuration of a LaMa, from its tensors' shapes. Raises KeyError where it is none."""
+    layers = [name for name in tensors if name.endswith(".ffc.convl2l.weight")]
+    blocks = sum(".conv1." in name for name in layers)
+    levels = len(layers) - 2 * blocks - 1
+    return {"_class_name": "LaMa", "width": tensors["model.1.ffc.convl2l.weight"].shape[0], "levels": levels,
+            "blocks": blocks, "global_channels": tensors[f"model.{levels + 1}.bn_g.weight"].shape[0]}
