@@ -21,7 +21,7 @@ from weights import build_from_shapes, load_module
 
 LAMA_FILE = "model.safetensors"  # in a folder that train.py lama wrote
 
-Pair = tuple[Tensor, Tensor | None]  # local and global features, both (B, C, h, w); the first layers have no global ones
+Pair = tuple[Tensor, Tensor | None]  # local and global features, (B, C, h, w) each; the first layers have local ones
 
 
 # ---------------------------------------------------------------- layers
@@ -197,7 +197,7 @@ class LaMa(nn.Module):
 
     @torch.inference_mode()
     def paint(self, canvas, how, on_step: Callable | None = None) -> Tensor:
-        """As generate.paint: a Canvas -> (B, 3, H, W) float32. There are no steps, so `how` to take them is not used."""
+        """As generate.paint: a Canvas -> (B, 3, H, W) float32. Without steps there is no use for `how` to take them."""
         weight = self.model[1].bn_l.weight
         return self(canvas.rgb.to(weight), canvas.mask.to(weight))
 

@@ -18,6 +18,7 @@ from support.options import check_folder, real_number, whole_number
 from weights import CONTROL_FILE, TEXT_FILE
 
 BASE_STAGES, BRANCH_STAGES = ("vae", "clip", "unet"), ("cg", "pg", "joint", "controlnet")
+ALL_STAGES = (*BASE_STAGES, *BRANCH_STAGES, "lama")
 # Options that only some stages have
 BELONGS = {"init": ("vae", "unet"), "cg": ("pg",), "theta": ("pg", "joint"), "sigma": ("pg", "joint"),
            "identifier": ("cg", "joint"), "attention": ("cg", "joint"),
@@ -177,8 +178,8 @@ def settle(args: argparse.Namespace, defaults: dict, toy_data: Path) -> Settings
 
 def check_options(args: argparse.Namespace) -> None:
     """Raises BadInput where the options on the command line do not go together."""
-    if args.stage not in (*BASE_STAGES, *BRANCH_STAGES):
-        raise BadInput(f"stage {args.stage} does not exist; the stages are {', '.join((*BASE_STAGES, *BRANCH_STAGES))}")
+    if args.stage not in ALL_STAGES:
+        raise BadInput(f"stage {args.stage} does not exist; the stages are {', '.join(ALL_STAGES)}")
     for option, stages in BELONGS.items():
         value = getattr(args, option)
         if value is not None and value is not False and args.stage not in stages:
