@@ -26,7 +26,7 @@ from support.trainer import Task
 from weights import save_module
 
 TOY_LAMA = {"_class_name": "LaMa", "width": 16, "levels": 3, "blocks": 6, "global_channels": 96}
-LAMA_SETTINGS = dict(lr=1e-3, batch=8, steps=3000, size=128, ema=0.0, warmup=50, decay=0.3, clip_gradient=0.0)
+LAMA_SETTINGS = dict(lr=5e-4, batch=8, steps=2400, size=128, ema=0.0, warmup=50, decay=0.3, clip_gradient=0.0)
 
 # Weights of the loss's terms, in LaMa's proportions; that of R1 is for pictures in [0, 1]
 RECONSTRUCTION, ADVERSARIAL, MATCHING, R1 = 1.0, 1.0, 10.0, 1e-3
@@ -107,7 +107,7 @@ def lama_task(settings: Settings) -> Task:
         save_module(lama, out / "lama", LAMA_FILE, settings.save_dtype)
 
     folder = str(settings.out / "lama")
-    return Task("LaMa", {"lama": lama, "discriminator": discriminator}, Samples(items, settings.size),
-                LaMaLoss(lama, discriminator), draw, save,
+    return Task("LaMa and its discriminator", {"lama": nn.ModuleList([lama, discriminator])},
+                Samples(items, settings.size), LaMaLoss(lama, discriminator), draw, save,
                 [["python", "generate.py", "--lama", folder, "--product", "PHOTO.png"],
                  ["python", "evaluate.py", "table1", "--lama", folder]])
