@@ -5,6 +5,7 @@
     python generate.py --product mug.png --category mug --reference ad.png    # CG + PG: the style of that ad
     python generate.py --data BG60K --split bgpair --out results              # every item of a data set
     python generate.py --prompt "a photo of a mug"                            # the base alone
+    python generate.py --product mug.png --lama FILE                          # a rival; or --paint-by-example
 
 A product comes with its mask: an image with an alpha channel, or --mask FILE, white on the product. The result keeps
 the product's frame, and the product's own pixels where the mask is 1.
@@ -32,8 +33,8 @@ from support.cutouts import SOLID, extend
 from support.datasets import BROKEN, Item, read_items
 from support.files import BadInput, one_line_errors
 from support.gallery import SHEET, Gallery, check_result_names
-from support.images import canvas_size, fit, resized_strips, save_image, to_bytes
-from support.models import TOY, ModelChoice, Models, add_model_options, add_walk_options, load_models
+from support.images import canvas_size, fit, resize, resized_strips, save_image, to_bytes
+from support.models import ALONE, RIVALS_NEED, TOY, Models, add_model_options, add_walk_options, choice_of, load_models
 from support.options import Parser, check_folder, check_together, one_for_each, real_number, unicode_text, whole_number
 from support.record import command_of, record_of
 from weights import StableDiffusion
@@ -125,15 +126,15 @@ def paste_back(painted: Tensor, painted_mask: Tensor, box: tuple[int, int, int, 
     return result
 
 
-def paint_ads(ads: list[Ad], painter: Callable, size: int, multiple: int, steps: int) -> list[Tensor]:
+def paint_ads(ads: list[Ad], painter: Callable, models: Models, steps: int) -> list[Tensor]:
     """Finished ads, each (3, H, W) uint8 in its product's frame.
 
     A batch has one canvas size, and references for all of its ads or for none. painter(canvas, on_step=...) ->
-    (B, 3, h, w), as `paint`; size: the canvas's longer side; multiple: its sides are multiples of it.
+    (B, 3, h, w), as `paint`; models: what it paints with.
     """
     batches = defaultdict(list)
     for i, ad in enumerate(ads):
-        batches[canvas_size(*ad.mask.shape[1:], size, multiple), ad.reference is not None].append(i)
+        batches[canvas_size(*ad.mask.shape[1:], models.size, models.multiple), ad.reference is not None].append(i)
     results = [None] * len(ads)
     for ((h, w), with_reference), batch in batches.items():
         chosen = [ads[i] for i in batch]
@@ -141,7 +142,9 @@ def paint_ads(ads: list[Ad], painter: Callable, size: int, multiple: int, steps:
         masks = [fit(ad.mask, h, w, "contain")[0] for ad in chosen]
         canvas = Canvas(torch.stack(rgb), torch.stack(masks), [ad.texts for ad in chosen],
                         [seeded(ad.seed)[0] for ad in chosen])
-        if with_reference:
+        if with_reference and (side := models.exemplar):
+            canvas = canvas._replace(reference=torch.stack([resize(ad.reference[0], side, side) for ad in chosen]))
+        elif with_reference:
             references = (torch.stack([fit(ad.reference[k], h, w, "cover")[0] for ad in chosen]) for k in (0, 1))
             canvas = Canvas(*canvas[:4], *references)
         with steps_bar(steps, f"{len(batch)} at once{', with references' if with_reference else ''}") as bar:
@@ -157,16 +160,15 @@ def paint_ads(ads: list[Ad], painter: Callable, size: int, multiple: int, steps:
 
 def load(args, categories: set[str] = frozenset(), with_pg: bool = False) -> tuple[Models, Painting, dict]:
     """The models, how to paint with them, and the record of both."""
-    choice = ModelChoice(args.weights, args.tokenizer, args.cg, args.pg, args.controlnet, args.device, args.dtype)
-    models = load_models(choice, args.size, categories, with_pg, args.plain_prompt)
-    how = Painting(args.steps, args.guidance, args.eta, args.start == "reference", args.hint)
-    return models, how, record_of(args, size=models.size, models=models.fingerprints)
+    models = load_models(choice_of(args), args.size, categories, with_pg, args.plain_prompt)
+    how = Painting(args.steps, args.guidance or models.guidance, args.eta, args.start == "reference", args.hint)
+    return models, how, record_of(args, size=models.size, guidance=how.guidance, models=models.fingerprints)
 
 
 def painter_of_ads(models: Models, how: Painting) -> Callable[[list[Ad]], list[Tensor]]:
-    """`paint_ads` by the paper's method."""
-    painter = partial(paint, models.sd, how=how, cg=models.cg, pg=models.pg)
-    return partial(paint_ads, painter=painter, size=models.size, multiple=models.sd.multiple, steps=how.steps)
+    """`paint_ads` by the paper's method, or by a rival."""
+    painter = models.rival.paint if models.rival else partial(paint, models.sd, cg=models.cg, pg=models.pg)
+    return partial(paint_ads, painter=partial(painter, how=how), models=models, steps=how.steps)
 
 
 def generate_text(args) -> None:
@@ -197,11 +199,11 @@ def generate_product(args) -> None:
     gallery = Gallery(
         [Item(*pair, "") for pair in zip(files, one_for_each(args.mask, files, "--mask", "--product"))],
         [*zip(references, one_for_each(args.reference_mask, references, "--reference-mask", "--reference"))],
-        [list(dict.fromkeys(args.category or [SAMPLE]))] if len(files) == 1 else
+        [list(dict.fromkeys(args.category or [SAMPLE if demo else None]))] if len(files) == 1 else
         [[category] for category in one_for_each(args.category, files, "--category", "--product")],
-        seeds=range(args.seed, args.seed + args.num), with_and_without=demo)
+        seeds=range(args.seed, args.seed + args.num), with_and_without=demo, exemplars=bool(args.paint_by_example))
     models, how, record = load(args, set(chain(*gallery.categories)), bool(references))
-    jobs = gallery.jobs(prompts_by_category(models.identifiers, models.sd.tokenizer))
+    jobs = gallery.jobs(prompts_by_category(models.identifiers, models.tokenizer))
     paint_all, pictures = painter_of_ads(models, how), []
     gallery.remove_sheet(args.out)
     for start in range(0, len(jobs), args.batch):
@@ -284,13 +286,10 @@ def options() -> Parser:
 
 def check(args) -> None:
     """Raises BadInput for options that do not go together and for an --out that can't be written."""
-    check_together(args, [("product", "data", "prompt"), ("controlnet", "cg")],
+    check_together(args, [("product", "data", "prompt"), ("controlnet", "cg"), *ALONE],
                    [("mask", "product"), ("category", "product"), ("reference", "product"),
-                    ("reference_mask", "reference"), ("split", "data"), ("limit", "data")])
-    for option in ("cg", "pg", "controlnet"):
-        if args.prompt is not None and getattr(args, option):
-            raise BadInput(f"--prompt is painted by the base alone, without --{option}; leave one out")
-    if args.product and not args.category:
+                    ("reference_mask", "reference"), ("split", "data"), ("limit", "data"), *RIVALS_NEED])
+    if args.product and not (args.category or args.lama or args.paint_by_example):
         raise BadInput("--product goes with --category; add the product's category")
     if args.hint == "inpaint" and not args.controlnet:
         raise BadInput("--hint goes with --controlnet; add that one")

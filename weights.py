@@ -302,9 +302,10 @@ def save_module(module: nn.Module, folder: Path, name: str, dtype=None, extra: d
 
 # ---------------------------------------------------------------- python weights.py convert FILE OUT
 
-NEXT = {EXAMPLE_FILE: "--paint-by-example {} --product mug.png --reference ad.png",
-        SINGLE_FILE: '--weights {} --tokenizer DIR --prompt "a photo of a mug"',
-        "a ControlNet": "--weights SD --controlnet {} --product mug.png --category mug"}
+NEXT = {SINGLE_FILE: '--weights {} --tokenizer DIR --prompt "a photo of a mug"',
+        "a ControlNet": "--weights SD --controlnet {} --product mug.png --category mug",
+        "a LaMa": "--lama {} --product mug.png",
+        EXAMPLE_FILE: "--paint-by-example {} --product mug.png --reference ad.png"}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -98,7 +98,7 @@ def paint_by_example_task(settings: Settings) -> Task:
     pbe, items, size = initial(settings), read_items(settings.data)[0], settings.size
     sd = pbe.sd
     canvas_size(1, 1, size, sd.multiple)  # refuses a size that does not fit the base
-    sd.vae.to(settings.amp or torch.float32, memory_format=settings.memory_format)
+    sd.vae.to(memory_format=settings.memory_format)
     # The masked ad's latent is the same as for an inpainting Stable Diffusion, for which Latents keeps it
     latents = Latents(sd, items, size, settings.cache, min(8, settings.micro_batch), settings.amp, settings.workers)
     loss = ExampleLoss(pbe, settings.prompt_dropout,
@@ -112,10 +112,12 @@ def paint_by_example_task(settings: Settings) -> Task:
                 "painted": pbe.paint(canvas, Painting(25, GUIDANCE)), "ad": rgb}
         return sheet([list(row) for row in rows.values()], row_labels=list(rows))
 
-    return Task("Paint by Example", {FOLDER: nn.ModuleDict({"unet": sd.unet, "image_encoder": pbe.image_encoder})},
-                Samples(items, size, latents, noise_offset=settings.noise_offset), loss, draw, lambda out: save(pbe, out / FOLDER, settings.save_dtype),
-                [["python", "generate.py", "--paint-by-example", str(settings.out / FOLDER), "--product", "PHOTO.png",
-                  "--reference", "AD.png"]],
+    trained = nn.ModuleDict({"unet": sd.unet, "image_encoder": pbe.image_encoder})
+    folder, samples = settings.out / FOLDER, Samples(items, size, latents, noise_offset=settings.noise_offset)
+    return Task("Paint by Example", {FOLDER: trained}, samples, loss, draw,
+                lambda out: save(pbe, out / FOLDER, settings.save_dtype),
+                [["python", "generate.py", "--paint-by-example", str(folder), "--product", "PHOTO.png", "--reference",
+                  "AD.png"], ["python", "evaluate.py", "table2", "--paint-by-example", str(folder)]],
                 frozen=fingerprint([model_fingerprint(path) for path in (settings.weights, TOY / "clip")]))
 
 

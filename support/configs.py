@@ -57,6 +57,8 @@ VAE = {
     "use_quant_conv": True,
     **harmless("force_upcast sample_size"),
 }
+# Our own configuration, of a LaMa that train.py has trained; that of big-lama is in its shapes
+LAMA = {"_class_name": "LaMa", "width": int, "levels": int, "blocks": int, "global_channels": int, "sample_size": int}
 
 # transformers writes into every config.json how it would initialise, train and generate texts
 TRANSFORMERS = {
@@ -105,7 +107,7 @@ SCHEDULER = {
 }
 
 FIELDS = {"a UNet": UNET, "a ControlNet": CONTROLNET, "a VAE": VAE, "a text encoder": TEXT, "a CLIP model": CLIP,
-          "a PaintByExampleEncoder": EXAMPLE, "a scheduler": SCHEDULER}
+          "a LaMa": LAMA, "a PaintByExampleEncoder": EXAMPLE, "a scheduler": SCHEDULER}
 
 
 def allows(allowed: object, value: object) -> bool:

@@ -6,13 +6,15 @@ from collections.abc import Iterable, Iterator
 
 from torch import Tensor
 
-# Where a single file keeps each model. A ControlNet's file may also hold it without any prefix.
+# Where a single file keeps each model. A ControlNet's or LaMa's file may also hold it without any prefix.
 PREFIXES = {
     "model.diffusion_model.": "unet",
     "first_stage_model.": "vae",
     "cond_stage_model.transformer.": "text_encoder",  # CLIP, as transformers names it: SD 1.x
     "cond_stage_model.model.": "text_encoder",  # OpenCLIP: SD 2.x
     "control_model.": "control",
+    "generator.": "lama",
+    "model.generator.": "lama",
 }
 
 # The same for Paint by Example, whose CLIP is that of pictures; its last layers and learnable_vector have no prefix.
@@ -145,6 +147,7 @@ KINDS = [(re.compile(pattern), kind) for pattern, kind in (
     (r"lora_|\.lora[._]|_lora\.", "a LoRA"),
     (r"^emb_params$|^string_to_param|^clip_[lg]$", "a textual inversion"),
     (r"^ip_adapter\.|^image_proj\.", "an IP-Adapter"),
+    (r"\.ffc\.", "a LaMa"),
     (r"control_model\.|input_hint_block\.|controlnet_|zero_convs\.", "a ControlNet"),
     (r"^learnable_vector$", EXAMPLE_FILE),
     (r"^uncond_vector$", EXAMPLE_ENCODER),
@@ -227,3 +230,12 @@ def example_config(tensors: dict[str, Tensor]) -> dict:
             "image_size": math.isqrt(patches) * patch, "patch_size": patch, "num_channels": 3,
             "projection_dim": tensors["proj_out.weight"].shape[0],
             "mapper_blocks": modules_under("mapper.blocks.", tensors)}
+
+
+def lama_config(tensors: dict[str, Tensor]) -> dict:
+    """The configuration of a LaMa, from its tensors' shapes. Raises KeyError where it is none."""
+    layers = [name for name in tensors if name.endswith(".ffc.convl2l.weight")]
+    blocks = sum(".conv1." in name for name in layers)
+    levels = len(layers) - 2 * blocks - 1
+    return {"_class_name": "LaMa", "width": tensors["model.1.ffc.convl2l.weight"].shape[0], "levels": levels,
+            "blocks": blocks, "global_channels": tensors[f"model.{levels + 1}.bn_g.weight"].shape[0]}
