@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CLIP_CONFIG, random, random_lama, randomise
+from conftest import CLIP_CONFIG, VISION_CONFIG, random, random_lama, randomise
 
 import evaluate
 import train
@@ -25,6 +25,7 @@ from model import CategoryGenerator, ControlNet, PersonalityGenerator, UNet
 from rivals import methods
 from rivals.baselines import blended_diffusion, stable_diffusion
 from rivals.lama import LAMA_FILE
+from rivals.paint_by_example import PaintByExampleEncoder
 from sampler import Painting, ddim, seeded
 from support import networks
 from support.datasets import read_items
@@ -41,6 +42,7 @@ from toy.stages import TOY_TEXT, TOY_UNET, TOY_VAE, train_tokenizer
 from toy.world import write_world
 from vae import VAE
 from weights import (
+    CLIP_FILE,
     TEXT_FILE,
     UNET_FILE,
     StableDiffusion,
@@ -79,6 +81,11 @@ def tiny(tmp_path_factory):
         save_control(randomise(branch, seed=i), folder / name, categories=None if name == "controlnet" else identifiers)
     options["--lama"] = folder / "lama"
     save_module(random_lama(), folder / "lama", LAMA_FILE)
+    options["--paint-by-example"] = folder / "paint-by-example"
+    encoder = PaintByExampleEncoder(VISION_CONFIG | {"projection_dim": 32, "mapper_blocks": 1})
+    save_module(randomise(encoder), folder / "paint-by-example" / "image_encoder", CLIP_FILE)
+    save_module(randomise(UNet(unet | {"in_channels": 9})), folder / "paint-by-example" / "unet", UNET_FILE)
+    shutil.copytree(folder / "base" / "vae", folder / "paint-by-example" / "vae")
     for i, name in enumerate(("clip", "guide-clip")):
         options[f"--{name}"] = folder / name
         save_module(randomise(CLIP(CLIP_CONFIG), seed=i), folder / name, TEXT_FILE)
@@ -492,7 +499,8 @@ def test_an_interrupted_training_is_resumed_and_a_failed_one_is_not_taken_for_do
     assert ["--resume" in command for command in commands] == [False, True]
 
 
-OPTIONS = ("--controlnet", "--cg-plain", "--guide-clip", "--lama")  # what has to be given so that nothing is trained
+# What has to be given so that nothing is trained
+OPTIONS = ("--controlnet", "--cg-plain", "--guide-clip", "--lama", "--paint-by-example")
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -1,5 +1,7 @@
 """Paint by Example: the picture of diffusers' pipeline, the public files, and each place where it easily goes wrong."""
 
+import json
+import shlex
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,16 +14,24 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_public import WIDE, WIDE_VAE, Mover, config, layout, layouts, original_unet, original_vae
 
+import generate
+import train
 from clip import CLIP
+from data import Ad
 from generate import Canvas
 from model import UNet
+from rivals import paint_by_example_training
 from rivals.paint_by_example import GUIDANCE, PaintByExample, PaintByExampleEncoder, load_paint_by_example
+from rivals.paint_by_example_training import PAINT_BY_EXAMPLE_SETTINGS, exemplars_from, paint_by_example_task
 from sampler import Painting, Schedule, draw_noise, seeded
 from support.files import BadInput, write_json
-from support.images import to_image, to_tensor
+from support.images import resize, to_image, to_tensor
 from support.layouts import EXAMPLE_PREFIXES, example_config, split_by_model, under_our_names
+from support.models import TOY
+from support.settings import settle
+from toy.world import TOY_DATA, write_world
 from vae import VAE
-from weights import CLIP_FILE, UNET_FILE, StableDiffusion, build_module, load_stable_diffusion, save_module
+from weights import CLIP_FILE, UNET_FILE, StableDiffusion, build_module, load_clip, load_stable_diffusion, save_module
 
 NINE = SD1 | {"in_channels": 9}
 ENCODER = VISION_CONFIG | {"architectures": ["PaintByExampleImageEncoder"], "num_hidden_layers": 9,
@@ -289,6 +299,134 @@ def test_the_folder_and_the_single_file_hold_the_same_networks(folder, pbe, sing
 def test_it_paints_in_half_precision(folder):
     half = load_paint_by_example(folder, dtype=torch.bfloat16)
     assert paint(half).isfinite().all()
+
+
+# ---------------------------------------------------------------- training at the toy's scale
+
+
+@pytest.fixture(scope="module")
+def ads(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("world")
+    write_world(root, size=32, base=0, ads=16, bg1k=2, pairs=2, workers=1, parts=("ads",))
+    return root / "ads"
+
+
+def test_an_exemplar_is_a_large_crop_of_the_picture_squashed_flipped_and_turned(monkeypatch):
+    ramp = torch.arange(64) + 0.5
+    picture = torch.stack([ramp.expand(64, 64), ramp[:, None].expand(64, 64), torch.zeros(64, 64)])  # of its own x, y
+    many, generator = picture.repeat(100, 1, 1, 1), torch.Generator().manual_seed(0)
+    turned = exemplars_from(many, generator)[:, :2, 31:33, 31:33]
+    assert ((turned[:, 1, 0, 1] - turned[:, 1, 0, 0]).abs() > 0.1).float().mean() > 0.5
+    monkeypatch.setattr(paint_by_example_training, "ANGLE", 0)
+    x, y = exemplars_from(many, generator)[:, :2, 2:-2, 2:-2].unbind(1)
+    torch.testing.assert_close(x, x[:, :1].expand_as(x)), torch.testing.assert_close(y, y[..., :1].expand_as(y))
+    width, height = (x[:, 0, -1] - x[:, 0, 0]) / 59, (y[:, -1, 0] - y[:, 0, 0]) / 59
+    assert 30 < (width < 0).sum() < 70 and (height > 0).all()
+    for part in (width.abs(), height):
+        assert 0.499 < part.min() < 0.55 and 0.95 < part.max() < 1.001
+    assert x.min() >= 0 and x.max() <= 64
+
+
+def settings_for(ads: Path, out: Path, *options: str):
+    args = train.options().parse_args(["paint-by-example", "--data", str(ads), "--size", "32", "--batch", "4", "--out",
+                                       str(out), "--device", "cpu", *options])
+    return settle(args, PAINT_BY_EXAMPLE_SETTINGS, TOY_DATA)
+
+
+def test_training_starts_from_the_base_and_reads_the_five_channels_that_painting_reads(ads, tmp_path):
+    """The new input channels start at zero; the clean frozen tower is the toy's CLIP."""
+    task = paint_by_example_task(settings_for(ads, tmp_path / "run"))
+    unet, encoder = (task.modules["paint-by-example"][name] for name in ("unet", "image_encoder"))
+    base = load_stable_diffusion(TOY / "base")
+    z, t, P = random(1, 9, 8, 8), torch.tensor([500]), random(1, 7, 128, seed=1)
+    with torch.no_grad():
+        assert relative_error(unet(z, t, P), base.unet(z[:, :4], t, P)) < TOLERANCE
+    assert {name.split(".")[0] for name, p in encoder.named_parameters() if p.requires_grad} == {
+        "mapper", "final_layer_norm", "proj_out", "uncond_vector"}
+
+    batch = {name: x[None] if isinstance(x, torch.Tensor) else torch.tensor([x])
+             for name, x in task.samples[0, 0].items()}
+    read = unet_inputs(unet, lambda: task.loss(batch, torch.Generator().manual_seed(0)))[0].z[:, 4:]
+    pbe = PaintByExample(StableDiffusion(None, None, unet, base.vae, base.schedule), encoder)
+    with torch.no_grad():
+        expected = pbe.inpainting(batch["image"], batch["mask"])
+    torch.testing.assert_close(read, expected, rtol=2e-3, atol=2e-3)  # latents are kept in float16
+
+
+def test_the_training_lowers_its_loss_draws_a_sheet_and_can_be_resumed(ads, tmp_path):
+    out = tmp_path / "run"
+    options = ("--data", ads, "--size", 32, "--batch", 4, "--out", out, "--device", "cpu", "--log-every", 4)
+    train.main(["paint-by-example", *map(str, (*options, "--steps", 16))])
+    log = [json.loads(line) for line in (out / "training" / "paint-by-example" / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["raw"] < log[0]["raw"]
+    assert (out / "training" / "paint-by-example" / "sheet_000016.png").is_file()
+    trained, clip = load_paint_by_example(out / "paint-by-example"), load_clip(TOY / "clip")
+    assert equal_weights(trained.image_encoder.model["vision_model"], clip.vision_model)
+    assert settings_for(ads, out, "--resume").resume  # its own folder is not in the way
+
+
+# ---------------------------------------------------------------- its commands
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    """A cut-out, and a wide ad without a mask."""
+    root = tmp_path_factory.mktemp("photos")
+    rgb, mask = scene()
+    picture = to_image(rgb[0])
+    picture.putalpha(to_image(mask[0]))
+    picture.save(root / "mug.png")
+    to_image(random(3, 40, 120, seed=9).sigmoid()).save(root / "ad.png")
+    (root / "notes.png").write_text("no picture")
+    return root
+
+
+def test_in_the_tables_too_the_exemplar_is_the_whole_reference_where_other_methods_cut_it_to_the_canvas():
+    rgb, mask = scene()
+    wide, seen = random(3, 40, 120, seed=9).sigmoid(), []
+
+    def painter(canvas: Canvas, on_step) -> torch.Tensor:
+        seen.append(canvas.reference)
+        return canvas.rgb
+
+    ads = [Ad(rgb[0], mask[0], ("",) * 3, 0, (wide, wide[:1]))]
+    for exemplar in (32, None):
+        generate.paint_ads(ads, painter, SimpleNamespace(size=64, multiple=64, exemplar=exemplar), 1)
+    assert torch.equal(seen[0][0], resize(wide, 32, 32)) and seen[1].shape[2:] == (64, 64)
+
+
+def test_generate_paints_a_product_by_an_exemplar_without_a_mask(folder, photos, tmp_path, capsys):
+    """By default with its authors' guidance; the PNG says how, and the command that it prints paints it again."""
+    words = [f"--product={photos / 'mug.png'}", f"--reference={photos / 'ad.png'}", f"--paint-by-example={folder}",
+             "--size=64", "--steps=2", "--dtype=float32"]
+    pictures = []
+    for more in ([], ["--guidance=1"]):
+        generate.main([*words, *more, f"--out={tmp_path / str(len(pictures))}"])
+        pictures.append(Path(capsys.readouterr().out.splitlines()[0]))
+    with_five, with_one = (to_tensor(Image.open(picture)) for picture in pictures)
+    assert not torch.equal(with_five, with_one)
+    generate.main(["--how", str(pictures[0])])
+    command = shlex.split(capsys.readouterr().out)
+    assert "--guidance 5.0" in " ".join(command) and "--category" not in command
+    generate.main([*command[2:], f"--out={tmp_path / 'again'}"])
+    assert torch.equal(to_tensor(Image.open(tmp_path / "again" / pictures[0].name)), with_five)
+
+
+@pytest.mark.parametrize("words, message", [
+    ("", "--paint-by-example goes with --reference"),
+    ("--product mug.png", "--paint-by-example goes with --reference"),
+    ("--product mug.png --reference nowhere.png", "nowhere.png: no such file"),
+    ("--product mug.png --reference notes.png", "notes.png: not a readable image: it is a text file"),
+    ("--product mug.png --reference ad.png --reference-mask ad.png", "--paint-by-example and --reference-mask exclude"),
+    ("--product mug.png --reference ad.png --category mug", "--paint-by-example and --category exclude each other"),
+    ("--product mug.png --lama x", "--lama and --paint-by-example exclude each other"),
+    ("--product mug.png --reference ad.png --size 100", "--size 100: must be a multiple of 64"),
+])
+def test_bad_use_is_one_line(folder, photos, monkeypatch, words, message):
+    monkeypatch.chdir(photos)
+    with pytest.raises(BadInput, match=message) as error:
+        generate.main([*words.split(), "--paint-by-example", str(folder)])
+    assert "\n" not in str(error.value) and not Path("out").exists()
 
 
 # ---------------------------------------------------------------- what is refused
