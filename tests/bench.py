@@ -6,6 +6,7 @@
     python tests/bench.py sd15 --steps 50    # the same with pictures of 50 steps instead of 4
     python tests/bench.py train              # training steps of that size beside diffusers, memory, the loader
     python tests/bench.py batch              # the toy: pictures a second by batch size, and one process a picture
+    python tests/bench.py rivals             # LaMa's full size, random weights, beside its specification written out
     python tests/bench.py photo              # a photo of 49 megapixels on one core: time and memory beside the painting
 """
 
@@ -421,6 +422,67 @@ def batch() -> None:
           "(aim 5)")
 
 
+# ---------------------------------------------------------------- rivals at full size
+
+BIG_LAMA = {"width": 64, "levels": 3, "blocks": 18, "global_channels": 384}
+# Arguments and results are those of OURS and THEIRS, with a picture for a step; "grown": the memory since the imports
+LAMA = """
+import json, resource, sys, time
+sys.path[:0] = [".", "tests"]
+import torch
+from rivals.lama import load_lama
+from safetensors.torch import load_file
+from test_lama import specified
+folder, steps = sys.argv[1], int(sys.argv[3])
+memory = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before, start = memory(), time.perf_counter()
+{load}
+out = {"load": time.perf_counter() - start, "grown": memory() - before}
+rgb, mask, times = torch.rand(1, 3, 512, 512), torch.zeros(1, 1, 512, 512), []
+mask[..., 128:384, 128:384] = 1
+with torch.inference_mode():
+    for _ in range(steps):
+        start = time.perf_counter()
+        {paint}
+        times.append(time.perf_counter() - start)
+out |= {"step": min(times, default=0)}
+"""
+OURS_LAMA = LAMA.replace("{load}", 'lama = load_lama(f"{folder}/lama.safetensors")').replace(
+    "{paint}", "lama(rgb, mask)")
+THEIRS_LAMA = LAMA.replace("{load}", 'weights = load_file(f"{folder}/lama.safetensors")').replace(
+    "{paint}", "(1 - mask) * specified(weights, 3, 18, torch.cat([rgb * mask, 1 - mask], dim=1)) + mask * rgb")
+
+
+def write_lama(folder: Path) -> float:
+    """big-lama's generator, random -> its bytes."""
+    import torch
+    from safetensors.torch import save_file
+
+    from rivals.lama import LaMa
+
+    torch.manual_seed(0)
+    save_file({name: tensor.detach() for name, tensor in LaMa(BIG_LAMA).state_dict().items()},
+              folder / "lama.safetensors")
+    return (folder / "lama.safetensors").stat().st_size
+
+
+def rivals() -> None:
+    """Beside the reference in one run: ours, theirs, theirs, ours."""
+    sys.path.insert(0, str(ROOT))
+    with tempfile.TemporaryDirectory() as folder:
+        size = write_lama(Path(folder))
+        runs = {code: [] for code in (OURS_LAMA, THEIRS_LAMA)}
+        for code in (*runs, *[*runs][::-1]):
+            runs[code].append(measured(code, Path(folder), "float32", 2))
+    ours, theirs = ({key: min(run[key] for run in of) for key in of[0]} for of in runs.values())
+    print(f"LaMa, 512 px, random weights, {size / 1e6:.0f} MB")
+    print(f"picture                          {ours['step']:8.2f} s    specification {theirs['step']:8.2f} s    "
+          f"ratio {ours['step'] / theirs['step']:.2f} (aim 1)")
+    print(f"memory of the load               {ours['grown'] / 1e6:8.0f} MB   {ours['grown'] / size:.2f} of the weights "
+          "(aim 1.1)")
+    print(f"peak memory                      {ours['peak'] / 1e9:8.2f} GB   specification {theirs['peak'] / 1e9:8.2f} GB")
+
+
 # ---------------------------------------------------------------- a large photo
 
 MAKE_PHOTO = """
@@ -486,7 +548,7 @@ def toy(everything: bool) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=["toy", "sd15", "train", "batch", "photo"], default="toy")
+    parser.add_argument("what", nargs="?", choices=["toy", "sd15", "train", "batch", "rivals", "photo"], default="toy")
     parser.add_argument("--all", action="store_true", help="toy: also what takes minutes")
     parser.add_argument("--steps", type=int, default=4, help="sd15: denoising steps of the pictures [4]")
     parser.add_argument("--folder", type=Path, help="sd15, train: keep the 7.2 GB of random weights here [not kept]")
@@ -494,8 +556,8 @@ def main() -> None:
     if args.steps < 2:
         parser.error("--steps must be at least 2: the first is not timed alone")
     print(machine())
-    if args.what in ("toy", "batch", "photo"):
-        {"toy": partial(toy, args.all), "batch": batch, "photo": photo}[args.what]()
+    if args.what in ("toy", "batch", "rivals", "photo"):
+        {"toy": partial(toy, args.all), "batch": batch, "rivals": rivals, "photo": photo}[args.what]()
         return
     with nullcontext(args.folder) if args.folder else tempfile.TemporaryDirectory() as folder:
         if args.what == "sd15":

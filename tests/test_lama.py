@@ -34,12 +34,14 @@ ROUNDING = 1e-5  # of the largest value: what float32 sums in another order may 
 
 
 def specified(weights: dict[str, Tensor], levels: int, blocks: int, x: Tensor) -> Tensor:
-    """What big-lama's code computes of (B, 4, H, W), layer by layer, by the numbers and names of its public weights."""
+    """What big-lama's code computes of (B, 4, H, W), layer by layer, by the numbers and names of its public weights.
+
+    tests/bench.py measures it as the reference: the original's operations, in its order.
+    """
 
     def norm(name: str, x: Tensor) -> Tensor:
-        mean, var, scale, shift = (weights[f"{name}.{part}"][:, None, None] for part in (
-            "running_mean", "running_var", "weight", "bias"))
-        return (x - mean) / (var + 1e-5).sqrt() * scale + shift
+        parts = (weights[f"{name}.{part}"] for part in ("running_mean", "running_var", "weight", "bias"))
+        return F.batch_norm(x, *parts, eps=1e-5)
 
     def conv(name: str, x: Tensor, padding: int = 1, stride: int = 1) -> Tensor:
         if padding:
@@ -48,13 +50,11 @@ def specified(weights: dict[str, Tensor], levels: int, blocks: int, x: Tensor) -
 
     def fourier_unit(name: str, x: Tensor) -> Tensor:
         B, C, h, w = x.shape
-        spectrum = torch.fft.rfft2(x, norm="ortho")
-        channels = torch.empty(B, 2 * C, h, w // 2 + 1)
-        for c in range(C):  # interleaved: real, imaginary, real, imaginary, ...
-            channels[:, 2 * c], channels[:, 2 * c + 1] = spectrum[:, c].real, spectrum[:, c].imag
+        parts = torch.view_as_real(torch.fft.rfftn(x, dim=(2, 3), norm="ortho"))  # (B, C, h, w // 2 + 1, 2)
+        channels = parts.permute(0, 1, 4, 2, 3).reshape(B, 2 * C, h, w // 2 + 1)  # real, imaginary, real, ...
         channels = norm(f"{name}.bn", conv(f"{name}.conv_layer", channels, 0)).relu()
-        spectrum = torch.stack([torch.complex(channels[:, 2 * c], channels[:, 2 * c + 1]) for c in range(C)], dim=1)
-        return torch.fft.irfft2(spectrum, s=(h, w), norm="ortho")
+        parts = channels.view(B, C, 2, h, w // 2 + 1).permute(0, 1, 3, 4, 2).contiguous()
+        return torch.fft.irfftn(torch.view_as_complex(parts), s=(h, w), dim=(2, 3), norm="ortho")
 
     def spectral_transform(name: str, g: Tensor) -> Tensor:
         x = norm(f"{name}.conv1.1", conv(f"{name}.conv1.0", g, 0)).relu()
