@@ -1,6 +1,7 @@
 """Paint by Example: the picture of diffusers' pipeline, the public files, and each place where it easily goes wrong."""
 
 import json
+import os
 import shlex
 import shutil
 from pathlib import Path
@@ -29,6 +30,7 @@ from support.images import resize, to_image, to_tensor
 from support.layouts import EXAMPLE_PREFIXES, example_config, split_by_model, under_our_names
 from support.models import TOY
 from support.settings import settle
+from support.tensors import model_fingerprint
 from toy.world import TOY_DATA, write_world
 from vae import VAE
 from weights import CLIP_FILE, UNET_FILE, StableDiffusion, build_module, load_clip, load_stable_diffusion, save_module
@@ -294,6 +296,14 @@ def test_the_folder_and_the_single_file_hold_the_same_networks(folder, pbe, sing
     for ours, theirs in zip((loaded.image_encoder, loaded.sd.unet, loaded.sd.vae),
                             (pbe.image_encoder, pbe.sd.unet, pbe.sd.vae)):
         assert equal_weights(ours, theirs)
+
+
+def test_its_fingerprint_changes_with_each_of_its_parts(folder):
+    before = model_fingerprint(folder)
+    for part in ("image_encoder", "unet", "vae"):
+        os.utime(folder / part / "config.json", (len(part), len(part)))
+        assert model_fingerprint(folder) != before
+        before = model_fingerprint(folder)
 
 
 def test_it_paints_in_half_precision(folder):
