@@ -50,7 +50,7 @@ from toy.world import TOY_DATA, draw_on_first_use
 
 class Row(NamedTuple):
     label: str
-    method: str  # of METHODS; one that is not there is "not implemented"
+    method: str  # of METHODS
     paper: tuple[float, ...] = ()  # the paper's similarity and Fréchet distance, for each protocol
 
 
@@ -117,14 +117,14 @@ def table(lab: Lab, name: str) -> None:
     own_base = lab.networks.options["weights"] is not None
     if own_base and not lab.networks.options["cg-plain"]:  # the paper does not have these rows
         rows = [row for row in rows if not row.method.startswith("cg-plain")]
-    methods = [row.method for row in rows if row.method in METHODS]
+    methods = [row.method for row in rows if available(lab, row.method)]
     lab.check(methods, [item for protocol in protocols for item in lab.items(protocol)])
     measured = {(method, protocol): measure(lab, method, protocol) for method in methods for protocol in protocols}
     results = []
     for label, method, paper in rows:
         for k, protocol in enumerate(protocols):
             figures = None
-            if method in METHODS:
+            if method in methods:
                 figures = compare(measured[method, protocol], measured[ours, protocol], metrics)
             results.append({"method": label, "protocol": protocol, "measured": figures, "paper": paper[2 * k :][:2]})
     our_label = next(row.label for row in rows if row.method == ours)
@@ -138,6 +138,13 @@ def table(lab: Lab, name: str) -> None:
     write_json(settings | {"rows": results}, lab.out / f"{name}.json")
     write_atomic(lab.out / f"{name}.md", lambda new: new.write_text("\n".join(lines) + "\n", encoding="utf-8"))
     print(*lines, "", lab.out / f"{name}.md", lab.out / f"{name}.json", sep="\n")
+
+
+def available(lab: Lab, method: str) -> bool:
+    """Whether a method can paint: beside a base of one's own, a rival needs the option that names its network."""
+    if method not in METHODS:
+        return False
+    return lab.networks.options["weights"] is None or not METHODS[method].own or bool(lab.networks.options[method])
 
 
 def plus_minus(pair: tuple[float, float]) -> str:
@@ -155,7 +162,7 @@ def markdown(results: list[dict], protocols: list[str], metrics: list[str]) -> l
         if k % len(protocols) == 0:
             lines.append([result["method"]])
         for i, metric in enumerate(metrics):
-            lines[-1].append(plus_minus(result["measured"][metric]) if result["measured"] else "not implemented")
+            lines[-1].append(plus_minus(result["measured"][metric]) if result["measured"] else "not given")
             if metric != "joint":  # which the paper does not have
                 lines[-1].append(f"{result['paper'][i]:.2f}" if result["paper"] else "")
     return ["| " + " | ".join(cells) + " |" for cells in lines]
@@ -220,6 +227,7 @@ def figure_tsne(lab: Lab) -> None:
 
 def figure_methods(lab: Lab, name: str, columns: dict[str, str], rows: int = 8) -> None:
     """A row for each of some pairs: product, reference, and what each method, by column label, makes of them."""
+    columns = {label: method for label, method in columns.items() if available(lab, method)}
     items = choose(lab.items("ref"), rows)
     lab.check([*columns.values()], items)
     painted = [lab.pictures(method, items, name) for method in columns.values()]
@@ -247,8 +255,8 @@ def figure_grid(lab: Lab, name: str, count: int = 8, groups: int = 4) -> None:
     save(sheet(cells), lab.out / f"{name}.png")
 
 
-TABLE2_COLUMNS = {"Blended Diffusion": "blended-diffusion", "Stable Diffusion": "stable-diffusion",
-                  "ControlNet": "controlnet", "CG + PG": "cg+pg"}
+TABLE2_COLUMNS = {"Blended Diffusion": "blended-diffusion", "Paint by Example": "paint-by-example",
+                  "Stable Diffusion": "stable-diffusion", "ControlNet": "controlnet", "CG + PG": "cg+pg"}
 FIG7_COLUMNS = {"no perturbation": "fig7-none", "dilation": "fig7-dilation", "dilation + mixup": "fig7-mixup"}
 COMMANDS = {  # and what to look at next
     "table1": (partial(table, name="table1"), "tsne draws the same pictures' backgrounds; table2 adds references"),

@@ -5,6 +5,7 @@
     python generate.py --product mug.png --category mug --reference ad.png    # CG + PG: the style of that ad
     python generate.py --data BG60K --split bgpair --out results              # every item of a data set
     python generate.py --prompt "a photo of a mug"                            # the base alone
+    python generate.py --product mug.png --lama FILE                          # a rival; or --paint-by-example
 
 A product comes with its mask: an image with an alpha channel, or --mask FILE, white on the product. The result keeps
 the product's frame, and the product's own pixels where the mask is 1.
@@ -33,9 +34,9 @@ from support.datasets import BROKEN, Item, read_items
 from support.files import BadInput, one_line_errors
 from support.gallery import SHEET, Gallery
 from support.images import canvas_size, fit, resize, resized_strips, save_image, to_bytes
-from support.models import TOY, ModelChoice, Models, load_models
+from support.models import TOY, Models, choice_of, load_models
 from support.options import one_for_each
-from support.painting import check, count_steps, options, painting_of, settled
+from support.painting import check, count_steps, options, own_defaults, painting_of, settled
 from support.record import command_of, record_of
 from weights import StableDiffusion
 
@@ -120,9 +121,8 @@ def paste_back(painted: Tensor, painted_mask: Tensor, box: tuple[int, int, int, 
     """The product over the painted canvas (3, h, w), in its own frame -> (3, H, W) uint8; box as `fit` returned it.
 
     Where M = 1 the result is the product's pixels, exactly: the product must stay unchanged (section 1). The networks
-    paint the product too, and it spreads over its edge (painted_mask (1, h, w) is M on the canvas) by about a pixel,
-    after a second pass by `spread`. There the scene is continued from further out, so that no glow surrounds the
-    product.
+    paint the product too, and it spreads over its edge (painted_mask (1, h, w) is M on the canvas) by about `spread`
+    pixels. There the scene is continued from further out, so that no glow surrounds the product.
     """
     painted = extend(painted, dilate(painted_mask, 1 + 2 * spread) <= 1 - SOLID)
     top, left, h, w = box
@@ -133,15 +133,21 @@ def paste_back(painted: Tensor, painted_mask: Tensor, box: tuple[int, int, int, 
     return result
 
 
-def canvas_of(ads: list[Ad], h: int, w: int, generators: list[torch.Generator]) -> tuple[Canvas, list[tuple]]:
-    """Ads on a canvas of h x w pixels, and where their frames lie on it, as `fit` returns it."""
+def canvas_of(ads: list[Ad], h: int, w: int, generators: list[torch.Generator],
+              exemplar: int | None = None) -> tuple[Canvas, list[tuple]]:
+    """Ads on a canvas of h x w pixels, and where their frames lie on it, as `fit` returns it; for a rival that reads
+    the references whole, these are squashed to squares of `exemplar` pixels.
+    """
     rgb, boxes = zip(*(fit(ad.rgb, h, w, "contain") for ad in ads))
     mask = torch.stack([fit(ad.mask, h, w, "contain")[0] for ad in ads])
     canvas = Canvas(torch.stack(rgb), mask, [ad.texts for ad in ads], generators)
-    if ads[0].reference is not None:
-        references = (torch.stack([fit(ad.reference[k], h, w, "cover")[0] for ad in ads]) for k in (0, 1))
-        canvas = Canvas(*canvas[:4], *references)
-    return canvas, boxes
+    if ads[0].reference is None:
+        return canvas, boxes
+    if exemplar:
+        squashed = torch.stack([resize(ad.reference[0], exemplar, exemplar) for ad in ads])
+        return canvas._replace(reference=squashed), boxes
+    references = (torch.stack([fit(ad.reference[k], h, w, "cover")[0] for ad in ads]) for k in (0, 1))
+    return Canvas(*canvas[:4], *references), boxes
 
 
 def paint_ads(ads: list[Ad], models: Models, how: Painting, painter: Callable | None = None,
@@ -151,10 +157,11 @@ def paint_ads(ads: list[Ad], models: Models, how: Painting, painter: Callable | 
     A batch has one canvas size, and references for all of its ads or for none. painter(canvas, on_step=...) ->
     (B, 3, h, w) paints a rival's first pass.
     """
-    ours, steps = partial(paint, models.sd, how=how, cg=models.cg, pg=models.pg), count_steps(models, how)
+    ours = models.rival.paint if models.rival else partial(paint, models.sd, cg=models.cg, pg=models.pg)
+    ours, steps = partial(ours, how=how), count_steps(models, how)
     batches = defaultdict(list)
     for i, ad in enumerate(ads):
-        size = canvas_size(*ad.mask.shape[1:], models.size, models.sd.multiple)
+        size = canvas_size(*ad.mask.shape[1:], models.size, models.multiple)
         batches[size, ad.reference is not None].append(i)
     results = [[] for _ in ads]
     for ((h, w), with_reference), batch in batches.items():
@@ -162,7 +169,7 @@ def paint_ads(ads: list[Ad], models: Models, how: Painting, painter: Callable | 
         generators = [seeded(ad.seed)[0] for ad in chosen]
         with steps_bar(steps, f"{len(batch)} at once{', with references' if with_reference else ''}") as bar:
             for n in dict.fromkeys((1, how.refine)):  # the canvas of the second pass is n times larger
-                canvas, boxes = canvas_of(chosen, n * h, n * w, generators)
+                canvas, boxes = canvas_of(chosen, n * h, n * w, generators, models.exemplar)
                 painter_of_pass = partial(ours, first=painted) if n > 1 else painter or ours
                 painted = painter_of_pass(canvas, on_step=lambda *_: bar.update()).cpu()
                 check_finite(painted)
@@ -177,9 +184,8 @@ def paint_ads(ads: list[Ad], models: Models, how: Painting, painter: Callable | 
 
 def load(args, categories: set[str] = frozenset(), with_pg: bool = False) -> tuple[Models, Callable, dict]:
     """The models, `paint_ads` with them as the options say, and the record of both."""
-    choice = ModelChoice(args.weights, args.tokenizer, args.cg, args.pg, args.controlnet, args.device, args.dtype)
-    how = painting_of(args, eta=args.eta, from_reference=args.start == "reference")
-    models = load_models(choice, args.size, categories, with_pg, args.plain_prompt)
+    how = painting_of(args, eta=args.eta, from_reference=args.start == "reference", **own_defaults(args))
+    models = load_models(choice_of(args), args.size, categories, with_pg, args.plain_prompt)
     count_steps(models, how)  # refuses a second pass that can't be painted
     paint_all = partial(paint_ads, models=models, how=how, keep_first=args.keep_first)
     return models, paint_all, record_of(args, size=models.size, models=models.fingerprints, **settled(how))
@@ -211,11 +217,11 @@ def generate_product(args) -> None:
     gallery = Gallery(
         [Item(*pair, "") for pair in zip(files, one_for_each(args.mask, files, "--mask", "--product"))],
         [*zip(references, one_for_each(args.reference_mask, references, "--reference-mask", "--reference"))],
-        [list(dict.fromkeys(args.category or [SAMPLE]))] if len(files) == 1 else
+        [list(dict.fromkeys(args.category or [SAMPLE if demo else None]))] if len(files) == 1 else
         [[category] for category in one_for_each(args.category, files, "--category", "--product")],
-        seeds=range(args.seed, args.seed + args.num), with_and_without=demo)
+        seeds=range(args.seed, args.seed + args.num), with_and_without=demo, exemplars=bool(args.paint_by_example))
     models, paint_all, record = load(args, set(chain(*gallery.categories)), bool(references))
-    jobs, small = gallery.jobs(prompts_by_category(models.identifiers, models.sd.tokenizer)), []
+    jobs, small = gallery.jobs(prompts_by_category(models.identifiers, models.tokenizer)), []
     gallery.remove_sheet(args.out)
     for start in range(0, len(jobs), args.batch):
         chunk = jobs[start : start + args.batch]

@@ -28,6 +28,7 @@ from clip import Tokenizer
 from data import SIGMA, THETA, Samples, product_hint
 from generate import IDENTIFIER, Canvas, paint, prompts_by_category
 from model import CategoryGenerator, ControlNet, PersonalityGenerator, Prompts, UNet, predict_noise
+from rivals.stages import RIVAL_SETTINGS, RIVAL_STAGES
 from sampler import Painting, Schedule, seeded, timestep_weights
 from support.cache import fingerprint
 from support.datasets import Item, read_items
@@ -39,7 +40,7 @@ from support.machine import processes
 from support.models import load_branch
 from support.options import Parser, real_number, whole_number
 from support.settings import (
-    BASE_STAGES,
+    ALL_STAGES,
     BRANCH_STAGES,
     Settings,
     add_training_options,
@@ -67,7 +68,7 @@ TOY_SETTINGS = {
     "unet": dict(lr=1e-3, batch=32, steps=10400, size=128, ema=0.999, warmup=100, decay=0.3, clip_gradient=1.0,
                  noise_offset=0.1, weighting="min-snr"),
     "cg": TOY_BRANCH | dict(steps=4500, prompt_dropout=0.1), "pg": TOY_BRANCH,
-    "joint": TOY_BRANCH | dict(prompt_dropout=0.1), "controlnet": TOY_BRANCH,
+    "joint": TOY_BRANCH | dict(prompt_dropout=0.1), "controlnet": TOY_BRANCH, **RIVAL_SETTINGS,
 }  # fmt: skip
 
 # ---------------------------------------------------------------- Eq. 1 and the loop
@@ -222,7 +223,7 @@ def draw_branches(unet: UNet, cg: ControlNet, pg: ControlNet | None, canvas: Can
 def options() -> Parser:
     parser = Parser(description=__doc__, formatter_class=partial(
         argparse.RawDescriptionHelpFormatter, max_help_position=24, width=120))
-    parser.add_argument("stage", help=", ".join((*BASE_STAGES, *BRANCH_STAGES)))
+    parser.add_argument("stage", help=", ".join(ALL_STAGES))
     add = parser.add_argument_group("what is trained, on what").add_argument
     path = dict(metavar="PATH", type=Path)
     add("--data", **path, help="BG60k as released, or a folder with metadata.jsonl [the toy's]")
@@ -255,7 +256,7 @@ def options() -> Parser:
 
 def main(arguments: list[str] | None = None) -> None:
     args = options().parse_args(arguments)
-    toy = args.data is None or args.data.absolute().parent == TOY_DATA or args.stage in BASE_STAGES
+    toy = args.data is None or args.data.absolute().parent == TOY_DATA or args.stage not in BRANCH_STAGES
     settings = settle(args, TOY_SETTINGS.get(args.stage, {}) if toy else PAPER, TOY_DATA)
     start_processes(settings.device)
     draw_on_first_use(settings.data)
@@ -264,7 +265,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not settings.steps:
         pictures = settings.epochs * len(read_items(settings.data)[0])
         settings = replace(settings, steps=math.ceil(pictures / settings.batch))
-    fit(STAGES.get(settings.stage, branch_task)(settings), settings)
+    fit((STAGES | RIVAL_STAGES).get(settings.stage, branch_task)(settings), settings)
 
 
 if __name__ == "__main__":

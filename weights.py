@@ -29,6 +29,7 @@ from support.configs import check_config, read_scheduler_config
 from support.convert import convert
 from support.files import BadInput, one_line_errors, read_json, write_atomic
 from support.layouts import (
+    EXAMPLE_FILE,
     IGNORED,
     IMAGE_TOWER,
     SINGLE_FILE,
@@ -219,7 +220,7 @@ def file_kind(build: type[nn.Module]) -> str:
     """How messages and the tables of support/ name the files of a network."""
     kinds = {UNet: "a UNet", ControlNet: "a ControlNet", VAE: "a VAE", TextEncoder: "a text encoder",
              CLIP: "a CLIP model"}
-    return next(kind for network, kind in kinds.items() if issubclass(build, network))
+    return next((kind for network, kind in kinds.items() if issubclass(build, network)), f"a {build.__name__}")
 
 
 class NoInit(TorchFunctionMode):
@@ -245,7 +246,7 @@ def build_module(build: type[nn.Module], config: dict, tensors: dict[str, Tensor
 def build_from_shapes(build: type[nn.Module], configure: Callable[[dict], dict], tensors: dict[str, Tensor],
                       source: Path, device, dtype) -> nn.Module:
     """A network whose configuration is inferred from the shapes of its tensors."""
-    named = dict(under_our_names(tensors))
+    named = dict(under_our_names(tensors, file_kind(build)))
     try:
         config = configure(named)
     except (KeyError, IndexError) as error:
@@ -257,7 +258,7 @@ def build_from_shapes(build: type[nn.Module], configure: Callable[[dict], dict],
 def assign_weights(module: nn.Module, tensors: dict[str, Tensor], source: Path, device, dtype) -> nn.Module:
     """Puts tensors into a module built on the meta device, by name. Raises BadInput naming what does not fit."""
     wanted, named, problems = module.state_dict(), {}, []
-    for name, tensor in under_our_names(tensors):
+    for name, tensor in under_our_names(tensors, file_kind(type(module))):
         if name not in wanted and (IGNORED.fullmatch(name)
                                    or isinstance(module, TextEncoder) and IMAGE_TOWER.fullmatch(name)):
             continue
@@ -302,7 +303,9 @@ def save_module(module: nn.Module, folder: Path, name: str, dtype=None, extra: d
 # ---------------------------------------------------------------- python weights.py convert FILE OUT
 
 NEXT = {SINGLE_FILE: '--weights {} --tokenizer DIR --prompt "a photo of a mug"',
-        "a ControlNet": "--weights SD --controlnet {} --product mug.png --category mug"}
+        "a ControlNet": "--weights SD --controlnet {} --product mug.png --category mug",
+        "a LaMa": "--lama {} --product mug.png",
+        EXAMPLE_FILE: "--paint-by-example {} --product mug.png --reference ad.png"}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -18,6 +18,7 @@ import train
 from clip import CLIP
 from generate import paint_ads, prompts_by_category
 from rivals.baselines import blended_diffusion, stable_diffusion
+from rivals.paint_by_example import GUIDANCE
 from sampler import Painting
 from support.batch import paint_items, result_path
 from support.cache import file_fingerprint, fingerprint
@@ -41,13 +42,17 @@ class Method(NamedTuple):
     plain_prompt: bool = False  # 'A photo of [category]', without the identifier
     rival: Callable | None = None
     clip: str | None = None  # that guides the rival
+    guidance: float | None = None  # the rival's own, whatever --guidance says
+    own: str | None = None  # the rival's own network, in the base's place: see support.models.load_rival
 
     def networks(self) -> list[str]:
-        """What it needs beside the base."""
-        return [name for name in (self.cg, self.pg, self.clip) if name]
+        """What it paints with."""
+        return [name for name in (self.own or "weights", self.cg, self.pg, self.clip) if name]
 
 
 METHODS = {
+    "lama": Method(plain_prompt=True, own="lama"),
+    "paint-by-example": Method(plain_prompt=True, own="paint-by-example", guidance=GUIDANCE),
     "stable-diffusion": Method(plain_prompt=True, rival=stable_diffusion),
     "blended-diffusion": Method(plain_prompt=True, rival=blended_diffusion, clip="guide-clip"),
     "controlnet": Method("controlnet", plain_prompt=True),
@@ -63,6 +68,7 @@ METHODS = {
 # What train.py is told to make the toy's networks that are not shipped; cg-plain has CG's own settings
 TRAINED = {
     "controlnet": ["controlnet", "--steps", "2600", "--data", str(TOY_DATA / "base")],
+    **{rival: [rival, "--steps", str(train.TOY_SETTINGS[rival]["steps"])] for rival in ("lama", "paint-by-example")},
     "cg-plain": ["cg", "--attention", "plain", "--steps", str(train.TOY_SETTINGS["cg"]["steps"])],
     "guide-clip": ["clip", "--steps", "800", "--seed", "1"],
     "pg-none": ["pg", "--steps", "600", "--theta", "0", "--sigma", "1", "1"],
@@ -94,7 +100,7 @@ class Lab:
         """Raises BadInput for networks or categories that these methods would miss, before anything is painted."""
         names = [name for method in methods for name in METHODS[method].networks()]
         with_identifiers = not all(METHODS[method].plain_prompt for method in methods)
-        self.networks.check(["weights", *names, "clip"], {item.category for item in items if with_identifiers})
+        self.networks.check([*names, "clip"], {item.category for item in items if with_identifiers})
 
     def items(self, protocol: str) -> list[Item]:
         """What is painted and measured: the first --limit."""
@@ -125,10 +131,10 @@ class Lab:
         share the whole split's folder.
         """
         method = METHODS[name]
-        used = [model_fingerprint(self.networks.path(network)) for network in ("weights", *method.networks())]
+        used = [model_fingerprint(self.networks.path(network)) for network in method.networks()]
         hint = self.how.hint if method.cg == "controlnet" else "product"  # --hint is --controlnet's
         record = self.record | {"method": name, "strength": self.strength if method.clip else None, "hint": hint,
-                                "models": used}
+                                "guidance": method.guidance or self.how.guidance, "models": used}
         split = self.all_items(folder) if folder in PROTOCOLS else items
         files = [[item.category, *map(file_fingerprint, (item.image, item.mask, item.reference, item.reference_mask))]
                  for item in split]
@@ -147,14 +153,20 @@ class Lab:
         categories = {item.category for item in items}
         cg = None if method.plain_prompt else self.networks.path("cg")
         models = self.load(method, categories)
-        texts = prompts_by_category(identifiers_of(categories, cg), models.sd.tokenizer)
+        texts = prompts_by_category(identifiers_of(categories, cg), models.tokenizer)
         hint = self.how.hint if method.cg == "controlnet" else "product"  # --hint is --controlnet's
         how = replace(self.how, from_reference=method.from_reference, hint=hint)
+        if method.own:  # a second pass is the base's
+            how = replace(how, guidance=method.guidance or how.guidance, refine=1)
         painter = partial(paint_ads, models=models, how=how, painter=self.rival(method, models))
         paint_items(items, texts, painter, out, record, models.dtype, self.seed, self.batch)
 
     def load(self, method: Method, categories: set[str]) -> Models:
-        """The base and a method's branches."""
+        """The base and a method's branches, or its own network: LaMa's is painted in float32, whatever --dtype says."""
+        if method.own:
+            dtype = "float32" if method.own == "lama" else self.choice.dtype
+            path = {method.own.replace("-", "_"): self.networks.path(method.own)}
+            return load_models(replace(self.choice, **path, dtype=dtype), self.size, categories)
         if method.cg is None:
             return load_models(self.choice, self.size)
         place = "controlnet" if method.cg == "controlnet" else "cg"
@@ -163,7 +175,7 @@ class Lab:
         return load_models(choice, self.size, categories, with_pg=pg is not None)
 
     def rival(self, method: Method, models: Models) -> Callable | None:
-        """painter(canvas, on_step) -> pictures, as generate.paint; None for a method of our own networks."""
+        """painter(canvas, on_step) -> pictures, as generate.paint; None for our own networks and a rival's own."""
         guide = {"clip": self.load_clip(method.clip), "strength": self.strength} if method.clip else {}
         return method.rival and partial(method.rival, models.sd, how=self.how, **guide)
 

@@ -57,6 +57,8 @@ VAE = {
     "use_quant_conv": True,
     **harmless("force_upcast sample_size"),
 }
+# Our own configuration, of a LaMa that train.py has trained; that of big-lama is in its shapes
+LAMA = {"_class_name": "LaMa", "width": int, "levels": int, "blocks": int, "global_channels": int, "sample_size": int}
 
 # transformers writes into every config.json how it would initialise, train and generate texts
 TRANSFORMERS = {
@@ -79,6 +81,7 @@ TOWER = TRANSFORMERS | {
 }
 TEXT = TOWER | {"vocab_size": int, "max_position_embeddings": int, "model_type": "clip_text_model"}
 VISION = TOWER | {"image_size": int, "patch_size": int, "num_channels": 3, "model_type": "clip_vision_model"}
+EXAMPLE = VISION | {"projection_dim": int, "mapper_blocks": int}  # the latter is our own field
 CLIP = TRANSFORMERS | {
     "model_type": "clip", "projection_dim": int, "logit_scale_init_value": float, "text_config": dict,
     "vision_config": dict, "text_config_dict": (None, dict), "vision_config_dict": (None, dict),  # repeat these two
@@ -104,7 +107,7 @@ SCHEDULER = {
 }
 
 FIELDS = {"a UNet": UNET, "a ControlNet": CONTROLNET, "a VAE": VAE, "a text encoder": TEXT, "a CLIP model": CLIP,
-          "a scheduler": SCHEDULER}
+          "a LaMa": LAMA, "a PaintByExampleEncoder": EXAMPLE, "a scheduler": SCHEDULER}
 
 
 def allows(allowed: object, value: object) -> bool:

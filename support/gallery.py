@@ -12,8 +12,9 @@ from torch import Tensor
 from data import Ad
 from support.datasets import Item
 from support.files import BadInput
-from support.images import load_cutout, load_masked, sheet, thumbnail
+from support.images import load_cutout, load_masked, sheet, thumbnail, to_tensor
 from support.names import result_name
+from support.opening import open_image
 
 SHEET = "sheet.png"
 
@@ -35,13 +36,16 @@ class Gallery:
     categories: list[list[str]]  # of each product
     seeds: range
     with_and_without: bool  # also without a reference, as the demo
+    exemplars: bool  # the references are read whole, without a mask
 
     @cached_property
     def products(self) -> list[tuple[Tensor, Tensor]]:
         return [load_cutout(item.image, item.mask) for item in self.items]
 
     @cached_property
-    def styles(self) -> list[tuple[Tensor, Tensor]]:
+    def styles(self) -> list[tuple[Tensor, Tensor | None]]:
+        if self.exemplars:
+            return [(to_tensor(open_image(path).convert("RGB")), None) for path, _ in self.references]
         return [load_masked(*pair, "reference", "--reference-mask") for pair in self.references]
 
     @property

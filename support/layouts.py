@@ -1,18 +1,24 @@
 """Support: public weights' names, what a file is, configurations from shapes; not needed to understand the paper."""
 
+import math
 import re
 from collections.abc import Iterable, Iterator
 
 from torch import Tensor
 
-# Where a single file keeps each model. A ControlNet's file may also hold it without any prefix.
+# Where a single file keeps each model. A ControlNet's or LaMa's file may also hold it without any prefix.
 PREFIXES = {
     "model.diffusion_model.": "unet",
     "first_stage_model.": "vae",
     "cond_stage_model.transformer.": "text_encoder",  # CLIP, as transformers names it: SD 1.x
     "cond_stage_model.model.": "text_encoder",  # OpenCLIP: SD 2.x
     "control_model.": "control",
+    "generator.": "lama",
+    "model.generator.": "lama",
 }
+
+# The same for Paint by Example, whose CLIP is that of pictures; its last layers and learnable_vector have no prefix.
+EXAMPLE_PREFIXES = {"model.diffusion_model.": "unet", "first_stage_model.": "vae", "cond_stage_model.": "image_encoder"}
 
 # What public files hold beside the weights that are read. A tensor that the network does have is never left out.
 IGNORED = re.compile("|".join((
@@ -28,8 +34,8 @@ IGNORED = re.compile("|".join((
 )))
 IMAGE_TOWER = re.compile(r"(vision_model|visual|visual_projection)\..*")  # of the CLIP that a text encoder was cut from
 
-# From the names of public files, without prefix, to ours; numbers in a pattern are the function's arguments.
-# Our own names come through unchanged.
+# From the names of public files, without prefix, to ours; numbers in a pattern are the function's arguments, and {}
+# stands for q, k and v, which come in one matrix. Our own names come through unchanged.
 RENAMES = [(re.compile(pattern), name) for pattern, name in (
     # The UNet's and ControlNet's levels: three input_blocks each, two layers and what halves the resolution
     (r"^time_embed\.([02])\.", lambda i: f"time_embedding.linear_{i // 2 + 1}."),
@@ -78,43 +84,61 @@ RENAMES = [(re.compile(pattern), name) for pattern, name in (
     (r"^transformer\.resblocks\.", "text_model.encoder.layers."),
     (r"\.ln_([12])\.", lambda i: f".layer_norm{i}."),
     (r"\.attn\.", ".self_attn."),
+    (r"\.in_proj_(?=weight$|bias$)", ".{}_proj."),
     (r"\.mlp\.c_fc\.", ".mlp.fc1."),
     (r"\.mlp\.c_proj\.", ".mlp.fc2."),
     (r"^token_embedding\.", "text_model.embeddings.token_embedding."),
     (r"^positional_embedding$", "text_model.embeddings.position_embedding.weight"),
     (r"^ln_final\.", "text_model.final_layer_norm."),
 )]
+# The same for Paint by Example's image encoder, whose names are those of other layers elsewhere
+EXAMPLE_RENAMES = [(re.compile(pattern), name) for pattern, name in (
+    (r"^transformer\.", "model."),
+    (r"^model\.(?=(?:embeddings|pre_layrnorm|encoder|post_layernorm)\.)", "model.vision_model."),  # recent folders
+    (r"^mapper\.resblocks\.", "mapper.blocks."),
+    (r"\.ln_1\.", ".norm1."),
+    (r"\.attn\.c_qkv\.", ".attn1.to_{}."),
+    (r"\.attn\.c_proj\.", ".attn1.to_out.0."),
+    (r"\.ln_2\.", ".norm3."),
+    (r"\.mlp\.c_fc\.", ".ff.net.0.proj."),
+    (r"\.mlp\.c_proj\.", ".ff.net.2."),
+    (r"^final_ln\.", "final_layer_norm."),
+    (r"^learnable_vector$", "uncond_vector"),
+)]
 
 
-def our_name(name: str) -> str:
+def our_name(name: str, renames: list[tuple] = RENAMES) -> str:
     """Our name of a tensor, from that in a public file (without the prefix of a single file)."""
-    for pattern, new in RENAMES:
+    for pattern, new in renames:
         name = pattern.sub(new if isinstance(new, str) else lambda match, f=new: f(*map(int, match.groups())), name)
     return name
 
 
-def under_our_names(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Tensors under our names. OpenCLIP's queries, keys and values come in one matrix and leave as three."""
+def under_our_names(tensors: dict[str, Tensor], kind: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Tensors under our names. Queries, keys and values that come in one matrix leave as three.
+
+    kind: what network they are of, where it matters; see weights.file_kind.
+    """
     for name, tensor in tensors.items():
-        name = our_name(name)
-        if ".in_proj_" in name:
-            for letter, part in zip("qkv", tensor.chunk(3)):
-                yield name.replace(".in_proj_", f".{letter}_proj."), part
+        name = our_name(name, EXAMPLE_RENAMES if kind == EXAMPLE_ENCODER else RENAMES)
+        if "{}" in name:
+            yield from ((name.replace("{}", letter), part) for letter, part in zip("qkv", tensor.chunk(3)))
         else:
             yield name, tensor
 
 
-def split_by_model(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+def split_by_model(tensors: dict[str, Tensor], prefixes: dict[str, str] = PREFIXES) -> dict[str, dict[str, Tensor]]:
     """A single file's tensors by model, without their prefix and what is ignored; "" holds those of no prefix."""
-    parts = {part: {} for part in ("", *PREFIXES.values())}
+    parts = {part: {} for part in ("", *prefixes.values())}
     for name, tensor in tensors.items():
         if not IGNORED.fullmatch(name):
-            prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
-            parts[PREFIXES.get(prefix, "")][name[len(prefix) :]] = tensor
+            prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
+            parts[prefixes.get(prefix, "")][name[len(prefix) :]] = tensor
     return parts
 
 
 SINGLE_FILE = "a whole Stable Diffusion"
+EXAMPLE_FILE, EXAMPLE_ENCODER = "a whole Paint by Example", "a PaintByExampleEncoder"
 
 # What a file is, by the first pattern that one of its names matches.
 KINDS = [(re.compile(pattern), kind) for pattern, kind in (
@@ -123,7 +147,10 @@ KINDS = [(re.compile(pattern), kind) for pattern, kind in (
     (r"lora_|\.lora[._]|_lora\.", "a LoRA"),
     (r"^emb_params$|^string_to_param|^clip_[lg]$", "a textual inversion"),
     (r"^ip_adapter\.|^image_proj\.", "an IP-Adapter"),
+    (r"\.ffc\.", "a LaMa"),
     (r"control_model\.|input_hint_block\.|controlnet_|zero_convs\.", "a ControlNet"),
+    (r"^learnable_vector$", EXAMPLE_FILE),
+    (r"^uncond_vector$", EXAMPLE_ENCODER),
     (r"^model\.diffusion_model\.", SINGLE_FILE),
     (r"vision_model\.|visual\.", "a CLIP model"),
     (r"text_model\.|resblocks\.", "a text encoder"),
@@ -189,3 +216,26 @@ def text_config(tensors: dict[str, Tensor], activation: str) -> dict:
             "num_hidden_layers": modules_under("text_model.encoder.layers.", tensors),
             "intermediate_size": tensors["text_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
             "max_position_embeddings": tensors["text_model.embeddings.position_embedding.weight"].shape[0]}
+
+
+def example_config(tensors: dict[str, Tensor]) -> dict:
+    """The config.json of Paint by Example's image encoder, from its tensors' shapes. Raises KeyError for another's."""
+    tower = "model.vision_model."
+    width, _, patch, _ = tensors[f"{tower}embeddings.patch_embedding.weight"].shape
+    patches = len(tensors[f"{tower}embeddings.position_embedding.weight"]) - 1
+    return {"model_type": "clip_vision_model", "architectures": ["PaintByExampleImageEncoder"], "hidden_size": width,
+            "num_attention_heads": width // 64, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
+            "num_hidden_layers": modules_under(f"{tower}encoder.layers.", tensors),
+            "intermediate_size": tensors[f"{tower}encoder.layers.0.mlp.fc1.weight"].shape[0],
+            "image_size": math.isqrt(patches) * patch, "patch_size": patch, "num_channels": 3,
+            "projection_dim": tensors["proj_out.weight"].shape[0],
+            "mapper_blocks": modules_under("mapper.blocks.", tensors)}
+
+
+def lama_config(tensors: dict[str, Tensor]) -> dict:
+    """The configuration of a LaMa, from its tensors' shapes. Raises KeyError where it is none."""
+    layers = [name for name in tensors if name.endswith(".ffc.convl2l.weight")]
+    blocks = sum(".conv1." in name for name in layers)
+    levels = len(layers) - 2 * blocks - 1
+    return {"_class_name": "LaMa", "width": tensors["model.1.ffc.convl2l.weight"].shape[0], "levels": levels,
+            "blocks": blocks, "global_channels": tensors[f"model.{levels + 1}.bn_g.weight"].shape[0]}

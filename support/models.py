@@ -1,11 +1,15 @@
 """Support: which base, CG and PG belong together, and the identifiers they know; not needed to understand the paper."""
 
+import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
+from clip import Tokenizer
 from model import ControlNet
+from rivals.lama import LaMa, load_lama
+from rivals.paint_by_example import PaintByExample, load_paint_by_example
 from support.datasets import read_identifiers
 from support.files import BadInput
 from support.images import canvas_size
@@ -25,23 +29,48 @@ class ModelChoice:
     cg: Path | None = None
     pg: Path | None = None
     controlnet: Path | None = None  # in CG's place
+    lama: Path | None = None  # a rival, in place of all the others; this and the next
+    paint_by_example: Path | None = None
     device: str = "auto"
     dtype: str = "auto"
 
 
-class Models(NamedTuple):
-    """What a command paints with."""
+def choice_of(args: argparse.Namespace) -> ModelChoice:
+    """The models that a command line names."""
+    return ModelChoice(**{field.name: getattr(args, field.name) for field in fields(ModelChoice)})
 
-    sd: StableDiffusion
+
+class Models(NamedTuple):
+    """What a command paints with: the base and its branches, or a rival with networks of its own."""
+
+    sd: StableDiffusion | None
     cg: ControlNet | None  # or the plain ControlNet in its place
     pg: ControlNet | None
     identifiers: dict[str, str | None]  # [D] of each category, None for the plain prompt
     size: int  # the canvas's longer side in pixels
     fingerprints: list  # of the weights
+    rival: LaMa | PaintByExample | None = None
 
     @property
     def dtype(self) -> str:
-        return str(self.sd.unet.conv_in.weight.dtype).removeprefix("torch.")
+        dtype = self.rival.dtype if self.rival else self.sd.unet.conv_in.weight.dtype
+        return str(dtype).removeprefix("torch.")
+
+    @property
+    def multiple(self) -> int:
+        """The canvas's sides are multiples of it."""
+        return (self.rival or self.sd).multiple
+
+    @property
+    def exemplar(self) -> int | None:
+        """The side in pixels to which a rival has references squashed, whole and without a mask; None where they fill
+        the canvas.
+        """
+        return self.rival.exemplar if self.rival else None
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        return self.sd.tokenizer if self.sd else None
 
 
 def load_models(choice: ModelChoice, size: int | None, categories: set[str] = frozenset(), with_pg: bool = False,
@@ -50,6 +79,8 @@ def load_models(choice: ModelChoice, size: int | None, categories: set[str] = fr
 
     Raises BadInput where weights are missing, broken or do not belong together, or a category is unknown to CG.
     """
+    if choice.lama or choice.paint_by_example:
+        return load_rival(choice, size, categories)
     paths = {"base": choice.weights or TOY / "base"}
     if categories:
         paths["cg"] = choice.controlnet or branch_path("cg", choice.cg, choice.weights)
@@ -66,6 +97,20 @@ def load_models(choice: ModelChoice, size: int | None, categories: set[str] = fr
     cg = load_branch("controlnet" if choice.controlnet else "category", paths["cg"], sd) if categories else None
     pg = load_branch("personality", paths["pg"], sd) if with_pg else None
     return Models(sd, cg, pg, identifiers, size, [model_fingerprint(path) for path in paths.values()])
+
+
+def load_rival(choice: ModelChoice, size: int | None, categories: set[str]) -> Models:
+    """A rival with networks of its own. It has what Models reads of it and paint(canvas, how, on_step), which paints as
+    generate.paint does.
+    """
+    device, path = pick_device(choice.device), choice.lama or choice.paint_by_example
+    if choice.lama and choice.dtype not in ("auto", "float32"):
+        raise BadInput(f"--dtype {choice.dtype}: LaMa's Fourier transforms need float32; leave it out")
+    rival = load_lama(path, device) if choice.lama else load_paint_by_example(
+        path, device, pick_dtype(choice.dtype, device))
+    size = size or rival.size
+    canvas_size(1, 1, size, rival.multiple)  # refuses a size that does not fit
+    return Models(None, None, None, dict.fromkeys(categories), size, [model_fingerprint(path)], rival)
 
 
 def branch_path(option: str, given: Path | None, weights: Path | None) -> Path:
@@ -136,6 +181,9 @@ def add_model_options(add: Callable) -> None:
         help="a plain ControlNet in place of CG, with the plain prompt 'A photo of NAME': the paper's baseline")
     add("--hint", choices=["product", "inpaint"], default="product",
         help="what --controlnet sees around the product: black, or -1 as ControlNet 1.1 inpaint was trained [product]")
+    add("--lama", metavar="PATH", type=Path, help="LaMa, the paper's baseline: big-lama.safetensors or the like")
+    add("--paint-by-example", metavar="PATH", type=Path,
+        help="Paint by Example, the paper's baseline: its public folder or single file; --reference is its exemplar")
     add("--device", metavar="NAME", default="auto", help="cpu, cuda, cuda:1, ... [auto: cuda where there is one]")
     add("--dtype", metavar="NAME", choices=["auto", "float32", "float16", "bfloat16"], default="auto",
         help="float32; float16 and bfloat16 are less precise [auto: float16 on CUDA, bfloat16 where it is faster]")

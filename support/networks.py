@@ -13,7 +13,8 @@ from support.models import TOY, branch_path, check_identifiers, identifiers_of
 from support.tensors import model_fingerprint
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
-OPTIONS = ("weights", "cg", "pg", "controlnet", "cg-plain", "clip", "guide-clip")  # of evaluate.py that name networks
+OPTIONS = ("weights", "cg", "pg", "controlnet", "cg-plain", "clip", "guide-clip", "lama",
+           "paint-by-example")  # of evaluate.py
 SHIPPED = {"weights": TOY / "base", "clip": TOY / "clip"}  # and CG and PG, see branch_path
 
 
@@ -39,7 +40,7 @@ class Networks(NamedTuple):
 
     def path(self, name: str) -> Path:
         """As `given`; trains the network first where it must be."""
-        frozen = [] if name == "guide-clip" else ["weights", "cg"] if name.startswith("pg-") else ["weights"]
+        frozen = [] if name in ("guide-clip", "lama") else ["weights", "cg"] if name.startswith("pg-") else ["weights"]
         return self.given(name) or train_once(name, self.trained[name], [*map(self.given, frozen)], self.device)
 
     def check(self, names: list[str], categories: set[str]) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from rivals.paint_by_example import GUIDANCE
 from sampler import Painting
 from support.files import BadInput
 from support.gallery import check_result_names
@@ -15,6 +16,14 @@ LARGEST = 4096  # pixels of the longer side that are painted
 # The toy's second pass: the base alone was trained at 256 px, on little noise and without prompts
 TOY_REFINE = {"refine": 2, "refine_from": 301, "refine_alone": True}
 
+# Options that exclude each other: the base alone paints a --prompt, and a rival with networks of its own paints alone
+ALONE = [*(("prompt", branch) for branch in ("cg", "pg", "controlnet")),
+         *((rival, option) for rival in ("lama", "paint_by_example") for option in (
+             "weights", "tokenizer", "cg", "pg", "controlnet", "category", "plain_prompt", "data", "prompt",
+             "refine", "refine_from", "keep_first")),
+         ("lama", "reference"), ("lama", "paint_by_example"), ("paint_by_example", "reference_mask")]
+RIVALS_NEED = [("lama", "product"), ("paint_by_example", "reference")]
+
 
 def painting_of(args: argparse.Namespace, **others) -> Painting:
     """How to paint, by the options that all programs have and by `others`: fields of Painting, --refine's default too.
@@ -22,8 +31,8 @@ def painting_of(args: argparse.Namespace, **others) -> Painting:
     Raises BadInput for options that do not go together.
     """
     fields = (TOY_REFINE if args.weights is None else {}) | others
-    fields |= {name: vars(args)[name] for name in ("refine", "refine_from") if vars(args)[name] is not None}
-    how = Painting(args.steps, args.guidance, hint=args.hint, sampler=args.sampler, **fields)
+    fields |= {name: vars(args)[name] for name in ("guidance", "refine", "refine_from") if vars(args)[name] is not None}
+    how = Painting(args.steps, hint=args.hint, sampler=args.sampler, **fields)
     if how.eta and how.sampler != "ddim":
         raise BadInput(f"--eta goes with --sampler ddim; leave it out, or --sampler {how.sampler}")
     for option in ("refine_from", "keep_first"):
@@ -32,15 +41,23 @@ def painting_of(args: argparse.Namespace, **others) -> Painting:
     return how
 
 
+def own_defaults(args: argparse.Namespace) -> dict:
+    """What a rival with networks of its own paints with by default: without a second pass, which is the base's."""
+    if args.paint_by_example:
+        return {"refine": 1, "guidance": GUIDANCE}
+    return {"refine": 1} if args.lama else {}
+
+
 def settled(how: Painting) -> dict:
-    """The part of the record that defaults may have decided: the second pass."""
-    if how.refine == 1:
-        return {"refine": 1}
-    return {"refine": how.refine, "refine_from": how.refine_from, "refine_alone": how.refine_alone}
+    """The part of the record that defaults may have decided: the guidance and the second pass."""
+    second = {"refine_from": how.refine_from, "refine_alone": how.refine_alone} if how.refine > 1 else {}
+    return {"guidance": how.guidance, "refine": how.refine, **second}
 
 
 def count_steps(models: Models, how: Painting) -> int:
     """The steps of both passes. Raises BadInput where the second is too large, or none of its steps is late enough."""
+    if models.rival:
+        return how.steps
     schedule, size = models.sd.schedule, how.refine * models.size
     if size > LARGEST:
         raise BadInput(f"--refine {how.refine}: paints {size} pixels, more than {LARGEST}; lower it, or --size")
@@ -57,8 +74,9 @@ def add_walk_options(add: Callable, refine: str) -> None:
         help=f"steps of denoising [{Painting.steps}, the paper's]")
     add("--sampler", choices=["ddim", "dpm++"], default=Painting.sampler,
         help="dpm++: DPM-Solver++ (2M), whose 20 steps do what DDIM does in 50 [ddim, the paper's]")
-    add("--guidance", metavar="X", type=real_number(1, 30), default=Painting.guidance,
-        help=f"weight of the prompt, 1: without guidance [{Painting.guidance}, the paper's]")
+    add("--guidance", metavar="X", type=real_number(1, 30),
+        help=f"weight of the prompt, 1: without guidance [{Painting.guidance}, the paper's; Paint by Example's own "
+        f"{GUIDANCE}]")
     add("--size", metavar="N", type=whole_number(8, LARGEST),
         help="longer side of the painted canvas in pixels [the base's: toy 128, SD 1.5 and the paper 512]")
     add("--refine", metavar="N", type=whole_number(1, 8),
@@ -108,13 +126,10 @@ def options(description: str) -> Parser:
 
 def check(args) -> None:
     """Raises BadInput for options that do not go together and for an --out that can't be written."""
-    check_together(args, [("product", "data", "prompt"), ("controlnet", "cg")],
+    check_together(args, [("product", "data", "prompt"), ("controlnet", "cg"), *ALONE],
                    [("mask", "product"), ("category", "product"), ("reference", "product"),
-                    ("reference_mask", "reference"), ("split", "data"), ("limit", "data")])
-    for option in ("cg", "pg", "controlnet"):
-        if args.prompt is not None and getattr(args, option):
-            raise BadInput(f"--prompt is painted by the base alone, without --{option}; leave one out")
-    if args.product and not args.category:
+                    ("reference_mask", "reference"), ("split", "data"), ("limit", "data"), *RIVALS_NEED])
+    if args.product and not (args.category or args.lama or args.paint_by_example):
         raise BadInput("--product goes with --category; add the product's category")
     if args.hint == "inpaint" and not args.controlnet:
         raise BadInput("--hint goes with --controlnet; add that one")

@@ -18,6 +18,7 @@ from support.options import check_folder, real_number, whole_number
 from weights import CONTROL_FILE, TEXT_FILE
 
 BASE_STAGES, BRANCH_STAGES = ("vae", "clip", "unet"), ("cg", "pg", "joint", "controlnet")
+ALL_STAGES = (*BASE_STAGES, *BRANCH_STAGES, "lama", "paint-by-example")
 # Options that only some stages have
 BELONGS = {"init": ("vae", "unet"), "decoder_only": ("vae",), "refine": ("unet",),
            "cg": ("pg",), "theta": ("pg", "joint"), "sigma": ("pg", "joint"),
@@ -28,7 +29,7 @@ BELONGS = {"init": ("vae", "unet"), "decoder_only": ("vae",), "refine": ("unet",
 HARMLESS = {"stage", "resume", "init", "identifier", "out", "cache", "micro_batch", "epochs", "device", "checkpointing",
             "workers", "log_every", "save_every", "keep", "sample_every", "save_dtype"}
 WRITTEN = {"config.json", "categories.json", CONTROL_FILE, TEXT_FILE, "vocab.json", "merges.txt",
-           "tokenizer_config.json"}  # to a trained model's folder
+           "tokenizer_config.json", "scheduler_config.json"}  # to a trained model's folder
 
 
 @dataclass(frozen=True)
@@ -180,8 +181,8 @@ def settle(args: argparse.Namespace, defaults: dict, toy_data: Path) -> Settings
 
 def check_options(args: argparse.Namespace) -> None:
     """Raises BadInput where the options on the command line do not go together."""
-    if args.stage not in (*BASE_STAGES, *BRANCH_STAGES):
-        raise BadInput(f"stage {args.stage} does not exist; the stages are {', '.join((*BASE_STAGES, *BRANCH_STAGES))}")
+    if args.stage not in ALL_STAGES:
+        raise BadInput(f"stage {args.stage} does not exist; the stages are {', '.join(ALL_STAGES)}")
     for option, stages in BELONGS.items():
         value = getattr(args, option)
         if value is not None and value is not False and args.stage not in stages:
@@ -218,7 +219,9 @@ def check_out(settings: Settings) -> None:
     """Raises BadInput where --out can't be written, holds something else, or a run that --resume does not go with."""
     out, stage = settings.out, settings.stage
     check_folder(out)
-    for name in {"joint": ("cg", "pg"), "clip": ("clip", "text_encoder", "tokenizer")}.get(stage, (stage,)):
+    folders = {"joint": ("cg", "pg"), "clip": ("clip", "text_encoder", "tokenizer"),
+               "paint-by-example": [f"{stage}/{part}" for part in ("image_encoder", "unet", "vae", "scheduler")]}
+    for name in folders.get(stage, (stage,)):
         if others := sorted({file.name for file in (out / name).glob("*")} - WRITTEN):
             raise BadInput(f"--out {out}: the trained model would replace {out / name}, which holds {others[0]}; "
                            "choose another folder")

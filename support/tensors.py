@@ -67,7 +67,8 @@ def model_fingerprint(path: Path) -> list[list]:
         raise BadInput(f"{path} is missing; give a folder or file of weights")
     files = [path]
     if path.is_dir():
-        folders = [path, *(path / part for part in ("scheduler", "text_encoder", "tokenizer", "unet", "vae"))]
+        parts = ("image_encoder", "scheduler", "text_encoder", "tokenizer", "unet", "vae")
+        folders = [path, *(path / part for part in parts)]
         files = [file for folder in folders for file in sorted(folder.glob("*"))
                  if file.suffix in (".safetensors", ".json", ".txt")]
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]

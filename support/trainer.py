@@ -31,7 +31,7 @@ from support.curve import draw_curve
 from support.files import BadInput, append_line, read_log, write_text
 from support.images import save_image
 from support.machine import barrier, processes
-from support.settings import BASE_STAGES, Settings, largest_divisor
+from support.settings import BRANCH_STAGES, Settings, largest_divisor
 
 # ---------------------------------------------------------------- what is trained, in which order
 
@@ -276,7 +276,8 @@ class Trainer:
         message = f"--micro-batch {size} does not fit the memory of {s.device}"
         if self.world > 1 or size == 1 or s.stage == "clip":
             smaller = "give a smaller one, or " if size > 1 else ""
-            raise BadInput(f"{message}: {smaller}add --amp" + ("" if s.stage in BASE_STAGES else " or --checkpointing"))
+            checkpointing = " or --checkpointing" if s.stage in BRANCH_STAGES else ""
+            raise BadInput(f"{message}: {smaller}add --amp{checkpointing}")
         self.micro_batch = largest_divisor(s.batch, size - 1)
         print(f"{message}, goes on with {self.micro_batch}", file=sys.stderr)
         if s.device != "cpu":

@@ -6,6 +6,7 @@
     python tests/bench.py sd15 --steps 50    # the same with pictures of 50 steps instead of 4
     python tests/bench.py train              # training steps of that size beside diffusers, memory, the loader
     python tests/bench.py batch              # the toy: pictures a second by batch size, and one process a picture
+    python tests/bench.py rivals             # LaMa and Paint by Example at full size, beside reference implementations
     python tests/bench.py photo              # a photo of 49 megapixels on one core: time and memory beside the painting
     python tests/bench.py samplers           # the toy: how far DDIM and DPM-Solver++ are from 250 steps, by steps
     python tests/bench.py refine             # SD 1.5's size: the second pass, 512 -> 1024 px: time and peak memory
@@ -533,6 +534,157 @@ def vae() -> None:
         print(f"{part} 1024 px, float32: {whole / 1e9:.2f} GB whole, {strips / 1e9:.2f} GB in strips")
 
 
+# ---------------------------------------------------------------- rivals at full size
+
+BIG_LAMA = {"width": 64, "levels": 3, "blocks": 18, "global_channels": 384}
+# Arguments and results are those of OURS and THEIRS, with a picture for a step; "grown": the memory since the imports
+LAMA = """
+import json, resource, sys, time
+sys.path[:0] = [".", "tests"]
+import torch
+from rivals.lama import load_lama
+from safetensors.torch import load_file
+from test_lama import specified
+folder, steps = sys.argv[1], int(sys.argv[3])
+memory = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before, start = memory(), time.perf_counter()
+{load}
+out = {"load": time.perf_counter() - start, "grown": memory() - before}
+rgb, mask, times = torch.rand(1, 3, 512, 512), torch.zeros(1, 1, 512, 512), []
+mask[..., 128:384, 128:384] = 1
+with torch.inference_mode():
+    for _ in range(steps):
+        start = time.perf_counter()
+        {paint}
+        times.append(time.perf_counter() - start)
+out |= {"step": min(times, default=0)}
+"""
+OURS_LAMA = LAMA.replace("{load}", 'lama = load_lama(f"{folder}/lama.safetensors")').replace(
+    "{paint}", "lama(rgb, mask)")
+THEIRS_LAMA = LAMA.replace("{load}", 'weights = load_file(f"{folder}/lama.safetensors")').replace(
+    "{paint}", "(1 - mask) * specified(weights, 3, 18, torch.cat([rgb * mask, 1 - mask], dim=1)) + mask * rgb")
+
+
+def write_lama(folder: Path) -> float:
+    """big-lama's generator, random -> its bytes."""
+    import torch
+    from safetensors.torch import save_file
+
+    from rivals.lama import LaMa
+
+    torch.manual_seed(0)
+    save_file({name: tensor.detach() for name, tensor in LaMa(BIG_LAMA).state_dict().items()},
+              folder / "lama.safetensors")
+    return (folder / "lama.safetensors").stat().st_size
+
+
+# The same for Paint by Example, with a guided step
+EXAMPLE = """
+import json, resource, sys, time
+sys.path.insert(0, ".")
+import torch
+{imports}
+folder, steps, marks = sys.argv[1], int(sys.argv[3]), []
+memory = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before, start = memory(), time.perf_counter()
+{load}
+out = {"load": time.perf_counter() - start, "grown": memory() - before}
+rgb, mask, exemplar = torch.rand(1, 3, 512, 512), torch.zeros(1, 1, 512, 512), torch.rand(1, 3, 224, 224)
+mask[..., 128:384, 128:384] = 1
+start = time.perf_counter()
+if steps:
+    {paint}
+    out |= {"picture": time.perf_counter() - start, "step": min(b - a for a, b in zip(marks, marks[1:]))}
+"""
+OURS_EXAMPLE = EXAMPLE.replace("{imports}", """
+from generate import Canvas
+from rivals.paint_by_example import load_paint_by_example
+from sampler import Painting, seeded
+""").replace("{load}", "pbe = load_paint_by_example(folder)").replace("{paint}", """
+    pbe.paint(Canvas(rgb, mask, [], seeded(0), exemplar), Painting(steps, 5.0),
+              on_step=lambda *_: marks.append(time.perf_counter()))
+""")
+THEIRS_EXAMPLE = EXAMPLE.replace("{imports}", """
+from diffusers import AutoencoderKL, DDIMScheduler, PaintByExamplePipeline, UNet2DConditionModel
+from diffusers.pipelines.deprecated.paint_by_example.image_encoder import PaintByExampleImageEncoder
+from safetensors.torch import load_file
+from transformers import CLIPVisionConfig
+""").replace("{load}", """
+encoder = PaintByExampleImageEncoder(CLIPVisionConfig.from_pretrained(f"{folder}/image_encoder"))
+new = "model.embeddings.class_embedding" in encoder.state_dict()  # transformers 5 leaves out a part of the names
+encoder.load_state_dict({name.replace("model.vision_model.", "model.") if new else name: tensor for name, tensor in
+                         load_file(f"{folder}/image_encoder/model.safetensors").items()})
+pipe = PaintByExamplePipeline(
+    AutoencoderKL.from_pretrained(f"{folder}/vae"), encoder, UNet2DConditionModel.from_pretrained(f"{folder}/unet"),
+    DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+                  set_alpha_to_one=False, steps_offset=1), None, None)
+""").replace("{paint}", """
+    pipe.set_progress_bar_config(disable=True)
+    pipe(exemplar, 2 * rgb - 1, 1 - mask, num_inference_steps=steps, guidance_scale=5.0, output_type="np",
+         callback=lambda *_: marks.append(time.perf_counter()))
+""")
+EXAMPLE_ENCODER = {"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096,
+                   "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 224, "patch_size": 14,
+                   "num_channels": 3, "hidden_act": "quick_gelu", "projection_dim": 768}
+
+
+def write_example(folder: Path) -> None:
+    """Paint by Example's public folder, random weights, float32 (5.2 GB)."""
+    import torch
+
+    from model import UNet
+    from rivals.paint_by_example import PaintByExampleEncoder
+    from vae import VAE
+    from weights import CLIP_FILE, UNET_FILE, save_module
+
+    torch.manual_seed(0)
+    save_module(UNet(UNET | {"in_channels": 9}), folder / "unet", UNET_FILE)
+    save_module(VAE(VAE_CONFIG), folder / "vae", UNET_FILE)
+    save_module(PaintByExampleEncoder(EXAMPLE_ENCODER), folder / "image_encoder", CLIP_FILE)
+
+
+def in_turn(ours: str, theirs: str, folder: Path, steps: int) -> list[dict]:
+    """The best figures of each, of processes in the order ours, theirs, theirs, ours."""
+    runs = {code: [] for code in (ours, theirs)}
+    for code in (ours, theirs, theirs, ours):
+        runs[code].append(measured(code, folder, "float32", steps))
+    return [{key: min(run[key] for run in of) for key in of[0]} for of in runs.values()]
+
+
+def paint_by_example(folder: Path, steps: int) -> None:
+    """Beside diffusers' pipeline: ours, theirs, theirs, ours."""
+    if not (folder / "image_encoder").exists():
+        code = ("import sys; sys.path[:0] = ['.', 'tests']; from bench import Path, write_example; "
+                "write_example(Path(sys.argv[1]))")  # in a process of its own, see make_sd15
+        subprocess.run([sys.executable, "-c", code, str(folder.absolute())], cwd=ROOT, check=True)
+    size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+    ours, theirs = in_turn(OURS_EXAMPLE, THEIRS_EXAMPLE, folder, steps)
+    print(f"Paint by Example, 512 px, random weights, float32: {size / 1e9:.2f} GB")
+    for what in ("load", "step", "picture"):
+        if what in ours:
+            of = {"step": "guided step", "picture": f"picture, {steps} steps"}.get(what, what)
+            print(f"{of:32} {ours[what]:8.2f} s    diffusers {theirs[what]:8.2f} s    "
+                  f"ratio {ours[what] / theirs[what]:.2f} (aim 1)")
+    print(f"memory of the load               {ours['grown'] / 1e9:8.2f} GB   diffusers {theirs['grown'] / 1e9:8.2f} GB"
+          f"   {ours['grown'] / size:.2f} of the weights (aim 1.1)")
+    print(f"peak memory                      {ours['peak'] / 1e9:8.2f} GB   diffusers {theirs['peak'] / 1e9:8.2f} GB")
+
+
+def lama() -> None:
+    """Beside its specification, written out in the tests."""
+    sys.path.insert(0, str(ROOT))
+    with tempfile.TemporaryDirectory() as folder:
+        size = write_lama(Path(folder))
+        ours, theirs = in_turn(OURS_LAMA, THEIRS_LAMA, Path(folder), 2)
+    print(f"LaMa, 512 px, random weights, {size / 1e6:.0f} MB")
+    print(f"picture                          {ours['step']:8.2f} s    specification {theirs['step']:8.2f} s    "
+          f"ratio {ours['step'] / theirs['step']:.2f} (aim 1)")
+    print(f"memory of the load               {ours['grown'] / 1e6:8.0f} MB   {ours['grown'] / size:.2f} of the weights "
+          "(aim 1.1)")
+    print(f"peak memory                      {ours['peak'] / 1e9:8.2f} GB   specification {theirs['peak'] / 1e9:8.2f}"
+          " GB")
+
+
 # ---------------------------------------------------------------- a large photo
 
 MAKE_PHOTO = """
@@ -602,11 +754,12 @@ def toy(everything: bool) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", default="toy",
-                        choices=["toy", "sd15", "train", "batch", "photo", "samplers", "refine", "vae"])
+    parser.add_argument("what", nargs="?", default="toy", choices=[
+        "toy", "sd15", "train", "batch", "rivals", "photo", "samplers", "refine", "vae"])
     parser.add_argument("--all", action="store_true", help="toy: also what takes minutes")
-    parser.add_argument("--steps", type=int, default=4, help="sd15, refine: denoising steps of the pictures [4]")
-    parser.add_argument("--folder", type=Path, help="sd15, train, refine: keep the random weights, 7.2 GB [not kept]")
+    parser.add_argument("--steps", type=int, default=4, help="sd15, refine, rivals: steps of the pictures [4]")
+    parser.add_argument("--folder", type=Path,
+                        help="sd15, train, refine, rivals: keep the random weights here, 5 to 7 GB [not kept]")
     args = parser.parse_args()
     if args.steps < 2:
         parser.error("--steps must be at least 2: the first is not timed alone")
@@ -618,6 +771,9 @@ def main() -> None:
     with nullcontext(args.folder) if args.folder else tempfile.TemporaryDirectory() as folder:
         if args.what in ("sd15", "refine"):
             {"sd15": sd15, "refine": refine}[args.what](Path(folder), args.steps)
+        elif args.what == "rivals":
+            lama()
+            paint_by_example(Path(folder), args.steps)
         else:
             loader()
             training(Path(folder))

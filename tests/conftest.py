@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from clip import TextEncoder
 from model import CategoryGenerator, PersonalityGenerator, Prompts, UNet
+from rivals.lama import LaMa
 from vae import VAE
 from weights import control_config
 
@@ -38,6 +39,7 @@ VISION_CONFIG = {"model_type": "clip_vision_model", "hidden_size": 24, "intermed
                  "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": 20}
 CLIP_CONFIG = {"model_type": "clip", "architectures": ["CLIPModel"], "projection_dim": 20,
                "text_config": TEXT_CONFIG | {"projection_dim": 20}, "vision_config": VISION_CONFIG}
+LAMA = {"_class_name": "LaMa", "width": 4, "levels": 3, "blocks": 2, "global_channels": 24, "sample_size": 64}
 
 
 @torch.no_grad()
@@ -68,6 +70,15 @@ def equal_weights(ours: nn.Module, theirs: nn.Module | dict[str, Tensor]) -> boo
     """Whether two networks, or a network and tensors by name, hold the same numbers under the same names."""
     a, b = ours.state_dict(), theirs if isinstance(theirs, dict) else theirs.state_dict()
     return a.keys() == b.keys() and all(torch.equal(tensor, b[name]) for name, tensor in a.items())
+
+
+def random_lama(seed: int = 0) -> LaMa:
+    """Random weights, and running variances about 1."""
+    lama = randomise(LaMa(LAMA), seed)
+    for name, p in lama.named_parameters():
+        if name.endswith("running_var"):
+            p.abs_().add_(0.8)
+    return lama
 
 
 @pytest.fixture(scope="session")

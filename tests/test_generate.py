@@ -583,7 +583,7 @@ BAD = {  # options: what the line says
     "--product mug.png --category mug --prompt mug": "--product and --prompt exclude each other",
     "--product mug.png --category mug --controlnet c --cg d": "--controlnet and --cg exclude each other",
     "--product mug.png --category mug --hint inpaint": "--hint goes with --controlnet",
-    "--prompt mug --cg c": "by the base alone, without --cg",
+    "--prompt mug --cg c": "--prompt and --cg exclude each other",
     "--product mug.png --category mug --controlnet gone.safetensors": "gone.safetensors is missing",
     "--how gone.png": "gone.png: no such file",
     "--how mug.png": "mug.png: does not say how it was painted",

@@ -1,0 +1,113 @@
+"""The toy's LaMa: stage lama of train.py, by reconstruction and against a discriminator of patches, as its paper.
+
+    python train.py lama
+
+The public LaMa fills holes in photos; this one learns what it is asked for here, to paint the surroundings of products,
+on the ads that CG learns from. From LaMa's losses it lacks the perceptual one: no network that segments is at hand.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from data import Samples, product_hint
+from rivals.lama import LAMA_FILE, LaMa
+from support.cutouts import SOLID
+from support.datasets import read_items
+from support.files import BadInput
+from support.images import sheet
+from support.settings import Settings
+from support.sheets import held_out_ads
+from support.trainer import Task
+from weights import save_module
+
+TOY_LAMA = {"_class_name": "LaMa", "width": 16, "levels": 3, "blocks": 6, "global_channels": 96}
+LAMA_SETTINGS = dict(lr=5e-4, batch=8, steps=2400, size=128, ema=0.0, warmup=50, decay=0.3, clip_gradient=0.0)
+
+# Weights of the loss's terms, in LaMa's proportions; that of R1 is for pictures in [0, 1]
+RECONSTRUCTION, ADVERSARIAL, MATCHING, R1 = 1.0, 1.0, 10.0, 1e-3
+
+
+class Discriminator(nn.Module):
+    """Whether a picture's patches are real: (B, 3, H, W) -> logits (B, 1, h, w), and the features of each layer."""
+
+    def __init__(self, width: int = 32, levels: int = 3):
+        super().__init__()
+        widths = [3, *(width * 2**i for i in range(levels))]
+        self.layers = nn.ModuleList(nn.Conv2d(a, b, 4, stride=2, padding=1) for a, b in zip(widths, widths[1:]))
+        self.last = nn.Conv2d(widths[-1], 1, 3, padding=1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        features = []
+        for layer in self.layers:
+            x = F.leaky_relu(layer(x), 0.2)
+            features.append(x)
+        return self.last(x), features
+
+
+@dataclass
+class LaMaLoss:
+    """One loss for both networks: the discriminator learns from detached pictures, and LaMa from a discriminator whose
+    parameters are detached.
+    """
+
+    lama: LaMa
+    discriminator: Discriminator
+
+    def __call__(self, batch: dict, generator: torch.Generator) -> Tensor:
+        real, known = batch["image"], (batch["mask"] >= SOLID).to(batch["image"])
+        painted = self.lama.fill(real, known)
+        return self.of_discriminator(real, painted.detach(), known) + self.of_lama(real, painted)
+
+    def of_discriminator(self, real: Tensor, painted: Tensor, known: Tensor) -> Tensor:
+        """The logistic loss, with R1 (Mescheder et al. 2018): the gradient at real pictures is kept short. Patches that
+        LaMa was shown count as real ones.
+        """
+        real = real.detach().requires_grad_()
+        logits = self.discriminator(real)[0]
+        gradient = torch.autograd.grad(logits.sum(), real, create_graph=True)[0]
+        fake = self.discriminator(painted)[0]
+        shown = F.interpolate(known, size=fake.shape[2:], mode="area")
+        error = shown * F.softplus(-fake) + (1 - shown) * F.softplus(fake)
+        return F.softplus(-logits).mean() + error.mean() + R1 * gradient.square().sum(dim=(1, 2, 3)).mean()
+
+    def of_lama(self, real: Tensor, painted: Tensor) -> Tensor:
+        """The distance from the ad, in pixels and in the discriminator's features, and how little is taken for real."""
+        frozen = {name: p.detach() for name, p in self.discriminator.named_parameters()}
+        logits, features = functional_call(self.discriminator, frozen, painted)
+        with torch.no_grad():
+            wanted = self.discriminator(real)[1]
+        matching = sum(F.mse_loss(ours, theirs) for ours, theirs in zip(features, wanted)) / len(wanted)
+        return (RECONSTRUCTION * F.l1_loss(painted, real) + MATCHING * matching
+                + ADVERSARIAL * F.softplus(-logits).mean())
+
+
+def lama_task(settings: Settings) -> Task:
+    """Stage lama: to paint the surroundings of products on the ads."""
+    items = read_items(settings.data)[0]
+    torch.manual_seed(settings.seed)
+    lama = LaMa(TOY_LAMA | {"sample_size": settings.size}).to(settings.device)
+    discriminator = Discriminator().to(settings.device)
+    if settings.size % (2 * lama.multiple):
+        raise BadInput(f"--size {settings.size}: must be a multiple of {2 * lama.multiple}")
+    _, (rgb, mask, *_) = held_out_ads(settings.data, "bg1k", items, None, settings.size)
+
+    def draw():
+        lama.eval()
+        painted = lama(rgb.to(settings.device), mask.to(settings.device))
+        lama.train()
+        rows = {"product": product_hint(rgb, mask), "painted": painted, "ad": rgb}
+        return sheet([list(row) for row in rows.values()], row_labels=list(rows))
+
+    def save(out: Path) -> None:
+        save_module(lama, out / "lama", LAMA_FILE, settings.save_dtype)
+
+    folder = str(settings.out / "lama")
+    return Task("LaMa and its discriminator", {"lama": nn.ModuleList([lama, discriminator])},
+                Samples(items, settings.size), LaMaLoss(lama, discriminator), draw, save,
+                [["python", "generate.py", "--lama", folder, "--product", "PHOTO.png"],
+                 ["python", "evaluate.py", "table1", "--lama", folder]])

@@ -1,0 +1,224 @@
+"""Paint by Example (Yang et al. 2023), by hand: an exemplar, a picture, says what is to be painted, in a text's place.
+
+It is a Stable Diffusion with two changes. The prompt is a single token that an image encoder makes of the exemplar. And
+the UNet reads what is to be kept in five channels beside z_t, which differ in order and polarity from those of Stable
+Diffusion inpainting. Read from the top: the image encoder; the model, with what its UNet reads and how it paints;
+loading.
+
+For Table 2 "we encode the reference image as the condition": the exemplar is the reference, whole.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attention import Attention, FeedForward
+from clip import CLIP, VisionTransformer
+from model import Prompts, UNet
+from sampler import Conditions, Painting, Schedule, sample
+from support.files import BadInput
+from support.layouts import (
+    EXAMPLE_FILE,
+    EXAMPLE_PREFIXES,
+    example_config,
+    looks_like,
+    split_by_model,
+    unet_config,
+    vae_config,
+)
+from support.tensors import read_weights
+from vae import VAE
+from weights import CLIP_FILE, UNET_FILE, VAE_FILE, StableDiffusion, build_from_shapes, load_module, read_schedule
+
+GUIDANCE = 5.0  # in all commands that its authors published
+
+# ---------------------------------------------------------------- exemplar to token
+
+
+class MapperAttention(Attention):
+    """Self-attention with one head and biases. Of a single token it is to_out(to_v(x)), since softmax is 1."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, heads=1)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in "qkv")
+
+
+class GELU(nn.Module):
+    """(B, L, C) -> (B, L, C_out)."""
+
+    def __init__(self, channels: int, out_channels: int):
+        super().__init__()
+        self.proj = nn.Linear(channels, out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.proj(x))  # exact, unlike CLIP's
+
+
+class MapperBlock(nn.Module):
+    """Self-attention and MLP, each on the normalised input and added to it. (B, L, C) -> (B, L, C)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels)
+        self.attn1 = MapperAttention(channels)
+        self.norm3 = nn.LayerNorm(channels)  # there is no cross-attention, hence no norm2
+        self.ff = FeedForward(channels)
+        self.ff.net[0] = GELU(channels, 4 * channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn1(self.norm1(x))
+        return x + self.ff(self.norm3(x))
+
+
+class PaintByExampleEncoder(nn.Module):
+    """CLIP's image tower, frozen, and what is trained on top of it: mapper, norm, projection, unconditional vector.
+
+    Exemplars (B, 3, H, W) in [0, 1], of any size -> their tokens c (B, 1, D).
+    """
+
+    def __init__(self, config: dict):
+        super().__init__()
+        self.config = config
+        width, n = config["hidden_size"], config.get("projection_dim", 768)
+        # The public config.json does not say how many blocks the mapper has: 5 for the 24 layers of ViT-L/14
+        blocks = config.get("mapper_blocks", (config["num_hidden_layers"] + 1) // 5)
+        self.model = nn.ModuleDict({"vision_model": VisionTransformer(config)})
+        self.mapper = nn.ModuleDict({"blocks": nn.ModuleList(MapperBlock(width) for _ in range(blocks))})
+        self.final_layer_norm = nn.LayerNorm(width)
+        self.proj_out = nn.Linear(width, n)
+        self.uncond_vector = nn.Parameter(torch.zeros(1, 1, n))
+
+    def preprocess(self, exemplar: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> (B, 3, S, S), normalised as for CLIP: squashed, where CLIP.preprocess crops."""
+        size = (self.config["image_size"],) * 2
+        x = F.interpolate(exemplar.float(), size, mode="bicubic", antialias=True).clamp(0, 1)
+        mean, std = (x.new_tensor(v)[:, None, None] for v in (CLIP.mean, CLIP.std))
+        return ((x - mean) / std).to(self.proj_out.weight)
+
+    def forward(self, exemplar: Tensor) -> Tensor:
+        x = self.model["vision_model"](self.preprocess(exemplar))[:, None]  # (B, 1, C), without CLIP's projection
+        for block in self.mapper["blocks"]:
+            x = block(x)
+        return self.proj_out(self.final_layer_norm(x))
+
+
+# ---------------------------------------------------------------- the model
+
+
+@dataclass
+class PaintByExample:
+    """UNet, VAE and schedule, as a Stable Diffusion without text encoder and tokenizer; and the image encoder."""
+
+    sd: StableDiffusion
+    image_encoder: PaintByExampleEncoder
+
+    def encode(self, exemplar: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1], any size -> the tokens that the cross-attentions read, (B, 1, D)."""
+        return self.image_encoder(exemplar)
+
+    @property
+    def unconditional(self) -> Tensor:
+        """(1, 1, D), trained: what the cross-attentions read without an exemplar, as they do '' in Stable Diffusion."""
+        return self.image_encoder.uncond_vector
+
+    def inpainting(self, rgb: Tensor, mask: Tensor) -> Tensor:
+        """What the UNet reads beside z_t, (B, 5, h, w): first the latent of the picture with grey where it is to be
+        painted, then the mask of what is kept. In StableDiffusion.inpainting it is the mask first, of what is painted.
+
+        rgb (B, 3, H, W) in [0, 1]; mask M (B, 1, H, W), which has no soft edges here. The latent is the mean of the
+        VAE's posterior, as everywhere; the original code draws from the posterior.
+        """
+        M = (mask >= 0.5).to(rgb)
+        z = self.sd.encode(rgb * M + 0.5 * (1 - M))
+        return torch.cat([z, self.kept(mask, *z.shape[2:]).to(z)], dim=1)
+
+    def kept(self, mask: Tensor, h: int, w: int) -> Tensor:
+        """The last of the five channels, (B, 1, h, w): M reduced bilinearly, but not antialiased. For f = 8 that is the
+        mean of each cell's middle 2 x 2 pixels.
+        """
+        return F.interpolate((mask >= 0.5).float(), size=(h, w), mode="bilinear")
+
+    @torch.inference_mode()
+    def paint(self, canvas, how: Painting, on_step: Callable | None = None) -> Tensor:
+        """As generate.paint: a Canvas, whose references are the exemplars, whole, of any size -> (B, 3, H, W) float32.
+
+        z_T is pure noise. on_step as in `sampler.sample`.
+        """
+        weight = self.sd.unet.conv_in.weight
+        c = self.encode(canvas.reference.to(weight.device))
+        u = self.unconditional.expand_as(c)
+        given = Conditions(Prompts(c, c, c), Prompts(u, u, u),
+                           inpainting=self.inpainting(canvas.rgb.to(weight), canvas.mask.to(weight)))
+        shape = self.sd.latent_shape(*canvas.rgb.shape[2:])
+        z = sample(self.sd.unet, self.sd.schedule, given, canvas.generators, shape, how, on_step=on_step)
+        return self.sd.decode(z)
+
+    @property
+    def size(self) -> int:
+        """The side in pixels of the pictures that it is for."""
+        return self.sd.size
+
+    @property
+    def multiple(self) -> int:
+        """A picture's sides must be multiples of it."""
+        return self.sd.multiple
+
+    @property
+    def exemplar(self) -> int:
+        """The side in pixels to which exemplars are squashed."""
+        return self.image_encoder.config["image_size"]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.sd.unet.conv_in.weight.dtype
+
+
+# ---------------------------------------------------------------- loading
+
+
+def load_paint_by_example(path: Path | str, device="cpu", dtype=torch.float32) -> PaintByExample:
+    """The public folder, with image_encoder/, unet/, vae/ and scheduler/, or the original's single file.
+
+    Raises BadInput where a part is missing, broken, or does not fit the others. The UNet of an inpainting Stable
+    Diffusion has the same names and shapes as Paint by Example's: what gives such a model away is its text encoder.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if not (path / "image_encoder").is_dir():
+            raise BadInput(f"{path} is not Paint by Example: it holds no image_encoder/"
+                           + ("; it looks like Stable Diffusion" if (path / "text_encoder").is_dir() else ""))
+        encoder = load_module(PaintByExampleEncoder, path / "image_encoder", CLIP_FILE, device, dtype)
+        unet = load_module(UNet, path / "unet", UNET_FILE, device, dtype)
+        vae = load_module(VAE, path / "vae", VAE_FILE, device, dtype)
+        schedule = read_schedule(path / "scheduler" / "scheduler_config.json", unet)
+    else:
+        encoder, unet, vae = load_single_file(path, device, dtype)
+        schedule = Schedule()
+    n, width = vae.config["latent_channels"], encoder.proj_out.out_features
+    if (unet.config["in_channels"], unet.config["out_channels"]) != (2 * n + 1, n):
+        raise BadInput(f"{path}: its UNet reads {unet.config['in_channels']} channels, Paint by Example's {2 * n + 1}; "
+                       "give parts of one model")
+    if unet.config["cross_attention_dim"] != width:
+        raise BadInput(f"{path}: its image encoder writes tokens of width {width}, its UNet reads "
+                       f"{unet.config['cross_attention_dim']}; give parts of one model")
+    return PaintByExample(StableDiffusion(None, None, unet, vae, schedule), encoder)
+
+
+def load_single_file(path: Path, device, dtype) -> tuple[PaintByExampleEncoder, UNet, VAE]:
+    """Paint by Example in one file of the original layout."""
+    tensors = read_weights(path)
+    parts = split_by_model(tensors, EXAMPLE_PREFIXES)
+    parts["image_encoder"] |= parts[""]  # its last layer and the unconditional vector
+    if missing := [name for name, found in {"learnable_vector": "learnable_vector" in tensors, **parts}.items()
+                   if name and not found]:
+        raise BadInput(f"{path} is not {EXAMPLE_FILE}: it holds no {missing[0]}{looks_like(tensors, EXAMPLE_FILE)}")
+    encoder, unet, vae = (
+        build_from_shapes(build, configure, parts[part], path, device, dtype) for build, configure, part in (
+            (PaintByExampleEncoder, example_config, "image_encoder"), (UNet, unet_config, "unet"),
+            (VAE, vae_config, "vae")))
+    unet.config["sample_size"] = 64
+    return encoder, unet, vae

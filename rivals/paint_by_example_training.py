@@ -1,0 +1,129 @@
+"""The toy's Paint by Example: stage paint-by-example of train.py, self-supervised as in its paper.
+
+    python train.py paint-by-example
+
+The UNet is the base's with five input channels more, the image encoder the toy's CLIP, frozen, with a mapper on top.
+Each ad that CG and PG learn from is its own target: its product is kept, the background is to be painted, and the
+exemplar is a crop of the same ad, distorted so that it can't be copied. In Table 2 the exemplar is a whole reference:
+so crops are large, and show the product too.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from data import Samples, product_hint
+from generate import Canvas
+from model import UNet
+from rivals.paint_by_example import GUIDANCE, PaintByExample, PaintByExampleEncoder
+from sampler import Painting, seeded, timestep_weights
+from support.cache import fingerprint
+from support.datasets import read_items
+from support.encoded import Latents
+from support.files import write_json
+from support.images import canvas_size, sheet
+from support.models import TOY
+from support.settings import Settings
+from support.sheets import held_out_ads
+from support.tensors import model_fingerprint
+from support.trainer import Task
+from weights import CLIP_FILE, UNET_FILE, VAE_FILE, load_clip, load_stable_diffusion, save_module
+
+PAINT_BY_EXAMPLE_SETTINGS = dict(lr=1e-3, batch=16, steps=2600, size=128, ema=0.99, warmup=50, decay=0.3,
+                                 clip_gradient=1.0, noise_offset=0.1, weighting="debias", prompt_dropout=0.2)
+FOLDER = "paint-by-example"  # in --out
+MAPPER_BLOCKS = 2  # the toy's CLIP has 3 layers; the mapper of the original, on 24 layers, has 5
+CROP = (0.5, 1.0)  # range of an exemplar's height and of its width, in parts of the picture's; ours
+ANGLE = 20  # degrees: exemplars are turned by at most so much, as in the original code; half are flipped, half blurred
+
+
+def exemplars_from(images: Tensor, generator: Generator) -> Tensor:
+    """A crop of each picture, squashed to the picture's size, flipped, turned and blurred. (B, 3, S, S) -> the same."""
+    uniform = torch.rand(7, len(images), generator=generator)
+    h, w = CROP[0] + (CROP[1] - CROP[0]) * uniform[:2]  # the picture reaches from -1 to 1
+    y, x = (1 - h) * (2 * uniform[2] - 1), (1 - w) * (2 * uniform[3] - 1)
+    angle = math.radians(ANGLE) * (2 * uniform[4] - 1)
+    flipped = torch.where(uniform[5] < 0.5, -w, w)
+    affine = torch.stack([flipped * angle.cos(), -flipped * angle.sin(), x, h * angle.sin(), h * angle.cos(), y], dim=1)
+    grid = F.affine_grid(affine.view(-1, 2, 3).to(images), images.shape, align_corners=False)
+    crops = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+    blurred = F.avg_pool2d(crops, 5, stride=1, padding=2, count_include_pad=False)
+    return torch.where((uniform[6] < 0.5).to(images.device)[:, None, None, None], blurred, crops)
+
+
+@dataclass
+class ExampleLoss:
+    """E ‖ε − ε_θ(z_t, what is kept, t, c)‖²; c is the exemplar's token, or the unconditional vector in its place."""
+
+    pbe: PaintByExample
+    dropout: float  # the fraction of exemplars replaced by the unconditional vector
+    weight: Tensor  # (T,): weight of the error at each timestep
+
+    def __call__(self, batch: dict[str, Tensor], generator: Generator) -> Tensor:
+        """A batch of `Samples`, "inpainting" as for an inpainting Stable Diffusion -> the loss, ()."""
+        z_0, eps, t, masked = batch["z_0"], batch["eps"], batch["t"], batch["inpainting"][:, 1:]
+        unet, schedule = self.pbe.sd.unet, self.pbe.sd.schedule
+        dropped = (batch["drop"] < self.dropout)[:, None, None]
+        c = torch.where(dropped, self.pbe.unconditional, self.pbe.encode(exemplars_from(batch["image"], generator)))
+        kept = self.pbe.kept(batch["mask"], *z_0.shape[2:])
+        output = unet(torch.cat([schedule.add_noise(z_0, eps, t), masked, kept], dim=1), t, c).float()
+        error = (output - schedule.target(z_0, eps, t)).square().mean(dim=(1, 2, 3))  # (B,)
+        return (error * self.weight[t]).mean()
+
+
+def initial(settings: Settings) -> PaintByExample:
+    """The base, whose UNet reads five channels more by weights that start at zero, and the toy's CLIP with a mapper."""
+    base = load_stable_diffusion(settings.weights, settings.device)
+    torch.manual_seed(settings.seed)
+    n = base.vae.config["latent_channels"]
+    unet = UNet(base.unet.config | {"in_channels": 2 * n + 1}).to(settings.device)
+    weights = base.unet.state_dict()
+    unet.load_state_dict(weights | {"conv_in.weight": F.pad(weights["conv_in.weight"], (0, 0, 0, 0, 0, n + 1))})
+    clip = load_clip(TOY / "clip")
+    encoder = PaintByExampleEncoder(clip.config["vision_config"] | {
+        "architectures": ["PaintByExampleImageEncoder"], "projection_dim": unet.config["cross_attention_dim"],
+        "mapper_blocks": MAPPER_BLOCKS})
+    encoder.model["vision_model"].load_state_dict(clip.vision_model.state_dict())
+    encoder.model.requires_grad_(False)
+    nn.init.normal_(encoder.uncond_vector)
+    return PaintByExample(replace(base, unet=unet), encoder.to(settings.device))
+
+
+def paint_by_example_task(settings: Settings) -> Task:
+    """Stage paint-by-example: trains the UNet, the mapper, its norm and projection, and the unconditional vector."""
+    pbe, items, size = initial(settings), read_items(settings.data)[0], settings.size
+    sd = pbe.sd
+    canvas_size(1, 1, size, sd.multiple)  # refuses a size that does not fit the base
+    sd.vae.to(memory_format=settings.memory_format)
+    # The masked ad's latent is the same as for an inpainting Stable Diffusion, for which Latents keeps it
+    latents = Latents(sd, items, size, settings.cache, min(8, settings.micro_batch), settings.amp, settings.workers)
+    loss = ExampleLoss(pbe, settings.prompt_dropout,
+                       timestep_weights(sd.schedule, settings.weighting).to(settings.device))
+    _, (rgb, mask, reference, _) = held_out_ads(settings.data, "bgpair", items, None, size)
+
+    def draw():
+        """A column for each of some ads: product, exemplar, the painted picture, and the original ad."""
+        canvas = Canvas(rgb, mask, [], seeded(settings.seed, len(rgb)), reference)
+        rows = {"product": product_hint(rgb, mask), "exemplar": reference,
+                "painted": pbe.paint(canvas, Painting(25, GUIDANCE)), "ad": rgb}
+        return sheet([list(row) for row in rows.values()], row_labels=list(rows))
+
+    trained = nn.ModuleDict({"unet": sd.unet, "image_encoder": pbe.image_encoder})
+    folder, samples = settings.out / FOLDER, Samples(items, size, latents, noise_offset=settings.noise_offset)
+    return Task("Paint by Example", {FOLDER: trained}, samples, loss, draw,
+                lambda out: save(pbe, out / FOLDER, settings.save_dtype),
+                [["python", "generate.py", "--paint-by-example", str(folder), "--product", "PHOTO.png", "--reference",
+                  "AD.png"], ["python", "evaluate.py", "table2", "--paint-by-example", str(folder)]],
+                frozen=fingerprint([model_fingerprint(path) for path in (settings.weights, TOY / "clip")]))
+
+
+def save(pbe: PaintByExample, folder: Path, dtype: torch.dtype) -> None:
+    """What load_paint_by_example reads."""
+    save_module(pbe.image_encoder, folder / "image_encoder", CLIP_FILE, dtype)
+    save_module(pbe.sd.unet, folder / "unet", UNET_FILE, dtype)
+    save_module(pbe.sd.vae, folder / "vae", VAE_FILE, dtype)
+    write_json(pbe.sd.schedule.config, folder / "scheduler" / "scheduler_config.json")
