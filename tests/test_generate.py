@@ -419,7 +419,7 @@ def test_a_new_option_is_part_of_the_record_unless_it_is_listed_as_harmless():
     assert record_of(args)["sparkle"] == 3
     assert not set(record_of(args)) & HARMLESS
     recorded = {"steps", "sampler", "guidance", "eta", "size", "refine", "refine_from", "start", "plain_prompt",
-                "weights", "tokenizer", "cg", "pg", "controlnet", "hint", "dtype"}
+                "weights", "tokenizer", "cg", "pg", "controlnet", "lama", "paint_by_example", "hint", "dtype"}
     assert {*vars(args)} - HARMLESS - {"sparkle"} == recorded
 
 
