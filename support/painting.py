@@ -20,7 +20,7 @@ TOY_REFINE = {"refine": 2, "refine_from": 301, "refine_alone": True}
 ALONE = [*(("prompt", branch) for branch in ("cg", "pg", "controlnet")),
          *((rival, option) for rival in ("lama", "paint_by_example") for option in (
              "weights", "tokenizer", "cg", "pg", "controlnet", "category", "plain_prompt", "data", "prompt",
-             "refine", "refine_from", "keep_first")),
+             "refine_from", "keep_first")),
          ("lama", "reference"), ("lama", "paint_by_example"), ("paint_by_example", "reference_mask")]
 RIVALS_NEED = [("lama", "product"), ("paint_by_example", "reference")]
 
@@ -131,6 +131,8 @@ def check(args) -> None:
                     ("reference_mask", "reference"), ("split", "data"), ("limit", "data"), *RIVALS_NEED])
     if args.product and not (args.category or args.lama or args.paint_by_example):
         raise BadInput("--product goes with --category; add the product's category")
+    if (args.lama or args.paint_by_example) and (args.refine or 1) > 1:
+        raise BadInput("--refine is a second pass of the base, and this rival has none; leave it out")
     if args.hint == "inpaint" and not args.controlnet:
         raise BadInput("--hint goes with --controlnet; add that one")
     check_result_names(args.product or [], args.reference or [], args.category or [])

@@ -298,6 +298,7 @@ def test_generate_paints_a_product_by_lama_alone(folder, ads, tmp_path, capsys):
     ("--product {product} --reference {product}", "--lama and --reference exclude each other"),
     ("--product {product} --weights sd", "--lama and --weights exclude each other"),
     ("--data {product}", "--lama and --data exclude each other"),
+    ("--product {product} --refine 2", "--refine is a second pass of the base, and this rival has none"),
     ("--product {product} --dtype float16", "--dtype float16: LaMa's Fourier transforms need float32"),
     ("--product {product} --size 100", "--size 100: must be a multiple of 8, such as 96"),
 ])
