@@ -33,8 +33,9 @@ from support.datasets import BROKEN, Item, read_items
 from support.files import BadInput, one_line_errors
 from support.gallery import SHEET, Gallery, check_result_names
 from support.images import canvas_size, fit, resized_strips, save_image, to_bytes
+from support.lock import locked
 from support.models import TOY, ModelChoice, Models, add_model_options, add_walk_options, load_models
-from support.options import Parser, check_folder, check_together, one_for_each, real_number, unicode_text, whole_number
+from support.options import Parser, check_together, one_for_each, real_number, unicode_text, whole_number
 from support.record import command_of, record_of
 from weights import StableDiffusion
 
@@ -283,21 +284,18 @@ def options() -> Parser:
 
 
 def check(args) -> None:
-    """Raises BadInput for options that do not go together and for an --out that can't be written."""
+    """Raises BadInput for options that do not go together."""
     check_together(args, [("product", "data", "prompt"), ("controlnet", "cg")],
-                   [("mask", "product"), ("category", "product"), ("reference", "product"),
+                   [("mask", "product"), ("product", "category"), ("category", "product"), ("reference", "product"),
                     ("reference_mask", "reference"), ("split", "data"), ("limit", "data")])
     for option in ("cg", "pg", "controlnet"):
         if args.prompt is not None and getattr(args, option):
             raise BadInput(f"--prompt is painted by the base alone, without --{option}; leave one out")
-    if args.product and not args.category:
-        raise BadInput("--product goes with --category; add the product's category")
     if args.hint == "inpaint" and not args.controlnet:
         raise BadInput("--hint goes with --controlnet; add that one")
     check_result_names(args.product or [], args.reference or [], args.category or [])
     if args.data and args.num != 1:
         raise BadInput("--num: a data set gets one picture an item; leave it out, or run again with another --out")
-    check_folder(args.out)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -307,7 +305,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(command_of(args.how, parser))
         return
     check(args)
-    (generate_text if args.prompt is not None else generate_data if args.data else generate_product)(args)
+    with locked(args.out):
+        (generate_text if args.prompt is not None else generate_data if args.data else generate_product)(args)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,11 @@ an interruption changes nothing; for the paper's branches, neither does the numb
 """
 
 import argparse
-import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from math import ceil
 from pathlib import Path
 
 import torch
@@ -35,6 +35,7 @@ from support.encoded import CaptionPrompts, CategoryPrompts, Latents, prompt_tab
 from support.files import BadInput, one_line_errors
 from support.identifiers import category_identifiers
 from support.images import canvas_size, sheet
+from support.lock import locked
 from support.machine import processes
 from support.models import load_branch
 from support.options import Parser, real_number, whole_number
@@ -259,9 +260,9 @@ def main(arguments: list[str] | None = None) -> None:
     if args.amp == "auto":
         settings = replace(settings, amp=fastest_amp(settings))
     if not settings.steps:
-        pictures = settings.epochs * len(read_items(settings.data)[0])
-        settings = replace(settings, steps=math.ceil(pictures / settings.batch))
-    fit(STAGES.get(settings.stage, branch_task)(settings), settings)
+        settings = replace(settings, steps=ceil(settings.epochs * len(read_items(settings.data)[0]) / settings.batch))
+    with locked(settings.out):
+        fit(STAGES.get(settings.stage, branch_task)(settings), settings)
 
 
 if __name__ == "__main__":

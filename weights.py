@@ -27,7 +27,7 @@ from model import BRANCHES, ControlNet, UNet
 from sampler import Schedule
 from support.configs import check_config, read_scheduler_config
 from support.convert import convert
-from support.files import BadInput, one_line_errors, read_json, write_atomic
+from support.files import BadInput, not_finite, one_line_errors, read_json, write_atomic
 from support.layouts import (
     IGNORED,
     IMAGE_TOWER,
@@ -70,6 +70,7 @@ class StableDiffusion:
     def decode(self, z: Tensor) -> Tensor:
         """z (B, 4, h, w) -> images (B, 3, H, W) float32 in [0, 1]."""
         x = self.vae.decode(z.to(self.vae.quant_conv.weight) / self.vae.scaling_factor)
+        x = x.masked_fill(x.isinf(), torch.nan)  # which clamp keeps: infinite pixels are no white ones
         return (x.float() / 2 + 0.5).clamp(0, 1)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
@@ -294,6 +295,9 @@ def save_module(module: nn.Module, folder: Path, name: str, dtype=None, extra: d
         for file, content in {"config.json": module.config, **(extra or {})}.items():
             (scratch / file).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         tensors = {n: t.detach().to("cpu", dtype or t.dtype).contiguous() for n, t in module.state_dict().items()}
+        if broken := not_finite(tensors):
+            raise BadInput(f"{folder}: {broken} is not finite, and is not saved; train with a lower --lr" +
+                           (", or save it in float32" if dtype == torch.float16 else ""))
         save_file(tensors, scratch / name, metadata={"format": "pt"})
 
     write_atomic(folder, write)
