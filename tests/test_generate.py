@@ -466,7 +466,7 @@ BAD = {  # options: what the line says
     "--product rgb.png --category mug --mask black.png": "black.png is empty",
     "--product rgb.png --category mug --mask white.png": "white.png covers the whole picture",
     "--product mug.png --category teapot": "choose one of mug, running shoe, watch; or add --plain-prompt",
-    "--product mug.png": "add the product's category",
+    "--product mug.png": "--product goes with --category; add that one",
     "--category mug": "--category goes with --product",
     "--mask mask.png": "--mask goes with --product",
     "--product mug.png --category rice cooker": "not trained on category 'cooker'",
