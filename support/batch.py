@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import NoneType
 
 import torch
 from torch import Tensor
@@ -44,9 +45,15 @@ def line_of(item: Item, seed: int, dtype: str, record: dict) -> dict:
 class Manifest:
     """manifest.jsonl, a line for each picture of a folder. Files are compared by name, since data sets are moved."""
 
+    FIELDS = {"file": str, "image": str, "reference": (str, NoneType), "category": str, "seed": int, "how": dict}
+
     def __init__(self, out: Path):
         self.file = out / "manifest.jsonl"
-        self.lines = {line["file"]: line for line in read_log(self.file)}
+        self.lines = {}
+        for number, line in enumerate(read_log(self.file), 1):
+            if not all(isinstance(line.get(name), kind) for name, kind in self.FIELDS.items()):
+                raise BadInput(f"{self.file}:{number} does not say how a picture was painted; remove that line")
+            self.lines[line["file"]] = line
 
     def check(self, file: str, line: dict) -> None:
         """Raises BadInput where the folder holds a picture of this name from other files or painted in another way."""
@@ -59,7 +66,7 @@ class Manifest:
         for name in ("category", "seed"):
             if there[name] != line[name]:
                 self.refuse(file, f"with {name} {there[name]}")
-        old, new = there.get("how", {}), line["how"]
+        old, new = there["how"], line["how"]
         for name in old.keys() | new.keys():
             if old.get(name) != new.get(name):
                 option = f"--{name.replace('_', '-')} {old.get(name)}"

@@ -23,6 +23,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -553,10 +554,12 @@ def main() -> None:
     TMP.mkdir()
     if broken := start(make_tiny, [], TMP).fault(0):
         sys.exit(broken)
-    with multiprocessing.get_context("fork").Pool(cores()) as pool:
-        if broken := [fault for fault in pool.imap_unordered(whole, COMMANDS) if fault]:
+    with ProcessPoolExecutor(cores(), multiprocessing.get_context("fork")) as pool:
+        if broken := [fault for fault in pool.map(whole, COMMANDS) if fault]:
             sys.exit(f"an undisturbed run failed: {broken[0]}")
-        for row, fault in tqdm(pool.imap_unordered(carry_out, jobs), total=len(jobs), disable=not sys.stderr.isatty()):
+        done = as_completed([pool.submit(carry_out, job) for job in jobs])
+        for result in tqdm(done, total=len(jobs), disable=not sys.stderr.isatty()):
+            row, fault = result.result()
             count, survived = tried.get(row, (0, 0))
             tried[row] = count + 1, survived + (fault is None)
             if fault:

@@ -22,7 +22,12 @@ from PIL import Image
 import data
 import generate
 import weights
+from clip import TextEncoder
+from model import UNet
 from support.datasets import read_items
+from support.images import load_cutout
+from vae import VAE
+from weights import TEXT_FILE, UNET_FILE, VAE_FILE, load_control, load_module
 
 Case = tuple[Callable, list, str]
 COUNTS = {"safetensors": 2000, "pictures": 2000, "config.json": 500, "metadata.jsonl": 125, "bg60k_info.txt": 125,
@@ -139,13 +144,36 @@ def painted_ad(tiny: Path, ads: Path) -> list:
                  "--reference-mask", ad.reference_mask)
 
 
+WHOLE_COMMANDS = 0.25  # the part of the cases that a whole command reads; the others are read by what it reads them with
+
+
+def load_network(arguments: list[str]) -> None:
+    """In place of a command: loads one network and uses all of its weights."""
+    folder = Path(arguments[0])
+    if folder.name in ("cg", "pg"):
+        network = load_control(folder, {"cg": "category", "pg": "personality"}[folder.name])
+    else:
+        build, file = {"unet": (UNet, UNET_FILE), "vae": (VAE, VAE_FILE), "text_encoder": (TextEncoder, TEXT_FILE)}[folder.name]
+        network = load_module(build, folder, file, "cpu", torch.float32)
+    for tensor in network.state_dict().values():
+        tensor.sum()
+
+
+def reading(file: Path, own: Path, ads: Path, rng: random.Random) -> tuple[Callable, list]:
+    """What reads a network's file."""
+    networks = ("cg", "pg", "unet", "vae", "text_encoder")
+    if file.parent.name in networks and rng.random() > WHOLE_COMMANDS:
+        return load_network, [file.parent]
+    return generate.main, painted_ad(own, ads)
+
+
 def safetensors(folder: Path, tiny: Path, rng: random.Random) -> Case:
     """Weights of the base, of CG or of PG."""
     own = link_models(folder, tiny)
     file = rng.choice(sorted(own.rglob("*.safetensors")))
     content, what = rng.choice((damage, hostile_header))(file.read_bytes(), rng)
     replace_file(file, content)
-    return generate.main, painted_ad(own, tiny / "ads"), f"{file.parent.name}: {what}"
+    return *reading(file, own, tiny / "ads", rng), f"{file.parent.name}: {what}"
 
 
 # ---------------------------------------------------------------- pictures
@@ -178,6 +206,11 @@ def picture(rng: random.Random) -> tuple[bytes, str]:
     return file.getvalue(), f"{name} {mode}"
 
 
+def open_cutout(arguments: list[str]) -> None:
+    """In place of a command: reads a product as one does."""
+    load_cutout(*arguments)
+
+
 def pictures(folder: Path, tiny: Path, rng: random.Random) -> Case:
     """A product, its mask or a reference."""
     content, kind = picture(rng)
@@ -188,6 +221,9 @@ def pictures(folder: Path, tiny: Path, rng: random.Random) -> Case:
     file.write_bytes(content)
     arguments = painted_ad(tiny, tiny / "ads")
     place = rng.choice(("image", "mask", "reference", "alone"))
+    if rng.random() > WHOLE_COMMANDS:
+        files = {"image": [file, ad.mask], "mask": [ad.image, file]}.get(place, [file])
+        return open_cutout, files, f"{kind} as {place}: {what}"
     if place == "alone":  # with its alpha channel
         arguments = paint(tiny, "--product", file, "--category", ad.category)
     else:
@@ -243,7 +279,7 @@ def config(folder: Path, tiny: Path, rng: random.Random) -> Case:
         source = json.loads(file.read_text())
     content, what = odd_json(source, rng)
     replace_file(file, content)
-    return generate.main, painted_ad(own, tiny / "ads"), f"{file.parent.name}/{file.name}: {what}"
+    return *reading(file, own, tiny / "ads", rng), f"{file.parent.name}/{file.name}: {what}"
 
 
 def categories(folder: Path, tiny: Path, rng: random.Random) -> Case:
