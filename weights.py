@@ -132,7 +132,7 @@ def check_together(sd: StableDiffusion, path: Path, tokenizer: Path) -> None:
     if unet["cross_attention_dim"] != text["hidden_size"]:
         raise BadInput(f"{path}: its text encoder writes prompts of width {text['hidden_size']}, its UNet reads "
                        f"{unet['cross_attention_dim']}; give parts of one model")
-    length, vocabulary = sd.tokenizer.length, sd.tokenizer.bpe.get_vocab_size()
+    length, vocabulary = sd.tokenizer.length, 1 + max(sd.tokenizer.bpe.get_vocab().values())
     if length > text["max_position_embeddings"] or vocabulary > text["vocab_size"]:
         raise BadInput(f"{tokenizer} is not the tokenizer of {path}: it makes {length} tokens of a vocabulary of "
                        f"{vocabulary:,}, the text encoder reads {text['max_position_embeddings']} of "

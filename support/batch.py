@@ -99,8 +99,9 @@ def paint_items(items: list[Item], texts: dict[str, tuple[str, str, str]],
     """Paints all items of a data set that are not in `out` yet -> how many were painted, were there, are broken;
     broken ones are named and skipped. Item i is painted with seed + i; texts by category; record: how, see record.py.
 
-    Under torchrun each process paints its share. Raises BadInput where `out` holds pictures of the same names that were
-    painted from other items or in another way.
+    Under torchrun each process paints its share. A batch of which a picture is missing is painted again as a whole: by
+    rounding a picture may depend on its batch, and an interruption must not change a byte. Raises BadInput where `out`
+    holds pictures of the same names that were painted from other items or in another way.
     """
     manifest, paths = Manifest(out), [result_path(out, i, item) for i, item in enumerate(items)]
     lines = [line_of(item, seed + i, dtype, record) for i, item in enumerate(items)]
@@ -108,8 +109,8 @@ def paint_items(items: list[Item], texts: dict[str, tuple[str, str, str]],
         manifest.check(path.name, line)
     rank, world = processes()
     share = range(rank, len(items), world)
-    todo = [i for i in share if paths[i].name not in manifest.lines or not paths[i].exists()]
-    chunks = [todo[k : k + batch] for k in range(0, len(todo), batch)]
+    todo = {i for i in share if paths[i].name not in manifest.lines or not paths[i].exists()}
+    chunks = [share[k : k + batch] for k in range(0, len(share), batch) if todo.intersection(share[k : k + batch])]
 
     def read(i: int) -> Ad | BadInput:
         try:
@@ -119,6 +120,8 @@ def paint_items(items: list[Item], texts: dict[str, tuple[str, str, str]],
 
     def write(indices: Iterable[int], pictures: list[Tensor], seconds: float) -> None:
         for i, picture in zip(indices, pictures):
+            if i not in todo:
+                continue
             save_image(picture, paths[i], text={"how": json.dumps(lines[i])})
             manifest.append({"item": i, "file": paths[i].name} | lines[i] | {"seconds": round(seconds, 3)})
 
@@ -127,9 +130,11 @@ def paint_items(items: list[Item], texts: dict[str, tuple[str, str, str]],
         bar = tqdm(one_ahead(read, chunks), total=len(chunks), unit="batch", disable=not sys.stderr.isatty())
         for results in bar:
             ads = {i: result for i, result in results.items() if isinstance(result, Ad)}
-            for error in (result for result in results.values() if isinstance(result, BadInput)):
+            for i in todo.intersection(results) - ads.keys():
                 broken += 1
-                tqdm.write(f"skipped: {error}", file=sys.stderr)
+                tqdm.write(f"skipped: {results[i]}", file=sys.stderr)
+            if not todo.intersection(ads):
+                continue
             clock = time.perf_counter()
             pictures = paint_ads(list(ads.values()))
             seconds = (time.perf_counter() - clock) / max(1, len(ads))

@@ -176,4 +176,7 @@ def read_scheduler_config(file: Path) -> dict:
     """The fields of a scheduler_config.json; those that are null are left out, they mean the default."""
     config = {name: value for name, value in read_json(file).items() if value is not None}
     check_config("a scheduler", config, file)
+    for name in ("beta_start", "beta_end"):
+        if not 0 < config.get(name, 0.5) < 1:
+            raise BadInput(f"{file}: {name} {config[name]} must lie between 0 and 1; download it again")
     return config

@@ -230,7 +230,7 @@ def read_log(file: Path) -> list[dict]:
     for number, line in enumerate(finished.splitlines(), 1):
         try:
             entries.append(json.loads(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadInput(f"{file}:{number} can't be read as JSON ({error}); remove that line") from None
         if not isinstance(entries[-1], dict):
             raise BadInput(f"{file}:{number} does not hold a JSON object; remove that line")

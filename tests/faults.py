@@ -220,7 +220,8 @@ def results(folder: Path) -> dict[str, object]:
         name = path.relative_to(folder).as_posix()
         if path.suffix == ".jsonl":
             lines = [json.loads(line) for line in path.read_text().splitlines()]
-            found[name] = sorted(json.dumps([line.get(key) for key in ("step", "item", "file", "how")]) for line in lines)
+            lasting = [[line.get(key) for key in ("step", "item", "file", "how")] for line in lines]
+            found[name] = sorted(map(json.dumps, lasting))
         elif path.suffix == ".safetensors":
             found[name] = fuzz.split_file(path.read_bytes())  # the header's order differs from one process to the next
         elif path.is_file() and path.name != "loss.png":

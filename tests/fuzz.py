@@ -7,17 +7,19 @@ returns the program, its arguments, and in a few words what was done to the file
 import io
 import json
 import math
+import os
 import pickle
 import random
 import shutil
 import struct
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 import data
 import generate
@@ -39,7 +41,8 @@ HUGE = (2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**64 - 1)
 
 def damage(content: bytes, rng: random.Random) -> tuple[bytes, str]:
     """One of the things that happen to files, or that someone does to them."""
-    kind, content = rng.choice(("cut", "flip", "flip", "insert", "delete", "number", "number", "repeat", "zeros")), bytearray(content)
+    kind = rng.choice(("cut", "flip", "flip", "insert", "delete", "number", "number", "repeat", "zeros"))
+    content = bytearray(content)
     at = int(len(content) * rng.random() ** 2)  # more often near the start, where the structure is
     n = rng.choice((1, 4, 100, 5000))
     if kind == "cut":
@@ -99,7 +102,8 @@ def hostile_header(content: bytes, rng: random.Random) -> tuple[bytes, str]:
         text = json.dumps(header)
         return join_file(text[:-1] + f", {json.dumps(name)}: {json.dumps(header[other])}}}", body), kind
     elif kind == "name":
-        header[rng.choice(("", "a\nb", "\ud800", "x" * 10**5, "../../x", "\x1b[2J", "state_dict." + other))] = header.pop(name)
+        new = rng.choice(("", "a\nb", "\ud800", "x" * 10**5, "../../x", "\x1b[2J", "state_dict." + other))
+        header[new] = header.pop(name)
     elif kind == "metadata":
         header["__metadata__"] = rng.choice((odd, {"a": odd}, {"a": "b" * 10**6}, {"format": "tf"}))
     elif kind == "deep":
@@ -144,7 +148,7 @@ def painted_ad(tiny: Path, ads: Path) -> list:
                  "--reference-mask", ad.reference_mask)
 
 
-WHOLE_COMMANDS = 0.25  # the part of the cases that a whole command reads; the others are read by what it reads them with
+WHOLE_COMMANDS = 0.25  # so many cases are read by a whole command, the others by the function that it reads them with
 
 
 def load_network(arguments: list[str]) -> None:
@@ -153,8 +157,8 @@ def load_network(arguments: list[str]) -> None:
     if folder.name in ("cg", "pg"):
         network = load_control(folder, {"cg": "category", "pg": "personality"}[folder.name])
     else:
-        build, file = {"unet": (UNet, UNET_FILE), "vae": (VAE, VAE_FILE), "text_encoder": (TextEncoder, TEXT_FILE)}[folder.name]
-        network = load_module(build, folder, file, "cpu", torch.float32)
+        networks = {"unet": (UNet, UNET_FILE), "vae": (VAE, VAE_FILE), "text_encoder": (TextEncoder, TEXT_FILE)}
+        network = load_module(networks[folder.name][0], folder, networks[folder.name][1], "cpu", torch.float32)
     for tensor in network.state_dict().values():
         tensor.sum()
 
@@ -178,30 +182,31 @@ def safetensors(folder: Path, tiny: Path, rng: random.Random) -> Case:
 
 # ---------------------------------------------------------------- pictures
 
+FORMATS = [
+    ("JPEG", "RGB", {}), ("JPEG", "CMYK", {}), ("JPEG", "L", {"progressive": True}), ("JPEG", "RGB", {"exif": True}),
+    ("PNG", "RGBA", {}), ("PNG", "P", {"transparency": 0}), ("PNG", "I;16", {}), ("PNG", "LA", {}), ("PNG", "1", {}),
+    ("PNG", "RGB", {"icc_profile": True}), ("WEBP", "RGBA", {}), ("WEBP", "RGB", {"lossless": True}),
+    ("BMP", "RGB", {}), ("BMP", "P", {}), ("GIF", "P", {"save_all": True}), ("TIFF", "RGBA", {}), ("TIFF", "F", {}),
+    ("TIFF", "RGB", {"compression": "tiff_lzw"}), ("TIFF", "RGB", {"compression": "jpeg"}),
+    ("TIFF", "CMYK", {"compression": "tiff_adobe_deflate"}), ("AVIF", "RGBA", {}), ("MPO", "RGB", {"save_all": True})]
+
 
 def picture(rng: random.Random) -> tuple[bytes, str]:
     """A whole one, of any format and mode."""
-    name, mode, options = rng.choice((
-        ("JPEG", "RGB", {}), ("JPEG", "CMYK", {}), ("JPEG", "L", {"progressive": True}), ("JPEG", "RGB", {"exif": True}),
-        ("PNG", "RGBA", {}), ("PNG", "P", {"transparency": 0}), ("PNG", "I;16", {}), ("PNG", "LA", {}), ("PNG", "1", {}),
-        ("PNG", "RGB", {"icc_profile": True}), ("WEBP", "RGBA", {}), ("WEBP", "RGB", {"lossless": True}), ("BMP", "RGB", {}),
-        ("BMP", "P", {}), ("GIF", "P", {"save_all": True}), ("TIFF", "RGBA", {}), ("TIFF", "RGB", {"compression": "tiff_lzw"}),
-        ("TIFF", "RGB", {"compression": "jpeg"}), ("TIFF", "CMYK", {"compression": "tiff_adobe_deflate"}),
-        ("TIFF", "F", {}), ("AVIF", "RGBA", {}), ("MPO", "RGB", {"save_all": True})))
-    options = dict(options)
+    name, mode, given = rng.choice(FORMATS)
+    options, file = dict(given), io.BytesIO()
     noise = np.random.default_rng(rng.randrange(2**32)).integers(0, 255, (24, 32, 4), dtype=np.uint8)
     image = Image.fromarray(noise, "RGBA").resize((64, 48))
-    image = image.convert("L").convert("I").convert("I;16") if mode == "I;16" else image.convert("L" if mode == "F" else mode)
-    image = image.convert("F") if mode == "F" else image
+    for step in {"I;16": ("L", "I", "I;16"), "F": ("L", "F")}.get(mode, (mode,)):
+        image = image.convert(step)
     if "exif" in options:
         options["exif"] = Image.Exif()
         options["exif"][274] = rng.randrange(10)  # orientation
     if "icc_profile" in options:
-        from PIL import ImageCms
-        options["icc_profile"] = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB" if rng.random() < 0.2 else "sRGB")).tobytes()
+        profile = ImageCms.createProfile("LAB" if rng.random() < 0.2 else "sRGB")
+        options["icc_profile"] = ImageCms.ImageCmsProfile(profile).tobytes()
     if "save_all" in options:
         options["append_images"] = [image.rotate(90)]
-    file = io.BytesIO()
     image.save(file, name, **options)
     return file.getvalue(), f"{name} {mode}"
 
@@ -233,9 +238,9 @@ def pictures(folder: Path, tiny: Path, rng: random.Random) -> Case:
 
 # ---------------------------------------------------------------- JSON and lists
 
-ODD = (-1, 0, 1, 3, 7, 1000, 2**20, 2**31, 2**40, 2**63, -(2**63), 10**400, 0.5, -0.5, 1e308, float("nan"), float("inf"), "", "x" * 10**4,
-       "\ud800", "../../etc/passwd", "/etc/passwd", "C:\\x", "a\nb", "\0", "..", None, True, False, [], {}, [-1], [0] * 4, [2**40] * 4,
-       [[[]]], [None] * 4, {"a": {}}, ["CrossAttnDownBlock2D"] * 1000, "CrossAttnDownBlock2D")
+ODD = (-1, 0, 1, 3, 7, 1000, 2**20, 2**31, 2**40, 2**63, -(2**63), 10**400, 0.5, -0.5, 1e308, float("nan"),
+       float("inf"), "", "x" * 10**4, "\ud800", "../../etc/passwd", "/etc/passwd", "C:\\x", "a\nb", "\0", "..", None,
+       True, False, [], {}, [-1], [0] * 4, [2**40] * 4, [[[]]], [None] * 4, {"a": {}}, ["CrossAttnDownBlock2D"] * 1000)
 
 
 def odd_json(content: object, rng: random.Random) -> tuple[bytes, str]:
@@ -308,7 +313,7 @@ def metadata(folder: Path, tiny: Path, rng: random.Random) -> Case:
         files = {name: f"{getattr(item, name).parent.name}_{getattr(item, name).name}" for name in names}
         for name in names:
             shutil.copy(getattr(item, name), folder / "ads" / files[name])
-        lines.append({"file_name": files.pop("image"), **files, "category": item.category, "product": "a", "scene": "b"})
+        lines.append({"file_name": files.pop("image"), **files, "category": item.category, "scene": "b"})
     content, what = odd_lines(lines, rng)
     (folder / "ads" / "metadata.jsonl").write_bytes(content)
     if rng.random() < 0.5:
@@ -365,11 +370,10 @@ class Hostile:
 
 def hostile_pickle(rng: random.Random) -> tuple[bytes, str]:
     """A pickle that would run code, fill the memory, or never end."""
-    import os
-    code = rng.choice((Hostile(os.system, "touch canary"), Hostile(exec, "open('canary', 'w')"), Hostile(open, "canary", "w"),
-                       Hostile(bytearray, 2**40), Hostile(eval, "9**9**9")))
-    root = rng.choice((code, {"state_dict": {"w": torch.ones(2), "x": code}}, [code], {"w": torch.ones(2), code.call[1]: code}))
-    file = io.BytesIO()
+    code = rng.choice((Hostile(os.system, "touch canary"), Hostile(exec, "open('canary', 'w')"),
+                       Hostile(open, "canary", "w"), Hostile(bytearray, 2**40), Hostile(eval, "9**9**9")))
+    weight, file = torch.ones(2), io.BytesIO()
+    root = rng.choice((code, [code], {"state_dict": {"w": weight, "x": code}}, {"w": weight, code.call[1]: code}))
     if rng.random() < 0.3:
         return pickle.dumps(root, rng.randrange(6)), "a bare pickle that calls"
     torch.save(root, file, _use_new_zipfile_serialization=rng.random() < 0.5)
@@ -378,9 +382,10 @@ def hostile_pickle(rng: random.Random) -> tuple[bytes, str]:
 
 def tampered_zip(content: bytes, rng: random.Random) -> tuple[bytes, str]:
     """A checkpoint whose pickle inside the zip is damaged, or whose members are odd."""
-    file, (source, kind) = io.BytesIO(), (zipfile.ZipFile(io.BytesIO(content)), rng.choice(("pickle", "names", "compressed", "twice")))
+    source, file = zipfile.ZipFile(io.BytesIO(content)), io.BytesIO()
+    kind = rng.choice(("pickle", "names", "compressed", "twice"))
     how = zipfile.ZIP_DEFLATED if kind == "compressed" else zipfile.ZIP_STORED
-    with zipfile.ZipFile(file, "w", how) as out:
+    with warnings.catch_warnings(action="ignore"), zipfile.ZipFile(file, "w", how) as out:  # it warns of names twice
         for member in source.namelist():
             inner = source.read(member)
             if member.endswith("data.pkl") and kind == "pickle":
