@@ -36,11 +36,12 @@ from support.datasets import Item, read_items
 from support.figures import choose, cutout_of, picture_of, scatter, tsne
 from support.files import BadInput, one_line_errors, write_atomic, write_json
 from support.images import sheet
+from support.lock import locked
 from support.machine import pick_device, processes
 from support.metrics import RESAMPLES, Measured, compare, interval, similarity
 from support.models import ModelChoice, add_model_options
 from support.networks import OPTIONS, Networks
-from support.options import Parser, check_folder, real_number, whole_number
+from support.options import Parser, real_number, whole_number
 from support.painting import add_walk_options, painting_of, settled
 from support.record import record_of
 from toy.world import TOY_DATA, draw_on_first_use
@@ -316,15 +317,20 @@ def main(arguments: list[str] | None = None) -> None:
     args = options().parse_args(arguments)
     if args.what not in COMMANDS:
         raise BadInput(f"{args.what}: must be one of {', '.join(COMMANDS)}")
-    check_folder(args.out)
     if args.hint == "inpaint" and not args.controlnet:
         raise BadInput("--hint goes with --controlnet; add that one")
+    with locked(args.out):
+        evaluate(args)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Carries out one command; under torchrun all processes paint, and the first one speaks for all."""
     rank, world = processes()
     if world > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=7))  # processes wait for one another while all paint
     lab, (command, following) = lab_of(args), COMMANDS[args.what]
     draw_on_first_use(lab.data)
-    with redirect_stdout(io.StringIO()) if rank else nullcontext():  # the first process speaks for all
+    with redirect_stdout(io.StringIO()) if rank else nullcontext():
         command(lab)
         print(f"next: {following}; the pictures lie in {args.out / 'pictures'}")
 
