@@ -244,24 +244,32 @@ def power(args: argparse.Namespace) -> None:
     targets = lab.embeddings([pair.item.reference for pair in pairs]).repeat_interleave(len(args.methods), dim=0)
     similarities = similarity(painted, targets).view(len(pairs), -1)  # (P, M)
     generator = Generator().manual_seed(args.seed)
-    means = simulated(similarities, 1000, args.noise, generator)[:-1].mean(dim=(0, 1))
-    rows = [["method", "CLIP similarity", "mean rank score"]]
-    order = means.argsort(descending=True).tolist()
-    rows += [[label_of(args.methods[i]), f"{similarities[:, i].mean():.2f}", f"{means[i]:.2f}"] for i in order]
+    means = simulated(similarities, 1001, args.noise, generator)[:-1].mean(dim=(0, 1))  # nearly without error
     found = {raters: detected(similarities, raters, args.noise, args.studies, generator) for raters in RATERS}
-    differences = sorted(((means[i] - means[j]).item(), i, j) for k, i in enumerate(order) for j in order[k + 1 :])
-    shares = [["difference", "between", *(f"{raters} raters" for raters in RATERS)]]
-    for difference, i, j in differences:
-        names = f"{label_of(args.methods[i])}, {label_of(args.methods[j])}"
-        shares.append([f"{difference:.2f}", names, *(f"{100 * found[raters][i, j]:.0f}%" for raters in RATERS)])
-    lines = [f"Simulated: no one has looked at these pictures. The raters rank {len(pairs)} pairs by CLIP similarity to "
-             f"the reference, with noise of {args.noise:g} times its spread within a pair; one rater clicks at random.", "", *markdown(rows), "",
-             f"How often a study finds a difference of mean rank scores, clear of its 95% interval ({args.studies} "
-             "simulated studies for each number of raters):", "", *markdown(shares)]
+    lines = [f"Simulated: no one has looked at these pictures. The raters rank {len(pairs)} pairs by CLIP similarity "
+             f"to the reference, with {args.noise:g} times its spread within a pair as noise; one clicks at random.",
+             "", *power_tables(args.methods, similarities.mean(dim=0), means, found), "",
+             "The second table says how often a study finds that the first method's mean rank score is above the "
+             f"second's by more than half of the 95% interval ({args.studies} simulated studies for each number of "
+             "raters)."]
     publish(lines, {"methods": args.methods, "pairs": len(pairs), "noise": args.noise, "studies": args.studies,
-                    "mean_rank_scores": means.tolist(), "similarities": similarities.mean(dim=0).tolist(),
+                    "similarities": similarities.mean(dim=0).tolist(), "mean_rank_scores": means.tolist(),
                     "found": {raters: share.tolist() for raters, share in found.items()}}, args.out / "power")
-    print("next: python study.py make writes the study for as many raters as the difference you expect needs")
+    print("next: python study.py make, for as many raters as the difference that you expect needs")
+
+
+def power_tables(methods: list[str], similarities: Tensor, means: Tensor, found: dict[int, Tensor]) -> list[str]:
+    """The methods from best to worst, and their differences from small to large. similarities and mean rank scores
+    (M,), what studies find by their number of raters (M, M).
+    """
+    order = means.argsort(descending=True).tolist()
+    rows = [["method", "CLIP similarity", "mean rank score"]]
+    rows += [[label_of(methods[i]), f"{similarities[i]:.2f}", f"{means[i]:.2f}"] for i in order]
+    differences = sorted(((means[i] - means[j]).item(), i, j) for k, i in enumerate(order) for j in order[k + 1 :])
+    shares = [["difference", "first", "second", *(f"{raters} raters" for raters in found)]]
+    shares += [[f"{difference:.2f}", label_of(methods[i]), label_of(methods[j]),
+                *(f"{100 * share[i, j]:.0f}%" for share in found.values())] for difference, i, j in differences]
+    return [*markdown(rows), "", *markdown(shares)]
 
 
 # ---------------------------------------------------------------- the command line

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from support.datasets import Item
 from support.figures import cutout_of
 from support.files import write_atomic
-from support.images import save_image, thumbnail
+from support.images import thumbnail
 from support.opening import open_image
 
 PAGE = Path(__file__).with_name("study_page.html")
@@ -68,7 +68,7 @@ def write_handout(pairs: list[Pair], out: Path) -> dict:
         for name in sorted(pictures):
             source = pictures[name]
             picture = cutout_of(source) if isinstance(source, Item) else open_image(source).convert("RGB")
-            save_image(thumbnail(picture, SIDE), new / "pictures" / f"{name}.png")
+            thumbnail(picture, SIDE).save(new / "pictures" / f"{name}.png", icc_profile=None)
         pad([new / "pictures" / f"{name}.png" for name in sorted(candidates)])
         for path in (*new.rglob("*"), new):
             os.utime(path, (LONG_AGO, LONG_AGO))
