@@ -94,7 +94,7 @@ class Lab:
         """Raises BadInput for networks or categories that these methods would miss, before anything is painted; the
         CLIP that measures is one of them, if wanted.
         """
-        names = ["clip"] * with_clip + [name for method in methods for name in METHODS[method].networks()]
+        names = [name for method in methods for name in METHODS[method].networks()] + ["clip"] * with_clip
         with_identifiers = not all(METHODS[method].plain_prompt for method in methods)
         self.networks.check(["weights", *names], {item.category for item in items if with_identifiers})
 
