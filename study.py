@@ -24,7 +24,7 @@ from rivals.methods import METHODS, Lab
 from rivals.options import add_lab_options, lab_of
 from support.figures import choose
 from support.files import BadInput, one_line_errors, read_json, write_json, write_text
-from support.handout import Pair, write_handout
+from support.handout import Pair, plan, write_handout
 from support.machine import processes
 from support.metrics import RESAMPLES, plus_minus, similarity
 from support.names import one_line
@@ -59,23 +59,21 @@ def label_of(method: str) -> str:
 
 
 def make(args: argparse.Namespace) -> None:
-    """Writes the raters' folder and, outside it, the key."""
+    """Writes the key, then the raters' folder: there is never one without its key."""
     for path, option in ((args.out, "--out"), (args.key, "--key")):
         if path.exists():
             raise BadInput(f"{option} {path} is there already, and raters may be at work on that study; name another")
     check_folder(args.out)
     check_folder(args.key.parent, "--key")
-    if args.key.absolute().is_relative_to(args.out.absolute()):
+    if args.key.resolve().is_relative_to(args.out.resolve()):
         raise BadInput(f"--key {args.key} is in the folder that the raters get; name a file outside {args.out}")
     lab = lab_of(args, args.pictures)
     pairs = painted_pairs(lab, args.methods, args.pairs)
-    key = write_handout(pairs, args.out)
-    for entry, pair in zip(key["pairs"], pairs):
-        entry["candidates"] = dict(zip(args.methods, entry["candidates"]))
-        entry |= {"product": str(pair.item.image), "reference": str(pair.item.reference)}
-    write_json({"study": key["study"], "methods": args.methods, "how": lab.record, "pairs": key["pairs"]}, args.key)
-    print(f"{args.out}: {len(pairs)} pairs for the raters, who open index.html", f"{args.key}: keep it from them",
-          f"next: python study.py score --key {args.key} rankings-*.json, the files that they send back", sep="\n")
+    handout = plan(pairs)
+    write_json({"study": handout.study, "methods": args.methods, "how": lab.record, "pairs": handout.key}, args.key)
+    write_handout(handout, args.out)
+    print(f"{args.out}: for the raters, who open index.html; pairs: {len(pairs)}", f"{args.key}: keep it from them",
+          f"next: python study.py score --key {args.key} rankings-*.json, with the files that they send back", sep="\n")
 
 
 def painted_pairs(lab: Lab, methods: list[str], count: int, with_clip: bool = False) -> list[Pair]:
@@ -89,8 +87,8 @@ def painted_pairs(lab: Lab, methods: list[str], count: int, with_clip: bool = Fa
     lab.check(methods, items, with_clip)
     chosen = choose([*range(len(items))], count, lab.seed)
     columns = [lab.pictures(method, items, "ref", chosen) for method in methods]
-    pairs = [Pair(items[i], [*candidates]) for i, candidates in zip(chosen, zip(*columns))]
-    pairs = [pair for pair in pairs if all(map(is_readable, [pair.item.reference, *pair.candidates]))]
+    pairs = [Pair(items[i], dict(zip(methods, candidates))) for i, candidates in zip(chosen, zip(*columns))]
+    pairs = [pair for pair in pairs if all(map(is_readable, [pair.item.reference, *pair.candidates.values()]))]
     if not pairs:
         raise BadInput(f"{lab.data}: no pair could be painted, as it says above")
     return pairs
@@ -118,6 +116,8 @@ def read_key(path: Path) -> dict:
 
 def read_rankings(path: Path, key: dict) -> dict:
     """What a rater has saved. Raises BadInput unless it ranks every candidate of every pair in this study."""
+    if not path.is_file():
+        raise BadInput(f"{path}: no such file; check the path")
     content = read_json(path)
     if content.get("study") != key["study"]:
         raise BadInput(f"{path} is from another study; give that study's --key")
@@ -188,6 +188,8 @@ def score(args: argparse.Namespace) -> None:
             f"{pairs}. ± is half of the 95% interval over raters and pairs ({RESAMPLES} bootstrap samples).")
     if raters == 1:
         note += " With one rater it is over pairs alone."
+    if left_out:
+        note += f" Files left out: {len(left_out)}."
     if {*methods} != {*PAPER}:
         note += " The paper's raters ranked its five methods: compare only the order."
     lines = [*table3(methods, results), "", note]
@@ -198,7 +200,7 @@ def score(args: argparse.Namespace) -> None:
               f"{1 / raters:.2f} on average by chance."]
     paper = {method: PAPER[method]._asdict() for method in methods if method in PAPER}
     publish(lines, {"methods": methods, "raters": [*rankings], "left_out": left_out, "pairs": pairs, "paper": paper}
-            | results, args.out / "table3")
+            | results, args.out / "table3", "power shows how many raters a smaller difference needs")
 
 
 def markdown(rows: list[list[str]]) -> list[str]:
@@ -225,11 +227,11 @@ def win_table(methods: list[str], question: str, rates: list[list[list[float]]])
     return markdown(rows)
 
 
-def publish(lines: list[str], content: dict, path: Path) -> None:
-    """Prints lines of Markdown, and writes them to PATH.md and what they show to PATH.json."""
+def publish(lines: list[str], content: dict, path: Path, following: str) -> None:
+    """Prints lines of Markdown, and writes them to PATH.md and what they show to PATH.json. following: what is next."""
     write_json(content, path.with_suffix(".json"))
     write_text("\n".join(lines) + "\n", path.with_suffix(".md"))
-    print(*lines, "", path.with_suffix(".md"), path.with_suffix(".json"), sep="\n")
+    print(*lines, "", path.with_suffix(".md"), path.with_suffix(".json"), f"next: study.py {following}", sep="\n")
 
 
 # ---------------------------------------------------------------- power
@@ -240,7 +242,7 @@ def power(args: argparse.Namespace) -> None:
     check_folder(args.out)
     lab = lab_of(args, args.pictures)
     pairs = painted_pairs(lab, args.methods, args.pairs, with_clip=True)
-    painted = lab.embeddings([path for pair in pairs for path in pair.candidates])  # (P M, d)
+    painted = lab.embeddings([path for pair in pairs for path in pair.candidates.values()])  # (P M, d)
     targets = lab.embeddings([pair.item.reference for pair in pairs]).repeat_interleave(len(args.methods), dim=0)
     similarities = similarity(painted, targets).view(len(pairs), -1)  # (P, M)
     generator = Generator().manual_seed(args.seed)
@@ -254,8 +256,8 @@ def power(args: argparse.Namespace) -> None:
              "raters)."]
     publish(lines, {"methods": args.methods, "pairs": len(pairs), "noise": args.noise, "studies": args.studies,
                     "similarities": similarities.mean(dim=0).tolist(), "mean_rank_scores": means.tolist(),
-                    "found": {raters: share.tolist() for raters, share in found.items()}}, args.out / "power")
-    print("next: python study.py make, for as many raters as the difference that you expect needs")
+                    "found": {raters: share.tolist() for raters, share in found.items()}}, args.out / "power",
+            "make, for as many raters as the difference that you expect needs")
 
 
 def power_tables(methods: list[str], similarities: Tensor, means: Tensor, found: dict[int, Tensor]) -> list[str]:
@@ -266,9 +268,11 @@ def power_tables(methods: list[str], similarities: Tensor, means: Tensor, found:
     rows = [["method", "CLIP similarity", "mean rank score"]]
     rows += [[label_of(methods[i]), f"{similarities[i]:.2f}", f"{means[i]:.2f}"] for i in order]
     differences = sorted(((means[i] - means[j]).item(), i, j) for k, i in enumerate(order) for j in order[k + 1 :])
-    shares = [["difference", "first", "second", *(f"{raters} raters" for raters in found)]]
-    shares += [[f"{difference:.2f}", label_of(methods[i]), label_of(methods[j]),
-                *(f"{100 * share[i, j]:.0f}%" for share in found.values())] for difference, i, j in differences]
+    shares = [["difference", "first", "second", *(f"{raters} raters" for raters in found), "enough for 80%"]]
+    for difference, i, j in differences:
+        enough = next((f"{raters}" for raters, share in found.items() if share[i, j] >= 0.8), f"more than {max(found)}")
+        shares.append([f"{difference:.2f}", label_of(methods[i]), label_of(methods[j]),
+                       *(f"{100 * share[i, j]:.0f}%" for share in found.values()), enough])
     return [*markdown(rows), "", *markdown(shares)]
 
 

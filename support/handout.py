@@ -21,10 +21,19 @@ LONG_AGO = 946_684_800  # 1 January 2000, the time of every file: none says when
 
 
 class Pair(NamedTuple):
-    """What a rater sees at once: an item's product and reference, and a picture of it by each method, in one order."""
+    """What a rater sees at once: an item's product and reference, and a picture of it by each method."""
 
     item: Item
-    candidates: list[Path]
+    candidates: dict[str, Path]  # by method; all pairs have the same methods
+
+
+class Handout(NamedTuple):
+    """A study under names that say nothing."""
+
+    study: str
+    shown: list[dict]  # for the page: names by pair, the candidates in balanced orders
+    key: list[dict]  # for `score`: names by pair and method
+    pictures: dict[str, Item | Path]  # by name; an item stands for its product
 
 
 def token() -> str:
@@ -44,37 +53,42 @@ def balanced_orders(count: int, methods: int) -> list[list[int]]:
     return orders[:count]
 
 
-def write_handout(pairs: list[Pair], out: Path) -> dict:
-    """Writes OUT/index.html and OUT/pictures, and returns the study's key: its name and, for each pair, its name and
-    those of the candidates, by method.
+def plan(pairs: list[Pair]) -> Handout:
+    """Names everything, and puts the candidates in order. It is written by `write_handout`, after its key."""
+    study = Handout(token(), [], [], {})
+    for pair, order in zip(pairs, balanced_orders(len(pairs), len(pairs[0].candidates))):
+        name, product, reference = token(), token(), token()
+        names = {method: token() for method in pair.candidates}
+        study.pictures.update({product: pair.item, reference: pair.item.reference})
+        study.pictures.update({names[method]: path for method, path in pair.candidates.items()})
+        in_order = [[*names.values()][i] for i in order]
+        study.shown.append({"pair": name, "product": product, "reference": reference, "candidates": in_order})
+        study.key.append({"pair": name, "candidates": names, "product": str(pair.item.image),
+                          "reference": str(pair.item.reference)})
+    return study
+
+
+def write_handout(handout: Handout, out: Path) -> None:
+    """Writes OUT/index.html and OUT/pictures.
 
     The candidates are files of one size: how well a picture compresses depends on the method. They are written in the
     order of their names, and all files have one time.
     """
-    study, pictures, shown, key = token(), {}, [], []
-    for pair, order in zip(pairs, balanced_orders(len(pairs), len(pairs[0].candidates))):
-        name, product, reference = token(), token(), token()
-        names = [token() for _ in pair.candidates]
-        pictures |= {product: pair.item, reference: pair.item.reference, **dict(zip(names, pair.candidates))}
-        shown.append({"pair": name, "product": product, "reference": reference,
-                      "candidates": [names[i] for i in order]})
-        key.append({"pair": name, "candidates": names})
-    candidates = {name for pair in key for name in pair["candidates"]}
-    page = PAGE.read_text(encoding="utf-8").replace("STUDY_DATA", json.dumps({"study": study, "pairs": shown}), 1)
+    page = PAGE.read_text(encoding="utf-8")
+    page = page.replace("STUDY_DATA", json.dumps({"study": handout.study, "pairs": handout.shown}), 1)
+    candidates = sorted(name for pair in handout.shown for name in pair["candidates"])
 
     def write(new: Path) -> None:
         (new / "pictures").mkdir(parents=True)
         (new / "index.html").write_text(page, encoding="utf-8")
-        for name in sorted(pictures):
-            source = pictures[name]
+        for name, source in sorted(handout.pictures.items(), key=lambda entry: entry[0]):
             picture = cutout_of(source) if isinstance(source, Item) else open_image(source).convert("RGB")
             thumbnail(picture, SIDE).save(new / "pictures" / f"{name}.png", icc_profile=None)
-        pad([new / "pictures" / f"{name}.png" for name in sorted(candidates)])
+        pad([new / "pictures" / f"{name}.png" for name in candidates])
         for path in (*new.rglob("*"), new):
             os.utime(path, (LONG_AGO, LONG_AGO))
 
     write_atomic(out, write)
-    return {"study": study, "pairs": key}
 
 
 def pad(files: list[Path]) -> None:

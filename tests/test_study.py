@@ -18,7 +18,7 @@ from rivals import methods
 from rivals.options import lab_of
 from support.datasets import Item
 from support.files import BadInput, one_line_errors, write_json
-from support.handout import LONG_AGO, Pair, balanced_orders, write_handout
+from support.handout import LONG_AGO, Pair, balanced_orders, plan, write_handout
 from support.images import to_image
 from support.ranks import detected, half_width, kendalls_w, rank_scores, resampled_means, simulated, wins
 from toy.world import write_world
@@ -28,7 +28,7 @@ FIVE = ["controlnet", "blended-diffusion", "paint-by-example", "cg", "cg+pg"]
 
 def written_study(folder: Path, pairs: int = 6, names: list[str] = FIVE) -> dict:
     """A study of noise in folder/study, and its key, which is in folder/key.json too. The first method's pictures are
-    the smoothest, so that their files are the smallest.
+    the smoothest, so that they compress best.
     """
     def picture(name: str, blur: float = 0) -> Path:
         path, text = folder / "made" / f"{name}.png", PngInfo()
@@ -41,12 +41,12 @@ def written_study(folder: Path, pairs: int = 6, names: list[str] = FIVE) -> dict
     mask.parent.mkdir(parents=True)
     to_image(torch.zeros(1, 40, 32).index_fill(2, torch.arange(10, 20), 1)).save(mask)
     made = [Pair(Item(picture(f"product_{i}"), mask, "mug", picture(f"reference_{i}")),
-                 [picture(f"{i}_{name}", blur=4 - k) for k, name in enumerate(names)]) for i in range(pairs)]
-    key = write_handout(made, folder / "study")
-    for entry in key["pairs"]:
-        entry["candidates"] = dict(zip(names, entry["candidates"]))
-    write_json(key | {"methods": names}, folder / "key.json")
-    return key | {"methods": names}
+                 {name: picture(f"{i}_{name}", blur=4 - k) for k, name in enumerate(names)}) for i in range(pairs)]
+    handout = plan(made)
+    write_handout(handout, folder / "study")
+    key = {"study": handout.study, "methods": names, "pairs": handout.key}
+    write_json(key, folder / "key.json")
+    return key
 
 
 def rankings(key: dict, rater: str, order: list[str], saved: str = "2026-01-01") -> dict:
@@ -360,7 +360,7 @@ def test_nothing_is_painted_twice_by_make_or_by_evaluates_tables(made, tmp_path,
                 str(tmp_path / "study"), "--key", str(tmp_path / "key.json")])
     after = {path: path.stat().st_mtime_ns for path in (root / "results").rglob("*.png")}
     assert len(after) == 2 * 5 + 3 and before.items() <= after.items()
-    assert "5 pairs for the raters" in capsys.readouterr().out
+    assert "pairs: 5\n" in capsys.readouterr().out
     monkeypatch.setattr(methods, "paint_items", None)  # can't be called
     lab = lab_of(evaluate.options().parse_args(["table2", *options]), root / "results")
     assert {path for method in ("cg", "cg+pg") for path in lab.pictures(method, lab.items("ref"), "ref")} <= {*after}
@@ -387,7 +387,7 @@ def test_a_pair_whose_picture_cannot_be_read_is_named_and_left_out(made, tmp_pat
     (tmp_path / "key.json").unlink()
     study.main(["make", *words, "--out", str(tmp_path / "second")])
     said = capsys.readouterr()
-    assert "1 pairs for the raters" in said.out and f"left out, with its pair: {broken}" in said.err
+    assert "pairs: 1\n" in said.out and f"left out, with its pair: {broken}" in said.err
 
 
 def test_power_says_that_it_is_simulated_and_orders_methods_by_similarity(made, tmp_path, capsys):

@@ -46,7 +46,7 @@ def visit(browser, handout):
     def visit(rater: str | None = None, viewport=LAPTOP, language="en-GB", touch=False, root=handout[0]):
         contexts.append(browser.new_context(viewport=viewport, locale=language, has_touch=touch, is_mobile=touch))
         page, folder = contexts[-1].new_page(), (root / "study").as_uri()
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(60_000)  # a busy machine is no fault of the page
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on("console", lambda message: message.type == "error" and faults.append(message.text))
         page.on("request", lambda r: r.url.startswith((folder, "data:", "blob:")) or faults.append(r.url))
