@@ -47,4 +47,5 @@ def lab_of(args: argparse.Namespace, out: Path, limit: int | None = None, centre
     record = {name: value for name, value in record.items() if name.replace("_", "-") not in OPTIONS}
     return Lab(data=args.data.absolute(), limit=limit, centres=centres, networks=networks,
                choice=ModelChoice(args.weights, args.tokenizer, device=device, dtype=args.dtype),
-               how=how, size=args.size, strength=args.strength, seed=args.seed, batch=args.batch, record=record, out=out)
+               how=how, size=args.size, strength=args.strength, seed=args.seed, batch=args.batch, record=record,
+               out=out)

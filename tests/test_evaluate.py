@@ -418,7 +418,7 @@ def test_the_three_trainings_of_fig7(ads, tmp_path, monkeypatch):
 
 def test_pictures_are_kept_for_what_they_were_painted_of(ads, tiny, tmp_path, monkeypatch):
     """The first items of a split share the whole split's pictures; other settings, pairs or files have their own."""
-    monkeypatch.setattr(methods, "paint_items", lambda *_: None)
+    monkeypatch.setattr(methods, "paint_items", lambda *_, **__: None)
     data = shutil.copytree(ads, tmp_path / "ads")
 
     def folder(*options: str, method: str = "cg") -> Path:
