@@ -305,7 +305,7 @@ def load_tokenizer(folder: Path | str, pad: str | None = None) -> Tokenizer:
     add_trained_tokens(bpe, folder, settings)
     pad, length = str(settings["pad_token"]), settings.get("model_max_length", 77)
     bpe.add_special_tokens([pad])  # so that a '!' that pads is never a part of a word, as in transformers
-    if not isinstance(length, (int, float)) or length < 3:
+    if not isinstance(length, (int, float)) or not length >= 3:  # nor NaN
         raise BadInput(f"{folder}: model_max_length {length!r} is no number of tokens; 77 is CLIP's")
     tokenizer = Tokenizer(bpe, 77 if length > 10**6 else int(length), pad)  # transformers writes 10^30 for "not known"
     if None in (tokenizer.start, tokenizer.end, tokenizer.pad):

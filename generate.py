@@ -34,6 +34,7 @@ from support.datasets import BROKEN, Item, read_items
 from support.files import BadInput, one_line_errors
 from support.gallery import SHEET, Gallery
 from support.images import canvas_size, fit, resize, resized_strips, save_image, to_bytes
+from support.lock import locked
 from support.models import TOY, Models, choice_of, load_models
 from support.options import one_for_each
 from support.painting import check, count_steps, options, own_defaults, painting_of, settled
@@ -135,18 +136,16 @@ def paste_back(painted: Tensor, painted_mask: Tensor, box: tuple[int, int, int, 
 
 def canvas_of(ads: list[Ad], h: int, w: int, generators: list[torch.Generator],
               exemplar: int | None = None) -> tuple[Canvas, list[tuple]]:
-    """Ads on a canvas of h x w pixels, and where their frames lie on it, as `fit` returns it; for a rival that reads
-    the references whole, these are squashed to squares of `exemplar` pixels.
+    """Ads on a canvas of h x w pixels, and where their frames lie on it. `exemplar`: the side of the squares to which a
+    rival has references squashed, whole; else they fill the canvas.
     """
     rgb, boxes = zip(*(fit(ad.rgb, h, w, "contain") for ad in ads))
     mask = torch.stack([fit(ad.mask, h, w, "contain")[0] for ad in ads])
     canvas = Canvas(torch.stack(rgb), mask, [ad.texts for ad in ads], generators)
     if ads[0].reference is None:
         return canvas, boxes
-    if exemplar:
-        squashed = torch.stack([resize(ad.reference[0], exemplar, exemplar) for ad in ads])
-        return canvas._replace(reference=squashed), boxes
-    references = (torch.stack([fit(ad.reference[k], h, w, "cover")[0] for ad in ads]) for k in (0, 1))
+    references = [torch.stack([resize(ad.reference[0], exemplar, exemplar) for ad in ads])] if exemplar else [
+        torch.stack([fit(ad.reference[k], h, w, "cover")[0] for ad in ads]) for k in (0, 1)]
     return Canvas(*canvas[:4], *references), boxes
 
 
@@ -271,7 +270,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(command_of(args.how, parser))
         return
     check(args)
-    (generate_text if args.prompt is not None else generate_data if args.data else generate_product)(args)
+    with locked(args.out):
+        (generate_text if args.prompt is not None else generate_data if args.data else generate_product)(args)
 
 
 if __name__ == "__main__":

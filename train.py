@@ -14,11 +14,11 @@ an interruption changes nothing; for the paper's branches, neither does the numb
 """
 
 import argparse
-import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from math import ceil
 from pathlib import Path
 
 import torch
@@ -36,6 +36,7 @@ from support.encoded import CaptionPrompts, CategoryPrompts, Latents, prompt_tab
 from support.files import BadInput, one_line_errors
 from support.identifiers import category_identifiers
 from support.images import canvas_size, sheet
+from support.lock import locked
 from support.machine import processes
 from support.models import load_branch
 from support.options import Parser, real_number, whole_number
@@ -235,8 +236,7 @@ def options() -> Parser:
     add("--init-control", **path, help="branches: start from a ControlNet, CG or PG [SD's encoder, zero convolutions]")
     add = parser.add_argument_group("the method [on the toy's data the toy's settings, else the paper's]").add_argument
     add("--size", metavar="N", type=whole_number(32, 4096), help="side of the pictures in pixels [toy 128; paper 512]")
-    add("--refine", metavar="N", type=whole_number(1, 16),
-        help="stage unet: learn the second pass too, at N times --size [1: not]")
+    add("--refine", metavar="N", type=whole_number(1, 16), help="stage unet: learn the second pass too, at N x --size")
     add("--attention", choices=["mask-guided", "plain"],
         help="CG's: Eq. 3, or Eq. 2 on P as an ordinary ControlNet's (ours) [mask-guided, the paper's]")
     add("--prompt-dropout", metavar="X", type=real_number(0, 1),
@@ -263,9 +263,9 @@ def main(arguments: list[str] | None = None) -> None:
     if args.amp == "auto":
         settings = replace(settings, amp=fastest_amp(settings))
     if not settings.steps:
-        pictures = settings.epochs * len(read_items(settings.data)[0])
-        settings = replace(settings, steps=math.ceil(pictures / settings.batch))
-    fit((STAGES | RIVAL_STAGES).get(settings.stage, branch_task)(settings), settings)
+        settings = replace(settings, steps=ceil(settings.epochs * len(read_items(settings.data)[0]) / settings.batch))
+    with locked(settings.out):
+        fit((STAGES | RIVAL_STAGES).get(settings.stage, branch_task)(settings), settings)
 
 
 if __name__ == "__main__":

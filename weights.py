@@ -27,7 +27,7 @@ from model import BRANCHES, ControlNet, UNet
 from sampler import Schedule
 from support.configs import check_config, read_scheduler_config
 from support.convert import convert
-from support.files import BadInput, one_line_errors, read_json, write_atomic
+from support.files import BadInput, not_finite, one_line_errors, read_json, write_atomic
 from support.layouts import (
     EXAMPLE_FILE,
     IGNORED,
@@ -71,6 +71,7 @@ class StableDiffusion:
     def decode(self, z: Tensor) -> Tensor:
         """z (B, 4, h, w) -> images (B, 3, H, W) float32 in [0, 1]."""
         x = self.vae.decode(z.to(self.vae.quant_conv.weight) / self.vae.scaling_factor)
+        x = x.masked_fill(x.isinf(), torch.nan)  # which clamp keeps: infinite pixels are no white ones
         return (x.float() / 2 + 0.5).clamp(0, 1)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
@@ -132,7 +133,7 @@ def check_together(sd: StableDiffusion, path: Path, tokenizer: Path) -> None:
     if unet["cross_attention_dim"] != text["hidden_size"]:
         raise BadInput(f"{path}: its text encoder writes prompts of width {text['hidden_size']}, its UNet reads "
                        f"{unet['cross_attention_dim']}; give parts of one model")
-    length, vocabulary = sd.tokenizer.length, sd.tokenizer.bpe.get_vocab_size()
+    length, vocabulary = sd.tokenizer.length, 1 + max(sd.tokenizer.bpe.get_vocab().values())
     if length > text["max_position_embeddings"] or vocabulary > text["vocab_size"]:
         raise BadInput(f"{tokenizer} is not the tokenizer of {path}: it makes {length} tokens of a vocabulary of "
                        f"{vocabulary:,}, the text encoder reads {text['max_position_embeddings']} of "
@@ -295,6 +296,9 @@ def save_module(module: nn.Module, folder: Path, name: str, dtype=None, extra: d
         for file, content in {"config.json": module.config, **(extra or {})}.items():
             (scratch / file).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         tensors = {n: t.detach().to("cpu", dtype or t.dtype).contiguous() for n, t in module.state_dict().items()}
+        if broken := not_finite(tensors):
+            raise BadInput(f"{folder}: {broken} is not finite, and is not saved; train with a lower --lr" +
+                           (", or save it in float32" if dtype == torch.float16 else ""))
         save_file(tensors, scratch / name, metadata={"format": "pt"})
 
     write_atomic(folder, write)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import NoneType
 
 import torch
 from torch import Tensor
@@ -57,9 +58,15 @@ def kept_files(pictures: list[Tensor], path: Path, line: dict) -> list[tuple[Ten
 class Manifest:
     """manifest.jsonl, a line for each picture of a folder. Files are compared by name, since data sets are moved."""
 
+    FIELDS = {"file": str, "image": str, "reference": (str, NoneType), "category": str, "seed": int, "how": dict}
+
     def __init__(self, out: Path):
         self.file = out / "manifest.jsonl"
-        self.lines = {line["file"]: line for line in read_log(self.file)}
+        self.lines = {}
+        for number, line in enumerate(read_log(self.file), 1):
+            if not all(isinstance(line.get(name), kind) for name, kind in self.FIELDS.items()):
+                raise BadInput(f"{self.file}:{number} does not say how a picture was painted; remove that line")
+            self.lines[line["file"]] = line
 
     def check(self, file: str, line: dict) -> None:
         """Raises BadInput where the folder holds a picture of this name from other files or painted in another way."""
@@ -72,7 +79,7 @@ class Manifest:
         for name in ("category", "seed"):
             if there[name] != line[name]:
                 self.refuse(file, f"with {name} {there[name]}")
-        old, new = there.get("how", {}), line["how"]
+        old, new = there["how"], line["how"]
         for name in old | new:
             if old.get(name) != new.get(name):
                 option, value = f"--{name.replace('_', '-')}", old.get(name)
@@ -102,23 +109,24 @@ def one_ahead(read: Callable, chunks: list[list]) -> Iterator[dict]:
 
 def paint_items(items: list[Item], texts: dict[str, tuple[str, str, str]],
                 paint_ads: Callable[[list[Ad]], list[list[Tensor]]], out: Path, record: dict, dtype: str, seed: int,
-                batch: int, keep_first: bool = False) -> tuple[int, int, int]:
-    """Paints all items of a data set that are not in `out` yet -> how many were painted, were there, are broken;
-    broken ones are named and skipped. Item i is painted with seed + i; texts by category; record: how, see record.py;
-    keep_first: whether the first pass's pictures are to be there too.
+                batch: int, keep_first: bool = False, chosen: list[int] | None = None) -> tuple[int, int, int]:
+    """Paints all items of a data set, or those `chosen` by number, that are not in `out` yet -> how many were painted,
+    were there, are broken; broken ones are named and skipped. Item i is painted with seed + i; texts by category;
+    record: how, see record.py; keep_first: whether the first pass's pictures are to be there too.
 
-    Under torchrun each process paints its share. Raises BadInput where `out` holds pictures of the same names that were
-    painted from other items or in another way.
+    Under torchrun each process paints its share. A batch of which a picture is missing is painted again as a whole: by
+    rounding a picture may depend on its batch, and an interruption must not change a byte. Raises BadInput where `out`
+    holds pictures of the same names that were painted from other items or in another way.
     """
     manifest, paths = Manifest(out), [result_path(out, i, item) for i, item in enumerate(items)]
     lines = [line_of(item, seed + i, dtype, record) for i, item in enumerate(items)]
     for path, line in zip(paths, lines):
         manifest.check(path.name, line)
     rank, world = processes()
-    share = range(rank, len(items), world)
+    share = (range(len(items)) if chosen is None else chosen)[rank::world]
     wanted = [[path, first_path(path)] if keep_first else [path] for path in paths]
-    todo = [i for i in share if paths[i].name not in manifest.lines or not all(map(Path.exists, wanted[i]))]
-    chunks = [todo[k : k + batch] for k in range(0, len(todo), batch)]
+    todo = {i for i in share if paths[i].name not in manifest.lines or not all(map(Path.exists, wanted[i]))}
+    chunks = [share[k : k + batch] for k in range(0, len(share), batch) if todo.intersection(share[k : k + batch])]
 
     def read(i: int) -> Ad | BadInput:
         try:
@@ -128,6 +136,8 @@ def paint_items(items: list[Item], texts: dict[str, tuple[str, str, str]],
 
     def write(indices: Iterable[int], pictures: list[list[Tensor]], seconds: float) -> None:
         for i, of_ad in zip(indices, pictures):
+            if i not in todo:
+                continue
             for picture, path, line in kept_files(of_ad, paths[i], lines[i]):
                 save_image(picture, path, text={"how": json.dumps(line)})
             manifest.append({"item": i, "file": paths[i].name} | lines[i] | {"seconds": round(seconds, 3)})
@@ -137,9 +147,11 @@ def paint_items(items: list[Item], texts: dict[str, tuple[str, str, str]],
         bar = tqdm(one_ahead(read, chunks), total=len(chunks), unit="batch", disable=not sys.stderr.isatty())
         for results in bar:
             ads = {i: result for i, result in results.items() if isinstance(result, Ad)}
-            for error in (result for result in results.values() if isinstance(result, BadInput)):
+            for i in todo.intersection(results) - ads.keys():
                 broken += 1
-                tqdm.write(f"skipped: {error}", file=sys.stderr)
+                tqdm.write(f"skipped: {results[i]}", file=sys.stderr)
+            if not todo.intersection(ads):
+                continue
             clock = time.perf_counter()
             pictures = paint_ads(list(ads.values()))
             seconds = (time.perf_counter() - clock) / max(1, len(ads))

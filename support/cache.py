@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from support.files import read_tensors, write_atomic
+from support.files import BadInput, read_tensors, sweep, write_atomic
 
 
 def compute_once(folder: Path, key: object, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -18,9 +18,13 @@ def compute_once(folder: Path, key: object, compute: Callable[[], dict[str, Tens
     Nothing outdated is ever read, because a changed key names another file. An interrupted computation leaves nothing.
     """
     path = folder / f"{fingerprint(key)}.safetensors"
+    sweep(folder)
     if not path.exists():
         write_atomic(path, lambda new: save_file({n: t.contiguous() for n, t in compute().items()}, new))
-    return read_tensors(path)
+    try:
+        return read_tensors(path)
+    except BadInput:
+        raise BadInput(f"{path} is broken; remove it, and it is computed again") from None
 
 
 def fingerprint(key: object) -> str:

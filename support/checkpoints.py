@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from support.cache import fingerprint
-from support.files import BadInput, write_atomic
+from support.files import BadInput, not_finite, write_atomic
 from support.machine import processes
 
 
@@ -40,12 +40,15 @@ class Checkpoints:
         self.folder, self.keep, self.settings, self.identifiers = folder, keep, settings, identifiers
 
     def save(self, step: int, parameters: dict, ema: dict, optimizer, scaler) -> None:
-        """Writes one, and removes all but the newest `keep`."""
+        """Writes one, and removes all but the newest `keep`. Raises BadInput where a number in it is not finite."""
         tensors = {f"weights.{n}": p.detach() for n, p in parameters.items()} | {f"ema.{n}": p for n, p in ema.items()}
         for name, p in parameters.items():
             for moment in ("exp_avg", "exp_avg_sq"):
                 if p in optimizer.state:
                     tensors[f"{moment}.{name}"] = optimizer.state[p][moment]
+        if diverged := not_finite(tensors):
+            raise BadInput(f"{diverged} is not finite at step {step}, which is not saved; resume from the checkpoint "
+                           "before, or start again, with a lower --lr")
         # Adam counts fewer steps than the run where a scaler skipped some
         counts = [int(state["step"]) for state in optimizer.state.values()]
         header = {"step": step, "adam": max(counts, default=0), "settings": self.settings,

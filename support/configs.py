@@ -10,9 +10,12 @@ from pathlib import Path
 
 from support.files import BadInput, read_json
 
-# What a field may be: a value, a type, a list of these for a JSON list of them, or a tuple of alternatives.
+# What a field may be: a value, a type, a range of whole numbers, a list of these for a JSON list of them, or a tuple of
+# alternatives. Ranges end far above what any model has, before building a network would take minutes or all memory.
 ANYTHING = object()  # what changes nothing that is computed here
 NO = (False, None)
+WIDTH, SIDE = range(1, 2**24), range(1, 2**14)  # channels or tokens; pixels, a latent's numbers, timesteps
+LEVELS, LAYERS, BLOCKS = 16, range(1, 17), range(1, 129)  # of a UNet or VAE, layers a level; blocks of a transformer
 
 
 def harmless(names: str) -> dict[str, object]:
@@ -21,8 +24,9 @@ def harmless(names: str) -> dict[str, object]:
 
 # UNet and ControlNet: first what model.py reads, then what it does in one way only.
 ENCODER = {
-    "in_channels": int, "block_out_channels": [int], "layers_per_block": int, "attention_head_dim": (int, [int]),
-    "cross_attention_dim": int, "norm_num_groups": int, "norm_eps": float, "use_linear_projection": bool,
+    "in_channels": WIDTH, "block_out_channels": [WIDTH], "layers_per_block": LAYERS,
+    "attention_head_dim": (WIDTH, [WIDTH]), "cross_attention_dim": WIDTH, "norm_num_groups": WIDTH,
+    "norm_eps": float, "use_linear_projection": bool,
     "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
     "act_fn": ("silu", "swish"), "addition_embed_type": None, "addition_time_embed_dim": None, "class_embed_type": None,
     "downsample_padding": 1, "encoder_hid_dim": None, "encoder_hid_dim_type": None, "flip_sin_to_cos": True,
@@ -35,8 +39,8 @@ ENCODER = {
     **harmless("decay inv_gamma min_decay optimization_step power update_after_step use_ema_warmup"),
 }
 UNET = ENCODER | {
-    "_class_name": "UNet2DConditionModel", "out_channels": int, "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-    "sample_size": (None, int, [int]),
+    "_class_name": "UNet2DConditionModel", "out_channels": WIDTH, "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    "sample_size": (None, SIDE, [SIDE]),
     "attention_type": "default", "center_input_sample": False, "class_embeddings_concat": False, "conv_in_kernel": 3,
     "conv_out_kernel": 3, "cross_attention_norm": None, "dual_cross_attention": False,
     "mid_block_only_cross_attention": NO, "resnet_out_scale_factor": 1, "resnet_skip_time_act": False,
@@ -44,12 +48,12 @@ UNET = ENCODER | {
     "time_embedding_dim": None, "time_embedding_type": "positional", "timestep_post_act": None,
 }
 CONTROLNET = ENCODER | {
-    "_class_name": "ControlNetModel", "conditioning_embedding_out_channels": [int],
+    "_class_name": "ControlNetModel", "conditioning_embedding_out_channels": [WIDTH],
     "attention": ("mask-guided", "plain"),  # our own field, of a branch that train.py has trained
     "conditioning_channels": 3, "controlnet_conditioning_channel_order": "rgb", "global_pool_conditions": False,
 }
 VAE = {
-    "block_out_channels": [int], "latent_channels": int, "layers_per_block": int, "norm_num_groups": int,
+    "block_out_channels": [WIDTH], "latent_channels": WIDTH, "layers_per_block": LAYERS, "norm_num_groups": WIDTH,
     "scaling_factor": float,
     "_class_name": "AutoencoderKL", "act_fn": ("silu", "swish"), "down_block_types": ["DownEncoderBlock2D"],
     "in_channels": 3, "latents_mean": None, "latents_std": None, "mid_block_add_attention": True, "out_channels": 3,
@@ -58,7 +62,8 @@ VAE = {
     **harmless("force_upcast sample_size"),
 }
 # Our own configuration, of a LaMa that train.py has trained; that of big-lama is in its shapes
-LAMA = {"_class_name": "LaMa", "width": int, "levels": int, "blocks": int, "global_channels": int, "sample_size": int}
+LAMA = {"_class_name": "LaMa", "width": WIDTH, "levels": BLOCKS, "blocks": BLOCKS, "global_channels": WIDTH,
+        "sample_size": SIDE}
 
 # transformers writes into every config.json how it would initialise, train and generate texts
 TRANSFORMERS = {
@@ -76,20 +81,21 @@ TRANSFORMERS = {
                transformers_version typical_p use_bfloat16 use_cache"""),
 }
 TOWER = TRANSFORMERS | {
-    "hidden_size": int, "intermediate_size": int, "layer_norm_eps": float, "num_attention_heads": int,
-    "num_hidden_layers": int, "hidden_act": ("quick_gelu", "gelu"),
+    "hidden_size": WIDTH, "intermediate_size": WIDTH, "layer_norm_eps": float, "num_attention_heads": WIDTH,
+    "num_hidden_layers": BLOCKS, "hidden_act": ("quick_gelu", "gelu"),
 }
-TEXT = TOWER | {"vocab_size": int, "max_position_embeddings": int, "model_type": "clip_text_model"}
-VISION = TOWER | {"image_size": int, "patch_size": int, "num_channels": 3, "model_type": "clip_vision_model"}
-EXAMPLE = VISION | {"projection_dim": int, "mapper_blocks": int}  # the latter is our own field
+TEXT = TOWER | {"vocab_size": WIDTH, "max_position_embeddings": WIDTH, "model_type": "clip_text_model"}
+VISION = TOWER | {"image_size": SIDE, "patch_size": SIDE, "num_channels": 3, "model_type": "clip_vision_model"}
+EXAMPLE = VISION | {"projection_dim": WIDTH, "mapper_blocks": BLOCKS}  # the latter is our own field
 CLIP = TRANSFORMERS | {
-    "model_type": "clip", "projection_dim": int, "logit_scale_init_value": float, "text_config": dict,
+    "model_type": "clip", "projection_dim": WIDTH, "logit_scale_init_value": float, "text_config": dict,
     "vision_config": dict, "text_config_dict": (None, dict), "vision_config_dict": (None, dict),  # repeat these two
 }
 
 # The schedule that the model was trained with, and where the steps lie. How a step is taken is our sampler's choice.
 SCHEDULER = {
-    "beta_start": float, "beta_end": float, "num_train_timesteps": int, "steps_offset": int, "set_alpha_to_one": bool,
+    "beta_start": float, "beta_end": float, "num_train_timesteps": SIDE, "steps_offset": range(2**14),
+    "set_alpha_to_one": bool,
     "prediction_type": ("epsilon", "v_prediction"), "timestep_spacing": ("leading", "linspace", "trailing"),
     "_class_name": ("DDIMScheduler", "DDPMScheduler", "DEISMultistepScheduler", "DPMSolverMultistepScheduler",
                     "DPMSolverSinglestepScheduler", "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler",
@@ -115,11 +121,11 @@ def allows(allowed: object, value: object) -> bool:
     if isinstance(allowed, tuple):
         return any(allows(one, value) for one in allowed)
     if isinstance(allowed, list):
-        return isinstance(value, list) and all(allows(tuple(allowed), one) for one in value)
-    if allowed is int:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        return isinstance(value, list) and len(value) <= LEVELS and all(allows(tuple(allowed), one) for one in value)
+    if isinstance(allowed, range):
+        return type(value) is int and value in allowed
     if allowed is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+        return type(value) in (int, float) and abs(value) < 1e9  # no NaN either
     if isinstance(allowed, type):
         return isinstance(value, allowed)
     return allowed is ANYTHING or value == allowed
@@ -130,8 +136,10 @@ def in_words(allowed: object) -> str:
     if isinstance(allowed, tuple):
         return " or ".join([*map(in_words, allowed[:3]), *["..."] * (len(allowed) > 3)])
     if isinstance(allowed, list):
-        return f"a list, each {in_words(tuple(allowed))}"
-    types = {int: "a whole number", float: "a number", bool: "true or false", dict: "an object"}
+        return f"a list of at most {LEVELS}, each {in_words(tuple(allowed))}"
+    if isinstance(allowed, range):
+        return f"a whole number from {allowed[0]} to {allowed[-1]}"
+    types = {float: "a number", bool: "true or false", dict: "an object"}
     return types[allowed] if isinstance(allowed, type) else json.dumps(allowed)
 
 
@@ -172,4 +180,7 @@ def read_scheduler_config(file: Path) -> dict:
     """The fields of a scheduler_config.json; those that are null are left out, they mean the default."""
     config = {name: value for name, value in read_json(file).items() if value is not None}
     check_config("a scheduler", config, file)
+    for name in ("beta_start", "beta_end"):
+        if not 0 < config.get(name, 0.5) < 1:
+            raise BadInput(f"{file}: {name} {config[name]} must lie between 0 and 1; download it again")
     return config

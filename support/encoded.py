@@ -14,6 +14,7 @@ from data import Ads
 from model import Prompts
 from support.cache import compute_once, file_fingerprint, weights_fingerprint
 from support.datasets import Item
+from support.files import BadInput, not_finite
 from support.machine import barrier, processes
 from weights import StableDiffusion
 
@@ -38,11 +39,11 @@ class Latents:
     def __init__(self, sd: StableDiffusion, items: list[Item], size: int, folder: Path, batch: int = 8,
                  amp: torch.dtype | None = None, workers: int = 0):
         rank, world = processes()
-        self.scale, self.T, ads = sd.vae.scaling_factor, sd.schedule.T, Ads(items, size)
+        self.scale, self.T, self.folder, ads = sd.vae.scaling_factor, sd.schedule.T, folder, Ads(items, size)
         network = [weights_fingerprint(sd.vae), size, str(amp), sd.unet.config["in_channels"]]
         files = [[file_fingerprint(item.image), file_fingerprint(item.mask), item.inverted] for item in items]
         starts = range(0, len(items), self.PART)
-        keys = [network + files[start : start + self.PART] for start in starts]
+        keys = self.keys = [network + files[start : start + self.PART] for start in starts]
         bar = tqdm(total=len(items), desc="encoding", unit="image", disable=rank > 0 or not sys.stderr.isatty())
 
         def encode(start: int) -> dict[str, Tensor]:
@@ -58,6 +59,8 @@ class Latents:
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor | None]:
         part, row = self.parts[index // self.PART], index % self.PART
         mean, std = part["mean"][row].float(), (part["logvar"][row].float() / 2).exp()
+        if not (mean + std).isfinite().all():
+            raise BadInput(f"--cache {self.folder}: a file of latents is broken; remove the folder, it is made again")
         return mean * self.scale, std * self.scale, part["inpainting"][row].float() if "inpainting" in part else None
 
 
@@ -71,9 +74,12 @@ def encode_ads(sd: StableDiffusion, batches: Iterable[dict], amp: torch.dtype | 
         with autocast(weight.device, amp):
             mean, logvar = sd.vae.encode(2 * image.to(weight) - 1)
             encoded = {"mean": mean, "logvar": logvar, "inpainting": sd.inpainting(image.to(mean), mask)}
+        encoded = {name: x.to("cpu", torch.float16) for name, x in encoded.items() if x is not None}
+        if not_finite(encoded):
+            raise BadInput("the VAE's latents are not finite; its weights are broken" + (
+                ", or overflow in float16: leave out --amp" if amp == torch.float16 else "; get them again"))
         for name, x in encoded.items():
-            if x is not None:
-                rows.setdefault(name, []).append(x.to("cpu", torch.float16))
+            rows.setdefault(name, []).append(x)
         on_batch(len(image))
     return {name: torch.cat(x) for name, x in rows.items()}
 

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -100,7 +100,7 @@ def write_atomic(path: Path | str, write: Callable[[Path], None]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path.parent)
-        scratch = Path(tempfile.mkdtemp(prefix=f".scratch-{_host()}-{os.getpid()}-", dir=path.parent))
+        scratch = Path(tempfile.mkdtemp(prefix=f".scratch-{host_name()}-{os.getpid()}-", dir=path.parent))
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
         raise BadInput(f"{path}: can't be written ({error.strerror or error}); choose another output path") from None
     try:
@@ -152,7 +152,7 @@ def _sync(path: Path) -> None:
             raise
 
 
-def _host() -> str:
+def host_name() -> str:
     """Within what a process's number means that process: this machine, or this container."""
     namespace = Path("/proc/self/ns/pid")
     name = socket.gethostname() + (os.readlink(namespace) if namespace.is_symlink() else "")
@@ -176,7 +176,8 @@ def sweep(folder: Path) -> None:
         if _abandoned(scratch):
             for old in scratch.glob("old/*"):
                 if not (folder / old.name).exists():
-                    os.replace(old, folder / old.name)
+                    with suppress(FileNotFoundError):  # another process of the run has done it
+                        os.replace(old, folder / old.name)
             shutil.rmtree(scratch, ignore_errors=True)
 
 
@@ -185,7 +186,7 @@ def _abandoned(scratch: Path) -> bool:
     owner = re.fullmatch(r"\.scratch-([0-9a-f]{8})-(\d+)-\w+", scratch.name)
     try:
         if owner and scratch.stat().st_mtime > time.time() - DAY:
-            if owner[1] != _host():
+            if owner[1] != host_name():
                 return False
             os.kill(int(owner[2]), 0)  # sends nothing, and finds out whether there is such a process
             return False
@@ -229,7 +230,7 @@ def read_log(file: Path) -> list[dict]:
     for number, line in enumerate(finished.splitlines(), 1):
         try:
             entries.append(json.loads(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadInput(f"{file}:{number} can't be read as JSON ({error}); remove that line") from None
         if not isinstance(entries[-1], dict):
             raise BadInput(f"{file}:{number} does not hold a JSON object; remove that line")
@@ -253,6 +254,11 @@ def pickle_refused(path: Path, out: Path) -> BadInput:
     """The error for a pickle, with the command that writes its weights to `out`."""
     return BadInput(f"{path} is a pickle, which can run code when it is opened, and is not read; convert it safely: "
                     f"python weights.py convert {shlex.quote(str(path))} {shlex.quote(str(out))}")
+
+
+def not_finite(tensors: dict[str, Tensor]) -> str | None:
+    """The name of the first tensor that holds NaN or an infinity, if one does."""
+    return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

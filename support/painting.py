@@ -10,7 +10,7 @@ from sampler import Painting
 from support.files import BadInput
 from support.gallery import check_result_names
 from support.models import Models, add_model_options
-from support.options import Parser, check_folder, check_together, real_number, unicode_text, whole_number
+from support.options import Parser, check_together, real_number, unicode_text, whole_number
 
 LARGEST = 4096  # pixels of the longer side that are painted
 # The toy's second pass: the base alone was trained at 256 px, on little noise and without prompts
@@ -125,7 +125,7 @@ def options(description: str) -> Parser:
 
 
 def check(args) -> None:
-    """Raises BadInput for options that do not go together and for an --out that can't be written."""
+    """Raises BadInput for options that do not go together."""
     check_together(args, [("product", "data", "prompt"), ("controlnet", "cg"), *ALONE],
                    [("mask", "product"), ("category", "product"), ("reference", "product"),
                     ("reference_mask", "reference"), ("split", "data"), ("limit", "data"), *RIVALS_NEED])
@@ -138,4 +138,3 @@ def check(args) -> None:
     check_result_names(args.product or [], args.reference or [], args.category or [])
     if args.data and args.num != 1:
         raise BadInput("--num: a data set gets one picture an item; leave it out, or run again with another --out")
-    check_folder(args.out)

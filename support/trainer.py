@@ -173,6 +173,10 @@ class Log:
         self.clock += time.perf_counter() - start
 
 
+def sheet_path(folder: Path, step: int) -> Path:
+    return folder / f"sheet_{step:06}.png"
+
+
 # ---------------------------------------------------------------- the trainer
 
 
@@ -194,15 +198,15 @@ class Trainer:
         self.checkpoints = Checkpoints(folder, settings.keep, settings.recorded() | {"frozen weights": task.frozen},
                                        task.identifiers)
         self.start = self.checkpoints.load(*self.state()) if settings.resume else 0
-        if self.start >= settings.steps:
-            raise BadInput(f"{folder} is already at step {self.start}; to train further give --steps above "
-                           f"{self.start}")
         loss = Loss(task)
         self.loss = DistributedDataParallel(loss) if self.world > 1 else loss
         self.log = Log(folder / "log.jsonl", self.start, settings) if self.rank == 0 else None
         self.sigterm = False  # whether this process has received it
         self.stopping = False  # whether one of them has, as all know after a step
-        if self.rank == 0:
+        if self.rank == 0 and self.start >= settings.steps:
+            print(f"{folder} is done: it is at step {self.start:,}; a larger --steps trains it further",
+                  file=sys.stderr)
+        elif self.rank == 0:
             millions = sum(p.numel() for p in self.parameters.values()) / 1e6
             print(f"training {task.name}, {millions:.1f} million parameters, on {len(task.samples):,} pictures from "
                   f"{settings.data}: steps {self.start + 1:,} to {settings.steps:,} of {settings.batch} pictures each, "
@@ -292,14 +296,25 @@ class Trainer:
             group["lr"] = learning_rate(step, s.lr, s.steps, s.warmup, s.decay)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), s.clip_gradient or math.inf).item()
-        # a scaler skips steps whose gradients overflow, and scales the next loss less
-        if not math.isfinite(loss) or not (math.isfinite(norm) or self.scaler.is_enabled()):
-            raise BadInput(f"the loss is {loss}, its gradient's length {norm} at step {step}; what {s.folder} holds of "
-                           "earlier steps is good: resume from it, or start again, with a lower --lr")
+        # a scaler skips steps whose gradients overflow, and scales the next loss less, down to where that can't help
+        skips = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
+        if not math.isfinite(loss) or not (math.isfinite(norm) or skips):
+            raise BadInput(f"the loss is {loss}, its gradient's length {norm} at step {step + 1}; {self.remedy(step)}")
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(step)
+
+    def remedy(self, step: int) -> str:
+        """What to do about a step whose loss is not finite."""
+        saved = list_checkpoints(self.settings.folder)
+        if step == self.start and saved:
+            return (f"the weights in {saved[-1]} seem to have diverged: remove it, and go on from the one before, or "
+                    "anew, with a lower --lr")
+        if step == self.start:
+            return ("the weights that it starts from are broken" + (", or overflow: leave out --amp, or get them again"
+                    if self.settings.amp else ": get them again"))
+        return f"{f'{saved[-1]} is whole: resume from it' if saved else 'start again'}, with a lower --lr"
 
     def record(self, step: int, loss: float) -> None:
         """For log and progress."""
@@ -340,7 +355,7 @@ class Trainer:
                 save_image(draw_curve(lines, f"loss of {self.task.name}"), folder / "loss.png")
             try:
                 with self.ema.in_place(), torch.no_grad(), self.settings.autocast():
-                    save_image(self.task.draw(), folder / f"sheet_{step + 1:06}.png")
+                    save_image(self.task.draw(), sheet_path(folder, step + 1))
             except torch.OutOfMemoryError:
                 print("no sheet: painting it does not fit the GPU's memory", file=sys.stderr)
 
@@ -352,11 +367,13 @@ class Trainer:
             raise SystemExit(128 + signal.SIGTERM)
 
     def finish(self) -> None:
-        """Says what was written and what can be done with it."""
+        """Says what was written and what can be done with it. Draws a finished run's sheet if it was killed before."""
         barrier()  # what the first process saves is there when any goes on
         if self.rank:
             return
         folder, out = self.settings.folder, self.settings.out
+        if self.start == self.settings.steps and not sheet_path(folder, self.start).exists():
+            self.draw(self.start - 1)
         print(f"trained {self.task.name}: {', '.join(str(out / name) for name in self.task.modules)}")
         sheets = [sheet.name for sheet in sorted(folder.glob("sheet_*.png"))[-1:]]
         print(f"to look at, in {folder}: {', '.join(['loss.png', *sheets, 'log.jsonl'])}")

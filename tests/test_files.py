@@ -165,7 +165,7 @@ def test_scratch_files_of_a_killed_process_are_swept_at_the_next_write_and_no_ot
     subprocess.run([sys.executable, "-c", KILLED, tmp_path / "file"], cwd=ROOT)
     (left,) = names(tmp_path)[:1]
     assert left.startswith(".scratch-") and len(left) < 50
-    running = tmp_path / f".scratch-{files._host()}-{os.getppid()}-abc"
+    running = tmp_path / f".scratch-{files.host_name()}-{os.getppid()}-abc"
     elsewhere, abandoned = tmp_path / ".scratch-00000000-1-abc", tmp_path / ".scratch-00000000-1-old"
     for folder in (running, elsewhere, abandoned, tmp_path / ".scratch-paper"):
         (folder / "deep").mkdir(parents=True)
@@ -175,7 +175,7 @@ def test_scratch_files_of_a_killed_process_are_swept_at_the_next_write_and_no_ot
 
 
 def test_a_folder_that_was_being_replaced_when_the_power_failed_comes_back(tmp_path):
-    left = tmp_path / f".scratch-{files._host()}-99999999-abc"  # no process has this number
+    left = tmp_path / f".scratch-{files.host_name()}-99999999-abc"  # no process has this number
     (left / "old" / "cg").mkdir(parents=True)
     (left / "old" / "cg" / "a").write_text("old")
     write_text("", tmp_path / "other")
@@ -210,7 +210,7 @@ def test_a_log_loses_only_the_line_that_was_cut_even_within_a_letter(tmp_path):
 
 
 def test_a_broken_line_of_a_log_is_named(tmp_path):
-    for line in ("{", "[1]"):
+    for line in ("{", "[1]", "[" * 10**5):
         (tmp_path / "log").write_text(f'{{"a": 1}}\n{line}\n')
         with pytest.raises(BadInput, match="log:2 .*; remove that line"):
             read_log(tmp_path / "log")

@@ -471,6 +471,28 @@ def test_pictures_of_weights_trained_on_are_not_taken_for_done(run, items, toy, 
     assert "painted with other weights" in capsys.readouterr().err
 
 
+def test_a_batch_that_was_interrupted_is_painted_again_as_a_whole(run, items, monkeypatch):
+    """So that its pictures are those of a run that was not; what is there already is not written again."""
+    sizes, paint_ads = [], generate.paint_ads
+    monkeypatch.setattr(generate, "paint_ads", lambda ads, **how: sizes.append(len(ads)) or paint_ads(ads, **how))
+    run("--data", items, "--out", "all", "--batch", 3)
+    pictures = {path: path.read_bytes() for path in Path("all").glob("*.png")}
+    for name in ("000001_1.png", "000003_3.png"):
+        Path("all", name).unlink()
+    out, _ = run("--data", items, "--out", "all", "--batch", 3)
+    assert str(out[-1]) == "all: 2 painted, 3 were there, 0 broken" and sizes == [3, 2, 3, 2]
+    assert {path: path.read_bytes() for path in Path("all").glob("*.png")} == pictures
+
+
+@pytest.mark.parametrize("line", [{}, {"file": 1}, {"file": "a", "image": "a", "category": "b", "seed": 0, "how": 1}])
+def test_a_line_of_a_manifest_that_does_not_say_how_is_refused(line, run, items, capsys):
+    Path("out").mkdir()
+    Path("out/manifest.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(SystemExit):
+        run("--data", items)
+    assert "error: out/manifest.jsonl:1 does not say how a picture was painted; remove" in capsys.readouterr().err
+
+
 def test_two_processes_share_a_data_set(run, items, monkeypatch):
     """As torchrun starts them; here one after the other."""
     run("--data", items, "--out", "one")
@@ -568,7 +590,7 @@ BAD = {  # options: what the line says
     "--product rgb.png --category mug --mask black.png": "black.png is empty",
     "--product rgb.png --category mug --mask white.png": "white.png covers the whole picture",
     "--product mug.png --category teapot": "choose one of mug, running shoe, watch; or add --plain-prompt",
-    "--product mug.png": "add the product's category",
+    "--product mug.png": "--product goes with --category; add that one",
     "--category mug": "--category goes with --product",
     "--mask mask.png": "--mask goes with --product",
     "--product mug.png --category rice cooker": "not trained on category 'cooker'",

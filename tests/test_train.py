@@ -5,6 +5,7 @@ import gc
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -26,7 +27,7 @@ from clip import TextEncoder
 from data import Samples, diffuse, load_ad, product_hint
 from model import CategoryGenerator, ControlNet, Prompts, UNet, predict_noise
 from sampler import Schedule, timestep_weights
-from support import cache, checkpoints, settings, trainer
+from support import cache, checkpoints, files, settings, trainer
 from support.cache import fingerprint
 from support.checkpoints import Checkpoints, list_checkpoints
 from support.curve import SMOOTH, draw_curve, ticks
@@ -332,11 +333,66 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_good_checkpoint(world, ba
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(world, base, tmp_path, monkeypatch, quick):
-    command(*branch("cg", world, base, tmp_path), "--steps", 2)
-    monkeypatch.setattr(train, "timestep_weights", lambda schedule, kind: torch.full((schedule.T,), float("nan")))
-    with pytest.raises(BadInput, match="the loss is nan, its gradient's length nan at step 2; .* is good"):
-        command(*branch("cg", world, base, tmp_path), "--steps", 4, "--resume")
+    """The first loss is the starting weights' fault, a later one the learning rate's, or the checkpoint's."""
+    accumulate, wrong = Trainer.accumulate, []
+    monkeypatch.setattr(Trainer, "accumulate", lambda self, step, batch: accumulate(self, step, batch)
+                        + (float("nan") if step in wrong else 0))
+    run = *branch("cg", world, base, tmp_path), "--steps", 4, "--save-every", 1
+    saved = str(tmp_path / "training" / "cg" / "checkpoint_00000002.safetensors")
+    for step, options, remedy in ((0, (), "the weights that it starts from are broken: get them again"),
+                                  (2, (), f"{saved} is whole: resume from it, with a lower --lr"),
+                                  (2, ("--resume",), f"the weights in {saved} seem to have diverged: remove it")):
+        wrong[:] = [step]
+        with pytest.raises(BadInput, match=f"the loss is nan, .* at step {step + 1}; {re.escape(remedy)}"):
+            command(*run, *options)
+    assert str(list_checkpoints(tmp_path / "training" / "cg")[-1]) == saved
+
+
+def test_weights_that_are_not_finite_are_not_saved(world, base, tmp_path, monkeypatch, quick):
+    update = Trainer.update
+
+    def diverge(self, step, loss):
+        update(self, step, loss)
+        if step == 3:
+            next(iter(self.parameters.values())).data[0] = float("inf")
+
+    monkeypatch.setattr(Trainer, "update", diverge)
+    run = *branch("cg", world, base, tmp_path), "--steps", 5, "--save-every", 2
+    for options in ((), ("--sample-every", 2, "--resume")):  # found by the checkpoint, and by the saved model
+        with pytest.raises(BadInput, match="cg.* is not finite"):
+            command(*run, *options)
     assert [path.name for path in list_checkpoints(tmp_path / "training" / "cg")] == ["checkpoint_00000002.safetensors"]
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("amp", [None, "float16"])
+def test_a_base_whose_vae_is_broken_is_named_before_training(number, amp, world, base, tmp_path, quick):
+    shutil.copytree(base, tmp_path / "base")
+    file = tmp_path / "base" / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["quant_conv.bias"][0] = number
+    save_file(tensors, file)
+    with pytest.raises(BadInput, match="the VAE's latents are not finite; its weights are broken"):
+        command(*branch("cg", world, tmp_path / "base", tmp_path / "out"), "--steps", 1,
+                *(("--amp", amp) if amp else ()), "--device", "cpu")
+
+
+def test_gradients_that_overflow_float16_for_ever_stop_the_run(world, base, tmp_path, monkeypatch, quick):
+    """A scaler skips the first ones and halves its scale, 65,536, until the scale can't be the reason."""
+    steps, accumulate = [], Trainer.accumulate
+
+    def overflow(self, step, batch):
+        steps.append(step)
+        next(iter(self.parameters.values())).grad = None
+        loss = accumulate(self, step, batch) if step == 0 else 1.0
+        for p in self.parameters.values():
+            p.grad = torch.full_like(p, float("inf"))
+        return loss
+
+    monkeypatch.setattr(Trainer, "accumulate", overflow)
+    with pytest.raises(BadInput, match="its gradient's length (inf|nan) at step 18; .*lower --lr"):
+        command(*branch("cg", world, base, tmp_path), "--steps", 40, "--amp", "float16", "--device", "cpu")
+    assert steps == [*range(18)]
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_before_it_changes_a_weight(world, base, tmp_path, monkeypatch,
@@ -351,7 +407,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_changes_a_weight(
         return loss
 
     monkeypatch.setattr(Trainer, "accumulate", accumulate)
-    with pytest.raises(BadInput, match="its gradient's length (inf|nan) at step 2"):
+    with pytest.raises(BadInput, match="its gradient's length (inf|nan) at step 3"):
         command(*branch("cg", world, base, tmp_path), "--steps", 3, "--resume")
     after = load_file(list_checkpoints(folder)[-1])
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
@@ -573,14 +629,29 @@ def test_a_run_is_not_overwritten_and_other_settings_are_named(world, base, tmp_
     command(*run)
     with pytest.raises(BadInput, match="add --resume"):
         command(*run)
-    with pytest.raises(BadInput, match="already at step 1"):
-        command(*run, "--resume")
+    capsys.readouterr()
     command(*run, "--steps", 2, "--lr", 1e-4, "--resume")
     assert "resumed with other settings than the run's: lr 0.001 -> 0.0001, steps 1 -> 2\n" in capsys.readouterr().err
     path = tmp_path / "training" / "cg" / "checkpoint_00000002.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(BadInput, match="checkpoint_00000002.safetensors is broken"):
         command(*run, "--steps", 3, "--resume")
+
+
+def test_a_finished_run_that_is_resumed_says_that_it_is_done_and_changes_nothing(world, base, tmp_path, capsys, quick):
+    """As when a batch system starts a command again that was killed after its last checkpoint, before its sheet."""
+    run = (*branch("cg", world, base, tmp_path), "--steps", 2)
+    command(*run)
+    said, folder = capsys.readouterr().out, tmp_path / "training" / "cg"
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    (folder / "sheet_000002.png").unlink()
+    (folder / f".scratch-{files.host_name()}-99999999-abc").mkdir()  # no process has this number
+    files._swept.clear()
+    command(*run, "--resume")
+    out, err = capsys.readouterr()
+    assert out == said and err.endswith(f"{folder} is done: it is at step 2; a larger --steps trains it further\n")
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert not list(folder.glob(".*"))
 
 
 def test_a_branch_starts_from_another_of_its_layout(world, base, cg, tmp_path, quick):

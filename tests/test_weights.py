@@ -316,6 +316,7 @@ def test_a_trained_token_is_one_token_with_the_id_of_its_embedding(tmp_path, pla
     ("tokenizer_config.json", {"eos_token": "</s>"}, "eos_token '</s>' is not supported"),
     ("tokenizer_config.json", {"padding_side": "left"}, "padding_side 'left' is not supported"),
     ("tokenizer_config.json", {"model_max_length": "77"}, "model_max_length '77' is no number"),
+    ("tokenizer_config.json", {"model_max_length": float("nan")}, "model_max_length nan is no number"),
     ("special_tokens_map.json", {"pad_token": "<pad>"}, "expected")])
 def test_what_a_tokenizer_can_not_do_is_refused(file, content, words, tmp_path):
     train_tokenizer(["a photo"], 560, 12, tmp_path / "t")
@@ -359,6 +360,30 @@ def test_another_bases_tokenizer_is_refused(sd_folder, tmp_path):
     train_tokenizer(["a mug"] * 9, 520, 99, tmp_path / "tokenizer")  # longer than the text encoder's 77 positions
     with pytest.raises(BadInput, match="is not the tokenizer of"):
         load_stable_diffusion(sd_folder, tokenizer=tmp_path / "tokenizer")
+
+
+def test_a_token_that_the_text_encoder_does_not_know_is_refused(sd_folder):
+    change_json(sd_folder / "tokenizer" / "vocab.json", {"!": 2**31})
+    with pytest.raises(BadInput, match="a vocabulary of 2,147,483,649, the text encoder reads 77 of"):
+        load_stable_diffusion(sd_folder)
+
+
+def test_an_infinite_pixel_is_not_taken_for_white(sd_folder):
+    sd = load_stable_diffusion(sd_folder)
+    sd.vae.decoder.conv_out.bias[0] = float("inf")
+    painted = sd.decode(torch.zeros(1, 4, 4, 4))
+    assert painted[:, 0].isnan().all() and painted[:, 1:].isfinite().all()
+
+
+def test_weights_that_are_not_finite_or_do_not_fit_the_type_are_not_saved(tmp_path, cg):
+    save_control(cg, tmp_path / "cg")
+    for number, dtype, words in ((float("nan"), None, "train with a lower --lr$"),
+                                 (1e6, torch.float16, "or save it in float32")):
+        broken = load_control(tmp_path / "cg")
+        broken.conv_in.bias[0] = number
+        with pytest.raises(BadInput, match=f"cg: conv_in.bias is not finite, and is not saved; .*{words}"):
+            save_control(broken, tmp_path / "cg", dtype)
+    assert load_control(tmp_path / "cg").conv_in.bias.isfinite().all()
 
 
 def test_written_files_have_the_users_usual_mode(tmp_path, cg):
@@ -415,6 +440,23 @@ def test_each_field_that_asks_for_another_computation_is_refused_by_name(kind, t
         with pytest.raises(BadInput, match=f"c.json: {field}") as error:
             check_config(kind, {field: value}, tmp_path / "c.json")
         assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("kind, field, value", [
+    ("a UNet", "layers_per_block", 2**40), ("a UNet", "block_out_channels", [8] * 1000), ("a UNet", "in_channels", -4),
+    ("a UNet", "block_out_channels", [-8, 8]), ("a UNet", "sample_size", 2**40), ("a UNet", "norm_eps", float("nan")),
+    ("a VAE", "scaling_factor", 10**400), ("a VAE", "norm_num_groups", 0),
+    ("a text encoder", "num_hidden_layers", 10**9),
+    ("a scheduler", "num_train_timesteps", 2**40), ("a ControlNet", "conditioning_embedding_out_channels", [0])])
+def test_numbers_that_no_model_has_are_refused_before_it_is_built(kind, field, value, tmp_path):
+    with pytest.raises(BadInput, match=f"c.json: {field} .* is not supported"):
+        check_config(kind, {field: value}, tmp_path / "c.json")
+
+
+def test_a_schedule_whose_noise_is_no_part_of_one_is_refused(tmp_path):
+    write_json({"beta_start": -0.1}, tmp_path / "c.json")
+    with pytest.raises(BadInput, match="c.json: beta_start -0.1 must lie between 0 and 1"):
+        read_scheduler_config(tmp_path / "c.json")
 
 
 @pytest.mark.parametrize("kind", HARMLESS)
