@@ -20,7 +20,7 @@ TOY_REFINE = {"refine": 2, "refine_from": 301, "refine_alone": True}
 ALONE = [*(("prompt", branch) for branch in ("cg", "pg", "controlnet")),
          *((rival, option) for rival in ("lama", "paint_by_example") for option in (
              "weights", "tokenizer", "cg", "pg", "controlnet", "category", "plain_prompt", "data", "prompt",
-             "refine", "refine_from", "keep_first")),
+             "refine_from", "keep_first")),
          ("lama", "reference"), ("lama", "paint_by_example"), ("paint_by_example", "reference_mask")]
 RIVALS_NEED = [("lama", "product"), ("paint_by_example", "reference")]
 
@@ -55,7 +55,12 @@ def settled(how: Painting) -> dict:
 
 
 def count_steps(models: Models, how: Painting) -> int:
-    """The steps of both passes. Raises BadInput where the second is too large, or none of its steps is late enough."""
+    """The steps of both passes. Raises BadInput where the second is too large, or none of its steps is late enough, and
+    beside a rival with networks of its own: it is the base's.
+    """
+    if models.rival and how.refine > 1:
+        raise BadInput(f"--refine {how.refine}: the second pass is the base's; leave it out with --lama and "
+                       "--paint-by-example")
     if models.rival:
         return how.steps
     schedule, size = models.sd.schedule, how.refine * models.size
