@@ -30,21 +30,17 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from generate import save
-from rivals.baselines import STRENGTH
-from rivals.methods import METHODS, PROTOCOLS, TRAINED, Lab
+from rivals.methods import METHODS, PROTOCOLS, Lab
+from rivals.options import add_lab_options, lab_of
 from support.datasets import Item, read_items
 from support.figures import choose, cutout_of, picture_of, scatter, tsne
 from support.files import BadInput, one_line_errors, write_atomic, write_json
 from support.images import sheet
 from support.lock import locked
-from support.machine import pick_device, processes
-from support.metrics import RESAMPLES, Measured, compare, interval, similarity
-from support.models import ModelChoice, add_model_options
-from support.networks import OPTIONS, Networks
-from support.options import Parser, real_number, whole_number
-from support.painting import add_walk_options, painting_of, settled
-from support.record import record_of
-from toy.world import TOY_DATA, draw_on_first_use
+from support.machine import processes
+from support.metrics import RESAMPLES, Measured, compare, interval, plus_minus, similarity
+from support.options import Parser, whole_number
+from toy.world import draw_on_first_use
 
 # ---------------------------------------------------------------- the tables as data
 
@@ -146,10 +142,6 @@ def available(lab: Lab, method: str) -> bool:
     if method not in METHODS:
         return False
     return lab.networks.options["weights"] is None or not METHODS[method].own or bool(lab.networks.options[method])
-
-
-def plus_minus(pair: tuple[float, float]) -> str:
-    return "{:.2f} ± {:.2f}".format(*pair)
 
 
 def markdown(results: list[dict], protocols: list[str], metrics: list[str]) -> list[str]:
@@ -278,47 +270,18 @@ def options() -> Parser:
     parser = Parser(description=__doc__, formatter_class=partial(
         argparse.RawDescriptionHelpFormatter, max_help_position=32, width=120))
     parser.add_argument("what", help=", ".join(COMMANDS))
-    add = parser.add_argument_group("the data").add_argument
-    add("--data", metavar="DIR", type=Path, default=TOY_DATA / "ads",
-        help="BG60k as released, or metadata.jsonl [the toy's ads]")
+    add = add_lab_options(parser)
     add("--limit", metavar="N", type=whole_number(2, 10**9), help="only the first N items of the split [all]")
     add("--centres", metavar="N", type=whole_number(1, 10**9),
         help="tsne: centres from the first N training ads [all]")
-    add = parser.add_argument_group("how the methods paint").add_argument
-    add_walk_options(add, "1, the paper's")
-    add("--seed", metavar="N", type=whole_number(0, 2**32 - 1), default=0, help="item i is painted with SEED + i [0]")
-    add("--strength", metavar="X", type=real_number(0, 1e6), default=STRENGTH,
-        help=f"of Blended Diffusion's CLIP guidance [{STRENGTH:g}, chosen on the toy]")
-    add = parser.add_argument_group("models [the toy's; those not shipped are trained on first use]").add_argument
-    add_model_options(add)
-    add("--cg-plain", metavar="PATH", type=Path, help="CG with plain attention, from train.py cg --attention plain")
-    add("--clip", metavar="DIR", type=Path, help="CLIP that measures, such as openai/clip-vit-base-patch32")
-    add("--guide-clip", metavar="DIR", type=Path, help="CLIP that guides Blended Diffusion: another one")
-    add = parser.add_argument_group("machine and records").add_argument
-    add("--batch", metavar="N", type=whole_number(1, 1024), default=16, help="pictures painted at once [16]")
     add("--out", metavar="DIR", type=Path, default=Path("results"), help="where all of it goes [results]")
     return parser
-
-
-def lab_of(args: argparse.Namespace) -> Lab:
-    device = pick_device(args.device)
-    networks = Networks({name: vars(args)[name.replace("-", "_")] for name in OPTIONS}, TRAINED, device)
-    how = painting_of(args, refine=1)
-    # without the options that name networks: Lab.pictures records the fingerprints of those that a method uses
-    record = record_of(args, seed=args.seed, **settled(how))
-    record = {name: value for name, value in record.items() if name.replace("_", "-") not in OPTIONS}
-    return Lab(data=args.data.absolute(), limit=args.limit, centres=args.centres, networks=networks,
-               choice=ModelChoice(args.weights, args.tokenizer, device=device, dtype=args.dtype),
-               how=how, size=args.size, strength=args.strength, seed=args.seed, batch=args.batch, record=record,
-               out=args.out)
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = options().parse_args(arguments)
     if args.what not in COMMANDS:
         raise BadInput(f"{args.what}: must be one of {', '.join(COMMANDS)}")
-    if args.hint == "inpaint" and not args.controlnet:
-        raise BadInput("--hint goes with --controlnet; add that one")
     with locked(args.out):
         evaluate(args)
 
@@ -328,7 +291,7 @@ def evaluate(args: argparse.Namespace) -> None:
     rank, world = processes()
     if world > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=7))  # processes wait for one another while all paint
-    lab, (command, following) = lab_of(args), COMMANDS[args.what]
+    lab, (command, following) = lab_of(args, args.out, args.limit, args.centres), COMMANDS[args.what]
     draw_on_first_use(lab.data)
     with redirect_stdout(io.StringIO()) if rank else nullcontext():
         command(lab)

@@ -96,11 +96,13 @@ class Lab:
     record: dict  # how pictures are painted, whatever the method: see support/record.py
     out: Path
 
-    def check(self, methods: list[str], items: list[Item]) -> None:
-        """Raises BadInput for networks or categories that these methods would miss, before anything is painted."""
-        names = [name for method in methods for name in METHODS[method].networks()]
+    def check(self, methods: list[str], items: list[Item], with_clip: bool = True) -> None:
+        """Raises BadInput for networks or categories that these methods would miss, before anything is painted; the
+        CLIP that measures is one of them, if wanted.
+        """
+        names = [name for method in methods for name in METHODS[method].networks()] + ["clip"] * with_clip
         with_identifiers = not all(METHODS[method].plain_prompt for method in methods)
-        self.networks.check([*names, "clip"], {item.category for item in items if with_identifiers})
+        self.networks.check(names, {item.category for item in items if with_identifiers})
 
     def items(self, protocol: str) -> list[Item]:
         """What is painted and measured: the first --limit."""
@@ -124,8 +126,8 @@ class Lab:
     def pairs(self) -> list[Item]:
         return read_items(self.data, "bgpair")[0]
 
-    def pictures(self, name: str, items: list[Item], folder: str) -> list[Path]:
-        """Where a method's pictures of these items lie; those that are missing are painted first.
+    def pictures(self, name: str, items: list[Item], folder: str, chosen: list[int] | None = None) -> list[Path]:
+        """Where a method's pictures of these items lie, or of those `chosen` by number; missing ones are painted first.
 
         The folder's name ends in a fingerprint of all that the pictures depend on. The first --limit items of a split
         share the whole split's folder.
@@ -139,17 +141,18 @@ class Lab:
         files = [[item.category, *map(file_fingerprint, (item.image, item.mask, item.reference, item.reference_mask))]
                  for item in split]
         out = self.out / "pictures" / folder / f"{name}-{fingerprint([record, files])[:8]}"
-        paths = [result_path(out, i, item) for i, item in enumerate(items)]
+        chosen = [*range(len(items))] if chosen is None else chosen
+        paths = [result_path(out, i, items[i]) for i in chosen]
         missing = not all(path.exists() for path in paths)
         barrier()  # every process has looked before any paints
         if missing:
             print(f"painting {folder}, {name}", file=sys.stderr)
-            self.paint(method, items, out, record)
+            self.paint(method, items, chosen, out, record)
         barrier()
         return paths
 
-    def paint(self, method: Method, items: list[Item], out: Path, record: dict) -> None:
-        """Paints items by a method, with support/batch.py."""
+    def paint(self, method: Method, items: list[Item], chosen: list[int], out: Path, record: dict) -> None:
+        """Paints the chosen items by a method, with support/batch.py."""
         categories = {item.category for item in items}
         cg = None if method.plain_prompt else self.networks.path("cg")
         models = self.load(method, categories)
@@ -159,7 +162,7 @@ class Lab:
         if method.own:  # a second pass is the base's
             how = replace(how, guidance=method.guidance or how.guidance, refine=1)
         painter = partial(paint_ads, models=models, how=how, painter=self.rival(method, models))
-        paint_items(items, texts, painter, out, record, models.dtype, self.seed, self.batch)
+        paint_items(items, texts, painter, out, record, models.dtype, self.seed, self.batch, chosen=chosen)
 
     def load(self, method: Method, categories: set[str]) -> Models:
         """The base and a method's branches, or its own network: LaMa's is painted in float32, whatever --dtype says."""

@@ -109,10 +109,10 @@ def one_ahead(read: Callable, chunks: list[list]) -> Iterator[dict]:
 
 def paint_items(items: list[Item], texts: dict[str, tuple[str, str, str]],
                 paint_ads: Callable[[list[Ad]], list[list[Tensor]]], out: Path, record: dict, dtype: str, seed: int,
-                batch: int, keep_first: bool = False) -> tuple[int, int, int]:
-    """Paints all items of a data set that are not in `out` yet -> how many were painted, were there, are broken;
-    broken ones are named and skipped. Item i is painted with seed + i; texts by category; record: how, see record.py;
-    keep_first: whether the first pass's pictures are to be there too.
+                batch: int, keep_first: bool = False, chosen: list[int] | None = None) -> tuple[int, int, int]:
+    """Paints all items of a data set, or those `chosen` by number, that are not in `out` yet -> how many were painted,
+    were there, are broken; broken ones are named and skipped. Item i is painted with seed + i; texts by category;
+    record: how, see record.py; keep_first: whether the first pass's pictures are to be there too.
 
     Under torchrun each process paints its share. A batch of which a picture is missing is painted again as a whole: by
     rounding a picture may depend on its batch, and an interruption must not change a byte. Raises BadInput where `out`
@@ -123,7 +123,7 @@ def paint_items(items: list[Item], texts: dict[str, tuple[str, str, str]],
     for path, line in zip(paths, lines):
         manifest.check(path.name, line)
     rank, world = processes()
-    share = range(rank, len(items), world)
+    share = (range(len(items)) if chosen is None else chosen)[rank::world]
     wanted = [[path, first_path(path)] if keep_first else [path] for path in paths]
     todo = {i for i in share if paths[i].name not in manifest.lines or not all(map(Path.exists, wanted[i]))}
     chunks = [share[k : k + batch] for k in range(0, len(share), batch) if todo.intersection(share[k : k + batch])]

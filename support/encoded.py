@@ -43,7 +43,7 @@ class Latents:
         network = [weights_fingerprint(sd.vae), size, str(amp), sd.unet.config["in_channels"]]
         files = [[file_fingerprint(item.image), file_fingerprint(item.mask), item.inverted] for item in items]
         starts = range(0, len(items), self.PART)
-        keys = [network + files[start : start + self.PART] for start in starts]
+        keys = self.keys = [network + files[start : start + self.PART] for start in starts]
         bar = tqdm(total=len(items), desc="encoding", unit="image", disable=rank > 0 or not sys.stderr.isatty())
 
         def encode(start: int) -> dict[str, Tensor]:

@@ -109,9 +109,9 @@ def cutout_of(item: Item) -> Tensor:
     return rgb * mask + 1 - mask
 
 
-def choose(items: list, count: int) -> list:
-    """Some of the items at random, the same ones every time. Evenly spaced ones would not do: lists often go round the
-    categories.
+def choose(items: list, count: int, seed: int = 0) -> list:
+    """Some of the items at random, in their order, the same ones for the same seed. Evenly spaced ones would not do:
+    lists often go round the categories.
     """
-    chosen = torch.randperm(len(items), generator=Generator().manual_seed(0))[:count]
+    chosen = torch.randperm(len(items), generator=Generator().manual_seed(seed))[:count]
     return [items[i] for i in sorted(chosen.tolist())]

@@ -98,6 +98,10 @@ def interval(statistic: Callable[[Tensor], Tensor], n: int, resamples: int = RES
     return float(statistic(torch.arange(n))), 1.96 * float(torch.stack(values).std())
 
 
+def plus_minus(pair: tuple[float, float]) -> str:
+    return "{:.2f} ± {:.2f}".format(*pair)
+
+
 class Measured(NamedTuple):
     """A method's pictures of the items `kept`, as embeddings. Its metrics take the rows (n,) that they are to use."""
 

@@ -11,7 +11,8 @@ from support.files import BadInput
 
 # Options that do not change a picture: what is painted is recorded for each picture, and the machine's do not matter
 HARMLESS = {"product", "mask", "category", "reference", "reference_mask", "data", "split", "limit", "prompt", "num",
-            "seed", "batch", "device", "out", "how", "what", "centres", "keep_first"}
+            "seed", "batch", "device", "out", "how", "what", "centres", "keep_first", "methods", "pairs", "pictures",
+            "key", "noise", "studies"}
 
 
 def record_of(args: argparse.Namespace, **settled) -> dict:

@@ -426,13 +426,13 @@ def test_the_three_trainings_of_fig7(ads, tmp_path, monkeypatch):
 
 def test_pictures_are_kept_for_what_they_were_painted_of(ads, tiny, tmp_path, monkeypatch):
     """The first items of a split share the whole split's pictures; other settings, pairs or files have their own."""
-    monkeypatch.setattr(methods, "paint_items", lambda *_: None)
+    monkeypatch.setattr(methods, "paint_items", lambda *_, **__: None)
     data = shutil.copytree(ads, tmp_path / "ads")
 
     def folder(*options: str, method: str = "cg") -> Path:
         words = [str(word) for pair in tiny.items() for word in pair]
-        lab = evaluate.lab_of(evaluate.options().parse_args(
-            ["table2", "--data", str(data), "--out", str(tmp_path / "out"), *words, *options]))
+        args = evaluate.options().parse_args(["table2", "--data", str(data), *words, *options])
+        lab = evaluate.lab_of(args, tmp_path / "out", args.limit)
         return lab.pictures(method, lab.items("ref"), "ref")[0].parent
 
     first, info = folder(), data / "bgpair_info.txt"

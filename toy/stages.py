@@ -8,6 +8,7 @@ denoising. All else is SD 1.5's shape made small. Nothing here is the paper's.
 
 import json
 import math
+import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,16 +18,19 @@ import torch.nn.functional as F
 from tokenizers import models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from tqdm import trange
 
 from clip import CLIP, TextEncoder, clip_bpe, load_tokenizer
 from data import Ads, Samples
 from generate import IDENTIFIER, Canvas, paint
 from model import UNet
 from sampler import Painting, Schedule, seeded, timestep_weights
+from support.cache import compute_once, weights_fingerprint
 from support.datasets import read_items
-from support.encoded import Latents
+from support.encoded import Latents, autocast
 from support.files import BadInput, write_atomic, write_json
 from support.images import canvas_size, sheet
+from support.machine import barrier, processes
 from support.settings import Settings
 from support.trainer import Task
 from vae import VAE
@@ -36,6 +40,8 @@ KL = 1e-3  # stage vae: weight of the KL term
 EDGES = 4.0  # stage vae, --decoder-only: how much more errors within two pixels of an edge count
 LATENT_NOISE = 0.05  # likewise: noise on the latents, whose standard deviation is 1, since a UNet's are not perfect
 SECOND_PASS = 400  # stage unet, --refine: of T timesteps, where the second pass begins at the latest
+NEAREST = 300  # likewise: the timestep from which on the first pass's picture itself may be what is noised
+FIRST_PASS = (100, 600)  # likewise: from where the first pass's pictures are guessed
 
 # The tiny Stable Diffusion: f = 4, so that 128-px pictures keep their edges; all else is SD 1.5's shape made small.
 TOY_VAE = {"_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "latent_channels": 4,
@@ -233,34 +239,86 @@ class UNetLoss:
         for i, kind in zip(indices, kinds.tolist()):
             product, scene = self.captions[i]
             texts.append((f"{product}, {scene}", product, scene, "", f"{product}, {scene.split(', ')[0]}")[kind])
-        loss = (self.errors(batch["z_0"], batch["eps"], batch["t"], texts) * self.weight[batch["t"]]).mean()
-        if "large_z_0" in batch:  # the toy's second pass has no prompt
-            large = batch["large_z_0"], batch["large_eps"], batch["large_t"]
-            loss = loss + self.errors(*large, [""] * len(indices)).mean()
+        sd, z_0, eps, t = self.sd, batch["z_0"], batch["eps"], batch["t"]
+        loss = (self.errors(sd.schedule.add_noise(z_0, eps, t), t, texts, eps) * self.weight[t]).mean()
+        if "large_z_0" in batch:
+            loss = loss + self.second_pass(*(batch[f"large_{n}"] for n in ("z_0", "z_first", "eps", "t", "drop")))
         return loss
 
-    def errors(self, z_0: Tensor, eps: Tensor, t: Tensor, texts: list[str]) -> Tensor:
+    def second_pass(self, z_0: Tensor, z_first: Tensor, eps: Tensor, t: Tensor, drop: Tensor) -> Tensor:
+        """The error of ε, without a prompt, where not the picture's latent was noised but one between it and the first
+        pass's: the noisier, the nearer to the latter, as in the walk. ε is what leads from z_t to the picture, z_0.
+        """
+        schedule, far = self.sd.schedule, drop * (t / NEAREST).clamp(max=1)  # drop in [0, 1) is random
+        z_t = schedule.add_noise(z_0 + far.view(-1, 1, 1, 1) * (z_first - z_0), eps, t)
+        a = schedule.alpha_bar.to(z_0.device)[t].view(-1, 1, 1, 1)
+        return self.errors(z_t, t, [""] * len(t), (z_t - a.sqrt() * z_0) / (1 - a).sqrt()).mean()
+
+    def errors(self, z_t: Tensor, t: Tensor, texts: list[str], eps: Tensor) -> Tensor:
         """The squared error of ε, (B,)."""
         with torch.no_grad():
             P = self.sd.prompts(texts)
-        return (self.sd.unet(self.sd.schedule.add_noise(z_0, eps, t), t, P) - eps).square().mean(dim=(1, 2, 3))
+        return (self.sd.unet(z_t, t, P) - eps).square().mean(dim=(1, 2, 3))
 
 
 class TwoSizes(Dataset):
     """Samples of the same pictures at two sizes: as the first pass paints them, at any timestep, and enlarged, as the
-    second pass does, at the SECOND_PASS least noisy ones.
+    second pass does, at the SECOND_PASS least noisy ones, with `z_first`, the latent that it starts from.
     """
 
-    def __init__(self, small: Samples, large: Samples):
-        self.small, self.large = small, large
+    def __init__(self, small: Samples, large: Samples, first: "FirstPass"):
+        self.small, self.large, self.first = small, large, first
 
     def __len__(self) -> int:
         return len(self.small)
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
-        large = self.large[key]
+        large = self.large[key] | {"z_first": self.first[key[0]]}
         large["t"] = large["t"] * SECOND_PASS // self.large.latents.T
-        return self.small[key] | {f"large_{name}": large[name] for name in ("z_0", "eps", "t")}
+        return self.small[key] | {f"large_{name}": large[name] for name in ("z_0", "z_first", "eps", "t", "drop")}
+
+
+class FirstPass:
+    """What a first pass leaves of each picture, enlarged and encoded again: first[index] -> latent (4, h, w).
+
+    It stands in for the first pass's pictures, which have no counterpart among the drawn ones: a picture noised to a
+    timestep in FIRST_PASS, the UNet's guess ẑ_0 from there, by the caption, decoded. Computed once, PART at a time.
+    """
+
+    PART = 1024
+
+    def __init__(self, sd: StableDiffusion, captions: list[tuple[str, str]], small: Latents, size: int, folder: Path,
+                 amp: torch.dtype | None):
+        (rank, world), texts = processes(), [", ".join(pair) for pair in captions]
+        network = [weights_fingerprint(module) for module in (sd.vae, sd.unet, sd.text_encoder)]
+        starts = range(0, len(texts), self.PART)
+
+        @torch.no_grad()
+        def encode(start: int) -> dict[str, Tensor]:
+            z_first = []
+            for i in trange(start, min(start + self.PART, len(texts)), 8, disable=not sys.stderr.isatty()):
+                rows = range(i, min(i + 8, start + self.PART, len(texts)))
+                z_0, generator = torch.stack([small[row][0] for row in rows]), torch.Generator().manual_seed(i)
+                eps, t = (torch.randn(z_0.shape, generator=generator),
+                          torch.randint(*FIRST_PASS, (len(rows),), generator=generator))
+                a = sd.schedule.alpha_bar[t].view(-1, 1, 1, 1)
+                z_t = a.sqrt() * z_0 + (1 - a).sqrt() * eps
+                with autocast(sd.unet.conv_in.weight.device, amp):
+                    eps = sd.unet(z_t.to(sd.unet.conv_in.weight), t, sd.prompts([texts[row] for row in rows])).cpu()
+                    pictures = sd.decode((z_t - (1 - a).sqrt() * eps) / a.sqrt())
+                    large = F.interpolate(pictures, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
+                    z_first.append(sd.encode(large).to("cpu", torch.float16))
+            return {"z_first": torch.cat(z_first)}
+
+        keys = [["first pass", *network, size, str(amp), small.keys[k], texts[start : start + self.PART]]
+                for k, start in enumerate(starts)]
+        for start, key in list(zip(starts, keys))[rank::world]:
+            compute_once(folder, key, partial(encode, start))
+        barrier()
+        self.parts = [compute_once(folder, key, partial(encode, start))["z_first"] for start, key in zip(starts, keys)]
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.parts[index // self.PART][index % self.PART].float()
 
 
 def unet_task(settings: Settings) -> Task:
@@ -285,7 +343,9 @@ def unet_task(settings: Settings) -> Task:
 
     samples = samples_at(settings.size, settings.noise_offset)
     if (settings.refine or 1) > 1:
-        samples = TwoSizes(samples, samples_at(settings.refine * settings.size))
+        large = settings.refine * settings.size
+        first = FirstPass(sd, captions, samples.latents, large, settings.cache, settings.amp)
+        samples = TwoSizes(samples, samples_at(large), first)
     weights = ["--weights", str(settings.out)]
     return Task("the UNet", {"unet": unet}, samples, loss, partial(draw_captions, sd, items, settings.size),
                 partial(save_base, sd, settings.save_dtype),

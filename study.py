@@ -1,0 +1,334 @@
+"""Table 3: people rank what the methods paint, by its likeness to the reference and by its quality as an ad.
+
+    python study.py make          # paints what is missing, and writes the folder `study` for the raters, and key.json
+    python study.py score rankings-*.json         # Table 3 from the files that the raters send back
+    python study.py power         # before any of it: how many raters show which difference? Simulated.
+    python study.py make --pairs 10 --methods stable-diffusion cg cg+pg       # in class: nothing has to be trained
+    python study.py make --data BG60K --weights SD15 --cg CG --pg PG --controlnet FILE ...
+
+Give the raters the whole folder `study`, on a web server, a shared disk or as an archive, but never key.json, which
+says whose pictures are whose. Each rater opens index.html (index.html?rater=7 names the rater), ranks all pictures of
+each pair twice, and sends back the file that the page saves at the end.
+"""
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+from rivals.methods import METHODS, Lab
+from rivals.options import add_lab_options, lab_of
+from support.figures import choose
+from support.files import BadInput, one_line_errors, read_json, write_json, write_text
+from support.handout import Pair, plan, write_handout
+from support.lock import locked
+from support.machine import processes
+from support.metrics import RESAMPLES, plus_minus, similarity
+from support.names import one_line
+from support.opening import open_image
+from support.options import Parser, check_folder, real_number, whole_number
+from support.ranks import detected, half_width, kendalls_w, rank_scores, resampled_means, simulated, wins
+from toy.world import draw_on_first_use
+
+
+class Row(NamedTuple):
+    label: str
+    similarity: float  # mean rank scores, 5 for the best
+    quality: float
+
+
+PAPER = {  # Table 3
+    "controlnet": Row("ControlNet", 2.39, 2.61),
+    "blended-diffusion": Row("Blended Diffusion", 2.53, 2.77),
+    "paint-by-example": Row("Paint by Example", 2.03, 2.35),
+    "cg": Row("CG", 3.18, 3.42),
+    "cg+pg": Row("CG + PG", 4.88, 3.84),
+}
+QUESTIONS = ("similarity", "quality")
+PAIRS, RATERS = 100, (5, 10, 20, 40)  # the paper has 100 pairs, from BG-pair, and 20 raters
+
+
+def label_of(method: str) -> str:
+    return PAPER[method].label if method in PAPER else method
+
+
+# ---------------------------------------------------------------- make
+
+
+def make(args: argparse.Namespace) -> None:
+    """Writes the key, then the raters' folder: there is never one without its key."""
+    for path, option in ((args.out, "--out"), (args.key, "--key")):
+        if path.exists():
+            raise BadInput(f"{option} {path} is there already, and raters may be at work on that study; name another")
+    check_folder(args.out)
+    check_folder(args.key.parent, "--key")
+    if args.key.resolve().is_relative_to(args.out.resolve()):
+        raise BadInput(f"--key {args.key} is in the folder that the raters get; name a file outside {args.out}")
+    lab = lab_of(args, args.pictures)
+    pairs = painted_pairs(lab, args.methods, args.pairs)
+    handout = plan(pairs)
+    write_json({"study": handout.study, "methods": args.methods, "how": lab.record, "pairs": handout.key}, args.key)
+    write_handout(handout, args.out)
+    print(f"{args.out}: for the raters, who open index.html; pairs: {len(pairs)}", f"{args.key}: keep it from them",
+          f"next: python study.py score --key {args.key} rankings-*.json, with the files that they send back", sep="\n")
+
+
+def painted_pairs(lab: Lab, methods: list[str], count: int, with_clip: bool = False) -> list[Pair]:
+    """Some of the data set's pairs of a product and a reference, drawn by the seed, with the methods' pictures. Those
+    that can't be painted or read are left out.
+    """
+    if processes()[1] > 1:
+        raise BadInput("study.py is for one process; paint the same pictures by torchrun evaluate.py table2 first")
+    draw_on_first_use(lab.data)
+    items = lab.items("ref")
+    lab.check(methods, items, with_clip)
+    chosen = choose([*range(len(items))], count, lab.seed)
+    with locked(lab.out):
+        columns = [lab.pictures(method, items, "ref", chosen) for method in methods]
+    pairs = [Pair(items[i], dict(zip(methods, candidates))) for i, candidates in zip(chosen, zip(*columns))]
+    pairs = [pair for pair in pairs if all(map(is_readable, [pair.item.reference, *pair.candidates.values()]))]
+    if not pairs:
+        raise BadInput(f"{lab.data}: no pair could be painted, as it says above")
+    return pairs
+
+
+def is_readable(path: Path) -> bool:
+    try:
+        open_image(path)
+    except BadInput as error:
+        print(f"left out, with its pair: {error}", file=sys.stderr)
+        return False
+    return True
+
+
+# ---------------------------------------------------------------- score
+
+
+def read_key(path: Path) -> dict:
+    """What `make` wrote. Raises BadInput where it is missing or is no key."""
+    key = read_json(path) if path.exists() else None
+    if key is None or not {"study", "methods", "pairs"} <= key.keys():
+        raise BadInput(f"--key {path}: no such key; give the key.json that study.py make wrote with the raters' folder")
+    return key
+
+
+def read_rankings(path: Path, key: dict) -> dict:
+    """What a rater has saved. Raises BadInput unless it ranks every candidate of every pair in this study."""
+    if not path.is_file():
+        raise BadInput(f"{path}: no such file; check the path")
+    content = read_json(path)
+    if content.get("study") != key["study"]:
+        raise BadInput(f"{path} is from another study; give that study's --key")
+    rankings = content.get("rankings")
+    for number, pair in enumerate(key["pairs"], 1):
+        for question in QUESTIONS:
+            try:
+                ranked = sorted(rankings[pair["pair"]][question])
+            except (KeyError, TypeError):
+                ranked = None
+            if ranked != sorted(pair["candidates"].values()):
+                raise BadInput(f"{path} does not rank every picture of pair {number} for {question}; have it completed")
+    if not isinstance(content.get("rater"), str) or not isinstance(content.get("saved"), str):
+        raise BadInput(f"{path} does not say who ranked, or when; get it again")
+    return content
+
+
+def read_all(paths: list[Path], key: dict) -> tuple[dict[str, dict], list[str]]:
+    """Rankings by rater, and why files were left out. Of two files by one rater the one that was saved last counts."""
+    rankings, files, left_out = {}, {}, []
+    for path in paths:
+        try:
+            content = read_rankings(path, key)
+        except BadInput as error:
+            left_out.append(one_line(str(error)))
+            continue
+        rater = content["rater"]
+        newer = rater not in rankings or content["saved"] > rankings[rater]["saved"]
+        if rater in rankings:
+            kept, other = (path, files[rater]) if newer else (files[rater], path)
+            left_out.append(one_line(f"{other} is by rater {rater}, as is {kept}, which was not saved earlier"))
+        if newer:
+            rankings[rater], files[rater] = content, path
+    return rankings, left_out
+
+
+def scores_of(rankings: dict[str, dict], key: dict, question: str) -> Tensor:
+    """Rank scores (R, P, M), the methods in the key's order."""
+    orders = [[content["rankings"][pair["pair"]][question] for pair in key["pairs"]] for content in rankings.values()]
+    places = [[[order.index(name) for name in pair["candidates"].values()] for pair, order in zip(key["pairs"], rater)]
+              for rater in orders]
+    return rank_scores(-torch.tensor(places))
+
+
+def analyse(scores: Tensor) -> dict:
+    """Rank scores (R, P, M) -> the methods' means, and the part of the rankings in which one method stands above
+    another, each with half of its 95% interval; the raters' agreement.
+    """
+    def with_interval(values: Tensor) -> list:  # (R, P, ...) -> nested lists of [mean, half width]
+        return torch.stack([values.mean(dim=(0, 1)), half_width(resampled_means(values))], dim=-1).tolist()
+
+    return {"mean_rank_scores": with_interval(scores), "win_rates": with_interval(wins(scores)),
+            "kendalls_w": kendalls_w(scores).mean().item()}
+
+
+def score(args: argparse.Namespace) -> None:
+    """Table 3, the paper's figures beside ours."""
+    check_folder(args.out)
+    key = read_key(args.key)
+    rankings, left_out = read_all(args.rankings, key)
+    for reason in left_out:
+        print(f"left out: {reason}", file=sys.stderr)
+    if not rankings:
+        raise BadInput("no file of rankings is left to count; get them again from the raters")
+    methods, raters, pairs = key["methods"], len(rankings), len(key["pairs"])
+    results = {question: analyse(scores_of(rankings, key, question)) for question in QUESTIONS}
+    note = (f"Mean rank scores: {len(methods)} for the best picture, 1 for the worst, from raters: {raters}, pairs: "
+            f"{pairs}. ± is half of the 95% interval over raters and pairs ({RESAMPLES} bootstrap samples).")
+    if raters == 1:
+        note += " With one rater it is over pairs alone."
+    if left_out:
+        note += f" Files left out: {len(left_out)}."
+    if {*methods} != {*PAPER}:
+        note += " The paper's raters ranked its five methods: compare only the order."
+    lines = [*table3(methods, results), "", note]
+    for question in QUESTIONS:
+        lines += ["", *win_table(methods, question, results[question]["win_rates"])]
+    agreement = ", ".join(f"{question} {results[question]['kendalls_w']:.2f}" for question in QUESTIONS)
+    lines += ["", f"The raters' agreement, Kendall's W averaged over the pairs: {agreement}; 1 where all agree, "
+              f"{1 / raters:.2f} on average by chance."]
+    paper = {method: PAPER[method]._asdict() for method in methods if method in PAPER}
+    publish(lines, {"methods": methods, "raters": [*rankings], "left_out": left_out, "pairs": pairs, "paper": paper}
+            | results, args.out / "table3", "power shows how many raters a smaller difference needs")
+
+
+def markdown(rows: list[list[str]]) -> list[str]:
+    """A Markdown table's lines; the first row is its head."""
+    return ["| " + " | ".join(row) + " |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])]
+
+
+def table3(methods: list[str], results: dict) -> list[str]:
+    rows = [["method", *(cell for question in QUESTIONS for cell in (f"{question} ↑", "paper"))]]
+    for i, method in enumerate(methods):
+        rows.append([label_of(method)])
+        for question in QUESTIONS:
+            paper = f"{getattr(PAPER[method], question):.2f}" if method in PAPER else ""
+            rows[-1] += [plus_minus(results[question]["mean_rank_scores"][i]), paper]
+    return markdown(rows)
+
+
+def win_table(methods: list[str], question: str, rates: list[list[list[float]]]) -> list[str]:
+    """rates: for each method, against each method, how often it wins and half of the interval."""
+    rows = [[f"{question}: % above", *map(label_of, methods)]]
+    for i, method in enumerate(methods):
+        cells = [f"{100 * rate:.0f} ± {100 * half:.0f}" for rate, half in rates[i]]
+        rows.append([label_of(method), *cells[:i], "", *cells[i + 1 :]])
+    return markdown(rows)
+
+
+def publish(lines: list[str], content: dict, path: Path, following: str) -> None:
+    """Prints lines of Markdown, and writes them to PATH.md and what they show to PATH.json. following: what is next."""
+    write_json(content, path.with_suffix(".json"))
+    write_text("\n".join(lines) + "\n", path.with_suffix(".md"))
+    print(*lines, "", path.with_suffix(".md"), path.with_suffix(".json"), f"next: study.py {following}", sep="\n")
+
+
+# ---------------------------------------------------------------- power
+
+
+def power(args: argparse.Namespace) -> None:
+    """How many raters show which difference, by simulated raters of the real pictures."""
+    check_folder(args.out)
+    lab = lab_of(args, args.pictures)
+    pairs = painted_pairs(lab, args.methods, args.pairs, with_clip=True)
+    painted = lab.embeddings([path for pair in pairs for path in pair.candidates.values()])  # (P M, d)
+    targets = lab.embeddings([pair.item.reference for pair in pairs]).repeat_interleave(len(args.methods), dim=0)
+    similarities = similarity(painted, targets).view(len(pairs), -1)  # (P, M)
+    generator = Generator().manual_seed(args.seed)
+    means = simulated(similarities, 1001, args.noise, generator)[:-1].mean(dim=(0, 1))  # nearly without error
+    found = {raters: detected(similarities, raters, args.noise, args.studies, generator) for raters in RATERS}
+    lines = [f"Simulated: no one has looked at these pictures. The raters rank {len(pairs)} pairs by CLIP similarity "
+             f"to the reference, with {args.noise:g} times its spread within a pair as noise; one clicks at random.",
+             "", *power_tables(args.methods, similarities.mean(dim=0), means, found), "",
+             "The second table says how often a study finds that the first method's mean rank score is above the "
+             f"second's by more than half of the 95% interval ({args.studies} simulated studies for each number of "
+             "raters)."]
+    publish(lines, {"methods": args.methods, "pairs": len(pairs), "noise": args.noise, "studies": args.studies,
+                    "similarities": similarities.mean(dim=0).tolist(), "mean_rank_scores": means.tolist(),
+                    "found": {raters: share.tolist() for raters, share in found.items()}}, args.out / "power",
+            "make, for as many raters as the difference that you expect needs")
+
+
+def power_tables(methods: list[str], similarities: Tensor, means: Tensor, found: dict[int, Tensor]) -> list[str]:
+    """The methods from best to worst, and their differences from small to large. similarities and mean rank scores
+    (M,), what studies find by their number of raters (M, M).
+    """
+    order = means.argsort(descending=True).tolist()
+    rows = [["method", "CLIP similarity", "mean rank score"]]
+    rows += [[label_of(methods[i]), f"{similarities[i]:.2f}", f"{means[i]:.2f}"] for i in order]
+    differences = sorted(((means[i] - means[j]).item(), i, j) for k, i in enumerate(order) for j in order[k + 1 :])
+    shares = [["difference", "first", "second", *(f"{raters} raters" for raters in found), "enough for 80%"]]
+    for difference, i, j in differences:
+        enough = next((f"{raters}" for raters, share in found.items() if share[i, j] >= 0.8), f"more than {max(found)}")
+        shares.append([f"{difference:.2f}", label_of(methods[i]), label_of(methods[j]),
+                       *(f"{100 * share[i, j]:.0f}%" for share in found.values()), enough])
+    return [*markdown(rows), "", *markdown(shares)]
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def check_methods(names: list[str]) -> None:
+    """Raises BadInput for methods that paint nothing, and for too many to be ranked by a digit key."""
+    painting = [name for name in METHODS if name != "shuffled" and not name.startswith("fig7")]
+    if unknown := [name for name in names if name not in painting]:
+        raise BadInput(f"--methods: there is no method {unknown[0]}; choose from {', '.join(painting)}")
+    if not len({*names}) == len(names) in range(2, 10):
+        raise BadInput("--methods: give two to nine different ones")
+
+
+def options() -> Parser:
+    layout = partial(argparse.RawDescriptionHelpFormatter, max_help_position=32, width=120)
+    parser = Parser(description=__doc__, formatter_class=layout)
+    commands = parser.add_subparsers(dest="what", metavar="make, score or power", required=True)
+
+    def command(name: str, text: str) -> Parser:
+        return commands.add_parser(name, formatter_class=layout, description=text, help=text)
+
+    for name, text in (("make", "writes the raters' folder, and the key outside of it"),
+                       ("power", "how many raters show which difference, by simulated raters")):
+        add = add_lab_options(command(name, text))
+        add("--methods", metavar="NAME", nargs="+", default=[*PAPER], help="two to nine [the paper's five]")
+        add("--pairs", metavar="N", type=whole_number(1, 10**4), default=PAIRS,
+            help=f"pairs of a product and a reference, drawn by --seed [{PAIRS}, as the paper]")
+        add("--pictures", metavar="DIR", type=Path, default=Path("results"),
+            help="evaluate.py's --out: where pictures are painted, and those of its tables are found [results]")
+        if name == "make":
+            add("--out", metavar="DIR", type=Path, default=Path("study"), help="the raters' folder [study]")
+            add("--key", metavar="FILE", type=Path, default=Path("key.json"),
+                help="whose pictures are whose, for `score` [key.json]")
+        else:
+            add("--out", metavar="DIR", type=Path, default=Path("results"), help="for power.md and .json [results]")
+            add("--noise", metavar="X", type=real_number(0, 1e3), default=1.0,
+                help="of a rater, as a multiple of the spread of similarities within a pair [1]")
+            add("--studies", metavar="N", type=whole_number(1, 10**5), default=200, help="simulated studies [200]")
+    add = command("score", "Table 3, from the files that the raters send back").add_argument
+    add("rankings", metavar="FILE", nargs="+", type=Path, help="rankings-NAME.json")
+    add("--key", metavar="FILE", type=Path, default=Path("key.json"), help="from make [key.json]")
+    add("--out", metavar="DIR", type=Path, default=Path("results"), help="for table3.md and table3.json [results]")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = options().parse_args(arguments)
+    if args.what != "score":
+        check_methods(args.methods)
+    {"make": make, "score": score, "power": power}[args.what](args)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

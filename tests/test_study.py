@@ -1,0 +1,401 @@
+"""The user study: what raters get, what their files say, and simulated raters; the page has tests of its own."""
+
+import itertools
+import json
+import struct
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random
+from PIL import Image, ImageFilter
+from PIL.PngImagePlugin import PngInfo
+
+import evaluate
+import study
+from rivals import methods
+from rivals.options import lab_of
+from support.datasets import Item
+from support.files import BadInput, one_line_errors, write_json
+from support.handout import LONG_AGO, Pair, balanced_orders, plan, write_handout
+from support.images import to_image
+from support.ranks import detected, half_width, kendalls_w, rank_scores, resampled_means, simulated, wins
+from toy.world import write_world
+
+FIVE = ["controlnet", "blended-diffusion", "paint-by-example", "cg", "cg+pg"]
+
+
+def written_study(folder: Path, pairs: int = 6, names: list[str] = FIVE) -> dict:
+    """A study of noise in folder/study, and its key, which is in folder/key.json too. The first method's pictures are
+    the smoothest, so that they compress best.
+    """
+    def picture(name: str, blur: float = 0) -> Path:
+        path, text = folder / "made" / f"{name}.png", PngInfo()
+        text.add_text("how", f"painted by {name}")
+        noise = to_image(random(3, 40, 32, seed=len([*path.parent.iterdir()])).sigmoid())
+        noise.filter(ImageFilter.GaussianBlur(blur)).save(path, pnginfo=text)
+        return path
+
+    mask = folder / "made" / "mask.png"
+    mask.parent.mkdir(parents=True)
+    to_image(torch.zeros(1, 40, 32).index_fill(2, torch.arange(10, 20), 1)).save(mask)
+    made = [Pair(Item(picture(f"product_{i}"), mask, "mug", picture(f"reference_{i}")),
+                 {name: picture(f"{i}_{name}", blur=4 - k) for k, name in enumerate(names)}) for i in range(pairs)]
+    handout = plan(made)
+    write_handout(handout, folder / "study")
+    key = {"study": handout.study, "methods": names, "pairs": handout.key}
+    write_json(key, folder / "key.json")
+    return key
+
+
+def rankings(key: dict, rater: str, order: list[str], saved: str = "2026-01-01") -> dict:
+    """The file of a rater who always ranks the methods in one order, and by quality in the reverse."""
+    ranked = {pair["pair"]: [pair["candidates"][name] for name in order] for pair in key["pairs"]}
+    return {"study": key["study"], "rater": rater, "saved": saved,
+            "rankings": {name: {"similarity": r, "quality": r[::-1]} for name, r in ranked.items()}}
+
+
+# ---------------------------------------------------------------- what raters get
+
+
+@pytest.mark.parametrize("methods, count", [(5, 100), (5, 13), (2, 6), (9, 9)])
+def test_each_method_stands_equally_often_in_each_place(methods, count):
+    orders = balanced_orders(count, methods)
+    assert len(orders) == count and all(sorted(order) == [*range(methods)] for order in orders)
+    for method, place in itertools.product(range(methods), range(methods)):
+        times = sum(order[place] == method for order in orders)
+        assert count // methods <= times <= -(-count // methods)
+
+
+def chunks(png: bytes) -> list[str]:
+    kinds, at = [], 8
+    while at < len(png):
+        length, kind = struct.unpack(">I4s", png[at : at + 8])
+        kinds.append(kind.decode())
+        at += length + 12
+    return kinds
+
+
+def test_nothing_in_the_folder_betrays_a_method(tmp_path):
+    """No name, text, time or size in it depends on the method, and the key is not in it."""
+    key = written_study(tmp_path, pairs=10)
+    files = [path for path in (tmp_path / "study").rglob("*") if path.is_file()]
+    assert {path.parent.name for path in files} == {"study", "pictures"} and len(files) == 1 + 10 * 7
+    for path in [*files, tmp_path / "study" / "pictures", tmp_path / "study"]:
+        assert path.stat().st_mtime == LONG_AGO
+    content = b"".join(path.read_bytes() + path.name.encode() for path in files)
+    assert not [word for word in (*FIVE[:3], "cg+pg", "painted by", "product_") if word.encode() in content]
+    candidates = [tmp_path / "study" / "pictures" / f"{name}.png" for pair in key["pairs"]
+                  for name in pair["candidates"].values()]
+    assert len({path.stat().st_size for path in candidates}) == 1
+    for path in files:
+        if path.suffix == ".png":
+            assert {*chunks(path.read_bytes())} <= {"IHDR", "sRGB", "IDAT", "paDd", "IEND"}
+            assert len(path.stem) == 12 and int(path.stem, 16) >= 0
+
+
+def test_the_padded_pictures_are_the_painted_ones(tmp_path):
+    key = written_study(tmp_path, pairs=2)
+    for i, pair in enumerate(key["pairs"]):
+        for method, name in pair["candidates"].items():
+            shown = Image.open(tmp_path / "study" / "pictures" / f"{name}.png")
+            shown.verify()  # every chunk's checksum
+            painted = Image.open(tmp_path / "made" / f"{i}_{method}.png")
+            assert painted.tobytes() == Image.open(shown.filename).tobytes()
+
+
+def test_the_page_lists_a_pairs_pictures_in_a_balanced_order(tmp_path):
+    """By the key, which the page does not have, each method stands equally often in each place."""
+    key = written_study(tmp_path, pairs=10)
+    page = (tmp_path / "study" / "index.html").read_text(encoding="utf-8")
+    data = json.loads(page.split('type="application/json">')[1].split("</script>")[0])
+    assert data["study"] == key["study"] and [p["pair"] for p in data["pairs"]] == [p["pair"] for p in key["pairs"]]
+    places = Counter()
+    for shown, pair in zip(data["pairs"], key["pairs"]):
+        method_of = {name: method for method, name in pair["candidates"].items()}
+        places.update((method_of[name], place) for place, name in enumerate(shown["candidates"]))
+    assert len(places) == 25 and {*places.values()} == {2}
+
+
+def test_the_names_are_others_each_time_so_that_no_seed_gives_them_away(tmp_path):
+    first, second = written_study(tmp_path / "1", pairs=1), written_study(tmp_path / "2", pairs=1)
+    (a,), (b,) = first["pairs"], second["pairs"]
+    assert not {a["pair"], *a["candidates"].values()} & {b["pair"], *b["candidates"].values()}
+
+
+def test_the_page_asks_nothing_of_any_server():
+    page = Path(study.__file__).with_name("support") / "study_page.html"
+    text = page.read_text(encoding="utf-8")
+    assert "default-src 'none'" in text and "://" not in text and "fetch(" not in text and "@import" not in text
+
+
+# ---------------------------------------------------------------- statistics, against formulas written out
+
+
+def test_rank_scores_are_m_for_the_best_and_1_for_the_worst():
+    assert rank_scores(torch.tensor([[0.3, -2.0, 9.0, 4.0]])).tolist() == [[2, 1, 4, 3]]
+
+
+def test_win_rates_count_the_rankings_in_which_one_is_above_the_other():
+    scores = rank_scores(random(3, 4, 5))
+    for i, j in itertools.product(range(5), range(5)):
+        naive = sum(bool(scores[r, p, i] > scores[r, p, j]) for r in range(3) for p in range(4)) / 12
+        assert wins(scores).mean((0, 1))[i, j].item() == pytest.approx(naive)
+
+
+def test_kendalls_w_follows_from_the_mean_rank_correlation_of_two_raters():
+    """W = (1 + (R − 1) ρ) / R, where ρ is the mean of Spearman's correlations of all pairs of raters."""
+    scores = rank_scores(random(7, 3, 5))
+    for pair, w in enumerate(kendalls_w(scores)):
+        spearman = torch.corrcoef(scores[:, pair])  # (7, 7): of ranks
+        rho = sum(spearman[i, j].item() for i, j in itertools.combinations(range(7), 2)) / 21
+        assert w.item() == pytest.approx((1 + 6 * rho) / 7, abs=1e-5)
+
+
+def test_kendalls_w_is_1_where_all_agree_and_0_where_two_raters_disagree_wholly():
+    order = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    assert kendalls_w(order.expand(6, 2, 4)).tolist() == [1, 1]
+    assert kendalls_w(torch.stack([order, order.flip(0)])[:, None]).tolist() == [0]
+
+
+def test_a_bootstrap_sample_draws_raters_and_pairs_apart():
+    """Against the draws written out, with the same generator."""
+    values, generator = random(3, 4, 2), torch.Generator().manual_seed(0)
+    raters, pairs = (torch.randint(n, (6, n), generator=generator) for n in (3, 4))
+    naive = torch.stack([torch.stack([values[r, p] for r in rs for p in ps]).mean(0) for rs, ps in zip(raters, pairs)])
+    assert torch.allclose(resampled_means(values, 6), naive, atol=1e-6)
+
+
+def test_the_interval_is_that_of_the_normal_distribution_where_only_raters_or_pairs_differ():
+    """± 1.96 σ / √n, σ with the divisor n, as the bootstrap has it."""
+    x = random(50)
+    expected = 1.96 * x.std(correction=0) / 50**0.5
+    for values in (x[:, None].expand(50, 20), x[None].expand(20, 50)):
+        half = half_width(resampled_means(values, 4000))
+        assert half.item() == pytest.approx(expected.item(), rel=0.1)  # whose own error is 1 / √8000
+
+
+# ---------------------------------------------------------------- simulated raters
+
+
+def test_a_simulated_study_recovers_the_known_order():
+    """Raters by CLIP similarity, with noise as large as its spread, one of 20 clicking at random."""
+    truth = torch.tensor([70.0, 62.0, 66.0, 58.0, 74.0])
+    scores = simulated(truth + 3 * random(40, 5), 20, 1.0, torch.Generator().manual_seed(1))
+    assert scores.mean((0, 1)).argsort().tolist() == truth.argsort().tolist()
+    assert {tuple(s) for s in scores.sort(dim=-1).values.flatten(0, 1).tolist()} == {(1, 2, 3, 4, 5)}
+
+
+def test_without_noise_all_raters_agree_but_the_one_who_clicks_at_random():
+    similarities = random(30, 4)
+    scores = simulated(similarities, 5, 0.0, torch.Generator().manual_seed(0))
+    assert all(torch.equal(rater, rank_scores(similarities)) for rater in scores[:-1])
+    by_chance = (scores[-1] * scores[0]).mean() - scores[-1].mean() * scores[0].mean()  # the covariance of two raters
+    assert abs(by_chance) < 4 * 1.25 / (30 * 3) ** 0.5  # four standard errors; a rank's variance is 1.25
+
+
+def test_more_raters_find_smaller_differences():
+    """A large difference is found by few raters already; of two equal methods hardly any study finds a difference."""
+    generator = torch.Generator().manual_seed(0)
+    similarities = torch.tensor([0.0, 0.0, 0.4, 8.0]) + 0.01 * random(60, 4)
+    few, many = (detected(similarities, raters, 1.0, 30, generator) for raters in (5, 40))
+    assert few[3, 0] > 0.9 and many[3, 0] == 1 and many[0, 3] == 0
+    assert many[2, 0] > few[2, 0] and many[0, 1] + many[1, 0] < 0.3
+
+
+# ---------------------------------------------------------------- score
+
+
+def score(tmp_path: Path, *contents: dict | str, names: list[str] | None = None) -> tuple[dict, str]:
+    paths = [tmp_path / (names[i] if names else f"rankings-{i}.json") for i in range(len(contents))]
+    for path, content in zip(paths, contents):
+        path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    study.main(["score", "--key", str(tmp_path / "key.json"), "--out", str(tmp_path / "out"), *map(str, paths)])
+    return json.loads((tmp_path / "out" / "table3.json").read_text()), (tmp_path / "out" / "table3.md").read_text()
+
+
+def test_table_3_has_the_mean_rank_scores_beside_the_papers(tmp_path, capsys):
+    """Two raters, one with the first two methods exchanged: 4.5 for both of these."""
+    key = written_study(tmp_path)
+    order = FIVE[::-1]
+    table, text = score(tmp_path, rankings(key, "a", order), rankings(key, "李", [order[1], order[0], *order[2:]]))
+    assert [mean for mean, _ in table["similarity"]["mean_rank_scores"]] == [1, 2, 3, 4.5, 4.5]
+    assert [mean for mean, _ in table["quality"]["mean_rank_scores"]] == [5, 4, 3, 1.5, 1.5]
+    assert table["raters"] == ["a", "李"] and table["pairs"] == 6 and table["left_out"] == []
+    assert "| ControlNet | 1.00 ± 0.00 | 2.39 | 5.00 ± 0.00 | 2.61 |" in text
+    assert "| Paint by Example | 3.00 ± 0.00 | 2.03 | 3.00 ± 0.00 | 2.35 |" in text
+    assert "compare only the order" not in text
+    wins = table["similarity"]["win_rates"]
+    assert wins[4][3][0] == wins[3][4][0] == 0.5 and wins[4][0][0] == 1 and wins[0][4][0] == 0
+    assert table["similarity"]["kendalls_w"] == pytest.approx(12 * (16 + 4 + 0 + 9 + 9) / (4 * 120))
+    assert capsys.readouterr().out.startswith(text)
+
+
+def test_the_papers_figures_are_a_ranking_of_five():
+    """Their sum is 5 (5 + 1) / 2, up to the rounding of five figures."""
+    for question in study.QUESTIONS:
+        assert sum(getattr(row, question) for row in study.PAPER.values()) == pytest.approx(15, abs=0.025)
+
+
+def test_other_methods_than_the_papers_are_compared_by_their_order(tmp_path):
+    key = written_study(tmp_path, names=["cg", "stable-diffusion", "cg+pg"])
+    _, text = score(tmp_path, rankings(key, "a", ["cg+pg", "cg", "stable-diffusion"]))
+    assert "| stable-diffusion | 1.00 ± 0.00 |  | 3.00 ± 0.00 |  |" in text and "compare only the order" in text
+    assert "With one rater it is over pairs alone." in text
+
+
+def unranked(content: dict, change) -> dict:
+    change(next(iter(content["rankings"].values())))
+    return content
+
+
+def test_bad_files_are_named_and_left_out_and_the_rest_is_counted(tmp_path, capsys):
+    key = written_study(tmp_path)
+    good = rankings(key, "good", FIVE)
+    bad = {
+        "cut": (json.dumps(good)[:-40], "can't be read as JSON"),
+        "list": ("[]", "does not hold a JSON object"),
+        "other": (good | {"study": "another"}, "from another study"),
+        "half": (unranked(rankings(key, "h", FIVE), lambda pair: pair.pop("quality")), "pair 1 for quality"),
+        "short": (unranked(rankings(key, "s", FIVE), lambda pair: pair["similarity"].pop()), "pair 1 for similarity"),
+        "tie": (unranked(rankings(key, "t", FIVE), lambda pair: pair["quality"].__setitem__(0, pair["quality"][1])),
+                "pair 1 for quality"),
+        "null": (unranked(rankings(key, "n", FIVE), lambda pair: pair["quality"].__setitem__(0, None)),
+                 "pair 1 for quality"),
+        "none": ({"study": key["study"], "rater": "x", "saved": "", "rankings": None}, "pair 1 for similarity"),
+        "nameless": (rankings(key, "good", FIVE) | {"rater": 7}, "does not say who"),
+        "doubled": (good, "by rater good"),
+    }
+    names = [f"rankings-{name}.json" for name in bad]
+    table, _ = score(tmp_path, *(content for content, _ in bad.values()), good, names=[*names, "rankings-good.json"])
+    assert table["raters"] == ["good"] and len(table["left_out"]) == len(bad)
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == len(bad)
+    for line, (name, (_, reason)) in zip(err[:-1], list(bad.items())[:-1]):
+        assert line.startswith("left out: ") and f"rankings-{name}.json" in line and reason in line
+    assert "rankings-good.json is by rater good, as is" in err[-1]
+
+
+def test_of_two_files_by_one_rater_the_one_saved_last_counts(tmp_path):
+    key = written_study(tmp_path)
+    late = rankings(key, "a", FIVE, "2026-01-02T09:00:00.000Z")
+    early = rankings(key, "a", FIVE[::-1], "2026-01-01T10:00:00.000Z")
+    for contents in ((late, early), (early, late)):
+        table, _ = score(tmp_path, *contents)
+        assert table["similarity"]["mean_rank_scores"][0][0] == 5 and len(table["left_out"]) == 1
+
+
+# ---------------------------------------------------------------- the command line
+
+
+@pytest.mark.parametrize("words, message", [
+    ("make --methods cg nonsense", "--methods: there is no method nonsense; choose from stable-diffusion, "),
+    ("make --methods cg shuffled", "--methods: there is no method shuffled"),
+    ("make --methods cg", "two to nine different"),
+    ("power --methods cg cg", "two to nine different"),
+    ("make --methods cg cg+pg --key study/key.json", "--key study/key.json is in the folder that the raters get"),
+    ("make --methods cg cg+pg --out there", "--out there is there already"),
+    ("make --methods cg cg+pg --key there", "--key there is there already"),
+    ("make --methods cg cg+pg --pairs 0", "whole number"),
+    ("score --key none.json rankings.json", "--key none.json: no such key"),
+    ("score --key other.json rankings.json", "--key other.json: no such key"),
+    ("score --key key.json none.json", "no file of rankings is left"),
+    ("score", "required: FILE"), ("nonsense", "nonsense"), ("", "required: make, score or power"),
+])  # fmt: skip
+def test_bad_use_is_one_line(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("there").mkdir()
+    write_json({"study": "a", "methods": ["cg", "cg+pg"], "pairs": []}, Path("key.json"))
+    write_json({}, Path("other.json"))
+    if words.startswith("make"):
+        Path("key.json").unlink()
+    with pytest.raises(SystemExit) as left, one_line_errors():
+        study.main(words.split())
+    *before, line = capsys.readouterr().err.splitlines()
+    assert left.value.code == 2 and line.startswith("error: ") and message in line
+    assert all(text.startswith("left out: ") for text in before) and not Path("study").exists()
+
+
+def test_under_torchrun_it_says_how_to_paint_on_many_gpus(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(BadInput, match="torchrun evaluate.py table2"):
+        study.main(["make", "--methods", "cg", "cg+pg"])
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A study of three of the toy's pairs, at 64 pixels, and the options that it was made with."""
+    root = tmp_path_factory.mktemp("made")
+    write_world(root / "world", size=64, base=0, ads=8, bg1k=2, pairs=5, workers=1, parts=("ads",))
+    options = ["--data", str(root / "world" / "ads"), "--steps", "1", "--size", "64", "--dtype", "float32",
+               "--device", "cpu"]
+    paths = ["--pictures", str(root / "results"), "--out", str(root / "study"), "--key", str(root / "key.json")]
+    study.main(["make", "--methods", "cg", "cg+pg", "stable-diffusion", "--pairs", "3", *options, *paths])
+    return root, options
+
+
+def test_make_writes_what_raters_get_and_score_counts_it(made, tmp_path):
+    root, _ = made
+    key = json.loads((root / "key.json").read_text())
+    assert len({*(root / "study" / "pictures").iterdir()}) == 3 * 5 and not (root / "study" / "key.json").exists()
+    for pair in key["pairs"]:
+        for method, name in pair["candidates"].items():
+            painted = list((root / "results" / "pictures" / "ref").glob(f"{method}-????????/*.png"))
+            shown = Image.open(root / "study" / "pictures" / f"{name}.png").tobytes()
+            assert [Path(pair["product"]).stem in path.name for path in painted
+                    if Image.open(path).tobytes() == shown] == [True]
+    write_json(key, tmp_path / "key.json")
+    table, _ = score(tmp_path, rankings(key, "a", ["cg+pg", "cg", "stable-diffusion"]))
+    assert [mean for mean, _ in table["similarity"]["mean_rank_scores"]] == [2, 3, 1]
+
+
+def test_nothing_is_painted_twice_by_make_or_by_evaluates_tables(made, tmp_path, monkeypatch, capsys):
+    """A larger study paints only what is missing, and evaluate.py finds all of it."""
+    root, options = made
+    before = {path: path.stat().st_mtime_ns for path in (root / "results").rglob("*.png")}
+    assert len(before) == 3 * 3
+    study.main(["make", "--methods", "cg", "cg+pg", *options, "--pictures", str(root / "results"), "--out",
+                str(tmp_path / "study"), "--key", str(tmp_path / "key.json")])
+    after = {path: path.stat().st_mtime_ns for path in (root / "results").rglob("*.png")}
+    assert len(after) == 2 * 5 + 3 and before.items() <= after.items()
+    assert "pairs: 5\n" in capsys.readouterr().out
+    monkeypatch.setattr(methods, "paint_items", None)  # can't be called
+    lab = lab_of(evaluate.options().parse_args(["table2", *options]), root / "results")
+    assert {path for method in ("cg", "cg+pg") for path in lab.pictures(method, lab.items("ref"), "ref")} <= {*after}
+
+
+def test_the_seed_draws_the_pairs(made, tmp_path):
+    root, options = made
+    drawn = []
+    for seed in range(4):
+        args = study.options().parse_args(["make", *options, "--seed", str(seed)])
+        lab = lab_of(args, tmp_path)
+        drawn.append(study.choose([*range(len(lab.items("ref")))], 2, lab.seed))
+    assert len({*map(tuple, drawn)}) > 1
+
+
+def test_a_pair_whose_picture_cannot_be_read_is_named_and_left_out(made, tmp_path, capsys):
+    root, options = made
+    results = tmp_path / "results"
+    words = ["--methods", "stable-diffusion", "cg", "--pairs", "2", *options, "--pictures", str(results), "--key",
+             str(tmp_path / "key.json")]
+    study.main(["make", *words, "--out", str(tmp_path / "first")])
+    broken = next(results.rglob("cg-*/*.png"))
+    broken.write_bytes(b"")
+    (tmp_path / "key.json").unlink()
+    study.main(["make", *words, "--out", str(tmp_path / "second")])
+    said = capsys.readouterr()
+    assert "pairs: 1\n" in said.out and f"left out, with its pair: {broken}" in said.err
+
+
+def test_power_says_that_it_is_simulated_and_orders_methods_by_similarity(made, tmp_path, capsys):
+    root, options = made
+    study.main(["power", "--methods", "cg", "cg+pg", *options, "--pictures", str(root / "results"), "--studies", "5",
+                "--out", str(tmp_path), "--pairs", "3"])
+    text = (tmp_path / "power.md").read_text()
+    assert text.startswith("Simulated: ") and "| difference | first | second | 5 raters |" in text
+    content = json.loads((tmp_path / "power.json").read_text())
+    assert len(content["found"]) == len(study.RATERS) and sum(content["mean_rank_scores"]) == pytest.approx(3, abs=1e-4)
+    assert text in capsys.readouterr().out

@@ -1,0 +1,325 @@
+"""The user study's page in a real browser. Skipped where there is none: pip install playwright, and Chromium from the
+system's packages or by playwright install chromium.
+"""
+
+import itertools
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from test_study import written_study
+
+import study
+
+playwright = pytest.importorskip("playwright.sync_api")
+PAIRS = 5
+LAPTOP, PHONE = {"width": 1366, "height": 768}, {"width": 390, "height": 844}
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as engine:
+        path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+        try:
+            browser = engine.chromium.launch(executable_path=path)
+        except playwright.Error as error:
+            pytest.skip(f"no browser: {str(error).splitlines()[0]}")
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def handout(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("handout")
+    return folder, written_study(folder, PAIRS)
+
+
+@pytest.fixture
+def visit(browser, handout):
+    """visit(rater, viewport, language, touch) -> the page, as a new visitor sees it. Its errors, and requests for
+    anything but its own files, fail the test.
+    """
+    contexts, faults = [], []
+
+    def visit(rater: str | None = None, viewport=LAPTOP, language="en-GB", touch=False, root=handout[0]):
+        contexts.append(browser.new_context(viewport=viewport, locale=language, has_touch=touch, is_mobile=touch))
+        page, folder = contexts[-1].new_page(), (root / "study").as_uri()
+        page.set_default_timeout(60_000)  # a busy machine is no fault of the page
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on("console", lambda message: message.type == "error" and faults.append(message.text))
+        page.on("request", lambda r: r.url.startswith((folder, "data:", "blob:")) or faults.append(r.url))
+        page.goto(f"{folder}/index.html" + (f"?rater={rater}" if rater else ""))
+        return page
+
+    yield visit
+    for context in contexts:
+        context.close()
+    assert not faults
+
+
+def shown(page) -> list[str]:
+    """The candidates' names, by place."""
+    return page.eval_on_selector_all(".candidate", "cards => cards.map((card) => card.dataset.name)")
+
+
+def ranked(page) -> list[str | None]:
+    """The names in the ranking, from the best to the worst."""
+    names = "places => places.map((place) => place.querySelector('button')?.dataset.name ?? null)"
+    return page.eval_on_selector_all(".place", names)
+
+
+def question(page) -> str:
+    return page.text_content("#progress")
+
+
+def press(page, keys: str) -> None:
+    for key in keys.split():
+        page.keyboard.press(key)
+
+
+def begin(page) -> None:
+    page.click("#start .main")
+
+
+def drag(page, source: str, target: str) -> None:
+    page.hover(source)
+    page.mouse.down()
+    page.hover(target)
+    page.hover(target)  # a second move, as a hand makes
+    page.mouse.up()
+
+
+def finish(page) -> None:
+    """Ranks the rest in any way, by the page's own functions, which is faster than by keys."""
+    page.evaluate("""() => { while (!find("#task").hidden) {
+        for (const name of current.pair.candidates) if (!places().includes(name)) rank(toggled(places(), name), name);
+        next();
+    } }""")
+
+
+def save(page, folder: Path) -> Path:
+    with page.expect_download() as download:
+        page.click("#save")
+    path = folder / download.value.suggested_filename
+    download.value.save_as(path)
+    return path
+
+
+def method_of(key: dict) -> dict[str, str]:
+    return {name: method for pair in key["pairs"] for method, name in pair["candidates"].items()}
+
+
+def test_from_the_first_key_to_table_3(visit, tmp_path):
+    """A rater ranks by keys and by dragging, reloads in the middle, finishes, saves; `score` counts the file."""
+    names = ["controlnet", "cg", "cg+pg"]
+    key = written_study(tmp_path, 3, names)
+    method, page = method_of(key), visit("7", root=tmp_path)
+    assert page.input_value("#name") == "7"
+    begin(page)
+    for number in range(6):
+        assert question(page) == f"{number // 2 + 1} of 3 · question {number % 2 + 1} of 2"
+        order = sorted(shown(page), key=lambda name: names.index(method[name]), reverse=number % 2 == 0)
+        if number in (1, 2):  # from the worst place to the best
+            for place in (2, 1):
+                drag(page, f".candidate[data-name='{order[place]}']", f".place[data-place='{place}']")
+        else:
+            press(page, " ".join(str(shown(page).index(name) + 1) for name in order[:-1]))
+        assert ranked(page) == order  # the last one by itself
+        if number == 3:
+            page.reload()
+            assert ranked(page) == order
+        press(page, "Enter")
+    file = save(page, tmp_path)
+    assert file.name == "rankings-7.json"
+    study.main(["score", "--key", str(tmp_path / "key.json"), "--out", str(tmp_path), str(file)])
+    table = json.loads((tmp_path / "table3.json").read_text())
+    assert [mean for mean, _ in table["similarity"]["mean_rank_scores"]] == [1, 2, 3]
+    assert [mean for mean, _ in table["quality"]["mean_rank_scores"]] == [3, 2, 1]
+    assert table["raters"] == ["7"]
+    text = json.loads(page.input_value("#text"))
+    assert text["rankings"] == json.loads(file.read_text(encoding="utf-8"))["rankings"]
+
+
+def test_each_rater_sees_each_method_equally_often_in_each_place_and_in_an_order_of_their_own(visit, handout):
+    method, page = method_of(handout[1]), visit()
+    orders = []
+    for rater in ("1", "2", "李"):
+        pairs = page.evaluate(f"arrangement('{rater}').map((pair) => pair.candidates)")
+        places = Counter((method[name], place) for pair in pairs for place, name in enumerate(pair))
+        assert {*places.values()} == {1} and len(places) == 25
+        assert pairs == page.evaluate(f"arrangement('{rater}').map((pair) => pair.candidates)")
+        orders.append(str(pairs))
+    assert len({*orders}) == 3
+
+
+def test_every_key_does_what_the_list_of_keys_says(visit):
+    page = visit("keys")
+    begin(page)
+    a, b, c, d, e = shown(page)
+    press(page, "3 1")
+    assert ranked(page) == [c, a, None, None, None]
+    press(page, "3")  # takes it back
+    assert ranked(page) == [None, a, None, None, None]
+    press(page, "u u")
+    assert ranked(page) == [c, None, None, None, None]
+    press(page, "ArrowRight ArrowRight ArrowDown")  # the second picture: to the worst place
+    assert ranked(page) == [c, None, None, None, b]
+    press(page, "ArrowUp ArrowUp ArrowUp")
+    assert ranked(page) == [c, b, None, None, None]
+    press(page, "ArrowUp")  # the other one makes room
+    assert ranked(page) == [b, c, None, None, None]
+    press(page, "Enter")  # on a picture that is ranked: takes it back
+    assert ranked(page) == [None, c, None, None, None]
+    press(page, "2 4 1")
+    assert ranked(page) == [b, c, d, a, e]
+    press(page, "Enter")
+    assert question(page).endswith("question 2 of 2") and ranked(page) == [None] * 5
+    press(page, "Enter")  # not before all are ranked
+    assert question(page).endswith("question 2 of 2") and "5 left" in page.text_content("#live")
+    press(page, "b")
+    assert question(page).endswith("question 1 of 2") and ranked(page) == [b, c, d, a, e]
+    press(page, "l")
+    assert page.get_attribute("html", "lang") == "zh-CN"
+    press(page, "?")
+    assert page.is_visible("#keys")
+    press(page, "Escape 2")
+    assert not page.is_visible("#keys") and ranked(page)[0] is None
+
+
+def test_all_rankings_can_be_reached_by_dragging(visit):
+    """From the candidates in any order, then from place to place, then out of the ranking."""
+    page = visit("drag")
+    begin(page)
+    a, b, c, d, e = shown(page)
+    for name, place in ((b, 4), (a, 0), (e, 0)):
+        drag(page, f".candidate[data-name='{name}']", f".place[data-place='{place}']")
+    assert ranked(page) == [e, a, None, None, b]
+    drag(page, ".place [data-name]", ".place[data-place='4']")  # e: b makes room
+    assert ranked(page) == [None, a, None, b, e]
+    drag(page, f".candidate[data-name='{c}']", ".place[data-place='1']")
+    assert ranked(page) in ([a, c, d, b, e], [d, c, a, b, e])  # the last one by itself
+    drag(page, f".place [data-name='{e}']", "#question")
+    assert e not in ranked(page) and c in ranked(page)
+
+
+def test_insertion_moves_as_few_others_as_possible(visit):
+    """Against all ways to fill the places: every other picture keeps its order, and only those up to a gap move."""
+    page = visit("insert")
+    begin(page)
+    names = shown(page)[:3]
+    for gaps, place in itertools.product(itertools.combinations(range(5), 2), range(5)):
+        before = [None if i in gaps else names[i - sum(gap < i for gap in gaps)] for i in range(5)]
+        after = page.evaluate("([places, name, place]) => inserted(places, name, place)", [before, names[0], place])
+        assert after[place] == names[0] and sorted(filter(None, after)) == sorted(names)
+        others = [name for name in before if name not in (None, names[0])]
+        assert [name for name in after if name in others] == others or before.index(names[0]) != place
+        nearest = min(abs(i - place) for i in [*gaps, before.index(names[0])])
+        assert sum(before.index(name) != after.index(name) for name in others) <= nearest
+
+
+def test_a_phone_taps_drags_by_the_grip_and_looks_in_full_size(visit):
+    page = visit("phone", PHONE, touch=True)
+    begin(page)
+    a, b, *_ = shown(page)
+    page.tap(f".candidate[data-name='{b}'] .pick")
+    assert ranked(page)[0] == b
+    touch = page.context.new_cdp_session(page)
+
+    def centre(selector: str) -> dict:
+        box = page.locator(selector).bounding_box()
+        return {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
+
+    start, end = centre(f".candidate[data-name='{a}'] .grip"), centre(".place[data-place='0']")
+    between = {axis: (start[axis] + end[axis]) / 2 for axis in "xy"}
+    for kind, points in (("touchStart", [start]), ("touchMove", [between]), ("touchMove", [end]), ("touchEnd", [])):
+        touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+    page.wait_for_function(f"places()[0] === '{a}'")
+    assert ranked(page)[:2] == [a, b]
+    page.tap(f".candidate[data-name='{b}'] .look")
+    page.wait_for_selector("#full[open]")
+    assert "Picture 2 · 2nd" in page.text_content("#full span")
+    page.tap("#after")
+    assert "Picture 3" in page.text_content("#full span")
+    page.tap("#close")
+    assert not page.is_visible("#full")
+
+
+@pytest.mark.parametrize("width, heights, touch", [(1366, (768, 657), False), (390, (844, 664), True)])
+def test_the_page_fits_the_screen_in_both_languages(visit, width, heights, touch):
+    """Nothing is cut off at the sides; on a laptop all of a question is in view at once, on a phone its ranking is. The
+    lower heights are what a browser leaves of the higher ones.
+    """
+    page = visit("fits", {"width": width, "height": heights[0]}, touch=touch)
+    begin(page)
+    parts = ["#question", "#given", "#places", "#next", *([] if touch else ["#candidates"])]
+    boxes = "selectors => selectors.map((s) => { const {x, y, right, bottom} = find(s).getBoundingClientRect();" \
+            " return [x, y, right, bottom]; })"
+    for height in heights:
+        page.set_viewport_size({"width": width, "height": height})
+        for _ in range(2):
+            page.evaluate("translate()")
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            for part, (x, y, right, bottom) in zip(parts, page.evaluate(boxes, parts)):
+                assert x >= 0 and y >= 0 and right <= width and bottom <= height, part
+            sides = page.eval_on_selector_all(".pick img", "pictures => pictures.map((p) => p.clientWidth)")
+            assert min(sides) > (150 if touch else 200)
+
+
+def test_the_browsers_language_is_chosen_and_every_text_has_both(visit):
+    page = visit(language="zh-TW")
+    assert page.get_attribute("html", "lang") == "zh-CN" and "哪张" in page.text_content("#start h1")
+    page.click("#language")
+    assert page.get_attribute("html", "lang") == "en" and "Which" in page.text_content("#start h1")
+    page.reload()  # the choice is kept
+    assert page.get_attribute("html", "lang") == "en"
+    kinds = "(language) => Object.entries(TEXTS[language]).map(([name, text]) => `${name} ${typeof text}`)"
+    assert page.evaluate(kinds, "en") == page.evaluate(kinds, "zh")
+
+
+def test_a_screen_reader_hears_what_is_shown(visit):
+    """Every control has a name; pictures say their number and rank; each step is announced."""
+    page = visit("ears")
+    begin(page)
+    assert page.evaluate("document.activeElement.id") == "question"
+    press(page, "2")
+    assert page.text_content("#live") == "Picture 2: Best. 4 left."
+    picture = page.get_by_role("button", name="Picture 2, Best")
+    assert picture.count() == 1 and page.get_by_role("button", name="Picture 1, not ranked").count() == 1
+    press(page, "u")
+    assert page.text_content("#live") == "Undone. 5 left."
+    press(page, "1 2 3 4")
+    assert page.text_content("#live") == "Picture 4: 4th. All are ranked. Press Enter for the next question."
+    nameless = page.evaluate("""[...document.querySelectorAll("button, input, textarea, progress")].filter((part) =>
+        !(part.textContent.trim() || part.ariaLabel || part.labels?.length || part.getAttribute("aria-labelledby")))""")
+    assert nameless == []
+
+
+def test_two_people_share_a_browser_and_keep_their_answers_apart(visit):
+    page = visit()
+    page.fill("#name", " 王 ")
+    press(page, "Enter")
+    press(page, "1 2 3 4 Enter 1")
+    page.click("#rater")
+    page.fill("#name", "Ann / B.")
+    begin(page)
+    assert question(page).startswith("1 of") and ranked(page) == [None] * 5
+    finish(page)
+    with page.expect_download() as download:
+        page.click("#save")
+    assert download.value.suggested_filename == "rankings-Ann-B-.json"
+    page.click("#another")
+    page.fill("#name", "王")
+    begin(page)
+    assert question(page).endswith("question 2 of 2") and ranked(page)[0] == shown(page)[0]
+
+
+def test_where_the_browser_keeps_nothing_it_says_so_and_the_study_can_be_finished(visit, tmp_path):
+    page = visit()
+    page.evaluate("() => { Storage.prototype.setItem = () => { throw new Error('blocked'); }; }")
+    page.fill("#name", "private")
+    begin(page)
+    assert page.is_visible("#warning") and "do not close" in page.text_content("#warning")
+    finish(page)
+    assert len(json.loads(save(page, tmp_path).read_text())["rankings"]) == PAIRS
