@@ -391,18 +391,13 @@ def photos(tmp_path_factory) -> Path:
     return root
 
 
-def test_in_the_tables_too_the_exemplar_is_the_whole_reference_where_other_methods_cut_it_to_the_canvas():
+def test_the_exemplar_is_the_whole_reference_where_other_methods_cut_it_to_the_canvas():
     rgb, mask = scene()
-    wide, seen = random(3, 40, 120, seed=9).sigmoid(), []
-
-    def painter(canvas: Canvas, on_step) -> torch.Tensor:
-        seen.append(canvas.reference)
-        return canvas.rgb
-
+    wide = random(3, 40, 120, seed=9).sigmoid()
     ads = [Ad(rgb[0], mask[0], ("",) * 3, 0, (wide, wide[:1]))]
-    for exemplar in (32, None):
-        generate.paint_ads(ads, painter, SimpleNamespace(size=64, multiple=64, exemplar=exemplar), 1)
-    assert torch.equal(seen[0][0], resize(wide, 32, 32)) and seen[1].shape[2:] == (64, 64)
+    whole, cut = (generate.canvas_of(ads, 64, 64, [], exemplar)[0].reference for exemplar in (32, None))
+    assert torch.equal(whole[0], resize(wide, 32, 32))
+    torch.testing.assert_close(cut[0], resize(wide[:, :, 40:80], 64, 64))
 
 
 def test_generate_paints_a_product_by_an_exemplar_without_a_mask(folder, photos, tmp_path, capsys):
