@@ -49,6 +49,8 @@ def explain(error: Exception) -> str | None:
         return "the GPU's memory is full; lower --batch (in training --micro-batch) or --size"
     if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "can't allocate memory" in str(error):
         return "the memory is full; lower --batch (in training --micro-batch) or --size"
+    if isinstance(error, RuntimeError) and re.search("gloo|NCCL", str(error)):
+        return "another process of this run has ended; its own message says why"
     if isinstance(error, SafetensorError):
         return f"{error}; make room, or choose another place"
     if isinstance(error, UnicodeError):
