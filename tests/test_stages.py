@@ -72,33 +72,52 @@ def test_two_sizes_noises_the_enlarged_picture_no_further_than_the_second_pass_g
             return torch.zeros(4, self.side, self.side), torch.ones(4, self.side, self.side), None
 
     items = read_items(world / "base")[0]
-    samples = TwoSizes(*(Samples(items, 64, Latents(side), pictures=False) for side in (16, 32)))
-    drawn = [samples[0, seed] for seed in range(64)]
+    first = torch.arange(len(items)).view(-1, 1, 1, 1).expand(-1, 4, 32, 32)
+    samples = TwoSizes(*(Samples(items, 64, Latents(side), pictures=False) for side in (16, 32)), first)
+    drawn = [samples[3, seed] for seed in range(64)]
     assert len(samples) == len(items)
     assert {s["z_0"].shape[1] for s in drawn} == {16} and {s["large_z_0"].shape[1] for s in drawn} == {32}
     assert max(s["large_t"] for s in drawn) in range(SECOND_PASS // 2, SECOND_PASS)
     assert max(s["t"] for s in drawn) > SECOND_PASS
+    assert all(torch.equal(s["large_z_first"], first[3]) for s in drawn)
+
+
+class Base:
+    """A Stable Diffusion whose UNet keeps what it is asked and answers as it is told."""
+
+    schedule = Schedule()
+    texts: list = []
+
+    def prompts(self, texts):
+        self.texts.append(texts)
+        return torch.zeros(len(texts), 1, 1)
+
+    def unet(self, z, t, P):
+        self.z_t = z
+        return torch.zeros_like(z)  # so that the error is the square of what was to be found
 
 
 def test_the_loss_of_two_sizes_adds_the_unweighted_error_without_a_prompt():
-    class Base:
-        schedule = Schedule()
-        texts: list = []
-
-        def prompts(self, texts):
-            self.texts.append(texts)
-            return torch.zeros(len(texts), 1, 1)
-
-        def unet(self, z, t, P):
-            return torch.zeros_like(z)  # so that the error is ε²
-
     sd, t = Base(), torch.tensor([3, 700])
     batch = {"index": torch.tensor([0, 1]), "z_0": random(2, 4, 8, 8), "eps": random(2, 4, 8, 8, seed=1), "t": t}
-    large = {"large_z_0": random(2, 4, 16, 16), "large_eps": random(2, 4, 16, 16, seed=2), "large_t": t // 4}
+    large = {"z_0": random(2, 4, 16, 16), "z_first": random(2, 4, 16, 16, seed=3), "t": t // 4,
+             "eps": random(2, 4, 16, 16, seed=2), "drop": torch.tensor([0.0, 0.0])}
     weight = torch.arange(1000.0)
-    loss = UNetLoss(sd, [("a mug", "a wall"), ("a bag", "a beach")], weight)(batch | large, torch.Generator())
+    loss = UNetLoss(sd, [("a mug", "a wall"), ("a bag", "a beach")], weight)
+    total = loss(batch | {f"large_{name}": x for name, x in large.items()}, torch.Generator())
     first = (batch["eps"].square().mean(dim=(1, 2, 3)) * weight[t]).mean()
-    assert torch.allclose(loss, first + large["large_eps"].square().mean()) and sd.texts[1] == ["", ""]
+    assert torch.allclose(total, first + large["eps"].square().mean(), rtol=1e-4) and sd.texts[1] == ["", ""]
+
+
+@pytest.mark.parametrize("t, drop, far", [(350, 1.0, 1.0), (350, 0.5, 0.5), (150, 1.0, 0.5), (150, 0.0, 0.0)])
+def test_the_second_pass_learns_the_noise_that_leads_from_the_first_ones_picture_to_the_drawn_one(t, drop, far):
+    sd, (z_0, z_first, eps) = Base(), (random(1, 4, 8, 8, seed=k) for k in range(3))
+    loss = UNetLoss(sd, [], torch.ones(1000)).second_pass(z_0, z_first, eps, torch.tensor([t]), torch.tensor([drop]))
+    a = sd.schedule.alpha_bar[t].item()
+    z_start = (1 - far) * z_0 + far * z_first
+    z_t = a**0.5 * z_start + (1 - a) ** 0.5 * eps
+    wanted = (z_t - a**0.5 * z_0) / (1 - a) ** 0.5  # so that (z_t − √(1 − ᾱ) ε) / √ᾱ = z_0
+    assert torch.allclose(sd.z_t, z_t, atol=1e-5) and torch.allclose(loss, wanted.square().mean(), rtol=1e-4)
 
 
 def test_stage_unet_learns_both_passes_through_the_command_line(world, base, tmp_path, quick):  # noqa: F811
