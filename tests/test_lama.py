@@ -234,7 +234,7 @@ def test_r1_is_the_length_of_the_gradient_at_real_pictures(ads, monkeypatch):
 
 def trained(ads: Path, out: Path, *options: str) -> Path:
     train.main(["lama", "--data", str(ads), "--size", "32", "--batch", "4", "--out", str(out), "--device", "cpu",
-                "--lr", "2e-3", *options])
+                *options])
     return out
 
 
@@ -247,12 +247,25 @@ def small(request):
     patch.undo()
 
 
-def test_training_lama_lowers_its_loss_and_draws_a_sheet(ads, small, tmp_path):
-    out = trained(ads, tmp_path / "run", "--steps", "20", "--log-every", "5")
-    log = [json.loads(line) for line in (out / "training" / "lama" / "log.jsonl").read_text().splitlines()]
-    assert log[-1]["raw"] < log[0]["raw"] and (out / "training" / "lama" / "sheet_000020.png").is_file()
+def test_lama_learns_to_paint_two_ads(ads):
+    """Against a discriminator that stays as it is: beside one that learns, the loss need not fall."""
+    torch.manual_seed(0)
+    loss, batch = LaMaLoss(LaMa(LAMA), Discriminator(4)), batch_of(ads)
+    optimizer, errors = torch.optim.AdamW([p for p in loss.lama.parameters() if p.requires_grad], 1e-2), []
+    for _ in range(40):
+        painted = loss.lama.fill(batch["image"], (batch["mask"] > 0.99).float())
+        loss.of_lama(batch["image"], painted).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        errors.append(F.l1_loss(painted, batch["image"]).item())
+    assert errors[-1] < 0.7 * errors[0]
+
+
+def test_the_stage_lama_trains_writes_a_lama_and_draws_a_sheet(ads, small, tmp_path):
+    out = trained(ads, tmp_path / "run", "--steps", "2")
     lama = load_lama(out / "lama")
     assert lama.size == 32 and not torch.equal(lama.model[1].bn_l.running_mean, torch.zeros(LAMA["width"]))
+    assert [file.name for file in (out / "training" / "lama").glob("sheet_*.png")] == ["sheet_000002.png"]
 
 
 def test_a_resumed_training_of_lama_ends_at_the_same_weights(ads, small, tmp_path):
