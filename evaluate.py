@@ -139,8 +139,6 @@ def table(lab: Lab, name: str) -> None:
 
 def available(lab: Lab, method: str) -> bool:
     """Whether a method can paint: beside a base of one's own, a rival needs the option that names its network."""
-    if method not in METHODS:
-        return False
     return lab.networks.options["weights"] is None or not METHODS[method].own or bool(lab.networks.options[method])
 
 

@@ -233,7 +233,7 @@ def generate_product(args) -> None:
         save(gallery.sheet(small, "ControlNet" if args.controlnet else "CG"), args.out / SHEET)
     say_next("--product PHOTO --mask MASK --category NAME paints around a product of your own" if demo else
              "--num 4 paints more of them; --how FILE prints the command that paints one again" if references else
-             "--reference AD --reference-mask MASK paints in the style of an ad")
+             "evaluate.py measures it" if args.lama else "--reference AD --reference-mask MASK paints in its style")
 
 
 def generate_data(args) -> None:

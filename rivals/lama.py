@@ -182,7 +182,8 @@ class LaMa(nn.Module):
 
     def fill(self, rgb: Tensor, known: Tensor) -> Tensor:
         """What the network makes of pictures (B, 3, H, W) that are `known` where (B, 1, H, W) is 1, else hidden."""
-        return self.model(torch.cat([rgb * known, 1 - known], dim=1))
+        x = torch.cat([rgb * known, 1 - known], dim=1)
+        return self.model(x.contiguous(memory_format=torch.channels_last))  # on a CPU about a tenth faster
 
     def forward(self, rgb: Tensor, mask: Tensor) -> Tensor:
         """rgb (B, 3, H, W) in [0, 1] of any size, M (B, 1, H, W) -> (B, 3, H, W): rgb where M = 1, all else painted.

@@ -28,8 +28,9 @@ from weights import save_module
 TOY_LAMA = {"_class_name": "LaMa", "width": 16, "levels": 3, "blocks": 6, "global_channels": 96}
 LAMA_SETTINGS = dict(lr=5e-4, batch=8, steps=2400, size=128, ema=0.0, warmup=50, decay=0.3, clip_gradient=0.0)
 
-# Weights of the loss's terms, in LaMa's proportions; that of R1 is for pictures in [0, 1]
-RECONSTRUCTION, ADVERSARIAL, MATCHING, R1 = 1.0, 1.0, 10.0, 1e-3
+# Weights of the loss's terms. The last three are in LaMa's proportions; reconstruction, there of what is known, is
+# here of the whole picture, and as heavy as the perceptual loss that is missing. R1's is for pictures in [0, 1]
+RECONSTRUCTION, ADVERSARIAL, MATCHING, R1 = 5.0, 1.0, 10.0, 1e-3
 
 
 class Discriminator(nn.Module):

@@ -29,8 +29,8 @@ class ModelChoice:
     cg: Path | None = None
     pg: Path | None = None
     controlnet: Path | None = None  # in CG's place
-    lama: Path | None = None  # a rival, in place of all the others; this and the next
-    paint_by_example: Path | None = None
+    lama: Path | None = None  # a rival, in place of all the others
+    paint_by_example: Path | None = None  # likewise
     device: str = "auto"
     dtype: str = "auto"
 

@@ -533,16 +533,20 @@ def test_bad_use_is_one_line(arguments, message, tmp_path, monkeypatch, ads, tin
 
 
 def test_what_is_missing_is_said_before_anything_is_painted(ads, tiny, tmp_path):
-    """A category that CG was not trained on. The row that only --cg-plain can give is left out where it is missing."""
+    """A category that CG was not trained on. The row that only --cg-plain can give is left out where it is missing; one
+    of the paper's says that its network is not given.
+    """
     shutil.copytree(tiny["--cg"], tmp_path / "cg")
     (tmp_path / "cg" / "categories.json").write_text('{"mug": "sks 0"}')
     with pytest.raises(BadInput, match="CG was not trained on category '[a-z ]+'; choose one of mug$"):
         command(ads, tmp_path / "results", tiny | {"--cg": tmp_path / "cg"}, "table1")
-    command(ads, tmp_path / "results", {name: path for name, path in tiny.items() if name != "--cg-plain"}, "table1",
-            "--limit", "2")
+    given = {name: path for name, path in tiny.items() if name not in ("--cg-plain", "--lama")}
+    command(ads, tmp_path / "results", given, "table1", "--limit", "2")
     rows = json.loads((tmp_path / "results" / "table1.json").read_text())["rows"]
     assert [row["method"] for row in rows] == [
         "LaMa", "Stable Diffusion", "ControlNet", "CG", "originals of other products"]
+    assert [row["method"] for row in rows if not row["measured"]] == ["LaMa"]
+    assert "| LaMa | not given | 88.33 |" in (tmp_path / "results" / "table1.md").read_text()
 
 
 def test_an_ad_that_cannot_be_read_is_named_and_left_out_of_the_centres(ads, tiny, tmp_path, capsys):

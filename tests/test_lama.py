@@ -25,7 +25,7 @@ from support.images import to_tensor
 from support.layouts import lama_config
 from support.opening import open_image
 from toy.world import write_world
-from weights import main as weights_main, save_module
+from weights import load_control, load_stable_diffusion, main as weights_main, save_module
 
 LAYOUT = Path(__file__).resolve().parents[2] / "shared" / "layouts" / "big_lama_generator.json"
 ROUNDING = 1e-5  # of the largest value: what float32 sums in another order may differ by
@@ -184,6 +184,13 @@ def test_weights_that_are_no_lama_are_refused_in_a_line(lama, tmp_path, kind, me
     assert "\n" not in str(error.value)
 
 
+def test_a_lama_given_as_another_model_is_named_as_what_it_is(lama, tmp_path):
+    save_file({f"generator.{name}": tensor for name, tensor in lama.state_dict().items()}, tmp_path / "x.safetensors")
+    for load in load_stable_diffusion, load_control:
+        with pytest.raises(BadInput, match="it looks like a LaMa$"):
+            load(tmp_path / "x.safetensors")
+
+
 # ---------------------------------------------------------------- training
 
 
@@ -234,7 +241,7 @@ def test_r1_is_the_length_of_the_gradient_at_real_pictures(ads, monkeypatch):
 
 def trained(ads: Path, out: Path, *options: str) -> Path:
     train.main(["lama", "--data", str(ads), "--size", "32", "--batch", "4", "--out", str(out), "--device", "cpu",
-                "--lr", "2e-3", *options])
+                *options])
     return out
 
 
@@ -247,12 +254,25 @@ def small(request):
     patch.undo()
 
 
-def test_training_lama_lowers_its_loss_and_draws_a_sheet(ads, small, tmp_path):
-    out = trained(ads, tmp_path / "run", "--steps", "20", "--log-every", "5")
-    log = [json.loads(line) for line in (out / "training" / "lama" / "log.jsonl").read_text().splitlines()]
-    assert log[-1]["raw"] < log[0]["raw"] and (out / "training" / "lama" / "sheet_000020.png").is_file()
+def test_lama_learns_to_paint_two_ads(ads):
+    """Against a discriminator that stays as it is: beside one that learns, the loss need not fall."""
+    torch.manual_seed(0)
+    loss, batch = LaMaLoss(LaMa(LAMA), Discriminator(4)), batch_of(ads)
+    optimizer, errors = torch.optim.AdamW([p for p in loss.lama.parameters() if p.requires_grad], 1e-2), []
+    for _ in range(25):
+        painted = loss.lama.fill(batch["image"], (batch["mask"] > 0.99).float())
+        loss.of_lama(batch["image"], painted).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        errors.append(F.l1_loss(painted, batch["image"]).item())
+    assert errors[-1] < 0.8 * errors[0]
+
+
+def test_the_stage_lama_trains_writes_a_lama_and_draws_a_sheet(ads, small, tmp_path):
+    out = trained(ads, tmp_path / "run", "--steps", "2")
     lama = load_lama(out / "lama")
     assert lama.size == 32 and not torch.equal(lama.model[1].bn_l.running_mean, torch.zeros(LAMA["width"]))
+    assert [file.name for file in (out / "training" / "lama").glob("sheet_*.png")] == ["sheet_000002.png"]
 
 
 def test_a_resumed_training_of_lama_ends_at_the_same_weights(ads, small, tmp_path):
@@ -300,6 +320,7 @@ def test_generate_paints_a_product_by_lama_alone(folder, ads, tmp_path, capsys):
     ("--data {product}", "--lama and --data exclude each other"),
     ("--product {product} --refine 2", "--refine is a second pass of the base, and this rival has none"),
     ("--product {product} --dtype float16", "--dtype float16: LaMa's Fourier transforms need float32"),
+    ("--product {product} --refine 2", "--refine 2: a rival paints once; leave it out"),
     ("--product {product} --size 100", "--size 100: must be a multiple of 8, such as 96"),
 ])
 def test_bad_use_of_lama_is_one_line(folder, ads, tmp_path, options, message):
