@@ -1,7 +1,7 @@
 """The methods that section 5 compares, and the pictures that they paint of a data set.
 
 To add a method, add an entry to METHODS. For a rival that is made of Stable Diffusion's parts, also write a function
-like those in rivals/baselines.py; for one with networks of its own a class like LaMa and PaintByExample, which
+like those in rivals/baselines.py; for one with networks of its own, a class like LaMa and PaintByExample, which
 support.models.load_rival loads.
 """
 
