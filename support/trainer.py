@@ -217,8 +217,13 @@ class Trainer:
         return self.parameters, self.ema.values, self.optimizer, self.scaler
 
     def batches(self) -> Iterator[tuple[int, dict]]:
-        """The steps still to be taken, counted from 0, and this process's share of each batch."""
+        """The steps still to be taken, counted from 0, and this process's share of each batch.
+
+        First draws the sheet that a run did not get to that was killed after its last checkpoint.
+        """
         s = self.settings
+        if self.start and self.due(self.start - 1, s.sample_every) and not sheet_path(s.folder, self.start).exists():
+            self.draw(self.start - 1)
         order = Batches(len(self.task.samples), s.batch, s.seed, self.start, s.steps, self.rank, self.world)
         loader = DataLoader(self.task.samples, batch_sampler=order, num_workers=s.workers, pin_memory=s.device != "cpu",
                             worker_init_fn=ignore_sigterm)
@@ -367,13 +372,11 @@ class Trainer:
             raise SystemExit(128 + signal.SIGTERM)
 
     def finish(self) -> None:
-        """Says what was written and what can be done with it. Draws a finished run's sheet if it was killed before."""
+        """Says what was written and what can be done with it."""
         barrier()  # what the first process saves is there when any goes on
         if self.rank:
             return
         folder, out = self.settings.folder, self.settings.out
-        if self.start == self.settings.steps and not sheet_path(folder, self.start).exists():
-            self.draw(self.start - 1)
         print(f"trained {self.task.name}: {', '.join(str(out / name) for name in self.task.modules)}")
         sheets = [sheet.name for sheet in sorted(folder.glob("sheet_*.png"))[-1:]]
         print(f"to look at, in {folder}: {', '.join(['loss.png', *sheets, 'log.jsonl'])}")

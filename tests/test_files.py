@@ -13,9 +13,11 @@ import pytest
 import torch
 
 from support import files, machine
+from support.cache import compute_once
 from support.files import (
     BadInput,
     append_line,
+    explain,
     one_line_errors,
     read_json,
     read_log,
@@ -223,6 +225,20 @@ def test_names_that_are_no_unicode_are_written_as_escapes_and_read_back(tmp_path
     assert r'{"image": "\udcb1\udcad", "category": "杯"}' in (tmp_path / "log").read_text(encoding="utf-8")
     assert [os.fsencode(line["image"]) for line in read_log(tmp_path / "log")] == ["杯".encode("gbk"), b"b"]
     assert read_json(tmp_path / "a.json") == {GBK: 1}
+
+
+def test_a_process_whose_partner_has_ended_says_so_in_one_line():
+    for lost in ("[../gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:40372: Connection reset by peer",
+                 "NCCL communicator was aborted on rank 1"):
+        assert explain(RuntimeError(lost)) == "another process of this run has ended; its own message says why"
+
+
+def test_a_broken_file_of_a_cache_is_named(tmp_path):
+    compute_once(tmp_path, "key", lambda: {"x": torch.ones(2)})
+    [file] = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(BadInput, match=f"{file.name} is broken; remove it, and it is computed again"):
+        compute_once(tmp_path, "key", dict)
 
 
 # ---------------------------------------------------------------- names

@@ -652,6 +652,9 @@ def test_a_finished_run_that_is_resumed_says_that_it_is_done_and_changes_nothing
     assert out == said and err.endswith(f"{folder} is done: it is at step 2; a larger --steps trains it further\n")
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert not list(folder.glob(".*"))
+    (folder / "sheet_000002.png").unlink()
+    command(*run[:-1], 3, "--sample-every", 2, "--resume")
+    assert [path.name for path in sorted(folder.glob("sheet*"))] == ["sheet_000002.png", "sheet_000003.png"]
 
 
 def test_a_branch_starts_from_another_of_its_layout(world, base, cg, tmp_path, quick):
