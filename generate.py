@@ -103,8 +103,8 @@ def paint(sd: StableDiffusion, canvas: Canvas, how: Painting, cg: ControlNet | N
         hint = background_hint(canvas.reference.to(weight), canvas.reference_mask.to(weight))
         branches.append((pg, pg.hint_features(hint)))
     begin = canvas.reference if how.from_reference else None  # what z_T is made from
-    if first is not None:  # enlarged as pictures: latents would blur
-        begin = torch.stack([resize(picture, *rgb.shape[2:]) for picture in first])
+    if first is not None:  # enlarged as pictures, since latents would blur, and with the products themselves
+        begin = canvas.rgb.lerp(torch.stack([resize(picture, *rgb.shape[2:]) for picture in first]), 1 - canvas.mask)
         start = how.refine_from * sd.schedule.T // 1000
     z_ref = None if begin is None else sd.encode(begin)
     given = Conditions(encode_prompts(sd, canvas.texts), encode_prompts(sd, [("", "", "")] * len(rgb)), branches, mask,

@@ -8,8 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_lama import random_lama
+from test_paint_by_example import (
+    folder as example,  # noqa: F401 (a fixture, and what it needs)
+    pbe,  # noqa: F401
+)
 
+from rivals.lama import LAMA_FILE
 from support.files import read_json, write_json
+from weights import save_module
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -19,17 +26,22 @@ COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.star
 # What makes each program's run short, added to its command; a later option counts
 SHORT = {"generate.py": "--steps 2", "train.py": "--steps 2 --batch 4",
          "toy/world.py": "--base 8 --ads 8 --bg1k 8 --pairs 9",
-         "evaluate.py": "--steps 1 --controlnet toy/cg --cg-plain toy/cg-plain --guide-clip toy/clip"}
+         "evaluate.py": "--steps 1 --controlnet toy/cg --cg-plain toy/cg-plain --guide-clip toy/clip --lama toy/lama "
+                        "--paint-by-example toy/example",
+         "study.py": "--steps 1"}
 
 
 @pytest.mark.slow
-def test_every_command_of_the_readme_runs_in_order(tmp_path):
+def test_every_command_of_the_readme_runs_in_order(example, tmp_path):  # noqa: F811
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
     for folder in ("support", "rivals", "toy"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("data", "__pycache__"))
-    plain = shutil.copytree(ROOT / "toy" / "cg", tmp_path / "toy" / "cg-plain")  # a stand-in, so that none is trained
+    # stand-ins for networks that are trained on first use
+    plain = shutil.copytree(ROOT / "toy" / "cg", tmp_path / "toy" / "cg-plain")
     write_json(read_json(plain / "config.json") | {"attention": "plain"}, plain / "config.json")
+    shutil.copytree(example, tmp_path / "toy" / "example")
+    save_module(random_lama(), tmp_path / "toy" / "lama", LAMA_FILE)
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     assert {command.split()[1] for command in COMMANDS} == {*SHORT}
     for command in COMMANDS:
