@@ -29,7 +29,7 @@ class Painting:
     from_reference: bool = True  # z_T is the reference's latent noised, where there is one; else pure noise
     hint: str = "product"  # what the branch in CG's place sees: I ⊗ M, or "inpaint", as ControlNet 1.1 inpaint does
     # Ours, not the paper's:
-    sampler: str = "ddim"  # or "dpm++", DPM-Solver++ (2M): 20 steps do what DDIM does in 50
+    sampler: str = "ddim"  # or "dpm++", DPM-Solver++ (2M), for fewer steps
     refine: int = 1  # how many times larger a second pass paints the picture again; 1: no second pass
     refine_from: int = 301  # T', from which the second pass denoises, in thousandths of the schedule
     refine_alone: bool = False  # the second pass is the base's alone: no branches, the prompt '', no guidance

@@ -84,7 +84,7 @@ def add_walk_options(add: Callable, refine: str) -> None:
     add("--steps", metavar="N", type=whole_number(1, 500), default=Painting.steps,
         help=f"steps of denoising [{Painting.steps}, the paper's]")
     add("--sampler", choices=["ddim", "dpm++"], default=Painting.sampler,
-        help="dpm++: DPM-Solver++ (2M), whose 20 steps do what DDIM does in 50 [ddim, the paper's]")
+        help="dpm++: DPM-Solver++ (2M), for fewer steps, such as 20 [ddim, the paper's]")
     add("--guidance", metavar="X", type=real_number(1, 30),
         help=f"weight of the prompt, 1: without guidance [{Painting.guidance}, the paper's; Paint by Example's own "
         f"{GUIDANCE}]")
