@@ -2,7 +2,7 @@
 
     python toy/measure.py vae --vae toy/base/vae        # the decoder: PSNR, and the error beside edges
     python toy/measure.py base --base toy/base          # the UNet: error of ε by timestep, at both passes' sizes
-    python toy/measure.py flat out/*.png                # pictures: grain on flat surfaces, beside the drawn ads'
+    python toy/measure.py flat --base toy/base          # grain on flat surfaces, painted and drawn
 """
 
 import argparse
@@ -15,16 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import Ads
-from generate import TOY
-from sampler import draw_noise, seeded
+from data import Ad, Ads
+from generate import canvas_of, paint, prompts_by_category
+from sampler import Painting, draw_noise, seeded
 from support.datasets import Item, read_items
 from support.files import one_line_errors
-from support.images import to_tensor
-from support.opening import as_mode, decode
+from support.images import load_cutout, load_masked
+from support.models import TOY, ModelChoice, load_models
 from support.options import Parser, whole_number
+from support.painting import TOY_REFINE
 from toy.stages import near_edges
-from toy.world import TOY_DATA, draw_on_first_use
+from toy.world import SAMPLES, TOY_DATA, draw_on_first_use
 from vae import VAE
 from weights import UNET_FILE, load_module, load_stable_diffusion
 
@@ -82,10 +83,28 @@ def grain(images: Tensor) -> float:
     return (laplacian * flat).sum().item() / flat.sum().item()
 
 
+def measure_flat(base: Path) -> None:
+    """Prints the grain of the samples that CG + PG paint, before and after the second pass and before they are rounded
+    to 8 bits, beside that of their references.
+    """
+    names = [name for name, sample in SAMPLES.items() if sample.reference_seed is not None]
+    categories = [SAMPLES[name].product for name in names]
+    models = load_models(ModelChoice(base, cg=TOY / "cg", pg=TOY / "pg", dtype="float32"), None, {*categories}, True)
+    texts = prompts_by_category(models.identifiers, models.sd.tokenizer)
+    ads = [Ad(*load_cutout(TOY / "samples" / f"{name}.png"), texts[category], 0,
+              load_masked(TOY / "samples" / f"{name}_reference.png")) for name, category in zip(names, categories)]
+    how = Painting(**TOY_REFINE)
+    first = paint(models.sd, canvas_of(ads, SIZE // 2, SIZE // 2, seeded(0, len(ads)))[0], how, models.cg, models.pg)
+    large = canvas_of(ads, SIZE, SIZE, seeded(0, len(ads)))[0]
+    pictures = {"drawn references": large.reference, "second pass": paint(models.sd, large, how, first=first),
+                "first pass, enlarged": F.interpolate(first, size=(SIZE, SIZE), mode="bicubic", antialias=True)}
+    print(f"{base}, mean absolute Laplacian of 255 on flat surfaces, {len(ads)} samples: "
+          + ", ".join(f"{name} {grain(x):.2f}" for name, x in pictures.items()))
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["vae", "base", "flat"])
-    parser.add_argument("pictures", metavar="FILE", type=Path, nargs="*", help="flat: painted pictures, 256 px or more")
     parser.add_argument("--vae", metavar="DIR", type=Path, default=TOY / "base" / "vae")
     parser.add_argument("--base", metavar="DIR", type=Path, default=TOY / "base")
     parser.add_argument("--data", metavar="DIR", type=Path, default=TOY_DATA / "ads", help="[the toy's ads]")
@@ -95,16 +114,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
+    if args.what == "flat":
+        measure_flat(args.base)
+        return
     items = held_out(args.data, args.limit)
     if args.what == "vae":
         measure_vae(args.vae, pictures(items, SIZE))
-    elif args.what == "base":
-        measure_base(args.base, items)
     else:
-        print(f"drawn ads, {len(items)}: {grain(pictures(items, SIZE)):.2f}")
-        for path in args.pictures:
-            x = to_tensor(as_mode(decode(path), "RGB"))[None]
-            print(f"{path}: {grain(F.interpolate(x, size=(SIZE, SIZE), mode='area')):.2f}")
+        measure_base(args.base, items)
 
 
 if __name__ == "__main__":
