@@ -26,15 +26,17 @@ from support.trainer import Task
 from weights import save_module
 
 TOY_LAMA = {"_class_name": "LaMa", "width": 16, "levels": 3, "blocks": 6, "global_channels": 96}
-LAMA_SETTINGS = dict(lr=5e-4, batch=8, steps=2400, size=128, ema=0.0, warmup=50, decay=0.3, clip_gradient=0.0)
+LAMA_SETTINGS = dict(lr=1e-3, batch=8, steps=2400, size=128, ema=0.0, warmup=50, decay=0.3, clip_gradient=0.0)
 
-# Weights of the loss's terms. The last three are in LaMa's proportions; reconstruction, there of what is known, is
-# here of the whole picture, and as heavy as the perceptual loss that is missing. R1's is for pictures in [0, 1]
-RECONSTRUCTION, ADVERSARIAL, MATCHING, R1 = 5.0, 1.0, 10.0, 1e-3
+# Weights of the loss's terms. Matching's and R1's are LaMa's, relative to the adversarial one. LaMa's reconstruction is
+# of what is known; here it is of the whole picture, in the perceptual loss's place, and keeps a short training steady
+RECONSTRUCTION, ADVERSARIAL, MATCHING, R1 = 100.0, 1.0, 10.0, 1e-3
 
 
 class Discriminator(nn.Module):
-    """Whether a picture's patches are real: (B, 3, H, W) -> logits (B, 1, h, w), and the features of each layer."""
+    """Whether a picture's patches are real: (B, 3, H, W) -> logits (B, 1, h, w), and the features of all layers but the
+    first. These are normalised: otherwise the discriminator, which gains by different features, makes them ever larger.
+    """
 
     def __init__(self, width: int = 32, levels: int = 3):
         super().__init__()
@@ -43,9 +45,9 @@ class Discriminator(nn.Module):
         self.last = nn.Conv2d(widths[-1], 1, 3, padding=1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        features = []
-        for layer in self.layers:
-            x = F.leaky_relu(layer(x), 0.2)
+        x, features = F.leaky_relu(self.layers[0](x), 0.2), []
+        for layer in self.layers[1:]:
+            x = F.leaky_relu(F.instance_norm(layer(x)), 0.2)
             features.append(x)
         return self.last(x), features
 

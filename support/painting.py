@@ -43,15 +43,10 @@ def painting_of(args: argparse.Namespace, **others) -> Painting:
 
 
 def own_defaults(args: argparse.Namespace) -> dict:
-    """What a rival with networks of its own paints with by default: without a second pass, which is the base's.
-
-    Raises BadInput where one is asked for. --refine 1 is the default, which --how prints.
-    """
-    if not (args.lama or args.paint_by_example):
-        return {}
-    if (args.refine or 1) > 1:
-        raise BadInput(f"--refine {args.refine}: a rival paints once; leave it out")
-    return {"refine": 1, "guidance": GUIDANCE} if args.paint_by_example else {"refine": 1}
+    """What a rival with networks of its own paints with by default: without a second pass, which is the base's."""
+    if args.paint_by_example:
+        return {"refine": 1, "guidance": GUIDANCE}
+    return {"refine": 1} if args.lama else {}
 
 
 def settled(how: Painting) -> dict:

@@ -320,7 +320,7 @@ def test_generate_paints_a_product_by_lama_alone(folder, ads, tmp_path, capsys):
     ("--data {product}", "--lama and --data exclude each other"),
     ("--product {product} --refine 2", "--refine is a second pass of the base, and this rival has none"),
     ("--product {product} --dtype float16", "--dtype float16: LaMa's Fourier transforms need float32"),
-    ("--product {product} --refine 2", "--refine 2: a rival paints once; leave it out"),
+    ("--product {product} --refine 2", "--refine is a second pass of the base"),
     ("--product {product} --size 100", "--size 100: must be a multiple of 8, such as 96"),
 ])
 def test_bad_use_of_lama_is_one_line(folder, ads, tmp_path, options, message):
