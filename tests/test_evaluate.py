@@ -380,7 +380,7 @@ def test_the_figures_are_those_of_the_pictures(results, ads, tiny):
 
 def test_tables_share_pictures_and_nothing_is_painted_twice(results, ads, tiny, capsys):
     before = {path: path.stat().st_mtime_ns for path in results.rglob("*.png")}
-    assert len(list((results / "pictures" / "ref").iterdir())) == 8  # 4 rows of Table 2, 5 of Table 4, one in both
+    assert len(list((results / "pictures" / "ref").iterdir())) == 9  # 5 rows of Table 2, 5 of Table 4, one in both
     command(ads, results, tiny, "table1")
     assert {path: path.stat().st_mtime_ns for path in results.rglob("*.png")} == before
     assert "painting" not in capsys.readouterr().err

@@ -304,7 +304,10 @@ def test_a_second_pass_of_a_prompt_is_as_much_larger(run):
 
 @pytest.mark.parametrize("alone", [False, True])
 def test_the_second_pass_sees_the_ads_at_its_own_size_and_starts_from_the_first_picture(toy, monkeypatch, alone):
-    """A wide ad on canvases of 64 and 128 pixels: with all networks, or the base alone, with no prompt or guidance."""
+    """A wide ad on canvases of 64 and 128 pixels: with all networks, or the base alone, with no prompt or guidance.
+
+    It starts from I ⊗ M + enlarged ⊗ (1 − M): the product itself on the first pass's picture, enlarged.
+    """
     seen, encoded, (h, w) = [], [], (40, 90)
     models_ = models.load_models(models.ModelChoice(dtype="float32", device="cpu", weights=toy / "base",
                                                     cg=toy / "cg", pg=toy / "pg"), None, {"mug"}, with_pg=True)
@@ -320,7 +323,9 @@ def test_the_second_pass_sees_the_ads_at_its_own_size_and_starts_from_the_first_
     (_, _, small, *_), (_, _, large, _, shape, way, z_ref, _, start) = seen
     assert (small.mask.shape, large.mask.shape) == ((1, 1, 32, 64), (1, 1, 64, 128)) and start == 600
     assert torch.equal(large.mask[0], fit(mask, 64, 128, "contain")[0])
-    assert torch.equal(encoded[-1][0], resize(painted[0][0], 64, 128)) and shape == (4, 16, 32)
+    (I, M), enlarged = (fit(x, 64, 128, "contain")[0] for x in (rgb, mask)), resize(painted[0][0], 64, 128)
+    torch.testing.assert_close(encoded[-1][0], I * M + enlarged * (1 - M))
+    assert shape == (4, 16, 32)
     if alone:
         assert large.branches == [] and way.guidance == 1 and torch.equal(large.prompts.P, large.unconditional.P)
     else:
@@ -590,7 +595,7 @@ BAD = {  # options: what the line says
     "--product rgb.png --category mug --mask black.png": "black.png is empty",
     "--product rgb.png --category mug --mask white.png": "white.png covers the whole picture",
     "--product mug.png --category teapot": "choose one of mug, running shoe, watch; or add --plain-prompt",
-    "--product mug.png": "--product goes with --category; add that one",
+    "--product mug.png": "--product goes with --category; add the product's category",
     "--category mug": "--category goes with --product",
     "--mask mask.png": "--mask goes with --product",
     "--product mug.png --category rice cooker": "not trained on category 'cooker'",

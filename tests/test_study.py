@@ -290,7 +290,7 @@ def test_of_two_files_by_one_rater_the_one_saved_last_counts(tmp_path):
 
 
 @pytest.mark.parametrize("words, message", [
-    ("make --methods cg nonsense", "--methods: there is no method nonsense; choose from stable-diffusion, "),
+    ("make --methods cg nonsense", "--methods: there is no method nonsense; choose from "),
     ("make --methods cg shuffled", "--methods: there is no method shuffled"),
     ("make --methods cg", "two to nine different"),
     ("power --methods cg cg", "two to nine different"),
