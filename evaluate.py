@@ -34,11 +34,11 @@ from rivals.methods import METHODS, PROTOCOLS, Lab
 from rivals.options import add_lab_options, lab_of
 from support.datasets import Item, read_items
 from support.figures import choose, cutout_of, picture_of, scatter, tsne
-from support.files import BadInput, one_line_errors, write_atomic, write_json
+from support.files import BadInput, one_line_errors, write_json, write_text
 from support.images import sheet
 from support.lock import locked
 from support.machine import processes
-from support.metrics import RESAMPLES, Measured, compare, interval, plus_minus, similarity
+from support.metrics import RESAMPLES, Measured, compare, interval, markdown_table, plus_minus, similarity
 from support.options import Parser, whole_number
 from toy.world import draw_on_first_use
 
@@ -133,7 +133,7 @@ def table(lab: Lab, name: str) -> None:
     settings = {"data": str(lab.data), "steps": lab.how.steps, "sampler": lab.how.sampler,
                 "guidance": lab.how.guidance, "refine": lab.how.refine, "seed": lab.seed}
     write_json(settings | {"rows": results}, lab.out / f"{name}.json")
-    write_atomic(lab.out / f"{name}.md", lambda new: new.write_text("\n".join(lines) + "\n", encoding="utf-8"))
+    write_text("\n".join(lines) + "\n", lab.out / f"{name}.md")
     print(*lines, "", lab.out / f"{name}.md", lab.out / f"{name}.json", sep="\n")
 
 
@@ -148,7 +148,6 @@ def markdown(results: list[dict], protocols: list[str], metrics: list[str]) -> l
     for protocol in protocols:
         for metric in metrics:
             lines[0] += [f"{PROTOCOLS[protocol]} {METRICS[metric]}".strip()] + ["paper"] * (metric != "joint")
-    lines.append(["---"] * len(lines[0]))
     for k, result in enumerate(results):
         if k % len(protocols) == 0:
             lines.append([result["method"]])
@@ -156,7 +155,7 @@ def markdown(results: list[dict], protocols: list[str], metrics: list[str]) -> l
             lines[-1].append(plus_minus(result["measured"][metric]) if result["measured"] else "not given")
             if metric != "joint":  # which the paper does not have
                 lines[-1].append(f"{result['paper'][i]:.2f}" if result["paper"] else "")
-    return ["| " + " | ".join(cells) + " |" for cells in lines]
+    return markdown_table(lines)
 
 
 def lines_ahead(results: list[dict], ours: str, protocols: list[str], metrics: list[str]) -> list[str]:

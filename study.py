@@ -27,7 +27,7 @@ from support.files import BadInput, one_line_errors, read_json, write_json, writ
 from support.handout import Pair, plan, write_handout
 from support.lock import locked
 from support.machine import processes
-from support.metrics import RESAMPLES, plus_minus, similarity
+from support.metrics import RESAMPLES, markdown_table, plus_minus, similarity
 from support.names import one_line
 from support.opening import open_image
 from support.options import Parser, check_folder, real_number, whole_number
@@ -205,11 +205,6 @@ def score(args: argparse.Namespace) -> None:
             | results, args.out / "table3", "power shows how many raters a smaller difference needs")
 
 
-def markdown(rows: list[list[str]]) -> list[str]:
-    """A Markdown table's lines; the first row is its head."""
-    return ["| " + " | ".join(row) + " |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])]
-
-
 def table3(methods: list[str], results: dict) -> list[str]:
     rows = [["method", *(cell for question in QUESTIONS for cell in (f"{question} ↑", "paper"))]]
     for i, method in enumerate(methods):
@@ -217,7 +212,7 @@ def table3(methods: list[str], results: dict) -> list[str]:
         for question in QUESTIONS:
             paper = f"{getattr(PAPER[method], question):.2f}" if method in PAPER else ""
             rows[-1] += [plus_minus(results[question]["mean_rank_scores"][i]), paper]
-    return markdown(rows)
+    return markdown_table(rows)
 
 
 def win_table(methods: list[str], question: str, rates: list[list[list[float]]]) -> list[str]:
@@ -226,7 +221,7 @@ def win_table(methods: list[str], question: str, rates: list[list[list[float]]])
     for i, method in enumerate(methods):
         cells = [f"{100 * rate:.0f} ± {100 * half:.0f}" for rate, half in rates[i]]
         rows.append([label_of(method), *cells[:i], "", *cells[i + 1 :]])
-    return markdown(rows)
+    return markdown_table(rows)
 
 
 def publish(lines: list[str], content: dict, path: Path, following: str) -> None:
@@ -275,7 +270,7 @@ def power_tables(methods: list[str], similarities: Tensor, means: Tensor, found:
         enough = next((f"{raters}" for raters, share in found.items() if share[i, j] >= 0.8), f"more than {max(found)}")
         shares.append([f"{difference:.2f}", label_of(methods[i]), label_of(methods[j]),
                        *(f"{100 * share[i, j]:.0f}%" for share in found.values()), enough])
-    return [*markdown(rows), "", *markdown(shares)]
+    return [*markdown_table(rows), "", *markdown_table(shares)]
 
 
 # ---------------------------------------------------------------- the command line

@@ -180,6 +180,10 @@ class LaMa(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.model[1].bn_l.weight.dtype
 
+    def steps(self, how) -> int:
+        """How often `paint` calls on_step."""
+        return 1
+
     def fill(self, rgb: Tensor, known: Tensor) -> Tensor:
         """What the network makes of pictures (B, 3, H, W) that are `known` where (B, 1, H, W) is 1, else hidden."""
         x = torch.cat([rgb * known, 1 - known], dim=1)
@@ -198,9 +202,12 @@ class LaMa(nn.Module):
 
     @torch.inference_mode()
     def paint(self, canvas, how, on_step: Callable | None = None) -> Tensor:
-        """As generate.paint: a Canvas -> (B, 3, H, W) float32. Without steps there is no use for `how` to take them."""
+        """As generate.paint: a Canvas -> (B, 3, H, W) float32. It is one step, however `how` says to take them."""
         weight = self.model[1].bn_l.weight
-        return self(canvas.rgb.to(weight), canvas.mask.to(weight))
+        painted = self(canvas.rgb.to(weight), canvas.mask.to(weight))
+        if on_step:
+            on_step()
+        return painted
 
 
 def load_lama(path: Path | str, device="cpu") -> LaMa:

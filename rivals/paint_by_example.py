@@ -157,6 +157,10 @@ class PaintByExample:
         z = sample(self.sd.unet, self.sd.schedule, given, canvas.generators, shape, how, on_step=on_step)
         return self.sd.decode(z)
 
+    def steps(self, how: Painting) -> int:
+        """How often `paint` calls on_step."""
+        return how.steps
+
     @property
     def size(self) -> int:
         """The side in pixels of the pictures that it is for."""

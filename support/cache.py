@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from support.files import BadInput, read_tensors, sweep, write_atomic
+from support.machine import barrier, processes
 
 
 def compute_once(folder: Path, key: object, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -25,6 +27,15 @@ def compute_once(folder: Path, key: object, compute: Callable[[], dict[str, Tens
         return read_tensors(path)
     except BadInput:
         raise BadInput(f"{path} is broken; remove it, and it is computed again") from None
+
+
+def compute_parts(folder: Path, keys: list, compute: Callable[[int], dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """`compute_once` of several parts: part k, by compute(k), under keys[k]. Processes share the work."""
+    rank, world = processes()
+    for k in range(rank, len(keys), world):
+        compute_once(folder, keys[k], partial(compute, k))
+    barrier()
+    return [compute_once(folder, key, partial(compute, k)) for k, key in enumerate(keys)]
 
 
 def fingerprint(key: object) -> str:

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ from tqdm import tqdm
 
 from data import Ads
 from model import Prompts
-from support.cache import compute_once, file_fingerprint, weights_fingerprint
+from support.cache import compute_once, compute_parts, file_fingerprint, weights_fingerprint
 from support.datasets import Item
 from support.files import BadInput, not_finite
 from support.machine import barrier, processes
@@ -42,19 +41,15 @@ class Latents:
         self.scale, self.T, self.folder, ads = sd.vae.scaling_factor, sd.schedule.T, folder, Ads(items, size)
         network = [weights_fingerprint(sd.vae), size, str(amp), sd.unet.config["in_channels"]]
         files = [[file_fingerprint(item.image), file_fingerprint(item.mask), item.inverted] for item in items]
-        starts = range(0, len(items), self.PART)
-        keys = self.keys = [network + files[start : start + self.PART] for start in starts]
+        self.keys = [network + files[start : start + self.PART] for start in range(0, len(items), self.PART)]
         bar = tqdm(total=len(items), desc="encoding", unit="image", disable=rank > 0 or not sys.stderr.isatty())
 
-        def encode(start: int) -> dict[str, Tensor]:
-            part = Subset(ads, range(start, min(start + self.PART, len(items))))
+        def encode(k: int) -> dict[str, Tensor]:
+            part = Subset(ads, range(k * self.PART, min((k + 1) * self.PART, len(items))))
             return encode_ads(sd, DataLoader(part, batch, num_workers=workers), amp, lambda n: bar.update(n * world))
 
-        for start, key in list(zip(starts, keys))[rank::world]:
-            compute_once(folder, key, partial(encode, start))
+        self.parts = compute_parts(folder, self.keys, encode)
         bar.close()
-        barrier()
-        self.parts = [compute_once(folder, key, partial(encode, start)) for start, key in zip(starts, keys)]
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor | None]:
         part, row = self.parts[index // self.PART], index % self.PART

@@ -98,6 +98,11 @@ def interval(statistic: Callable[[Tensor], Tensor], n: int, resamples: int = RES
     return float(statistic(torch.arange(n))), 1.96 * float(torch.stack(values).std())
 
 
+def markdown_table(rows: list[list[str]]) -> list[str]:
+    """Its lines; the first row is its head."""
+    return ["| " + " | ".join(row) + " |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])]
+
+
 def plus_minus(pair: tuple[float, float]) -> str:
     return "{:.2f} ± {:.2f}".format(*pair)
 

@@ -56,14 +56,9 @@ def settled(how: Painting) -> dict:
 
 
 def count_steps(models: Models, how: Painting) -> int:
-    """The steps of both passes. Raises BadInput where the second is too large, or none of its steps is late enough, and
-    beside a rival with networks of its own: it is the base's.
-    """
-    if models.rival and how.refine > 1:
-        raise BadInput(f"--refine {how.refine}: the second pass is the base's; leave it out with --lama and "
-                       "--paint-by-example")
+    """The steps of both passes. Raises BadInput where the second is too large, or none of its steps is late enough."""
     if models.rival:
-        return how.steps
+        return models.rival.steps(how)
     schedule, size = models.sd.schedule, how.refine * models.size
     if size > LARGEST:
         raise BadInput(f"--refine {how.refine}: paints {size} pixels, more than {LARGEST}; lower it, or --size")

@@ -5,6 +5,7 @@ width of every level, so that a tensor that goes the wrong way does not fit.
 """
 
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the oracles read local files only
@@ -14,11 +15,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clip import TextEncoder
+from clip import TextEncoder, load_tokenizer
 from model import CategoryGenerator, PersonalityGenerator, Prompts, UNet
 from rivals.lama import LaMa
+from toy.stages import TOY_TEXT, TOY_UNET, TOY_VAE, train_tokenizer
 from vae import VAE
-from weights import control_config
+from weights import TEXT_FILE, UNET_FILE, control_config, save_control, save_module
 
 SD1 = {"_class_name": "UNet2DConditionModel", "in_channels": 4, "out_channels": 4, "act_fn": "silu", "sample_size": 16,
        "block_out_channels": [16, 24, 32, 48], "layers_per_block": 2, "attention_head_dim": 2,
@@ -79,6 +81,24 @@ def random_lama(seed: int = 0) -> LaMa:
         if name.endswith("running_var"):
             p.abs_().add_(0.8)
     return lama
+
+
+def write_tiny_toy(folder: Path, categories: dict[str, str]) -> None:
+    """A folder like toy/: base, cg and pg of random weights, at 64 pixels and a quarter of the toy's channels.
+
+    categories: their identifiers.
+    """
+    torch.manual_seed(0)
+    texts = [f"a photo of {name}, in the background of {identifier}" for name, identifier in categories.items()]
+    train_tokenizer(texts * 9, 600, 32, folder / "base" / "tokenizer")
+    tokenizer = load_tokenizer(folder / "base" / "tokenizer")
+    text = TOY_TEXT | {"vocab_size": tokenizer.bpe.get_vocab_size(), "eos_token_id": tokenizer.end, "hidden_size": 32}
+    unet = TOY_UNET | {"sample_size": 16, "block_out_channels": [8, 16, 16, 16], "cross_attention_dim": 32}
+    save_module(TextEncoder(text), folder / "base" / "text_encoder", TEXT_FILE)
+    save_module(VAE(TOY_VAE | {"block_out_channels": [8, 8, 16]}), folder / "base" / "vae", UNET_FILE)
+    save_module(UNet(unet), folder / "base" / "unet", UNET_FILE)
+    for name, branch in (("cg", CategoryGenerator), ("pg", PersonalityGenerator)):
+        save_control(branch(control_config(unet, 4)), folder / name, categories=categories)
 
 
 @pytest.fixture(scope="session")

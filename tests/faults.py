@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import fuzz
 import numpy as np
 import torch
+from conftest import write_tiny_toy
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
@@ -40,15 +41,10 @@ from tqdm import tqdm
 import evaluate
 import generate
 import train
-from clip import TextEncoder, load_tokenizer
-from model import CategoryGenerator, PersonalityGenerator, UNet
 from support.datasets import read_items
 from support.files import one_line_errors
 from support.machine import cores
-from toy.stages import TOY_TEXT, TOY_UNET, TOY_VAE, train_tokenizer
 from toy.world import write_world
-from vae import VAE
-from weights import control_config, save_control, save_module
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 NOBODY = 65534  # a user who may not write where root may
@@ -157,20 +153,9 @@ WHOLE = TMP / "whole"
 
 def make_tiny(_) -> None:
     """A base, CG and PG of random weights at 64 pixels, and the toy's ads."""
-    torch.manual_seed(0)
     write_world(TINY, size=64, ads=24, bg1k=8, pairs=8, workers=1, parts=("ads",))
     items, _ = read_items(TINY / "ads")
-    categories = {name: f"sks {i}" for i, name in enumerate(sorted({item.category for item in items}))}
-    train_tokenizer([f"a photo of {name}, in the background of sks 0" for name in categories] * 9, 600, 32,
-                    TINY / "base" / "tokenizer")
-    tokenizer = load_tokenizer(TINY / "base" / "tokenizer")
-    text = TOY_TEXT | {"vocab_size": tokenizer.bpe.get_vocab_size(), "eos_token_id": tokenizer.end, "hidden_size": 32}
-    unet = TOY_UNET | {"sample_size": 16, "block_out_channels": [8, 16, 16, 16], "cross_attention_dim": 32}
-    save_module(TextEncoder(text), TINY / "base" / "text_encoder", "model.safetensors")
-    save_module(VAE(TOY_VAE | {"block_out_channels": [8, 8, 16]}), TINY / "base" / "vae", WEIGHTS)
-    save_module(UNet(unet), TINY / "base" / "unet", WEIGHTS)
-    for name, branch in (("cg", CategoryGenerator), ("pg", PersonalityGenerator)):
-        save_control(branch(control_config(unet, 4)), TINY / name, categories=categories)
+    write_tiny_toy(TINY, {name: f"sks {i}" for i, name in enumerate(sorted({item.category for item in items}))})
 
 
 TRAINING = ["--data", TINY / "ads", "--weights", TINY / "base", "--device", "cpu", "--size", 64, "--batch", 4,

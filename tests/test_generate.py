@@ -12,21 +12,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import write_tiny_toy
 from PIL import Image
 
 import generate
-from clip import TextEncoder, load_tokenizer
 from data import Ad, background_hint, product_hint
-from model import CategoryGenerator, PersonalityGenerator, UNet
+from model import CategoryGenerator
 from sampler import Painting
 from support import models
 from support.files import one_line_errors, write_json
 from support.images import fit, resize
 from support.painting import painting_of
 from support.record import HARMLESS, record_of
-from toy.stages import TOY_TEXT, TOY_UNET, TOY_VAE, train_tokenizer
-from vae import VAE
-from weights import StableDiffusion, control_config, save_control, save_module
+from toy.stages import TOY_UNET
+from weights import StableDiffusion, control_config, save_control
 
 ROOT = Path(generate.__file__).parent
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -36,18 +35,8 @@ QUICK = "--steps 2 --refine 1 --device cpu --dtype float32".split()
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
-    """A folder like toy/: base, cg and pg of random weights, at 64 pixels and a quarter of the toy's channels."""
     folder = tmp_path_factory.mktemp("toy")
-    torch.manual_seed(0)
-    train_tokenizer(["a photo of mug, in the background of sks 0 1 2"] * 9, 600, 32, folder / "base" / "tokenizer")
-    tokenizer = load_tokenizer(folder / "base" / "tokenizer")
-    text = TOY_TEXT | {"vocab_size": tokenizer.bpe.get_vocab_size(), "eos_token_id": tokenizer.end, "hidden_size": 32}
-    unet = TOY_UNET | {"sample_size": 16, "block_out_channels": [8, 16, 16, 16], "cross_attention_dim": 32}
-    save_module(TextEncoder(text), folder / "base" / "text_encoder", "model.safetensors")
-    save_module(VAE(TOY_VAE | {"block_out_channels": [8, 8, 16]}), folder / "base" / "vae", WEIGHTS)
-    save_module(UNet(unet), folder / "base" / "unet", WEIGHTS)
-    for name, branch in (("cg", CategoryGenerator), ("pg", PersonalityGenerator)):
-        save_control(branch(control_config(unet, 4)), folder / name, categories=CATEGORIES)
+    write_tiny_toy(folder, CATEGORIES)
     return folder
 
 

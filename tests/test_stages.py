@@ -1,35 +1,15 @@
-"""The stages of the toy's base at 256 px: the decoder alone trained on, and a UNet that learns the second pass too."""
+"""What the toy's base learns for the second pass: the losses of the decoder alone and of the UNet, written out."""
+
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import equal_weights, random
-from test_train import base, command, quick, world  # noqa: F401 (fixtures)
+from conftest import random
 
 from data import Samples
 from sampler import Schedule
-from support.datasets import read_items
-from support.files import BadInput
+from support.datasets import Item
 from toy.stages import EDGES, SECOND_PASS, TwoSizes, UNetLoss, VAELoss, near_edges
-from vae import VAE
-from weights import UNET_FILE, load_module
-
-
-def load_vae(folder) -> VAE:
-    return load_module(VAE, folder, UNET_FILE, "cpu", torch.float32)
-
-
-def test_decoder_only_leaves_the_encoder_and_the_scaling_factor_as_they_are(world, base, tmp_path):  # noqa: F811
-    command("vae", "--decoder-only", "--init", base / "vae", "--data", world / "ads", "--size", 64, "--steps", 3,
-            "--batch", 4, "--out", tmp_path)
-    before, after = load_vae(base / "vae"), load_vae(tmp_path / "vae")
-    assert after.config == before.config
-    assert equal_weights(before.encoder, after.encoder) and equal_weights(before.quant_conv, after.quant_conv)
-    assert not equal_weights(before.decoder, after.decoder)
-
-
-def test_decoder_only_asks_for_the_vae_to_start_from(world, tmp_path):  # noqa: F811
-    with pytest.raises(BadInput, match="--decoder-only goes with --init"):
-        command("vae", "--decoder-only", "--data", world / "ads", "--size", 64, "--out", tmp_path)
 
 
 def test_near_edges_is_1_within_two_pixels_of_a_step_and_0_beyond():
@@ -61,7 +41,7 @@ def test_an_error_beside_an_edge_counts_more_in_the_decoders_loss(distance, weig
     assert loss.item() == pytest.approx(pooled + weight * 0.5 / 32, rel=1e-4)
 
 
-def test_two_sizes_noises_the_enlarged_picture_no_further_than_the_second_pass_goes(world):  # noqa: F811
+def test_two_sizes_noises_the_enlarged_picture_no_further_than_the_second_pass_goes():
     class Latents:
         T = 1000
 
@@ -71,7 +51,7 @@ def test_two_sizes_noises_the_enlarged_picture_no_further_than_the_second_pass_g
         def __getitem__(self, index):
             return torch.zeros(4, self.side, self.side), torch.ones(4, self.side, self.side), None
 
-    items = read_items(world / "base")[0]
+    items = [Item(Path(f"{i}.png"), None, "mug") for i in range(5)]
     first = torch.arange(len(items)).view(-1, 1, 1, 1).expand(-1, 4, 32, 32)
     samples = TwoSizes(*(Samples(items, 64, Latents(side), pictures=False) for side in (16, 32)), first)
     drawn = [samples[3, seed] for seed in range(64)]
@@ -118,9 +98,3 @@ def test_the_second_pass_learns_the_noise_that_leads_from_the_first_ones_picture
     z_t = a**0.5 * z_start + (1 - a) ** 0.5 * eps
     wanted = (z_t - a**0.5 * z_0) / (1 - a) ** 0.5  # so that (z_t − √(1 − ᾱ) ε) / √ᾱ = z_0
     assert torch.allclose(sd.z_t, z_t, atol=1e-5) and torch.allclose(loss, wanted.square().mean(), rtol=1e-4)
-
-
-def test_stage_unet_learns_both_passes_through_the_command_line(world, base, tmp_path, quick):  # noqa: F811
-    command("unet", "--refine", 2, "--init", base / "unet", "--weights", base, "--data", world / "base", "--size", 32,
-            "--steps", 2, "--batch", 4, "--out", tmp_path)
-    assert (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").is_file()

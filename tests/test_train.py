@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import inputs, random, randomise
+from conftest import equal_weights, inputs, random, randomise
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -41,7 +41,7 @@ from support.trainer import Batches, Log, MovingAverage, Trainer, learning_rate,
 from toy import stages
 from toy.world import write_world
 from vae import VAE
-from weights import StableDiffusion, control_config, load_control, load_stable_diffusion
+from weights import UNET_FILE, StableDiffusion, control_config, load_control, load_module, load_stable_diffusion
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -101,6 +101,26 @@ def test_every_stage_leaves_a_log_a_sheet_and_a_checkpoint(base, cg):
         assert (folder / "sheet_000002.png").is_file() and (folder / "checkpoint_00000002.safetensors").is_file()
         assert (folder / "loss.png").is_file()
         assert not [p for p in folder.iterdir() if p.name.startswith(".")], "a temporary file is left"
+
+
+def test_decoder_only_leaves_the_encoder_and_the_scaling_factor_as_they_are(world, base, tmp_path):
+    command("vae", "--decoder-only", "--init", base / "vae", "--data", world / "ads", "--size", 64, "--steps", 3,
+            "--batch", 4, "--out", tmp_path)
+    before, after = (load_module(VAE, folder / "vae", UNET_FILE, "cpu", torch.float32) for folder in (base, tmp_path))
+    assert after.config == before.config
+    assert equal_weights(before.encoder, after.encoder) and equal_weights(before.quant_conv, after.quant_conv)
+    assert not equal_weights(before.decoder, after.decoder)
+
+
+def test_decoder_only_asks_for_the_vae_to_start_from(world, tmp_path):
+    with pytest.raises(BadInput, match="--decoder-only goes with --init"):
+        command("vae", "--decoder-only", "--data", world / "ads", "--size", 64, "--out", tmp_path)
+
+
+def test_stage_unet_learns_both_passes_through_the_command_line(world, base, tmp_path, quick):
+    command("unet", "--refine", 2, "--init", base / "unet", "--weights", base, "--data", world / "base", "--size", 32,
+            "--steps", 2, "--batch", 4, "--out", tmp_path)
+    assert (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("stage", ["pg", "joint"])

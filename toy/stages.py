@@ -3,7 +3,8 @@
     python train.py vae; python train.py clip; python train.py unet
 
 VAE by reconstruction, CLIP by contrast of pictures and captions (its text tower becomes the prompt encoder), UNet by
-denoising. All else is SD 1.5's shape made small. Nothing here is the paper's.
+denoising. Two are then trained on for the second pass: vae --decoder-only and unet --refine. All else is SD 1.5's shape
+made small. Nothing here is the paper's.
 """
 
 import json
@@ -18,19 +19,18 @@ import torch.nn.functional as F
 from tokenizers import models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from tqdm import trange
+from tqdm import tqdm
 
 from clip import CLIP, TextEncoder, clip_bpe, load_tokenizer
 from data import Ads, Samples
 from generate import IDENTIFIER, Canvas, paint
 from model import UNet
 from sampler import Painting, Schedule, seeded, timestep_weights
-from support.cache import compute_once, weights_fingerprint
+from support.cache import compute_parts, weights_fingerprint
 from support.datasets import read_items
 from support.encoded import Latents, autocast
 from support.files import BadInput, write_atomic, write_json
-from support.images import canvas_size, sheet
-from support.machine import barrier, processes
+from support.images import canvas_size, resize, sheet
 from support.settings import Settings
 from support.trainer import Task
 from vae import VAE
@@ -85,7 +85,7 @@ class VAELoss:
     """Reconstruction of random crops through a 4-channel latent, and a little KL.
 
     Errors are measured along the colours' principal axes, each scaled by its spread: in plain RGB the brightness
-    outweighs the hues, which then wash out.
+    outweighs the hues, which then wash out. With decoder_only there is no KL, and errors beside edges count more.
     """
 
     vae: VAE
@@ -144,9 +144,10 @@ def vae_task(settings: Settings) -> Task:
             vae.config["sample_size"] = settings.size
         save_module(vae, out / "vae", UNET_FILE, settings.save_dtype)
 
-    loss = VAELoss(vae, whiten, settings.size, settings.decoder_only)
+    loss, out = VAELoss(vae, whiten, settings.size, settings.decoder_only), str(settings.out)
+    following = ["unet", "--refine", "2", "--init", "UNET", "--weights"] if settings.decoder_only else ["clip", "--out"]
     return Task("the VAE", {"vae": vae}, Samples(items, settings.size), loss, draw, save,
-                [["python", "train.py", "clip", "--out", str(settings.out)]])
+                [["python", "train.py", *following, out]])
 
 
 # ---------------------------------------------------------------- stage clip
@@ -281,44 +282,45 @@ class TwoSizes(Dataset):
 class FirstPass:
     """What a first pass leaves of each picture, enlarged and encoded again: first[index] -> latent (4, h, w).
 
-    It stands in for the first pass's pictures, which have no counterpart among the drawn ones: a picture noised to a
-    timestep in FIRST_PASS, the UNet's guess ẑ_0 from there, by the caption, decoded. Computed once, PART at a time.
+    Computed once, in parts, as the latents of the pictures themselves (`small`).
     """
-
-    PART = 1024
 
     def __init__(self, sd: StableDiffusion, captions: list[tuple[str, str]], small: Latents, size: int, folder: Path,
                  amp: torch.dtype | None):
-        (rank, world), texts = processes(), [", ".join(pair) for pair in captions]
-        network = [weights_fingerprint(module) for module in (sd.vae, sd.unet, sd.text_encoder)]
-        starts = range(0, len(texts), self.PART)
+        self.PART, texts = small.PART, [", ".join(pair) for pair in captions]
+        parts = [range(start, min(start + self.PART, len(texts))) for start in range(0, len(texts), self.PART)]
+        networks = [weights_fingerprint(module) for module in (sd.vae, sd.unet, sd.text_encoder)]
+        keys = [["first pass", *networks, size, str(amp), key, [texts[i] for i in part]]
+                for key, part in zip(small.keys, parts)]
 
-        @torch.no_grad()
-        def encode(start: int) -> dict[str, Tensor]:
-            z_first = []
-            for i in trange(start, min(start + self.PART, len(texts)), 8, disable=not sys.stderr.isatty()):
-                rows = range(i, min(i + 8, start + self.PART, len(texts)))
-                z_0, generator = torch.stack([small[row][0] for row in rows]), torch.Generator().manual_seed(i)
-                eps, t = (torch.randn(z_0.shape, generator=generator),
-                          torch.randint(*FIRST_PASS, (len(rows),), generator=generator))
-                a = sd.schedule.alpha_bar[t].view(-1, 1, 1, 1)
-                z_t = a.sqrt() * z_0 + (1 - a).sqrt() * eps
-                with autocast(sd.unet.conv_in.weight.device, amp):
-                    eps = sd.unet(z_t.to(sd.unet.conv_in.weight), t, sd.prompts([texts[row] for row in rows])).cpu()
-                    pictures = sd.decode((z_t - (1 - a).sqrt() * eps) / a.sqrt())
-                    large = F.interpolate(pictures, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
-                    z_first.append(sd.encode(large).to("cpu", torch.float16))
-            return {"z_first": torch.cat(z_first)}
+        def encode(k: int) -> dict[str, Tensor]:
+            batches = [parts[k][i : i + 8] for i in range(0, len(parts[k]), 8)]
+            bar = tqdm(batches, desc="first passes", unit="batch", disable=not sys.stderr.isatty())
+            return {"z_first": torch.cat([first_pass(sd, torch.stack([small[i][0] for i in batch]),
+                                                     [texts[i] for i in batch], size, batch[0], amp) for batch in bar])}
 
-        keys = [["first pass", *network, size, str(amp), small.keys[k], texts[start : start + self.PART]]
-                for k, start in enumerate(starts)]
-        for start, key in list(zip(starts, keys))[rank::world]:
-            compute_once(folder, key, partial(encode, start))
-        barrier()
-        self.parts = [compute_once(folder, key, partial(encode, start))["z_first"] for start, key in zip(starts, keys)]
+        self.parts = compute_parts(folder, keys, encode)
 
     def __getitem__(self, index: int) -> Tensor:
-        return self.parts[index // self.PART][index % self.PART].float()
+        return self.parts[index // self.PART]["z_first"][index % self.PART].float()
+
+
+@torch.no_grad()
+def first_pass(sd: StableDiffusion, z_0: Tensor, texts: list[str], size: int, seed: int,
+               amp: torch.dtype | None) -> Tensor:
+    """Latents (n, 4, h, w) of drawn pictures -> of what a first pass makes of them, at `size` pixels, float16.
+
+    It stands in for the first pass's pictures, which have no counterpart among the drawn ones: a picture noised to a
+    timestep in FIRST_PASS, the UNet's guess ẑ_0 from there, by the caption, decoded and enlarged.
+    """
+    generator, device = torch.Generator().manual_seed(seed), sd.unet.conv_in.weight.device
+    eps, t = torch.randn(z_0.shape, generator=generator), torch.randint(*FIRST_PASS, (len(z_0),), generator=generator)
+    t, a = t.to(device), sd.schedule.alpha_bar[t].view(-1, 1, 1, 1).to(device)
+    z_t = sd.schedule.add_noise(z_0.to(device), eps.to(device), t)
+    with autocast(device, amp):
+        pictures = sd.decode((z_t - (1 - a).sqrt() * sd.unet(z_t, t, sd.prompts(texts))) / a.sqrt())
+        large = torch.stack([resize(picture, size, size) for picture in pictures])
+        return sd.encode(large).to("cpu", torch.float16)
 
 
 def unet_task(settings: Settings) -> Task:
