@@ -145,13 +145,13 @@ def test_from_the_first_key_to_table_3(visit, tmp_path):
 def test_each_rater_sees_each_method_equally_often_in_each_place_and_in_an_order_of_their_own(visit, handout):
     method, page = method_of(handout[1]), visit()
     orders = []
-    for rater in ("1", "2", "李"):
+    for rater in ("1", "2", "3", "李"):
         pairs = page.evaluate(f"arrangement('{rater}').map((pair) => pair.candidates)")
         places = Counter((method[name], place) for pair in pairs for place, name in enumerate(pair))
         assert {*places.values()} == {1} and len(places) == 25
         assert pairs == page.evaluate(f"arrangement('{rater}').map((pair) => pair.candidates)")
         orders.append(str(pairs))
-    assert len({*orders}) == 3
+    assert len({*orders}) > 2  # five pairs have 14,400 orders: now and then two raters get the same
 
 
 def test_every_key_does_what_the_list_of_keys_says(visit):
