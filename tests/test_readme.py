@@ -1,4 +1,6 @@
-"""The README's commands do what it says, through the real command line, in a copy of the project."""
+"""What README.md, RESULTS.md and REAL_WEIGHTS.md say is so: their commands, through the real command line, in a copy of
+the project; their code, their counts of lines, their links.
+"""
 
 import os
 import re
@@ -16,13 +18,21 @@ from test_paint_by_example import (
 
 from rivals.lama import LAMA_FILE
 from support.files import read_json, write_json
+from support.images import open_image, to_tensor
 from weights import save_module
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-FENCES = re.findall(r"^```(\w*)\n(.*?)^```", README, re.M | re.S)  # sh: with placeholders for files of one's own
-BLOCKS = [block.replace("\\\n", " ") for kind, block in FENCES if not kind]
-COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.startswith("python ")]
+PAGES = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "RESULTS.md", "REAL_WEIGHTS.md")]
+README = PAGES[0]
+
+
+def blocks(page: str, kind: str = "") -> list[str]:
+    """A page's code; commands have no kind, those with placeholders for files of one's own are sh."""
+    return re.findall(rf"^```{kind}\n(.*?)^```", page, re.M | re.S)
+
+
+COMMANDS = [line for page in PAGES for block in blocks(page) for line in block.replace("\\\n", " ").splitlines()
+            if line.startswith("python ")]
 # What makes each program's run short, added to its command; a later option counts
 SHORT = {"generate.py": "--steps 2", "train.py": "--steps 2 --batch 4",
          "toy/world.py": "--base 8 --ads 8 --bg1k 8 --pairs 9",
@@ -32,7 +42,7 @@ SHORT = {"generate.py": "--steps 2", "train.py": "--steps 2 --batch 4",
 
 
 @pytest.mark.slow
-def test_every_command_of_the_readme_runs_in_order(example, tmp_path):  # noqa: F811
+def test_every_command_of_the_pages_runs_in_order(example, tmp_path):  # noqa: F811
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
     for folder in ("support", "rivals", "toy"):
@@ -54,6 +64,40 @@ def test_every_command_of_the_readme_runs_in_order(example, tmp_path):  # noqa: 
                 assert (tmp_path / re.split(": | ", line)[0]).exists(), f"{command} says that it wrote {line}"
 
 
-def test_every_link_and_picture_of_the_readme_is_there():
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
+def test_the_twelve_lines_of_python_paint_a_picture(tmp_path):
+    """In a process of its own, from the project's root, with two steps instead of fifty."""
+    code, = blocks(README, "python")
+    assert len([line for line in code.splitlines() if line]) <= 12
+    code = code.replace("steps=50", "steps=2").replace('"watch.png"', repr(str(tmp_path / "watch.png")))
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    assert to_tensor(open_image(tmp_path / "watch.png")).shape == (3, 128, 128)
+
+
+def test_equation_3_stands_in_the_readme_as_in_the_code():
+    """Up to its docstring and the hook that shows its maps."""
+    shown = [line.strip() for line in blocks(README, "py")[0].splitlines() if line]
+    source = [line.strip() for line in (ROOT / "attention.py").read_text(encoding="utf-8").splitlines()]
+    start = source.index(shown[0])
+    assert [line for line in source[start:] if line in shown][: len(shown)] == shown
+
+
+def test_the_readme_counts_lines():
+    """To the line for the method, to a tenth for what stands beside it."""
+    rows = re.findall(r"^\| (\[.*?) \| ([\d,]+) \|", README, re.M)
+    assert len(rows) >= 12
+    for number, (row, lines) in enumerate(rows):
+        paths = [ROOT / path for path in re.findall(r"\]\(([^)]+)\)", row) if not path.endswith(".md")]
+        files = [file for path in paths for file in (path.glob("*.py") if path.is_dir() else [path])]
+        counted = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
+        assert abs(int(lines.replace(",", "")) - counted) <= (0 if number < 6 else counted / 10), row
+
+
+def test_the_readme_is_short():
+    assert len(README.split()) <= 1200
+
+
+@pytest.mark.parametrize("page", PAGES, ids=("README", "RESULTS", "REAL_WEIGHTS"))
+def test_every_link_and_picture_of_a_page_is_there(page):
+    text = re.sub(r"^```.*?^```", "", page, flags=re.M | re.S)
+    links = [link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
     assert links and not [link for link in links if not (ROOT / link).exists()]
