@@ -1,0 +1,104 @@
+"""Rivals: CG beside CG with plain attention, where Eq. 3 should matter most; ours, not the paper's.
+
+    python evaluate.py swapped    # a product's prompt with another category's identifier: whose scene appears?
+    python evaluate.py words      # a scene in words in place of the identifier: does the product disturb it?
+    python evaluate.py few-ads    # both trained on 10, 30 and 100 ads per category
+
+Eq. 3 keeps the product's words away from the background. So its effect should show where those words ask for another
+scene than the rest of the prompt, and where there are too few ads to learn which words matter. The scene of a picture
+is that of the category whose ads' backgrounds are nearest, see Lab.nearest_category.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from generate import prompt_texts, save
+from rivals.methods import FEW_ADS, FEW_SEEDS, Lab, few_ads_folder
+from support.datasets import Item
+from support.figures import cutout_of, picture_of
+from support.files import write_json, write_text
+from support.images import sheet
+from support.metrics import interval, markdown_table, plus_minus, similarity
+from support.models import identifiers_of
+from toy.products import PRODUCTS
+from toy.scenes import SCENES
+from toy.world import write_world
+
+ATTENTION = {"CG": "cg", "CG with plain attention": "cg-plain"}
+PER_CATEGORY = 4  # products that stand in each other category's scene
+
+
+def swapped(lab: Lab) -> None:
+    """The texts of a product's own category, and the identifier of another one."""
+    identifiers = identifiers_of({item.category for item in lab.items("bg1k")}, lab.networks.given("cg"))
+    texts = {other: {category: prompt_texts(category, identifier) for category in identifiers}
+             for other, identifier in identifiers.items()}
+    whose_scene(lab, "swapped", texts, "the identifier's")
+
+
+def words(lab: Lab) -> None:
+    """The texts of a product's own category, and another category's scene in words, as the base's captions have it."""
+    texts = {}
+    for other in sorted({item.category for item in lab.items("bg1k")}):
+        background = f"in the background of {SCENES[PRODUCTS[other].scene].phrase}"
+        texts[other] = {category: (f"A photo of {category}, {background}", f"A photo of {category}", background)
+                        for category in sorted({item.category for item in lab.items("bg1k")})}
+    whose_scene(lab, "words", texts, "the words'")
+
+
+def whose_scene(lab: Lab, name: str, texts: dict[str, dict[str, tuple[str, str, str]]], asked: str) -> None:
+    """Paints some products of each category with the texts for every other one, texts[other][category], and counts whose
+    scene appears: a table, and a sheet for each method with a row per product and a column per scene.
+    """
+    products: dict[str, list[Item]] = {}
+    for item in lab.items("bg1k"):
+        products.setdefault(item.category, []).append(item)
+    lab.check([*ATTENTION.values()], lab.items("bg1k"))
+    lines = [["method", f"{asked} scene", "the product's", "another", "pictures"]]
+    for label, method in ATTENTION.items():
+        cells = {category: [cutout_of(items[0])] for category, items in sorted(products.items())}
+        found = []  # (asked for, product's) of each picture
+        for other in sorted(products):
+            items = [item for category in cells if category != other for item in products[category][:PER_CATEGORY]]
+            paths = lab.pictures(method, items, f"{name}-{other}", texts=texts[other])
+            nearest = lab.nearest_category(paths, items)
+            found += [(scene == other, scene == item.category) for scene, item in zip(nearest, items)]
+            first = {item.category: path for path, item in reversed([*zip(paths, items)])}
+            for category, row in cells.items():
+                row.append(picture_of(first[category]) if category in first else None)
+        counts = 100 * torch.tensor(found, dtype=torch.float32)  # (n, 2)
+        shares = [interval(lambda i, x=x: x[i].mean(), len(x))
+                  for x in (*counts.T, 100 - counts.sum(dim=1))]
+        lines.append([label, *(f"{plus_minus(share)} %" for share in shares), str(len(found))])
+        save(sheet([*cells.values()], ["", *sorted(products)]), lab.out / f"{name}-{method}.png")
+    write_text("\n".join(markdown_table(lines)) + "\n", lab.out / f"{name}.md")
+    print(*markdown_table(lines), "", lab.out / f"{name}.md", sep="\n")
+
+
+def few_ads(lab: Lab) -> None:
+    """Table 1's similarity by the number of ads per category that both were trained on, and by the training's seed."""
+    items, results = lab.items("bg1k"), []
+    for count in FEW_ADS:
+        write_world(few_ads_folder(count).parent, ads=count * len(PRODUCTS), bg1k=0, pairs=0, parts=("ads",))
+    lines = [["ads per category", *ATTENTION, "CG is ahead by"]]
+    originals = lab.embeddings([item.image for item in items])
+    for count in FEW_ADS:
+        measured = []  # (methods, seeds, n)
+        for method in ATTENTION.values():
+            names = [f"{method}-{count}-{seed}" for seed in range(FEW_SEEDS)]
+            lab.check(names, items)
+            measured.append([similarity(lab.embeddings(lab.pictures(n, items, "bg1k")), originals) for n in names])
+        x = torch.stack([torch.stack(row) for row in measured])
+        lines.append([str(count), *(each_seed(row) for row in x), each_seed(x[0] - x[1])])
+        results.append({"ads": count, "similarity": x.mean(dim=2).tolist()})
+    write_json({"seeds": FEW_SEEDS, "methods": [*ATTENTION.values()], "rows": results}, lab.out / "few-ads.json")
+    write_text("\n".join(markdown_table(lines)) + "\n", lab.out / "few-ads.md")
+    print(*markdown_table(lines), "", lab.out / "few-ads.md", lab.out / "few-ads.json", sep="\n")
+
+
+def each_seed(x: torch.Tensor) -> str:
+    """(seeds, n) -> the mean with its interval over items, then each seed's mean."""
+    whole = interval(lambda i: x[:, i].mean(), x.shape[1])
+    return f"{plus_minus(whole)} ({', '.join(f'{seed:.1f}' for seed in x.mean(dim=1).tolist())})"
