@@ -1,4 +1,4 @@
-"""The README's commands do what it says, through the real command line, in a copy of the project."""
+"""Tests: the README's commands do what it says, through the real command line, in a copy of the project."""
 
 import os
 import re
@@ -23,7 +23,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 FENCES = re.findall(r"^```(\w*)\n(.*?)^```", README, re.M | re.S)  # sh: with placeholders for files of one's own
 BLOCKS = [block.replace("\\\n", " ") for kind, block in FENCES if not kind]
 COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.startswith("python ")]
-# What makes each program's run short, added to its command; a later option counts
+# Options that make each program's run short, added at the end of its command: the last one counts
 SHORT = {"generate.py": "--steps 2", "train.py": "--steps 2 --batch 4",
          "toy/world.py": "--base 8 --ads 8 --bg1k 8 --pairs 9",
          "evaluate.py": "--steps 1 --controlnet toy/cg --cg-plain toy/cg-plain --guide-clip toy/clip --lama toy/lama "
