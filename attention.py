@@ -30,7 +30,7 @@ def attention_weights(q: Tensor, k: Tensor, heads: int) -> Tensor:
 
 
 def mask_at(mask: Tensor, h: int, w: int) -> Tensor:
-    """Area-averages M to a feature map's size: edges stay soft, so Eq. 3 and 4 blend there. -> (B, 1, h, w)."""
+    """Area-averages M, (B, 1, H, W) -> (B, 1, h, w). Its edges stay soft, so Eq. 3 and 4 blend there."""
     return F.interpolate(mask, size=(h, w), mode="area")
 
 
@@ -96,7 +96,7 @@ class FeedForward(nn.Module):
 
 
 def one_row_per_prompt(x: Tensor, context) -> Tensor:
-    """Repeats x (B, ...) to the context's rows: before the first cross-attention guidance's two passes share one."""
+    """Repeats x (B, ...) to the context's rows: up to the first cross-attention guidance's two passes share rows."""
     rows = len(context[0]) if isinstance(context, tuple) else len(context)
     return x if len(x) == rows else x.repeat(rows // len(x), *[1] * (x.ndim - 1))
 
@@ -126,7 +126,7 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """Transformer blocks over the positions of a feature map, added to it. (B, C, h, w) -> (B, C, h, w).
 
-    SD 1.x projects in and out with 1x1 convolutions. SD 2.x (`linear_projection`) uses linear layers, which compute the
+    SD 1.x projects in and out with 1x1 convolutions, SD 2.x (`linear_projection`) with linear layers. Both compute the
     same.
     """
 

@@ -121,7 +121,7 @@ def perturb(image: Tensor, mask: Tensor, other: Tensor, generator: Generator, th
 
     image I, other I_rand (3, H, W), mask M (1, H, W) -> (3, H, W). theta is in pixels of a 512 x 512 image; σ is
     uniform in the range sigma. theta 0 leaves the mask as it is, and sigma (1, 1) leaves out the mixup: Fig. 7 compares
-    neither step, the first alone, and both. All randomness comes from the CPU `generator`, so a run can be resumed.
+    neither, dilation alone, and both. All randomness comes from the CPU `generator`, so a run can be resumed.
     """
     h, w = mask.shape[1:]
     if theta:
@@ -153,7 +153,7 @@ def random_masks(h: int, w: int, generator: Generator) -> Tensor:
 
 
 class Samples(Dataset):
-    """Training samples by (index, seed): the seed decides everything random in one, whichever worker makes it.
+    """Training samples by (index, seed). The seed decides all that is random in a sample, whichever worker makes it.
 
     Each has "index". `pictures` adds "image" and "mask". `perturbed` adds PG's hint, "background" (Eq. 5, 6), with
     `theta` and `sigma` as in `perturb`. `latents`, a support.encoded.Latents, adds what one step of Eq. 1 draws: "z_0",
@@ -218,7 +218,7 @@ def save_sheet(samples: list[dict], items: list[Item], path: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     if args.sheet:
-        check_folder(args.sheet.parent, "--sheet")  # now, not in an hour
+        check_folder(args.sheet.parent, "--sheet")  # before loading, which may take an hour
     listed, wrote = args.dir / "metadata.jsonl", []
     if args.list:
         print("\n".join(list_folder(args.dir)))

@@ -1,4 +1,4 @@
-"""Beside the method: section 5, with CLIP similarity and Fréchet distance, Tables 1, 2 and 4, and the figures.
+"""Beside the method: the evaluation (section 5) by CLIP similarity and Fréchet distance, its tables and its figures.
 
     python evaluate.py table1             # without a reference: Stable Diffusion, ControlNet, CG
     python evaluate.py table2             # in the style of a reference: also Blended Diffusion and CG + PG
@@ -205,7 +205,7 @@ def figure_tsne(lab: Lab) -> None:
         x, category_of = features(*map(list, zip(*kept)))
         own = torch.tensor([categories.index(category) for category in category_of])
         distance = torch.cdist(x, centres)  # (n, C)
-        print("{}: distance to its category's centre {:.3f} ± {:.3f}, which is the nearest one for {} of {}".format(
+        print("{}: distance from a picture to its category's centre {:.3f} ± {:.3f}, the nearest for {} of {}".format(
             label, *interval(lambda i, d=distance, own=own: d[i, own[i]].mean(), len(x)),
             int((distance.argmin(1) == own).sum()), len(x)))
         if method:

@@ -122,8 +122,8 @@ def paste_back(painted: Tensor, painted_mask: Tensor, box: tuple[int, int, int, 
     """Pastes the product over the painted canvas (3, h, w) -> (3, H, W) uint8 in its own frame. box is from `fit`.
 
     Where M = 1 the result has exactly the product's pixels: the product must stay unchanged (section 1). The networks
-    paint the product too, and that one reaches about `spread` pixels beyond its edge. (painted_mask (1, h, w) is M on
-    the canvas.) There the scene is continued from further out, so that no glow surrounds the product.
+    paint the product too, and it spreads about `spread` pixels beyond its edge in painted_mask, which is M (1, h, w) on
+    the canvas. There the scene is continued from further out, so that no glow surrounds the product.
     """
     painted = extend(painted, dilate(painted_mask, 1 + 2 * spread) <= 1 - SOLID)
     top, left, h, w = box
@@ -136,8 +136,8 @@ def paste_back(painted: Tensor, painted_mask: Tensor, box: tuple[int, int, int, 
 
 def canvas_of(ads: list[Ad], h: int, w: int, generators: list[torch.Generator],
               exemplar: int | None = None) -> tuple[Canvas, list[tuple]]:
-    """Fits ads to a canvas of h x w pixels; returns also where their frames lie on it. References fill the canvas,
-    or, for a rival, are squashed to squares with a side of `exemplar` pixels.
+    """Fits ads to a canvas of h x w pixels; also returns where their frames lie on it. References fill the canvas, but
+    with `exemplar`, for a rival, each is squashed whole to a square of that side.
     """
     rgb, boxes = zip(*(fit(ad.rgb, h, w, "contain") for ad in ads))
     mask = torch.stack([fit(ad.mask, h, w, "contain")[0] for ad in ads])

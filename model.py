@@ -367,7 +367,7 @@ class CategoryGenerator(ControlNet):
 class PersonalityGenerator(ControlNet):
     """PG (section 3.3): its hint is a reference's background I_ref ⊗ (1 − M_ref); it attends to P as a ControlNet does.
 
-    `mask` is M of the product that is painted around, never the reference's.
+    `mask` is M, the product's, never the reference's.
     """
 
     def residuals(self, z, t, context, features, mask=None):
@@ -383,8 +383,8 @@ def predict_noise(unet: UNet, z: Tensor, t: Tensor, prompts: Prompts, branches=(
                   inpainting: Tensor | None = None) -> Tensor:
     """Fig. 2: SD, CG and PG run in parallel; SD's decoder adds the branches' outputs -> ε or v (B, 4, h, w).
 
-    branches: pairs (branch, branch.hint_features(hint)). mask: M (B, 1, H, W) of the product that is painted around.
-    inpainting (B, 5, h, w): an inpainting UNet's further input, see StableDiffusion.inpainting.
+    branches: pairs (branch, branch.hint_features(hint)). mask: M (B, 1, H, W), the product's. inpainting (B, 5, h, w):
+    what an inpainting UNet reads beside z_t (see StableDiffusion.inpainting).
     """
     residuals = None
     for branch, features in branches:

@@ -27,7 +27,7 @@ class Painting:
     guidance: float = 2.0  # weight of the prompt in classifier-free guidance; 1: no guidance
     eta: float = 0.0  # η of DDIM: 0 deterministic, 1 as much noise at each step as DDPM
     from_reference: bool = True  # z_T is the reference's latent, noised; without a reference it is pure noise
-    hint: str = "product"  # what CG, or a ControlNet in its place, sees: I ⊗ M, or "inpaint": `inpaint_hint`
+    hint: str = "product"  # CG, or a ControlNet in its place, sees I ⊗ M; with "inpaint", data.inpaint_hint
     # Ours, not the paper's:
     sampler: str = "ddim"  # or "dpm++", DPM-Solver++ (2M), for fewer steps
     refine: int = 1  # a second pass paints the picture again, this many times larger; 1: no second pass
@@ -152,8 +152,8 @@ def dpm(eps_model: Callable[[Tensor, int], Tensor], z_T: Tensor, schedule: Sched
 
         z_{t−1} = (σ_{t−1} / σ_t) z_t − α_{t−1} (e^{−h} − 1) D,    D = ẑ_0 + h / (2 h') (ẑ_0 − ẑ_0'),
 
-    where D is ẑ_0 extrapolated to the middle of the step. In the first step, which has none before it, and in the last,
-    to a clean picture, where h may be infinite, D = ẑ_0: these are steps of DDIM.
+    where D is ẑ_0 extrapolated to the middle of the step. The first step has no step before it, and in the last, to a
+    clean picture, h may be infinite. Both use D = ẑ_0, and are steps of DDIM.
     """
     z, timesteps, before = z_T, schedule.timesteps(steps, start), None
     for t, to in zip(timesteps, [*timesteps[1:], -1]):
@@ -171,7 +171,7 @@ def dpm(eps_model: Callable[[Tensor, int], Tensor], z_T: Tensor, schedule: Sched
 def walk(eps_model: Callable[[Tensor, int], Tensor], z_T: Tensor, schedule: Schedule, how: Painting,
          generators: list[torch.Generator], edit: Callable[[Tensor, int], Tensor] | None = None,
          start: int | None = None) -> Iterator[Step]:
-    """`ddim` or `dpm`, by how.sampler."""
+    """Runs `ddim` or `dpm`, whichever how.sampler names."""
     if how.sampler == "dpm++":
         return dpm(eps_model, z_T, schedule, how.steps, edit, start)
     return ddim(eps_model, z_T, schedule, how.steps, how.eta, generators, edit, start)
@@ -236,7 +236,7 @@ def sample(unet: UNet, schedule: Schedule, given: Conditions, generators: list[t
     z_ref (B, *shape): the references' latents, noised to make z_T (section 3.3). on_step(t, z_{t−1}, ẑ_0) is called
     after every step. A second pass gives `start` = T' and, as z_ref, the latents of the first pass's pictures.
     """
-    if given.mask is not None:  # average the full-size mask only once: averaging again gives the same at each level
+    if given.mask is not None:  # average the full-size mask only once: averages of averages are the same at each level
         given = given._replace(mask=mask_at(given.mask, *shape[1:]))
     z_T = first_latent(schedule, generators, shape, how.steps, z_ref, unet.conv_in.weight.device, start)
     eps_model = guided(unet, schedule, given, how.guidance)

@@ -102,7 +102,7 @@ class Eq1:
 
 
 def fit(task: Task, settings: Settings) -> None:
-    """Trains a task for settings.steps. On SIGTERM it finishes the step, saves, and exits with status 143."""
+    """Trains a task for settings.steps steps. On SIGTERM it finishes the step, saves, and exits with status 143."""
     trainer = Trainer(task, settings)
     for step, batch in trainer.batches():
         loss = trainer.backward(step, batch)  # task.loss over all parts and processes, and its gradients
@@ -203,7 +203,7 @@ def held_out_canvas(items: list[Item], identifiers: dict[str, str] | None, token
     ads, (rgb, mask, *references) = held_out_ads(settings.data, split, items, identifiers, settings.size)
     texts = prompts_by_category(identifiers, tokenizer) if identifiers else None
     texts = [texts[ad.category] if texts else (", ".join(ad.caption),) * 3 for ad in ads]
-    return Canvas(rgb, mask, texts, [], *(references if with_references else ()))  # no generators yet
+    return Canvas(rgb, mask, texts, [], *(references if with_references else ()))  # draw_branches adds generators
 
 
 def draw_branches(unet: UNet, cg: ControlNet, pg: ControlNet | None, canvas: Canvas, settings: Settings):

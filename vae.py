@@ -57,8 +57,8 @@ class VAEMidBlock(nn.Module):
 
 
 class VAELevel(nn.Module):
-    """Residual blocks, then a change of resolution: (B, C_in, h, w) -> (B, C, h/2, w/2) where `resample` is "down",
-    (B, C, 2h, 2w) where it is "up", and (B, C, h, w) in the last level, where it is None.
+    """Residual blocks, then a change of resolution: (B, C_in, h, w) -> (B, C, h/2, w/2) if `resample` is "down",
+    (B, C, 2h, 2w) if it is "up", and (B, C, h, w) in the last level, where it is None.
     """
 
     def __init__(self, layers: int, in_channels: int, out_channels: int, groups: int, resample: str | None):

@@ -94,7 +94,7 @@ class StableDiffusion:
 
     @property
     def size(self) -> int:
-        """The side in pixels of the pictures that the base was trained on: 512 for SD 1.5. The larger of two."""
+        """The side in pixels of the pictures that the base was trained on (the larger of two): 512 for SD 1.5."""
         sides = self.unet.config.get("sample_size") or 512 // self.vae.factor
         return (max(sides) if isinstance(sides, list) else sides) * self.vae.factor
 

@@ -227,7 +227,7 @@ def test_an_inpainting_unet_reads_the_product(sd, ads, monkeypatch):
 
 
 def test_blended_diffusion_follows_the_gradient_of_the_clip_distance(sd, ads, monkeypatch):
-    """ε − ε_unguided = strength √(1 − ᾱ_t) ∇_z D, here by finite differences through a stand-in UNet and decoder."""
+    """ε − ε_unguided = strength √(1 − ᾱ_t) ∇_z D, by finite differences through the decoder and a stand-in UNet."""
     clip, canvas = randomise(CLIP(CLIP_CONFIG)).double(), canvas_of(ads)
     rgb, mask = canvas.rgb.double(), canvas.mask.double()
     reference, reference_mask, t, strength, found = rgb.flip(0), mask.flip(0), 601, 7.0, []
