@@ -205,7 +205,7 @@ def figure_tsne(lab: Lab) -> None:
         x, category_of = features(*map(list, zip(*kept)))
         own = torch.tensor([categories.index(category) for category in category_of])
         distance = torch.cdist(x, centres)  # (n, C)
-        print("{}: distance from a picture to its category's centre {:.3f} ± {:.3f}, the nearest for {} of {}".format(
+        print("{}: distance to the category's centre {:.3f} ± {:.3f}, the nearest centre for {} of {} pictures".format(
             label, *interval(lambda i, d=distance, own=own: d[i, own[i]].mean(), len(x)),
             int((distance.argmin(1) == own).sum()), len(x)))
         if method:

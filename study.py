@@ -83,7 +83,7 @@ def painted_pairs(lab: Lab, methods: list[str], count: int, with_clip: bool = Fa
     Pairs that can't be painted or read are left out. Raises BadInput if none is left.
     """
     if processes()[1] > 1:
-        raise BadInput("study.py is for one process; paint the same pictures by torchrun evaluate.py table2 first")
+        raise BadInput("study.py is for one process; paint the same pictures with torchrun evaluate.py table2 first")
     draw_on_first_use(lab.data)
     items = lab.items("ref")
     lab.check(methods, items, with_clip)

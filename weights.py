@@ -136,9 +136,9 @@ def check_together(sd: StableDiffusion, path: Path, tokenizer: Path) -> None:
                        f"{unet['cross_attention_dim']}; give parts of one model")
     length, vocabulary = sd.tokenizer.length, 1 + max(sd.tokenizer.bpe.get_vocab().values())
     if length > text["max_position_embeddings"] or vocabulary > text["vocab_size"]:
-        raise BadInput(f"{tokenizer} is not the tokenizer of {path}: it makes {length} tokens of a vocabulary of "
-                       f"{vocabulary:,}, the text encoder reads {text['max_position_embeddings']} of "
-                       f"{text['vocab_size']:,}; give its own by --tokenizer")
+        raise BadInput(f"{tokenizer} is not the tokenizer of {path}: it makes {length} tokens from a vocabulary of "
+                       f"{vocabulary:,}, the text encoder reads {text['max_position_embeddings']} from "
+                       f"one of {text['vocab_size']:,}; give its own by --tokenizer")
 
 
 def read_schedule(file: Path, unet: UNet) -> Schedule:

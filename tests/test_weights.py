@@ -97,7 +97,7 @@ def test_saving_again_replaces_the_whole_folder(tmp_path, cg):
 def test_a_folder_that_holds_other_things_is_not_replaced(tmp_path, cg):
     save_control(cg, tmp_path / "cg")
     save_control(cg, tmp_path / "cg")
-    (tmp_path / "cg" / "training").mkdir()  # as where a run of its own lies in runs/cg
+    (tmp_path / "cg" / "training").mkdir()  # as in a run's own folder, runs/cg
     with pytest.raises(BadInput, match="cg would be replaced, and holds training too"):
         save_control(cg, tmp_path / "cg")
     assert len(list(tmp_path.rglob("*"))) == 4
