@@ -1,7 +1,7 @@
-"""Attention: the one place where text reaches the picture, and where the paper changes Stable Diffusion (section 3.2).
+"""The method: attention, where text reaches the picture and the paper changes Stable Diffusion (Eq. 2, 3; section 3.2).
 
-Read from top to bottom: scaled dot-product attention, the cross-attention layer CA of Eq. 2, its mask-guided form of
-Eq. 3, and the transformer block that every attention level of the UNet and of the ControlNet branches is made of.
+Reading order: scaled dot-product attention; the cross-attention layer CA of Eq. 2; its mask-guided form, Eq. 3; and the
+transformer block, which the UNet and the ControlNet branches have at every level with attention.
 Parameters are named as in the public diffusers folders, so weights load without renaming.
 
 Shapes: B pictures, h x w positions of a feature map, N = hw, C channels, L prompt tokens, D text width.
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> Tensor:
-    """softmax(q kᵀ / √d) v in each of `heads` heads of d = C / heads channels.
+    """softmax(q kᵀ / √d) v in each of `heads` heads, with d = C / heads channels per head.
 
     q (B, N, C); k, v (B, L, C) -> (B, N, C). With `causal`, position n sees positions 0..n only.
     """
@@ -24,23 +24,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) ->
 
 
 def attention_weights(q: Tensor, k: Tensor, heads: int) -> Tensor:
-    """softmax(q kᵀ / √d), to look at: `attend` keeps it inside. q (B, N, C), k (B, L, C) -> (B, heads, N, L)."""
+    """The weights softmax(q kᵀ / √d); `attend` does not return them. q (B, N, C), k (B, L, C) -> (B, heads, N, L)."""
     q, k = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k))
     return (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(dim=-1)
 
 
 def mask_at(mask: Tensor, h: int, w: int) -> Tensor:
-    """M (B, 1, H, W), area-averaged to a feature map's (B, 1, h, w): edges stay soft, so Eq. 3 and 4 blend there."""
+    """Area-averages M, (B, 1, H, W) -> (B, 1, h, w). Its edges stay soft, so Eq. 3 and 4 blend there."""
     return F.interpolate(mask, size=(h, w), mode="area")
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x on a context; without one, of x on itself.
+    """Multi-head attention: x attends to a context, or to itself if there is none.
 
     x (B, N, C); context (B, L, D) or None -> (B, N, C). With the prompt's encoding P as context this is CA(x, P).
     """
 
-    watch: Callable[[Tensor], None] | None = None  # where set, is given the weights (B, heads, N, L); by Eq. 3 twice
+    watch: Callable[[Tensor], None] | None = None  # if set, called with the weights (B, heads, N, L); in Eq. 3 twice
 
     def __init__(self, channels: int, heads: int, context_channels: int | None = None):
         super().__init__()
@@ -57,15 +57,15 @@ class Attention(nn.Module):
         """CA(x, P_fg) ⊗ M + CA(x, P_bg) ⊗ (1 − M): the two terms that Eq. 3 adds to x.
 
         x (B, N, C); P_fg, P_bg (B, L, D); M (B, N, 1), 1 on the product -> (B, N, C).
-        Positions on the product attend only to the product's prompt, positions around it only to the background's;
-        both by the same layers. The output layer is affine and M + (1 − M) = 1, so it is applied once, to the blend.
+        Positions on the product attend only to the product's prompt, positions around it only to the background's.
+        Both use the same layers. The output layer is affine and M + (1 − M) = 1, so it is applied once, to the blend.
         """
         q = self.to_q(x)
         fg, bg = self.read(q, P_fg), self.read(q, P_bg)
         return self.to_out[0](fg * M + bg * (1 - M))
 
     def read(self, q: Tensor, context: Tensor) -> Tensor:
-        """What the queries q (B, N, C) read from a context (B, L, D), before the output layer: (B, N, C)."""
+        """The queries q (B, N, C) attend to a context (B, L, D) -> (B, N, C), before the output layer."""
         k, v = self.to_k(context), self.to_v(context)
         if self.watch:
             self.watch(attention_weights(q, k, self.heads))
@@ -85,7 +85,7 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """(B, N, C) -> (B, N, C) through 4C hidden channels. `net` keeps the public numbering: 0 and 2."""
+    """(B, N, C) -> (B, N, C) through 4C hidden channels. The layers of `net` keep their public numbers, 0 and 2."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -96,7 +96,7 @@ class FeedForward(nn.Module):
 
 
 def one_row_per_prompt(x: Tensor, context) -> Tensor:
-    """x (B, ...) repeated to the prompts' rows: up to the first of them guidance's two passes are the same, and one."""
+    """Repeats x (B, ...) to the context's rows: up to the first cross-attention guidance's two passes share rows."""
     rows = len(context[0]) if isinstance(context, tuple) else len(context)
     return x if len(x) == rows else x.repeat(rows // len(x), *[1] * (x.ndim - 1))
 
@@ -126,8 +126,8 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """Transformer blocks over the positions of a feature map, added to it. (B, C, h, w) -> (B, C, h, w).
 
-    SD 1.x projects in and out with 1x1 convolutions, SD 2.x (`linear_projection`) with the same matrices as linear
-    layers.
+    SD 1.x projects in and out with 1x1 convolutions, SD 2.x (`linear_projection`) with linear layers. Both compute the
+    same.
     """
 
     def __init__(self, channels: int, heads: int, context_channels: int, groups: int, linear_projection: bool = False):
@@ -146,7 +146,7 @@ class SpatialTransformer(nn.Module):
         x = self.norm(x)
         if not self.linear_projection:
             x = self.proj_in(x)
-        x = x.flatten(2).transpose(1, 2).contiguous()  # (B, hw, C); once, or every layer below would copy it
+        x = x.flatten(2).transpose(1, 2).contiguous()  # (B, hw, C), copied once here, not in each layer below
         if self.linear_projection:
             x = self.proj_in(x)
         for block in self.transformer_blocks:
@@ -156,4 +156,4 @@ class SpatialTransformer(nn.Module):
         x = x.transpose(1, 2).unflatten(2, (h, w))  # (B, C, h, w)
         if not self.linear_projection:
             x = self.proj_out(x)
-        return one_row_per_prompt(residual, context) + x  # this order: a sum has its first term's memory format
+        return one_row_per_prompt(residual, context) + x  # this order: a sum takes its first term's memory format

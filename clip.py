@@ -1,7 +1,7 @@
-"""CLIP, by hand: the text encoder that SD reads prompts with, the image tower that measures, and the tokenizer.
+"""Beside the method: CLIP's text tower, which is SD's prompt encoder; its image tower, for evaluation; its tokenizer.
 
-Built from the fields of the public config.json files, with their names. Shapes: token ids (B, L), L = 77 for SD;
-prompts P (B, L, D); pictures (B, 3, S, S). The byte-pair merging comes from a library.
+The networks are built from the fields of the public config.json files, and use the public names. Shapes: token ids
+(B, L), L = 77 for SD; prompts P (B, L, D); pictures (B, 3, S, S). The byte-pair merging comes from a library.
 """
 
 import sys
@@ -21,7 +21,7 @@ ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.g
 
 
 class CLIPAttention(nn.Module):
-    """Multi-head self-attention with biases. (B, L, C) -> (B, L, C)."""
+    """Multi-head self-attention whose projections have biases. (B, L, C) -> (B, L, C)."""
 
     def __init__(self, channels: int, heads: int, causal: bool):
         super().__init__()
@@ -34,7 +34,7 @@ class CLIPAttention(nn.Module):
 
 
 class CLIPMLP(nn.Module):
-    """(B, L, C) -> (B, L, C)."""
+    """Two layers with an activation between them. (B, L, C) -> (B, L, C)."""
 
     def __init__(self, channels: int, hidden: int, activation: str):
         super().__init__()
@@ -75,7 +75,7 @@ class CLIPLayers(nn.Module):
 
 
 class TextEmbeddings(nn.Module):
-    """Token plus position. (B, L) -> (B, L, D)."""
+    """Token embedding plus position embedding. (B, L) -> (B, L, D)."""
 
     def __init__(self, config: dict):
         super().__init__()
@@ -112,7 +112,7 @@ class TextEncoder(nn.Module):
 
 
 class VisionEmbeddings(nn.Module):
-    """Patches and a class token, plus position. (B, 3, S, S) -> (B, 1 + (S / patch)², D)."""
+    """A class token and the embedded patches, plus position embeddings. (B, 3, S, S) -> (B, 1 + (S / patch)², D)."""
 
     def __init__(self, config: dict):
         super().__init__()
@@ -159,15 +159,15 @@ class CLIP(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(config.get("logit_scale_init_value", 2.6592)))
 
     def encode_text(self, ids: Tensor) -> Tensor:
-        """ids (B, L) -> (B, n), not normalised: the state at the end of the text, which has the largest id."""
+        """ids (B, L) -> (B, n), not normalised: the state at the end token, which has the largest id."""
         x = self.text_model(ids)
         return self.text_projection(x[torch.arange(len(x), device=x.device), ids.argmax(dim=-1)])
 
     def preprocess(self, x: Tensor) -> Tensor:
         """Pictures of any size, (B, 3, H, W) in [0, 1] -> (B, 3, S, S), S the config's image_size: the middle square.
 
-        The short side becomes S by antialiased bicubic interpolation; a margin that can't be halved is rounded to even.
-        As in OpenAI's code, up to Pillow's rounding to 8 bits; transformers rounds such margins down, one pixel off.
+        Antialiased bicubic interpolation makes the short side S; half of an odd margin is rounded to even, as in
+        OpenAI's code (up to Pillow's rounding to 8 bits). transformers rounds it down, which may shift by a pixel.
         """
         S, (h, w) = self.config["vision_config"]["image_size"], x.shape[2:]
         if min(h, w) != S:
@@ -183,7 +183,7 @@ class CLIP(nn.Module):
 
 
 class Tokenizer:
-    """CLIP's byte-pair encoding: lower case, words and digits apart, start and end tokens, padded to `length`."""
+    """CLIP's byte-pair encoding: lower case, each digit apart, start and end tokens, padded to `length`."""
 
     def __init__(self, bpe: BPETokenizer, length: int = 77, pad: str = END):
         self.bpe, self.length = bpe, length
@@ -191,7 +191,7 @@ class Tokenizer:
         self.noted = set()  # texts that were too long: each is reported once
 
     def __call__(self, texts: list[str]) -> Tensor:
-        """-> (B, length) int64. A text that is too long loses its end, never the end token; stderr has a line on it."""
+        """B texts -> (B, length) int64. A text that is too long is cut before the end token, with a line on stderr."""
         ids = torch.full((len(texts), self.length), self.pad)
         for text, row, encoding in zip(texts, ids, self.bpe.encode_batch(texts, add_special_tokens=False)):
             if (n := len(encoding.ids)) > self.room:
@@ -202,7 +202,7 @@ class Tokenizer:
 
     @property
     def room(self) -> int:
-        """How many tokens of a text are read: all but start and end."""
+        """How many tokens a text may have, beside start and end."""
         return self.length - 2
 
     def count(self, text: str) -> int:
@@ -210,8 +210,8 @@ class Tokenizer:
         return len(self.bpe.encode(text, add_special_tokens=False).ids)
 
     def shorten(self, text: str, before: str = "", after: str = "") -> str:
-        """The text, cut to so many words that before + text + after is not too long for the text encoder; `before` and
-        `after` are never cut. stderr has a line on it.
+        """The text, cut to as many words as the text encoder can read between `before` and `after`, which are never
+        cut. A line on stderr reports a cut.
         """
         if self.count(before + text + after) <= self.room:
             return text
@@ -223,7 +223,7 @@ class Tokenizer:
         return words
 
     def note(self, text: str, what: str) -> None:
-        """Says on stderr, once for each text, what is done with it."""
+        """Reports on stderr, once for each text, what is done with it."""
         if text not in self.noted:
             self.noted.add(text)
             print(f"{text if len(text) <= 60 else text[:60] + '...'!r} {what}", file=sys.stderr)
@@ -242,7 +242,7 @@ def clip_bpe(model: models.BPE) -> BPETokenizer:
 
 
 def read_bpe(folder: Path) -> BPETokenizer:
-    """The byte-pair encoding in vocab.json and merges.txt, or in tokenizer.json. Raises BadInput."""
+    """Reads vocab.json and merges.txt, or tokenizer.json. Raises BadInput if they are missing or broken."""
     vocabulary, merges, whole = (folder / name for name in ("vocab.json", "merges.txt", "tokenizer.json"))
     pair = vocabulary.is_file() and merges.is_file()
     if not pair and not whole.is_file():
@@ -258,14 +258,15 @@ def read_bpe(folder: Path) -> BPETokenizer:
         raise
     except Exception as error:  # the library raises bare Exceptions
         raise BadInput(f"{folder}: the tokenizer can't be read ({error}); download its files again") from None
-    bpe.no_padding()  # which transformers may have stored there; Tokenizer does both itself
+    bpe.no_padding()  # transformers may have stored padding and truncation there; Tokenizer does both itself
     bpe.no_truncation()
     return bpe
 
 
 def add_trained_tokens(bpe: BPETokenizer, folder: Path, settings: dict) -> None:
-    """Adds the tokens that were trained beside the vocabulary (textual inversion) under the ids that the folder gives
-    them, in added_tokens.json or in the settings' added_tokens_decoder. Raises BadInput where an id can't be had.
+    """Adds tokens that were trained beside the vocabulary (textual inversion), under the folder's own ids for them.
+
+    They are in added_tokens.json or in the settings' added_tokens_decoder. Raises BadInput if an id can't be kept.
     """
     file = folder / "added_tokens.json"
     older = read_json(file) if file.is_file() else {}
@@ -285,14 +286,15 @@ def add_trained_tokens(bpe: BPETokenizer, folder: Path, settings: dict) -> None:
 
 
 def load_tokenizer(folder: Path | str, pad: str | None = None) -> Tokenizer:
-    """From vocab.json and merges.txt, or tokenizer.json; length, padding and trained tokens from the folder's settings.
+    """Loads a tokenizer; its length, padding and trained tokens are those of the folder's settings.
 
-    pad: the padding token where the folder does not name one; by default the end token. Raises BadInput.
+    pad: the padding token if the folder does not name one; by default the end token. Raises BadInput if a file is
+    missing or broken, or if this is not CLIP's tokenizer.
     """
     folder = Path(folder)
     bpe = read_bpe(folder)
     settings = {"pad_token": pad or END}
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):  # SD 2.x: they differ, and the second is right
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):  # in SD 2.x they differ, and the second is right
         if (folder / name).is_file():
             settings |= {field: value for field, value in read_json(folder / name).items() if value is not None}
     for field, value in settings.items():
@@ -301,11 +303,11 @@ def load_tokenizer(folder: Path | str, pad: str | None = None) -> Tokenizer:
     supported = {"bos_token": START, "eos_token": END, "padding_side": "right", "truncation_side": "right"}
     for field, value in supported.items():
         if settings.get(field, value) != value:
-            raise BadInput(f"{folder}: {field} {settings[field]!r} is not supported ({value!r} is, as CLIP has it)")
+            raise BadInput(f"{folder}: {field} {settings[field]!r} is not supported (only CLIP's {value!r} is)")
     add_trained_tokens(bpe, folder, settings)
     pad, length = str(settings["pad_token"]), settings.get("model_max_length", 77)
-    bpe.add_special_tokens([pad])  # so that a '!' that pads is never a part of a word, as in transformers
-    if not isinstance(length, (int, float)) or not length >= 3:  # nor NaN
+    bpe.add_special_tokens([pad])  # as in transformers: a '!' that pads is never part of a word
+    if not isinstance(length, (int, float)) or not length >= 3:  # this form refuses NaN, too
         raise BadInput(f"{folder}: model_max_length {length!r} is no number of tokens; 77 is CLIP's")
     tokenizer = Tokenizer(bpe, 77 if length > 10**6 else int(length), pad)  # transformers writes 10^30 for "not known"
     if None in (tokenizer.start, tokenizer.end, tokenizer.pad):

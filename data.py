@@ -1,13 +1,13 @@
-"""Advertising images and their product masks: BG60k (section 4), a folder of your own, and the generators' hints.
+"""The method: ads and their masks (section 4), the generators' hints, and the background perturbation (Eq. 5 and 6).
 
-Read from the top: an ad and its mask, what the generators see of it, the background perturbation that keeps PG from
-copying and pasting (section 3.3, Eq. 5 and 6), and the training samples. Checking a data set:
+Reading order: an ad and its mask; what the generators see of it; the background perturbation, which keeps PG from
+copying and pasting (section 3.3); the training samples. To check a data set:
 
     python data.py DIR --sheet sheet.png            # BG60k as released, or a folder with metadata.jsonl
     python data.py DIR --list --sheet sheet.png     # DIR/CATEGORY/NAME.png: writes metadata.jsonl first
 
-Everywhere: a picture is (3, H, W) float32 in [0, 1], its mask M (1, H, W) with 1 on the product, 0 on the background
-and values between at soft edges.
+Everywhere a picture is (3, H, W) float32 in [0, 1]. Its mask M is (1, H, W): 1 on the product, 0 on the background,
+values between at soft edges.
 """
 
 import sys
@@ -27,30 +27,30 @@ from support.images import fit, load_masked, save_image, sheet
 from support.options import check_folder
 
 # Background perturbation, section 5.1
-THETA = 50  # kernel of the dilation in pixels of a 512 x 512 image; scaled along with other sizes
+THETA = 50  # kernel of the dilation in pixels of a 512 x 512 image; scaled with the image's size
 SIGMA = (0.75, 0.95)  # σ of the mixup is uniform in this range
-# The paper names random masks and mask translation without figures. Ours, in parts of the image's side:
-EXTRA_MASKS = 3  # at most so many, each a rectangle or an ellipse
+# The paper gives no numbers for random masks and mask translation. Ours, as fractions of the image's side:
+EXTRA_MASKS = 3  # at most this many, each a rectangle or an ellipse
 EXTRA_RADII = (0.03, 0.15)  # half their height and half their width
-TRANSLATION = 0.15  # the mask's copy moves at most so far, up or down and left or right
+TRANSLATION = 0.15  # the mask's copy moves at most this far, up or down and left or right
 
 # ---------------------------------------------------------------- an ad and its mask
 
 
 class Ad(NamedTuple):
-    """What one ad is painted from. Sizes are the files' own; without a reference CG works alone."""
+    """What one ad is painted from, at the files' own sizes. Without a reference CG works alone."""
 
     rgb: Tensor  # (3, H, W), the product, without its old background at soft edges (support/cutouts.py)
     mask: Tensor  # (1, H, W), M
-    texts: tuple[str, str, str]  # of P, P_fg, P_bg
+    texts: tuple[str, str, str]  # for P, P_fg, P_bg
     seed: int
     reference: tuple[Tensor, Tensor] | None = None  # I_ref (3, H', W') and M_ref (1, H', W')
 
 
 def load_ad(item: Item, size: int) -> tuple[Tensor, Tensor]:
-    """An ad, background and all, and its mask: (3, size, size) and (1, size, size).
+    """A whole ad and its mask, (3, size, size) and (1, size, size).
 
-    Cut to the largest square, as near to the product's centroid as it fits. Raises load_masked's errors.
+    Both are cropped to the largest square, centred as near to the product's centroid as it fits. Raises BadInput.
     """
     image, mask = load_masked(item.image, item.mask, "image", MASK_OF_ITEM, item.inverted)
     h, w = mask.shape[1:]
@@ -63,7 +63,7 @@ def load_ad(item: Item, size: int) -> tuple[Tensor, Tensor]:
 class Ads(Dataset):
     """The ads of a data set: {"image": (3, S, S), "mask": (1, S, S), "index": position in items}.
 
-    A broken item is named once on stderr, its index kept in `broken`, and the next one taken in its place ("index"
+    A broken item is reported once on stderr, and its index is kept in `broken`. The next item takes its place ("index"
     says which). Raises BadInput once more than 1% are broken. Each worker of a DataLoader has its own `broken`.
     """
 
@@ -108,27 +108,27 @@ def background_hint(image: Tensor, mask: Tensor) -> Tensor:
 
 
 def dilate(mask: Tensor, theta: int) -> Tensor:
-    """Eq. 5: Dilate(M | θ), the maximum over a window of θ x θ pixels around each. (1, H, W) -> (1, H, W)."""
+    """Eq. 5: Dilate(M | θ), the maximum over θ x θ pixels around each pixel. (1, H, W) -> (1, H, W)."""
     before, after = theta // 2, (theta - 1) // 2
     mask = F.pad(mask, (before, after, before, after))
-    mask = F.max_pool2d(mask, (theta, 1), stride=1)  # a square's maximum is that of its columns' maxima:
-    return F.max_pool2d(mask, (1, theta), stride=1)  # 2 θ comparisons a pixel in place of θ²
+    mask = F.max_pool2d(mask, (theta, 1), stride=1)  # a square's maximum is its columns' largest maximum:
+    return F.max_pool2d(mask, (1, theta), stride=1)  # 2 θ comparisons per pixel instead of θ²
 
 
 def perturb(image: Tensor, mask: Tensor, other: Tensor, generator: Generator, theta: int = THETA,
             sigma: tuple[float, float] = SIGMA) -> Tensor:
     """PG's hint in training: a background from which neither outline nor elements can simply be copied.
 
-    image I, other I_rand (3, H, W), mask M (1, H, W) -> (3, H, W). theta in pixels of a 512 x 512 image, sigma the
-    range of σ. Fig. 7 compares no perturbation (theta 0: the mask as it is; sigma 1 to 1: no mixup), the first step
-    alone, and both. All randomness is drawn from the CPU `generator`, so a run can be resumed.
+    image I, other I_rand (3, H, W), mask M (1, H, W) -> (3, H, W). theta is in pixels of a 512 x 512 image; σ is
+    uniform in the range sigma. theta 0 leaves the mask as it is, and sigma (1, 1) leaves out the mixup: Fig. 7 compares
+    neither, dilation alone, and both. All randomness comes from the CPU `generator`, so a run can be resumed.
     """
     h, w = mask.shape[1:]
     if theta:
         M_aug = dilate(mask, max(1, round(theta * min(h, w) / 512)))  # Eq. 5
         dy, dx = ((torch.rand(2, generator=generator) * 2 - 1) * TRANSLATION * torch.tensor([h, w])).int().tolist()
         moved = F.pad(M_aug, (dx, -dx, dy, -dy))
-        # The union, so that the product itself stays hidden whatever is drawn
+        # Their union hides the product itself, whatever is drawn
         M_aug = M_aug.maximum(moved).maximum(random_masks(h, w, generator))
     else:
         M_aug = mask
@@ -153,9 +153,9 @@ def random_masks(h: int, w: int, generator: Generator) -> Tensor:
 
 
 class Samples(Dataset):
-    """Training samples by (index, seed); all randomness in one comes from its seed, on whichever worker makes it.
+    """Training samples by (index, seed). The seed decides all that is random in a sample, whichever worker makes it.
 
-    Always has "index". `pictures` adds "image" and "mask". `perturbed` adds PG's hint, "background" (Eq. 5, 6), with
+    Each has "index". `pictures` adds "image" and "mask". `perturbed` adds PG's hint, "background" (Eq. 5, 6), with
     `theta` and `sigma` as in `perturb`. `latents`, a support.encoded.Latents, adds what one step of Eq. 1 draws: "z_0",
     "eps" and "t" (see `diffuse`), and "drop" in [0, 1), which decides whether the prompt is dropped; for an inpainting
     UNet also "inpainting" (5, h, w).
@@ -189,7 +189,7 @@ class Samples(Dataset):
 
 def diffuse(mean: Tensor, std: Tensor, generator: Generator, T: int,
             noise_offset: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Draws z_0 (4, h, w) from the VAE's posterior (mean, std), noise ε of the same shape, a timestep t () < T.
+    """Draws what Eq. 1 needs: z_0 (4, h, w) from the VAE's posterior (mean, std), ε of the same shape, and t () < T.
 
     Even at the largest t, z_t still carries the picture's mean brightness; the pure noise that sampling starts from
     does not, and dark scenes come out grey. With noise_offset > 0 the mean of ε varies too (Guttenberg 2023), so that
@@ -206,7 +206,7 @@ def diffuse(mean: Tensor, std: Tensor, generator: Generator, T: int,
 
 
 def save_sheet(samples: list[dict], items: list[Item], path: Path) -> None:
-    """A row for each sample: what the networks see of it."""
+    """Writes a sheet with one row per sample: what the networks see of it."""
     generator, rows = Generator().manual_seed(0), []
     for sample, other in zip(samples, samples[1:] + samples[:1]):
         I, M = sample["image"], sample["mask"]
@@ -218,7 +218,7 @@ def save_sheet(samples: list[dict], items: list[Item], path: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     if args.sheet:
-        check_folder(args.sheet.parent, "--sheet")  # before an hour of loading
+        check_folder(args.sheet.parent, "--sheet")  # before loading, which may take an hour
     listed, wrote = args.dir / "metadata.jsonl", []
     if args.list:
         print("\n".join(list_folder(args.dir)))
@@ -231,9 +231,9 @@ def main(arguments: list[str] | None = None) -> None:
         if args.sheet:
             save_sheet(samples, items, args.sheet)
             wrote.append(args.sheet)
-    except BaseException:  # an interrupt too
+    except BaseException:  # also an interrupt
         if args.list:
-            listed.unlink()  # so that the same command can be given again
+            listed.unlink()  # so that the same command can run again
         raise
     if args.drop_blank and blank:
         lines = listed if listed.is_file() else args.dir / f"{args.split}_info.txt"

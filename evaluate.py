@@ -1,17 +1,16 @@
-"""Section 5, measured: CLIP similarity and Fréchet distance, Tables 1, 2 and 4, and the figures that show why.
+"""Beside the method: the evaluation (section 5) by CLIP similarity and Fréchet distance, its tables and its figures.
 
     python evaluate.py table1             # without a reference: Stable Diffusion, ControlNet, CG
-    python evaluate.py table2             # in the style of a reference: Blended Diffusion and CG + PG too
+    python evaluate.py table2             # in the style of a reference: also Blended Diffusion and CG + PG
     python evaluate.py table4             # the ablation
     python evaluate.py tsne               # Fig. 5a: do a category's backgrounds gather around its centre?
     python evaluate.py fig6               # the methods of Table 2 side by side; fig7: PG's perturbations;
                                           # fig9: a product in many styles; fig10: many products in one
     python evaluate.py table1 --data BG60K --weights SD15 --cg CG --controlnet FILE --hint inpaint --clip VIT-B-32
 
-Read from the top: the tables as data; what is measured; the figures. rivals/methods.py holds the methods, and the lab
-that paints and embeds. Without options everything is the toy's; networks that are not shipped with it are trained on
-first use. Pictures and embeddings stay in --out, so that an interrupted evaluation goes on where it stopped and the
-tables share them.
+Reading order: the tables as data; the measurements; the figures. rivals/methods.py holds the methods, and the lab that
+paints and embeds. By default everything is the toy's, and networks that are not shipped are trained on first use.
+Pictures and embeddings stay in --out: the tables share them, and an interrupted evaluation continues where it stopped.
 """
 
 import argparse
@@ -47,13 +46,13 @@ from toy.world import draw_on_first_use
 
 class Row(NamedTuple):
     label: str
-    method: str  # of METHODS
+    method: str  # a key of METHODS
     paper: tuple[float, ...] = ()  # the paper's similarity and Fréchet distance, for each protocol
 
 
 class Table(NamedTuple):
-    protocols: list[str]  # of PROTOCOLS
-    metrics: list[str]  # of METRICS
+    protocols: list[str]  # keys of PROTOCOLS
+    metrics: list[str]  # keys of METRICS
     ours: str  # the method that is compared with every other
     rows: list[Row]
 
@@ -88,11 +87,14 @@ METRICS = {"similarity": "similarity ↑", "frechet": "Fréchet ↓", "joint": "
 
 
 def measure(lab: Lab, name: str, protocol: str) -> Measured:
-    """Paints and embeds. Items that can't be painted or read are left out."""
+    """Paints a protocol's items by the method `name` and embeds them. 'shuffled' takes other items' originals instead.
+
+    Items that can't be painted or read are left out. Raises BadInput if fewer than two are left.
+    """
     items = lab.items(protocol)
     if name == "shuffled":
         order = torch.randperm(len(items), generator=Generator().manual_seed(0))
-        paths = [items[i].image for i in order.roll(1)[order.argsort()].tolist()]  # around a circle: none keeps its own
+        paths = [items[i].image for i in order.roll(1)[order.argsort()].tolist()]  # a cycle: no item keeps its own
     else:
         paths = lab.pictures(name, items, protocol)
     kept = [i for i, path in enumerate(paths) if path.exists()]
@@ -109,7 +111,7 @@ def measure(lab: Lab, name: str, protocol: str) -> Measured:
 
 
 def table(lab: Lab, name: str) -> None:
-    """Prints a table as Markdown, the paper's figures beside ours, and writes it to NAME.md and NAME.json."""
+    """Prints a table as Markdown, with the paper's numbers beside ours, and writes it to NAME.md and NAME.json."""
     protocols, metrics, ours, rows = TABLES[name]
     own_base = lab.networks.options["weights"] is not None
     if own_base and not lab.networks.options["cg-plain"]:  # the paper does not have these rows
@@ -138,12 +140,12 @@ def table(lab: Lab, name: str) -> None:
 
 
 def available(lab: Lab, method: str) -> bool:
-    """Whether a method can paint: beside a base of one's own, a rival needs the option that names its network."""
+    """Whether a method can paint. With --weights, a rival needs the option that names its network."""
     return lab.networks.options["weights"] is None or not METHODS[method].own or bool(lab.networks.options[method])
 
 
 def markdown(results: list[dict], protocols: list[str], metrics: list[str]) -> list[str]:
-    """The lines of a Markdown table; `results` go through the protocols of one row, then of the next."""
+    """The lines of a Markdown table. `results` has every protocol of the first row, then of the next, and so on."""
     lines = [["method"]]
     for protocol in protocols:
         for metric in metrics:
@@ -153,13 +155,13 @@ def markdown(results: list[dict], protocols: list[str], metrics: list[str]) -> l
             lines.append([result["method"]])
         for i, metric in enumerate(metrics):
             lines[-1].append(plus_minus(result["measured"][metric]) if result["measured"] else "not given")
-            if metric != "joint":  # which the paper does not have
+            if metric != "joint":  # the paper does not have this one
                 lines[-1].append(f"{result['paper'][i]:.2f}" if result["paper"] else "")
     return markdown_table(lines)
 
 
 def lines_ahead(results: list[dict], ours: str, protocols: list[str], metrics: list[str]) -> list[str]:
-    """How far our method is ahead of each other one: a paragraph for each protocol."""
+    """How far our method is ahead of each of the others: a paragraph for each protocol."""
     names, lines = ", ".join(METRICS[metric][:-2] for metric in metrics), []
     for protocol in protocols:
         others = [f"of {result['method']} by {', '.join(map(plus_minus, result['measured']['ours_ahead'].values()))}"
@@ -174,15 +176,15 @@ def lines_ahead(results: list[dict], ours: str, protocols: list[str], metrics: l
 
 
 def figure_tsne(lab: Lab) -> None:
-    """Fig. 5a: background features of CG's pictures and of ControlNet's around their categories' centres, which are the
-    means over the training set. The figure shows the 20 commonest categories.
+    """Fig. 5a: the background features of CG's and ControlNet's pictures around their categories' centres, the means
+    over the training set. The figure shows the 20 commonest categories.
 
-    Also prints, for all categories and for the original backgrounds too, the mean distance between a normalised feature
-    and its own category's centre, and for how many features that centre is the nearest.
+    For all categories, and also for the original backgrounds, it prints the mean distance between a normalised feature
+    and its category's centre, and for how many features that centre is the nearest. Raises BadInput without pictures.
     """
 
     def features(paths: list[Path], items: list[Item]) -> tuple[Tensor, list[str]]:
-        """For the pictures that can be read: features of length 1, and categories."""
+        """Features (n, d) of length 1, and categories, of the pictures that can be read."""
         x = F.normalize(lab.embeddings(paths, items), dim=1)
         readable = x.isfinite().all(dim=1)
         return x[readable], [item.category for item, r in zip(items, readable.tolist()) if r]
@@ -203,7 +205,7 @@ def figure_tsne(lab: Lab) -> None:
         x, category_of = features(*map(list, zip(*kept)))
         own = torch.tensor([categories.index(category) for category in category_of])
         distance = torch.cdist(x, centres)  # (n, C)
-        print("{}: distance to the own category's centre {:.3f} ± {:.3f}, nearest to it {} of {}".format(
+        print("{}: distance to the category's centre {:.3f} ± {:.3f}, the nearest centre for {} of {} pictures".format(
             label, *interval(lambda i, d=distance, own=own: d[i, own[i]].mean(), len(x)),
             int((distance.argmin(1) == own).sum()), len(x)))
         if method:
@@ -216,7 +218,7 @@ def figure_tsne(lab: Lab) -> None:
 
 
 def figure_methods(lab: Lab, name: str, columns: dict[str, str], rows: int = 8) -> None:
-    """A row for each of some pairs: product, reference, and what each method, by column label, makes of them."""
+    """Draws a row for each of `rows` pairs: product, reference, each method's picture. columns: methods by label."""
     columns = {label: method for label, method in columns.items() if available(lab, method)}
     items = choose(lab.items("ref"), rows)
     lab.check([*columns.values()], items)
@@ -227,7 +229,10 @@ def figure_methods(lab: Lab, name: str, columns: dict[str, str], rows: int = 8) 
 
 
 def figure_grid(lab: Lab, name: str, count: int = 8, groups: int = 4) -> None:
-    """fig9: products, each in many styles of its category's references; fig10: references, each for many products."""
+    """fig9: each product in the styles of many references; fig10: many products in each reference's style.
+
+    Both show up to `groups` categories with up to `count` pairs each. Raises BadInput if no category has two pairs.
+    """
     items, cells = lab.items("ref"), []
     by_category = {c: [i for i in items if i.category == c][:count] for c in sorted({i.category for i in items})}
     chosen = [group for group in by_category.values() if len(group) > 1][:groups]
@@ -248,7 +253,7 @@ def figure_grid(lab: Lab, name: str, count: int = 8, groups: int = 4) -> None:
 TABLE2_COLUMNS = {"Blended Diffusion": "blended-diffusion", "Paint by Example": "paint-by-example",
                   "Stable Diffusion": "stable-diffusion", "ControlNet": "controlnet", "CG + PG": "cg+pg"}
 FIG7_COLUMNS = {"no perturbation": "fig7-none", "dilation": "fig7-dilation", "dilation + mixup": "fig7-mixup"}
-COMMANDS = {  # and what to look at next
+COMMANDS = {  # each with what to look at next
     "table1": (partial(table, name="table1"), "tsne draws the same pictures' backgrounds; table2 adds references"),
     "table2": (partial(table, name="table2"), "fig6 shows its methods side by side; table4 is the ablation"),
     "table4": (partial(table, name="table4"), "fig6 shows the methods of Table 2 side by side"),
@@ -271,7 +276,7 @@ def options() -> Parser:
     add("--limit", metavar="N", type=whole_number(2, 10**9), help="only the first N items of the split [all]")
     add("--centres", metavar="N", type=whole_number(1, 10**9),
         help="tsne: centres from the first N training ads [all]")
-    add("--out", metavar="DIR", type=Path, default=Path("results"), help="where all of it goes [results]")
+    add("--out", metavar="DIR", type=Path, default=Path("results"), help="folder for all results [results]")
     return parser
 
 
@@ -284,7 +289,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Carries out one command; under torchrun all processes paint, and the first one speaks for all."""
+    """Carries out one command. Under torchrun all processes paint, and only the first one prints."""
     rank, world = processes()
     if world > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=7))  # processes wait for one another while all paint
@@ -292,7 +297,7 @@ def evaluate(args: argparse.Namespace) -> None:
     draw_on_first_use(lab.data)
     with redirect_stdout(io.StringIO()) if rank else nullcontext():
         command(lab)
-        print(f"next: {following}; the pictures lie in {args.out / 'pictures'}")
+        print(f"next: {following}; the pictures are in {args.out / 'pictures'}")
 
 
 if __name__ == "__main__":

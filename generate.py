@@ -1,4 +1,4 @@
-"""From a product photo to an ad: CG alone, or CG and PG in the style of a reference ad (Fig. 2; section 5.1).
+"""The method: from a product photo to an ad, by CG alone or CG + PG in the style of a reference (Fig. 2, section 5.1).
 
     python generate.py                                                        # a sample product and reference
     python generate.py --product mug.png --category mug                       # CG: the common style of the category
@@ -7,8 +7,8 @@
     python generate.py --prompt "a photo of a mug"                            # the base alone
     python generate.py --product mug.png --lama FILE                          # a rival; or --paint-by-example
 
-A product comes with its mask: an image with an alpha channel, or --mask FILE, white on the product. The result keeps
-the product's frame, and the product's own pixels where the mask is 1.
+A product needs a mask: its image's alpha channel, or --mask FILE, white on the product. The result keeps the photo's
+size and framing, and the product's own pixels where the mask is 1.
 """
 
 import json
@@ -41,16 +41,16 @@ from support.painting import check, count_steps, options, own_defaults, painting
 from support.record import command_of, record_of
 from weights import StableDiffusion
 
-SAMPLE = "perfume"  # of toy/samples, painted where no product is given
+SAMPLE = "perfume"  # from toy/samples, painted if no product is given
 IDENTIFIER = "sks {}"  # [D], section 5.1: 'sks' and the category's id
 
 # ---------------------------------------------------------------- a batch on its canvas
 
 
 def prompt_texts(category: str, identifier: str | None, tokenizer: Tokenizer | None = None) -> tuple[str, str, str]:
-    """The texts of P, P_fg and P_bg (section 3.2). Without an identifier, all three are the plain prompt.
+    """The texts for P, P_fg and P_bg (section 3.2). Without an identifier, all three are the plain prompt.
 
-    Given the tokenizer, a category that is too long for the text encoder is cut, never the identifier after it.
+    With a tokenizer, a category that is too long for the text encoder is cut, but never the identifier after it.
     """
     if identifier is None:
         return (f"A photo of {category}",) * 3
@@ -61,12 +61,12 @@ def prompt_texts(category: str, identifier: str | None, tokenizer: Tokenizer | N
 
 
 def prompts_by_category(identifiers: dict[str, str | None], tokenizer: Tokenizer) -> dict[str, tuple[str, str, str]]:
-    """The texts of each category, from its identifier."""
+    """Each category's texts for P, P_fg and P_bg."""
     return {name: prompt_texts(name, identifier, tokenizer) for name, identifier in identifiers.items()}
 
 
 def encode_prompts(sd: StableDiffusion, texts: list[tuple[str, str, str]]) -> Prompts:
-    """The texts of P, P_fg and P_bg of B pictures -> encodings, (B, L, D) each. Each different text is encoded once."""
+    """B pictures' texts for P, P_fg and P_bg -> encodings, (B, L, D) each. Each distinct text is encoded once."""
     unique = list(dict.fromkeys(text for triple in texts for text in triple))
     encoded = sd.prompts(unique)  # (U, L, D)
     row = {text: i for i, text in enumerate(unique)}
@@ -74,7 +74,7 @@ def encode_prompts(sd: StableDiffusion, texts: list[tuple[str, str, str]]) -> Pr
 
 
 class Canvas(NamedTuple):
-    """A batch of B products at the size they are painted at, and their references at the same size."""
+    """A batch of B products and their references, at the size at which the products are painted."""
 
     rgb: Tensor  # (B, 3, H, W)
     mask: Tensor  # (B, 1, H, W), M
@@ -89,8 +89,8 @@ def paint(sd: StableDiffusion, canvas: Canvas, how: Painting, cg: ControlNet | N
           pg: ControlNet | None = None, on_step: Callable | None = None, first: Tensor | None = None) -> Tensor:
     """Paints backgrounds (Fig. 2) -> (B, 3, H, W) float32 in [0, 1], the products not yet pasted back.
 
-    cg: CG or a plain ControlNet in its place; without it the base paints alone. pg sees the references, if any. With
-    first (B, 3, h, w), the pictures of a first pass on a smaller canvas, this is the second: it noises them to T'.
+    cg: CG, or a plain ControlNet in its place; without it the base paints alone. pg sees the references, if any.
+    first (B, 3, h, w): pictures of a first pass on a smaller canvas. The second pass starts from these, noised to T'.
     """
     if first is not None and how.refine_alone:
         canvas, how, cg, pg = canvas._replace(texts=[("", "", "")] * len(first)), replace(how, guidance=1), None, None
@@ -103,7 +103,7 @@ def paint(sd: StableDiffusion, canvas: Canvas, how: Painting, cg: ControlNet | N
         hint = background_hint(canvas.reference.to(weight), canvas.reference_mask.to(weight))
         branches.append((pg, pg.hint_features(hint)))
     begin = canvas.reference if how.from_reference else None  # what z_T is made from
-    if first is not None:  # enlarged as pictures, since latents would blur, and with the products themselves
+    if first is not None:  # enlarged as pictures, since latents would blur, and with the real products put in
         begin = canvas.rgb.lerp(torch.stack([resize(picture, *rgb.shape[2:]) for picture in first]), 1 - canvas.mask)
         start = how.refine_from * sd.schedule.T // 1000
     z_ref = None if begin is None else sd.encode(begin)
@@ -119,11 +119,11 @@ def paint(sd: StableDiffusion, canvas: Canvas, how: Painting, cg: ControlNet | N
 
 def paste_back(painted: Tensor, painted_mask: Tensor, box: tuple[int, int, int, int], rgb: Tensor, mask: Tensor,
                spread: int = 1) -> Tensor:
-    """The product over the painted canvas (3, h, w), in its own frame -> (3, H, W) uint8; box as `fit` returned it.
+    """Pastes the product over the painted canvas (3, h, w) -> (3, H, W) uint8 in its own frame. box is from `fit`.
 
-    Where M = 1 the result is the product's pixels, exactly: the product must stay unchanged (section 1). The networks
-    paint the product too, and it spreads over its edge (painted_mask (1, h, w) is M on the canvas) by about `spread`
-    pixels. There the scene is continued from further out, so that no glow surrounds the product.
+    Where M = 1 the result has exactly the product's pixels: the product must stay unchanged (section 1). The networks
+    paint the product too, and it spreads about `spread` pixels beyond its edge in painted_mask, which is M (1, h, w) on
+    the canvas. There the scene is continued from further out, so that no glow surrounds the product.
     """
     painted = extend(painted, dilate(painted_mask, 1 + 2 * spread) <= 1 - SOLID)
     top, left, h, w = box
@@ -136,8 +136,8 @@ def paste_back(painted: Tensor, painted_mask: Tensor, box: tuple[int, int, int, 
 
 def canvas_of(ads: list[Ad], h: int, w: int, generators: list[torch.Generator],
               exemplar: int | None = None) -> tuple[Canvas, list[tuple]]:
-    """Ads on a canvas of h x w pixels, and where their frames lie on it. `exemplar`: the side of the squares to which a
-    rival has references squashed, whole; else they fill the canvas.
+    """Fits ads to a canvas of h x w pixels; also returns where their frames lie on it. References fill the canvas, but
+    with `exemplar`, for a rival, each is squashed whole to a square of that side.
     """
     rgb, boxes = zip(*(fit(ad.rgb, h, w, "contain") for ad in ads))
     mask = torch.stack([fit(ad.mask, h, w, "contain")[0] for ad in ads])
@@ -151,10 +151,10 @@ def canvas_of(ads: list[Ad], h: int, w: int, generators: list[torch.Generator],
 
 def paint_ads(ads: list[Ad], models: Models, how: Painting, painter: Callable | None = None,
               keep_first: bool = False) -> list[list[Tensor]]:
-    """Finished ads, each (3, H, W) uint8 in its product's frame; with keep_first also as the first pass left it.
+    """Paints ads -> for each a picture (3, H, W) uint8 in its product's frame; with keep_first also the first pass's.
 
-    A batch has one canvas size, and references for all of its ads or for none. painter(canvas, on_step=...) ->
-    (B, 3, h, w) paints a rival's first pass.
+    Ads with the same canvas size, and all with or all without a reference, are painted as one batch.
+    painter(canvas, on_step=...) -> (B, 3, h, w) paints a rival's first pass.
     """
     ours = models.rival.paint if models.rival else partial(paint, models.sd, cg=models.cg, pg=models.pg)
     ours, steps = partial(ours, how=how), count_steps(models, how)
@@ -182,16 +182,16 @@ def paint_ads(ads: list[Ad], models: Models, how: Painting, painter: Callable | 
 
 
 def load(args, categories: set[str] = frozenset(), with_pg: bool = False) -> tuple[Models, Callable, dict]:
-    """The models, `paint_ads` with them as the options say, and the record of both."""
+    """Loads the models -> the models, `paint_ads` with them and the options filled in, and the record of both."""
     how = painting_of(args, eta=args.eta, from_reference=args.start == "reference", **own_defaults(args))
     models = load_models(choice_of(args), args.size, categories, with_pg, args.plain_prompt)
-    count_steps(models, how)  # refuses a second pass that can't be painted
+    count_steps(models, how)  # raises BadInput if the second pass can't be painted
     paint_all = partial(paint_ads, models=models, how=how, keep_first=args.keep_first)
     return models, paint_all, record_of(args, size=models.size, models=models.fingerprints, **settled(how))
 
 
 def generate_text(args) -> None:
-    """--prompt: the base alone, around no product."""
+    """--prompt: the base paints alone, without a product."""
     models, paint_all, record = load(args)
     Gallery.remove_sheet(args.out)
     blank = torch.zeros(3, *[models.size * record["refine"]] * 2)
@@ -206,9 +206,9 @@ def generate_text(args) -> None:
 
 
 def generate_product(args) -> None:
-    """--product: every product, in the style of every reference if any, each --num times, and a sheet of them.
+    """--product: paints every product, in the style of every reference if any, --num times each, and a sheet of all.
 
-    A single product is painted in each of several categories. Without --product the samples, CG alone beside CG + PG.
+    A single product is painted in the scene of each category given. Without --product: a sample, by CG and by CG + PG.
     """
     demo, sample_file = args.product is None, TOY / "samples" / f"{SAMPLE}.png"
     files = args.product or [sample_file]
@@ -237,7 +237,7 @@ def generate_product(args) -> None:
 
 
 def generate_data(args) -> None:
-    """--data: every item not yet painted, with PG where the item has a reference."""
+    """--data: paints every item that has no picture yet, with PG where the item has a reference."""
     items, notes = read_items(args.data, args.split or "bg1k")
     items = items[: args.limit]
     models, paint_all, record = load(args, {item.category for item in items}, any(item.reference for item in items))
@@ -245,7 +245,7 @@ def generate_data(args) -> None:
     print("\n".join(notes), file=sys.stderr)
     painted, there, broken = paint_items(items, texts, paint_all, args.out, record, models.dtype, args.seed, args.batch,
                                          args.keep_first)
-    save_data_sheet(items, args.out)  # of several processes the last one has them all
+    save_data_sheet(items, args.out)  # the last of several processes has all pictures
     print(f"{args.out}: {painted:,} painted, {there:,} were there, {broken:,} broken")
     if broken > BROKEN * (painted + there + broken):
         raise BadInput(f"{args.data}: {broken:,} items can't be used, more than {BROKEN:.0%}; they are named above")
@@ -253,13 +253,13 @@ def generate_data(args) -> None:
 
 
 def save(image, path: Path, line: dict | None = None) -> None:
-    """Writes a PNG and says so; line: what it was painted from and how, kept in the PNG."""
+    """Writes a PNG and prints its path. line: what it was painted from and how, stored in the PNG."""
     save_image(image, path, {"how": json.dumps(line)} if line else None)
     print(path)
 
 
 def say_next(text: str) -> None:
-    """What to do after this, on stderr: stdout has only the paths."""
+    """Prints on stderr what to do next: stdout has only paths."""
     print(f"next: {text}", file=sys.stderr)
 
 

@@ -1,7 +1,7 @@
-"""The networks of Fig. 2: Stable Diffusion's UNet and the two ControlNet-shaped branches CG and PG (section 3).
+"""The method: the networks of Fig. 2, Stable Diffusion's UNet and the ControlNet-shaped branches CG and PG (section 3).
 
-Read from top to bottom: the blocks; the UNet; ControlNet, from which CategoryGenerator (Eq. 3) and PersonalityGenerator
-(Eq. 4) differ by one line each; `predict_noise`, which runs all three in parallel. vae.py and clip.py hold the others.
+Reading order: the blocks; the UNet; ControlNet; CategoryGenerator (Eq. 3) and PersonalityGenerator (Eq. 4), which
+differ from ControlNet in one function each; `predict_noise`, which runs SD, CG and PG in parallel.
 Every class is built from the fields of its public config.json, so the toy and SD 1.5 share the classes. Modules and
 parameters carry the names of the public diffusers folders.
 
@@ -22,9 +22,9 @@ from attention import SpatialTransformer, mask_at, one_row_per_prompt
 
 
 class ResnetBlock(nn.Module):
-    """Two 3x3 convolutions, the timestep added between them. (B, C_in, h, w) -> (B, C_out, h, w).
+    """Two 3x3 convolutions; the timestep is added between them. (B, C_in, h, w) -> (B, C_out, h, w).
 
-    `time_channels` is None in the VAE, which knows no timestep.
+    `time_channels` is None in the VAE, which has no timestep.
     """
 
     def __init__(self, in_channels: int, out_channels: int, groups: int, eps: float, time_channels: int | None = None):
@@ -39,7 +39,7 @@ class ResnetBlock(nn.Module):
             self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
-        """time (B, T), already through SiLU."""
+        """x (B, C_in, h, w), time (B, T) from UNetEncoder.embed_time -> (B, C_out, h, w)."""
         h = self.conv1(F.silu(self.norm1(x)))
         if time is not None:
             h = h + self.time_emb_proj(time)[:, :, None, None]
@@ -60,7 +60,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest neighbour, then a convolution. (B, C, h, w) -> (B, C, 2h, 2w)."""
+    """Nearest-neighbour enlargement, then a convolution. (B, C, h, w) -> (B, C, 2h, 2w)."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -74,7 +74,7 @@ class Upsample(nn.Module):
 
 
 def timestep_encoding(t: Tensor, channels: int) -> Tensor:
-    """Sinusoids of the timestep, cosines first. t (B,) -> (B, channels) float32."""
+    """The timestep as sinusoids, cosines first (Vaswani et al. 2017). t (B,) -> (B, channels) float32."""
     half = channels // 2
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
     angles = t.float()[:, None] * frequencies  # (B, half)
@@ -82,7 +82,7 @@ def timestep_encoding(t: Tensor, channels: int) -> Tensor:
 
 
 class TimestepEmbedding(nn.Module):
-    """(B, C) -> (B, T)."""
+    """Two layers on the timestep's encoding. (B, C) -> (B, T)."""
 
     def __init__(self, channels: int, time_channels: int):
         super().__init__()
@@ -94,15 +94,15 @@ class TimestepEmbedding(nn.Module):
 
 
 def run_layer(block: nn.Module, *inputs) -> Tensor:
-    """block.layer(*inputs); where block.recompute is set, by gradient checkpointing: less memory for more time."""
+    """Runs block.layer(*inputs); if block.recompute is set, with gradient checkpointing: less memory for more time."""
     if block.recompute and torch.is_grad_enabled():
         return checkpoint(block.layer, *inputs, use_reentrant=False)
     return block.layer(*inputs)
 
 
 class DownBlock(nn.Module):
-    """One level of the encoder. x (B, C_in, h, w), time (B, T) -> x (B, C, h/2, w/2), in the last level (B, C, h, w),
-    and the skip connections: the output of each layer and of the downsampling, C channels each.
+    """One level of the encoder. x (B, C_in, h, w), time (B, T) -> x (B, C, h/2, w/2), or (B, C, h, w) in the last
+    level, and the skip connections: the outputs of each layer and of the downsampling, with C channels each.
     """
 
     recompute = False
@@ -134,7 +134,7 @@ class DownBlock(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """The bottom: residual, attention, residual. (B, C, h, w) -> (B, C, h, w)."""
+    """The middle block: residual, attention, residual. (B, C, h, w) -> (B, C, h, w)."""
 
     recompute = False
 
@@ -153,7 +153,7 @@ class MidBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """One level of the decoder. x (B, C_in, h, w) -> (B, C, 2h, 2w), or for the last level (B, C, h, w).
+    """One level of the decoder. x (B, C_in, h, w) -> (B, C, 2h, 2w), or (B, C, h, w) in the last level.
 
     Each layer takes x and one skip connection (B, S, h, w), most recent first.
     """
@@ -183,9 +183,9 @@ class UpBlock(nn.Module):
 
 
 def _level_options(config: dict) -> tuple[dict, list[dict]]:
-    """The options that all residual blocks share, and those of each level's attention, from a config.json."""
+    """From a config.json: the options that all residual blocks share, and those of each level's attention."""
     levels = len(config["block_out_channels"])
-    heads = config["attention_head_dim"]  # despite its name: the number of heads, for all levels or for each
+    heads = config["attention_head_dim"]  # despite its name, the number of heads: one for all levels, or a list
     heads = heads if isinstance(heads, list) else [heads] * levels
     groups = config.get("norm_num_groups", 32)
     norm = dict(groups=groups, eps=config.get("norm_eps", 1e-5))
@@ -212,7 +212,7 @@ class UNetEncoder(nn.Module):
         self.mid_block = MidBlock(channels[-1], time_channels, norm, attention[-1])
 
     def embed_time(self, t: Tensor) -> Tensor:
-        """t (B,) int64 -> (B, T), after the SiLU that every residual block expects."""
+        """t (B,) int64 -> (B, T), with the SiLU that every residual block expects already applied."""
         encoding = timestep_encoding(t, self.conv_in.out_channels).to(self.conv_in.weight.dtype)
         return F.silu(self.time_embedding(encoding))
 
@@ -226,13 +226,13 @@ class UNetEncoder(nn.Module):
         return x, [one_row_per_prompt(skip, context) for skip in skips]
 
     def recompute_activations(self) -> None:
-        """Gradient checkpointing from now on, see `run_layer`."""
+        """Turns on gradient checkpointing (see `run_layer`)."""
         for block in (*self.down_blocks, self.mid_block, *getattr(self, "up_blocks", ())):
             block.recompute = True
 
 
 def skip_channels(config: dict) -> list[int]:
-    """Channels of the skip connections, in the order in which the encoder leaves them."""
+    """Channels of the skip connections, in the order in which the encoder produces them."""
     channels, layers = config["block_out_channels"], config["layers_per_block"]
     last = len(channels) - 1  # the last level has no downsampling, hence one skip connection fewer
     return channels[:1] + [c for i, c in enumerate(channels) for _ in range(layers + (i < last))]
@@ -288,7 +288,7 @@ class Prompts(NamedTuple):
 class HintEncoder(nn.Module):
     """ControlNet's small convolutional encoder of the hint. (B, 3, H, W) -> (B, C, h, w).
 
-    One strided convolution for each step of `channels`: three for SD 1.5, f = 8.
+    Each step from one entry of `channels` to the next halves h and w: three steps for SD 1.5, so f = 8.
     """
 
     def __init__(self, channels: list[int], out_channels: int):
@@ -309,7 +309,7 @@ class HintEncoder(nn.Module):
 class ControlNet(UNetEncoder):
     """A trainable copy of SD's encoder that also sees a hint; its outputs pass through zero convolutions (section 3.1).
 
-    These (1x1) start at zero, so that training starts from an unchanged SD.
+    These 1x1 convolutions start at zero, so training starts from an unchanged SD.
     """
 
     def __init__(self, config: dict):
@@ -321,10 +321,10 @@ class ControlNet(UNetEncoder):
 
     @torch.no_grad()
     def init_from_unet(self, unet: UNet) -> None:
-        """ControlNet's own initialisation: the encoder is SD's; the layers that connect the branch to SD are zero."""
+        """ControlNet's initialisation: SD's encoder copied, and the layers that connect the branch to SD at zero."""
         weights = {k: v for k, v in unet.state_dict().items()
                    if not k.startswith(("up_blocks", "conv_norm_out", "conv_out"))}
-        weights["conv_in.weight"] = weights["conv_in.weight"][:, : self.conv_in.in_channels]  # of an inpainting UNet
+        weights["conv_in.weight"] = weights["conv_in.weight"][:, : self.conv_in.in_channels]  # 4 of 9 if inpainting
         self.load_state_dict(weights, strict=False)
         for layer in (self.controlnet_cond_embedding.conv_out, self.controlnet_mid_block, *self.controlnet_down_blocks):
             nn.init.zeros_(layer.weight)
@@ -338,24 +338,24 @@ class ControlNet(UNetEncoder):
         return self.residuals(z, t, context, self.hint_features(hint), mask)
 
     def hint_features(self, hint: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, C, h, w). The same at every step: computed once per picture, before denoising."""
+        """(B, 3, H, W) -> (B, C, h, w). They are the same at every step: computed once, before denoising."""
         return self.controlnet_cond_embedding(hint)
 
     def residuals(self, z: Tensor, t: Tensor, context, features: Tensor, mask: Tensor | None = None) -> list[Tensor]:
-        """What `forward` returns, from the hint's features."""
+        """As `forward`, but for a hint whose features (B, C, h, w) have been computed."""
         x = self.conv_in(z) + features
         middle, skips = self.encode(x, self.embed_time(t), context, mask)
         return [conv(s) for conv, s in zip(self.controlnet_down_blocks, skips)] + [self.controlnet_mid_block(middle)]
 
     def reads(self, prompts: Prompts):
-        """The context that its cross-attentions read."""
+        """The context for its cross-attentions: P (B, L, D)."""
         return prompts.P
 
 
 class CategoryGenerator(ControlNet):
     """CG (section 3.2): its hint is the product I ⊗ M, and every cross-attention is mask-guided (Eq. 3).
 
-    Not in the paper: "attention": "plain" in its config, to measure what Eq. 3 adds (`train.py cg --attention plain`).
+    Ours: with "attention": "plain" in its config it uses Eq. 2, to measure what Eq. 3 adds (`--attention plain`).
     """
 
     def reads(self, prompts: Prompts):
@@ -367,7 +367,7 @@ class CategoryGenerator(ControlNet):
 class PersonalityGenerator(ControlNet):
     """PG (section 3.3): its hint is a reference's background I_ref ⊗ (1 − M_ref); it attends to P as a ControlNet does.
 
-    `mask` is that of the product being generated for, never the reference's.
+    `mask` is M, the product's, never the reference's.
     """
 
     def residuals(self, z, t, context, features, mask=None):
@@ -381,10 +381,10 @@ BRANCHES = {"controlnet": ControlNet, "category": CategoryGenerator, "personalit
 
 def predict_noise(unet: UNet, z: Tensor, t: Tensor, prompts: Prompts, branches=(), mask: Tensor | None = None,
                   inpainting: Tensor | None = None) -> Tensor:
-    """Fig. 2: SD, CG and PG in parallel, the branches' outputs summed into SD's decoder -> eps (B, 4, h, w).
+    """Fig. 2: SD, CG and PG run in parallel; SD's decoder adds the branches' outputs -> ε or v (B, 4, h, w).
 
-    branches: pairs `(cg, cg.hint_features(hint))`; mask: M (B, 1, H, W) of the product generated for. inpainting
-    (B, 5, h, w): what an inpainting UNet reads beside z_t, see StableDiffusion.inpainting.
+    branches: pairs (branch, branch.hint_features(hint)). mask: M (B, 1, H, W), the product's. inpainting (B, 5, h, w):
+    what an inpainting UNet reads beside z_t (see StableDiffusion.inpainting).
     """
     residuals = None
     for branch, features in branches:

@@ -1,8 +1,8 @@
-"""From noise to a picture: the noise schedule, DDIM, classifier-free guidance, z_T from a reference (section 5.1, 3.3).
+"""The method: from noise to a picture by DDIM with classifier-free guidance, z_T from a reference (sections 3.3, 5.1).
 
-The step itself is `ddim_step`, a pure function; `ddim` repeats it and yields the intermediate results, and so does
-`dpm`, which needs fewer steps; `guided` is the noise that the networks predict with and without the prompt; `sample`
-joins them: from z_T to z_0.
+`ddim_step` is one step, a pure function. `ddim` repeats it and yields the intermediate results; `dpm` does the same
+with a solver that needs fewer steps. `guided` combines the noise predicted with and without the prompt. `sample` joins
+them, from z_T to z_0.
 """
 
 import math
@@ -24,21 +24,21 @@ class Painting:
     """How pictures are painted. The defaults are the paper's (sections 3.3 and 5.1)."""
 
     steps: int = 50
-    guidance: float = 2.0  # weight of the prompt in classifier-free guidance; 1: none
+    guidance: float = 2.0  # weight of the prompt in classifier-free guidance; 1: no guidance
     eta: float = 0.0  # η of DDIM: 0 deterministic, 1 as much noise at each step as DDPM
-    from_reference: bool = True  # z_T is the reference's latent noised, where there is one; else pure noise
-    hint: str = "product"  # what the branch in CG's place sees: I ⊗ M, or "inpaint", as ControlNet 1.1 inpaint does
+    from_reference: bool = True  # z_T is the reference's latent, noised; without a reference it is pure noise
+    hint: str = "product"  # CG, or a ControlNet in its place, sees I ⊗ M; with "inpaint", data.inpaint_hint
     # Ours, not the paper's:
     sampler: str = "ddim"  # or "dpm++", DPM-Solver++ (2M), for fewer steps
-    refine: int = 1  # how many times larger a second pass paints the picture again; 1: no second pass
-    refine_from: int = 301  # T', from which the second pass denoises, in thousandths of the schedule
-    refine_alone: bool = False  # the second pass is the base's alone: no branches, the prompt '', no guidance
+    refine: int = 1  # a second pass paints the picture again, this many times larger; 1: no second pass
+    refine_from: int = 301  # T', where the second pass starts, in thousandths of the schedule
+    refine_alone: bool = False  # the base paints the second pass alone: no branches, the prompt '', no guidance
 
 
 class Schedule:
-    """How much of a picture is left at each timestep: z_t = √ᾱ_t z_0 + √(1 − ᾱ_t) ε; and which timesteps are visited.
+    """The noise schedule, z_t = √ᾱ_t z_0 + √(1 − ᾱ_t) ε, and the timesteps that a sampler visits.
 
-    config: fields of a public scheduler_config.json; the defaults are Stable Diffusion's.
+    config: fields of a public scheduler_config.json. The defaults are Stable Diffusion's.
     """
 
     def __init__(self, config: dict | None = None):
@@ -51,14 +51,14 @@ class Schedule:
         self.final_alpha_bar = torch.tensor(1.0) if config["set_alpha_to_one"] else self.alpha_bar[0]
 
     def timesteps(self, steps: int, start: int | None = None) -> list[int]:
-        """`steps` timesteps, evenly spaced, the noisiest first; for 50 of T = 1000, by the field timestep_spacing:
+        """`steps` evenly spaced timesteps, the noisiest first; for 50 of T = 1000, by the config's timestep_spacing:
 
-        - leading: 981, 961, …, 1. Where T is no multiple of `steps` the noisy end is cut: 400 start at 799.
+        - leading: 981, 961, …, 1. If T is no multiple of `steps`, the noisy end is cut: 400 steps start at 799.
         - trailing: 999, 979, …, 19. Few-step models are trained for it: a single step visits 999.
         - linspace: 999, 979, 958, …, 0.
 
-        Whatever the spacing, a step of DDIM at t ends at t − T // steps, as in diffusers. Of a walk that begins at
-        `start`, those up to there. Raises BadInput for too many steps, and where none is left.
+        Whatever the spacing, a step of DDIM at t ends at t − T // steps, as in diffusers. `start` leaves out all
+        timesteps above it. Raises BadInput if there are more steps than timesteps, or if none is left.
         """
         if self.config["timestep_spacing"] == "trailing":
             ts = np.arange(self.T, 0, -self.T / steps)[:steps].round() - 1
@@ -74,7 +74,7 @@ class Schedule:
         return ts
 
     def alpha_bar_at(self, t: int) -> Tensor:
-        """ᾱ_t; for t < 0, after the last step, the final value."""
+        """ᾱ_t, (); its final value for t < 0, after the last step."""
         return self.alpha_bar[t] if t >= 0 else self.final_alpha_bar
 
     def add_noise(self, z_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
@@ -83,21 +83,21 @@ class Schedule:
         return (alpha_bar.sqrt() * z_0 + (1 - alpha_bar).sqrt() * eps).to(z_0.dtype)
 
     def target(self, z_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """What the UNet is to predict from z_t: ε, or for a v-prediction model v = √ᾱ_t ε − √(1 − ᾱ_t) z_0."""
+        """What the UNet learns to predict, (B, 4, h, w): ε, or in a v-prediction model v = √ᾱ_t ε − √(1 − ᾱ_t) z_0."""
         if self.config["prediction_type"] == "epsilon":
             return eps
         alpha_bar = self.alpha_bar.to(z_0.device)[t].view(-1, 1, 1, 1)
         return (alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * z_0).to(z_0.dtype)
 
     def eps_from(self, output: Tensor, z_t: Tensor, t: int) -> Tensor:
-        """ε from the UNet's output at timestep t."""
+        """The UNet's output at timestep t, ε or v -> ε. All are (B, 4, h, w)."""
         if self.config["prediction_type"] == "epsilon":
             return output
         return self.alpha_bar[t].sqrt().item() * output + (1 - self.alpha_bar[t]).sqrt().item() * z_t
 
 
 def timestep_weights(schedule: Schedule, kind: str) -> Tensor:
-    """The weight of each timestep's error, (T,): 1 ('uniform', Eq. 1), or by its signal-to-noise ratio.
+    """The weight of each timestep's error, (T,): 1 ('uniform', Eq. 1), or a function of its signal-to-noise ratio.
 
     Most of the error of ε comes from nearly clean z_t, where little of it can be learnt; almost none comes from the
     noisiest, where the scene is decided. 'min-snr' (Hang et al. 2023, γ = 5) weights the former down; 'debias' (Yu et
@@ -112,9 +112,9 @@ def timestep_weights(schedule: Schedule, kind: str) -> Tensor:
 
 def ddim_step(eps: Tensor, z_t: Tensor, alpha_bar: Tensor, alpha_bar_prev: Tensor, eta: float = 0.0,
               noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """One step of DDIM from ᾱ_t to ᾱ_{t−1} -> z_{t−1} and the current guess ẑ_0, each (B, 4, h, w).
+    """One step of DDIM (Song et al. 2021, Eq. 12), from ᾱ_t to ᾱ_{t−1} -> z_{t−1} and the guess ẑ_0, each (B, 4, h, w).
 
-    η = 0 is deterministic; η = 1 is DDPM's noise, and needs `noise` (B, 4, h, w) ~ N(0, 1).
+    η = 0 is deterministic. η = 1 adds as much noise as DDPM. η > 0 needs `noise` (B, 4, h, w) ~ N(0, 1).
     """
     a, a_prev = float(alpha_bar), float(alpha_bar_prev)
     z_0 = (z_t - (1 - a) ** 0.5 * eps) / a**0.5
@@ -131,9 +131,9 @@ def ddim(eps_model: Callable[[Tensor, int], Tensor], z_T: Tensor, schedule: Sche
          edit: Callable[[Tensor, int], Tensor] | None = None, start: int | None = None) -> Iterator[Step]:
     """Walks from z_T (B, 4, h, w) to z_0; yields (t, z_{t−1}, ẑ_0) after every step.
 
-    eps_model(z, t) -> eps; generators, one per picture, draw the steps' noise where η > 0. edit(z, t) -> z changes the
-    result of each step, at its timestep t (below 0 at the end), so that known parts of the picture can be put back.
-    Given `start`, it walks only the steps up to there, from z_T at the first of them.
+    eps_model(z, t) -> eps. For η > 0, generators, one per picture, draw each step's noise. edit(z, t) -> z can put
+    known parts of the picture back into each step's result; t is that result's timestep, below 0 at the end.
+    With `start`, only timesteps up to it are visited, and z_T belongs to the first of them.
     """
     z, stride = z_T, schedule.T // steps
     for t in schedule.timesteps(steps, start):
@@ -146,14 +146,14 @@ def ddim(eps_model: Callable[[Tensor, int], Tensor], z_T: Tensor, schedule: Sche
 
 def dpm(eps_model: Callable[[Tensor, int], Tensor], z_T: Tensor, schedule: Schedule, steps: int = Painting.steps,
         edit: Callable[[Tensor, int], Tensor] | None = None, start: int | None = None) -> Iterator[Step]:
-    """DPM-Solver++ (2M) (Lu et al. 2022, Algorithm 2), as `ddim`: second order, from the guesses ẑ_0 of two steps.
+    """DPM-Solver++ (2M) (Lu et al. 2022, Algorithm 2), called as `ddim`. Second order: it uses ẑ_0 of two steps.
 
-    With α = √ᾱ, σ = √(1 − ᾱ), λ = log(α / σ), and h = λ_{t−1} − λ_t the length of a step, h' that of the one before:
+    With α = √ᾱ, σ = √(1 − ᾱ), λ = log(α / σ), a step's length h = λ_{t−1} − λ_t, and primes for the step before:
 
         z_{t−1} = (σ_{t−1} / σ_t) z_t − α_{t−1} (e^{−h} − 1) D,    D = ẑ_0 + h / (2 h') (ẑ_0 − ẑ_0'),
 
-    D being ẑ_0 extrapolated to the middle of the step. The first step has none before it, and at the last, to a clean
-    picture, h may be infinite: there D = ẑ_0, which makes the step DDIM's.
+    where D is ẑ_0 extrapolated to the middle of the step. The first step has no step before it, and in the last, to a
+    clean picture, h may be infinite. Both use D = ẑ_0, and are steps of DDIM.
     """
     z, timesteps, before = z_T, schedule.timesteps(steps, start), None
     for t, to in zip(timesteps, [*timesteps[1:], -1]):
@@ -171,7 +171,7 @@ def dpm(eps_model: Callable[[Tensor, int], Tensor], z_T: Tensor, schedule: Sched
 def walk(eps_model: Callable[[Tensor, int], Tensor], z_T: Tensor, schedule: Schedule, how: Painting,
          generators: list[torch.Generator], edit: Callable[[Tensor, int], Tensor] | None = None,
          start: int | None = None) -> Iterator[Step]:
-    """`ddim` or `dpm`, as `how` says."""
+    """Runs `ddim` or `dpm`, whichever how.sampler names."""
     if how.sampler == "dpm++":
         return dpm(eps_model, z_T, schedule, how.steps, edit, start)
     return ddim(eps_model, z_T, schedule, how.steps, how.eta, generators, edit, start)
@@ -188,19 +188,19 @@ def draw_noise(shape, generator: torch.Generator) -> Tensor:
 
 
 class Conditions(NamedTuple):
-    """What the networks read beside z_t and t, for a batch of B pictures."""
+    """The networks' inputs beside z_t and t, for a batch of B pictures."""
 
     prompts: Prompts
-    unconditional: Prompts  # the encodings of '', for the guidance
+    unconditional: Prompts  # the encodings of '', for guidance
     branches: tuple = ()  # as in `predict_noise`: pairs of a branch and its hint's features
     mask: Tensor | None = None  # M (B, 1, H, W) of the products
     inpainting: Tensor | None = None  # (B, 5, h, w), for an inpainting UNet
 
 
 def guided(unet: UNet, schedule: Schedule, given: Conditions, guidance: float) -> Callable[[Tensor, int], Tensor]:
-    """Classifier-free guidance -> eps_model(z, t) = ε('') + guidance · (ε(P) − ε('')), (B, 4, h, w).
+    """Classifier-free guidance (section 5.1) -> eps_model(z, t) = ε('') + guidance · (ε(P) − ε('')), (B, 4, h, w).
 
-    Both passes run as one batch of 2 B rows; guidance 1 runs the pass with the prompt alone.
+    Both passes run as one batch of 2 B rows. With guidance 1 only the pass with the prompt runs.
     """
     prompts, mask = given.prompts, given.mask
     if guidance != 1:
@@ -220,7 +220,7 @@ def guided(unet: UNet, schedule: Schedule, given: Conditions, guidance: float) -
 
 def first_latent(schedule: Schedule, generators: list[torch.Generator], shape: tuple[int, int, int], steps: int,
                  z_ref: Tensor | None = None, device="cpu", start: int | None = None) -> Tensor:
-    """z_T (B, *shape) float32: pure noise or, given the reference's latent z_ref, that noised to the first timestep."""
+    """z_T (B, *shape) float32: pure noise, or the reference's latent z_ref noised to the first timestep."""
     noise = torch.cat([draw_noise(shape, g) for g in generators]).to(device)
     if z_ref is None:
         return noise
@@ -233,10 +233,10 @@ def sample(unet: UNet, schedule: Schedule, given: Conditions, generators: list[t
            on_step: Callable[[int, Tensor, Tensor], None] | None = None, start: int | None = None) -> Tensor:
     """Denoises B = len(generators) pictures -> z_0 (B, *shape) float32, scaled as the UNet's latents are.
 
-    z_ref (B, *shape): the references' latents, from which z_T starts (section 3.3). on_step(t, z_{t−1}, ẑ_0) is called
-    after every step. The second pass is the walk's part from `start` = T' on, z_ref being the first one's pictures.
+    z_ref (B, *shape): the references' latents, noised to make z_T (section 3.3). on_step(t, z_{t−1}, ẑ_0) is called
+    after every step. A second pass gives `start` = T' and, as z_ref, the latents of the first pass's pictures.
     """
-    if given.mask is not None:  # area averages of area averages are the same: the full size is averaged only once
+    if given.mask is not None:  # average the full-size mask only once: averages of averages are the same at each level
         given = given._replace(mask=mask_at(given.mask, *shape[1:]))
     z_T = first_latent(schedule, generators, shape, how.steps, z_ref, unet.conv_in.weight.device, start)
     eps_model = guided(unet, schedule, given, how.guidance)

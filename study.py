@@ -1,14 +1,14 @@
-"""Table 3: people rank what the methods paint, by its likeness to the reference and by its quality as an ad.
+"""Beside the method: Table 3, a user study. People rank pictures by likeness to the reference and by quality as ads.
 
-    python study.py make          # paints what is missing, and writes the folder `study` for the raters, and key.json
+    python study.py make          # paints what is missing; writes the raters' folder `study`, and key.json
     python study.py score rankings-*.json         # Table 3 from the files that the raters send back
-    python study.py power         # before any of it: how many raters show which difference? Simulated.
+    python study.py power         # beforehand: how many raters does a difference need? By simulation
     python study.py make --pairs 10 --methods stable-diffusion cg cg+pg       # in class: nothing has to be trained
     python study.py make --data BG60K --weights SD15 --cg CG --pg PG --controlnet FILE ...
 
-Give the raters the whole folder `study`, on a web server, a shared disk or as an archive, but never key.json, which
-says whose pictures are whose. Each rater opens index.html (index.html?rater=7 names the rater), ranks all pictures of
-each pair twice, and sends back the file that the page saves at the end.
+Give the raters the whole folder `study`, on a web server, on a shared disk or as an archive. Never give them key.json:
+it says which method painted which picture. Each rater opens index.html (index.html?rater=7 names the rater), ranks all
+pictures of each pair twice, and sends back the file that the page saves at the end.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def label_of(method: str) -> str:
 
 
 def make(args: argparse.Namespace) -> None:
-    """Writes the key, then the raters' folder: there is never one without its key."""
+    """Writes the key first, so that no raters' folder is without one. Raises BadInput if either is there already."""
     for path, option in ((args.out, "--out"), (args.key, "--key")):
         if path.exists():
             raise BadInput(f"{option} {path} is there already, and raters may be at work on that study; name another")
@@ -78,11 +78,12 @@ def make(args: argparse.Namespace) -> None:
 
 
 def painted_pairs(lab: Lab, methods: list[str], count: int, with_clip: bool = False) -> list[Pair]:
-    """Some of the data set's pairs of a product and a reference, drawn by the seed, with the methods' pictures. Those
-    that can't be painted or read are left out.
+    """Draws `count` of the data set's pairs of a product and a reference by the seed, and has the methods paint them.
+
+    Pairs that can't be painted or read are left out. Raises BadInput if none is left.
     """
     if processes()[1] > 1:
-        raise BadInput("study.py is for one process; paint the same pictures by torchrun evaluate.py table2 first")
+        raise BadInput("study.py is for one process; paint the same pictures with torchrun evaluate.py table2 first")
     draw_on_first_use(lab.data)
     items = lab.items("ref")
     lab.check(methods, items, with_clip)
@@ -92,7 +93,7 @@ def painted_pairs(lab: Lab, methods: list[str], count: int, with_clip: bool = Fa
     pairs = [Pair(items[i], dict(zip(methods, candidates))) for i, candidates in zip(chosen, zip(*columns))]
     pairs = [pair for pair in pairs if all(map(is_readable, [pair.item.reference, *pair.candidates.values()]))]
     if not pairs:
-        raise BadInput(f"{lab.data}: no pair could be painted, as it says above")
+        raise BadInput(f"{lab.data}: no pair could be painted, for the reasons above")
     return pairs
 
 
@@ -109,7 +110,7 @@ def is_readable(path: Path) -> bool:
 
 
 def read_key(path: Path) -> dict:
-    """What `make` wrote. Raises BadInput where it is missing or is no key."""
+    """Reads what `make` wrote. Raises BadInput if the file is missing or is no key."""
     key = read_json(path) if path.exists() else None
     if key is None or not {"study", "methods", "pairs"} <= key.keys():
         raise BadInput(f"--key {path}: no such key; give the key.json that study.py make wrote with the raters' folder")
@@ -117,7 +118,7 @@ def read_key(path: Path) -> dict:
 
 
 def read_rankings(path: Path, key: dict) -> dict:
-    """What a rater has saved. Raises BadInput unless it ranks every candidate of every pair in this study."""
+    """Reads what a rater has saved. Raises BadInput unless it ranks every candidate of every pair in this study."""
     if not path.is_file():
         raise BadInput(f"{path}: no such file; check the path")
     content = read_json(path)
@@ -131,14 +132,14 @@ def read_rankings(path: Path, key: dict) -> dict:
             except (KeyError, TypeError):
                 ranked = None
             if ranked != sorted(pair["candidates"].values()):
-                raise BadInput(f"{path} does not rank every picture of pair {number} for {question}; have it completed")
+                raise BadInput(f"{path} does not rank every picture of pair {number} for {question}; get it completed")
     if not isinstance(content.get("rater"), str) or not isinstance(content.get("saved"), str):
-        raise BadInput(f"{path} does not say who ranked, or when; get it again")
+        raise BadInput(f"{path} does not say who ranked, or when; ask for it again")
     return content
 
 
 def read_all(paths: list[Path], key: dict) -> tuple[dict[str, dict], list[str]]:
-    """Rankings by rater, and why files were left out. Of two files by one rater the one that was saved last counts."""
+    """Rankings by rater, and why files were left out. If a rater sent two files, the one that was saved last counts."""
     rankings, files, left_out = {}, {}, []
     for path in paths:
         try:
@@ -157,7 +158,7 @@ def read_all(paths: list[Path], key: dict) -> tuple[dict[str, dict], list[str]]:
 
 
 def scores_of(rankings: dict[str, dict], key: dict, question: str) -> Tensor:
-    """Rank scores (R, P, M), the methods in the key's order."""
+    """Rank scores (R, P, M) of R raters, P pairs and M methods in the key's order."""
     orders = [[content["rankings"][pair["pair"]][question] for pair in key["pairs"]] for content in rankings.values()]
     places = [[[order.index(name) for name in pair["candidates"].values()] for pair, order in zip(key["pairs"], rater)]
               for rater in orders]
@@ -165,8 +166,8 @@ def scores_of(rankings: dict[str, dict], key: dict, question: str) -> Tensor:
 
 
 def analyse(scores: Tensor) -> dict:
-    """Rank scores (R, P, M) -> the methods' means, and the part of the rankings in which one method stands above
-    another, each with half of its 95% interval; the raters' agreement.
+    """Rank scores (R, P, M) -> the methods' means, and the fraction of rankings in which one method stands above
+    another, each with half of its 95% interval; and the raters' agreement (Kendall's W).
     """
     def with_interval(values: Tensor) -> list:  # (R, P, ...) -> nested lists of [mean, half width]
         return torch.stack([values.mean(dim=(0, 1)), half_width(resampled_means(values))], dim=-1).tolist()
@@ -176,14 +177,14 @@ def analyse(scores: Tensor) -> dict:
 
 
 def score(args: argparse.Namespace) -> None:
-    """Table 3, the paper's figures beside ours."""
+    """Prints and writes Table 3, with the paper's numbers beside ours. Raises BadInput if no rankings are left."""
     check_folder(args.out)
     key = read_key(args.key)
     rankings, left_out = read_all(args.rankings, key)
     for reason in left_out:
         print(f"left out: {reason}", file=sys.stderr)
     if not rankings:
-        raise BadInput("no file of rankings is left to count; get them again from the raters")
+        raise BadInput("no file of rankings is left to count; ask the raters for them again")
     methods, raters, pairs = key["methods"], len(rankings), len(key["pairs"])
     results = {question: analyse(scores_of(rankings, key, question)) for question in QUESTIONS}
     note = (f"Mean rank scores: {len(methods)} for the best picture, 1 for the worst, from raters: {raters}, pairs: "
@@ -216,7 +217,7 @@ def table3(methods: list[str], results: dict) -> list[str]:
 
 
 def win_table(methods: list[str], question: str, rates: list[list[list[float]]]) -> list[str]:
-    """rates: for each method, against each method, how often it wins and half of the interval."""
+    """rates: for each method, against each method, how often it wins, and half of that number's interval."""
     rows = [[f"{question}: % above", *map(label_of, methods)]]
     for i, method in enumerate(methods):
         cells = [f"{100 * rate:.0f} ± {100 * half:.0f}" for rate, half in rates[i]]
@@ -225,7 +226,7 @@ def win_table(methods: list[str], question: str, rates: list[list[list[float]]])
 
 
 def publish(lines: list[str], content: dict, path: Path, following: str) -> None:
-    """Prints lines of Markdown, and writes them to PATH.md and what they show to PATH.json. following: what is next."""
+    """Prints lines of Markdown, writes them to PATH.md and their content to PATH.json. following: what to do next."""
     write_json(content, path.with_suffix(".json"))
     write_text("\n".join(lines) + "\n", path.with_suffix(".md"))
     print(*lines, "", path.with_suffix(".md"), path.with_suffix(".json"), f"next: study.py {following}", sep="\n")
@@ -235,7 +236,7 @@ def publish(lines: list[str], content: dict, path: Path, following: str) -> None
 
 
 def power(args: argparse.Namespace) -> None:
-    """How many raters show which difference, by simulated raters of the real pictures."""
+    """Estimates how many raters a difference needs, by simulated raters of the real pictures."""
     check_folder(args.out)
     lab = lab_of(args, args.pictures)
     pairs = painted_pairs(lab, args.methods, args.pairs, with_clip=True)
@@ -243,7 +244,7 @@ def power(args: argparse.Namespace) -> None:
     targets = lab.embeddings([pair.item.reference for pair in pairs]).repeat_interleave(len(args.methods), dim=0)
     similarities = similarity(painted, targets).view(len(pairs), -1)  # (P, M)
     generator = Generator().manual_seed(args.seed)
-    means = simulated(similarities, 1001, args.noise, generator)[:-1].mean(dim=(0, 1))  # nearly without error
+    means = simulated(similarities, 1001, args.noise, generator)[:-1].mean(dim=(0, 1))  # nearly exact
     found = {raters: detected(similarities, raters, args.noise, args.studies, generator) for raters in RATERS}
     lines = [f"Simulated: no one has looked at these pictures. The raters rank {len(pairs)} pairs by CLIP similarity "
              f"to the reference, with {args.noise:g} times its spread within a pair as noise; one clicks at random.",
@@ -258,8 +259,10 @@ def power(args: argparse.Namespace) -> None:
 
 
 def power_tables(methods: list[str], similarities: Tensor, means: Tensor, found: dict[int, Tensor]) -> list[str]:
-    """The methods from best to worst, and their differences from small to large. similarities and mean rank scores
-    (M,), what studies find by their number of raters (M, M).
+    """Two tables: the methods from best to worst, and their differences from small to large.
+
+    similarities and means (mean rank scores) are (M,); found has, by number of raters, the fraction (M, M) of studies
+    that find the first method above the second.
     """
     order = means.argsort(descending=True).tolist()
     rows = [["method", "CLIP similarity", "mean rank score"]]
@@ -277,7 +280,7 @@ def power_tables(methods: list[str], similarities: Tensor, means: Tensor, found:
 
 
 def check_methods(names: list[str]) -> None:
-    """Raises BadInput for methods that paint nothing, and for too many to be ranked by a digit key."""
+    """Raises BadInput for methods that paint nothing, and for more than can be ranked by digit keys."""
     painting = [name for name in METHODS if name != "shuffled" and not name.startswith("fig7")]
     if unknown := [name for name in names if name not in painting]:
         raise BadInput(f"--methods: there is no method {unknown[0]}; choose from {', '.join(painting)}")
@@ -294,23 +297,23 @@ def options() -> Parser:
         return commands.add_parser(name, formatter_class=layout, description=text, help=text)
 
     for name, text in (("make", "writes the raters' folder, and the key outside of it"),
-                       ("power", "how many raters show which difference, by simulated raters")):
+                       ("power", "estimates how many raters a difference needs, by simulation")):
         add = add_lab_options(command(name, text))
-        add("--methods", metavar="NAME", nargs="+", default=[*PAPER], help="two to nine [the paper's five]")
+        add("--methods", metavar="NAME", nargs="+", default=[*PAPER], help="two to nine methods [the paper's five]")
         add("--pairs", metavar="N", type=whole_number(1, 10**4), default=PAIRS,
             help=f"pairs of a product and a reference, drawn by --seed [{PAIRS}, as the paper]")
         add("--pictures", metavar="DIR", type=Path, default=Path("results"),
-            help="evaluate.py's --out: where pictures are painted, and those of its tables are found [results]")
+            help="where pictures are painted, and found if painted already: evaluate.py's --out [results]")
         if name == "make":
             add("--out", metavar="DIR", type=Path, default=Path("study"), help="the raters' folder [study]")
             add("--key", metavar="FILE", type=Path, default=Path("key.json"),
-                help="whose pictures are whose, for `score` [key.json]")
+                help="which method painted which picture, for `score` [key.json]")
         else:
             add("--out", metavar="DIR", type=Path, default=Path("results"), help="for power.md and .json [results]")
             add("--noise", metavar="X", type=real_number(0, 1e3), default=1.0,
-                help="of a rater, as a multiple of the spread of similarities within a pair [1]")
+                help="a rater's noise, as a multiple of the spread of similarities within a pair [1]")
             add("--studies", metavar="N", type=whole_number(1, 10**5), default=200, help="simulated studies [200]")
-    add = command("score", "Table 3, from the files that the raters send back").add_argument
+    add = command("score", "makes Table 3 from the files that the raters send back").add_argument
     add("rankings", metavar="FILE", nargs="+", type=Path, help="rankings-NAME.json")
     add("--key", metavar="FILE", type=Path, default=Path("key.json"), help="from make [key.json]")
     add("--out", metavar="DIR", type=Path, default=Path("results"), help="for table3.md and table3.json [results]")

@@ -1,16 +1,16 @@
-"""Training: Eq. 1 for CG and PG, on one process or many; and the stages that make the toy's own tiny Stable Diffusion.
+"""The method: training CG and PG by Eq. 1, in one process or many (section 5.1).
 
     python train.py cg                                                      # the toy: its shipped base, its ads
     python train.py pg --cg runs/cg/cg
     python train.py cg --data BG60K --weights SD15                          # the paper's settings (section 5.1)
     python train.py cg --attention plain                                    # without Eq. 3, to measure what it adds
-    python train.py cg --resume                                             # goes on exactly where it stopped
+    python train.py cg --resume                                             # continues exactly where it stopped
     torchrun --nproc_per_node 8 train.py cg --data BG60K --weights SD15     # on eight GPUs
 
-Stages: vae, clip and unet (in toy/stages.py) make a base from pictures with captions. cg, then pg with CG frozen, or
-joint train the paper's branches on a frozen base. controlnet trains a general ControlNet on captions, to compare with.
-One loop serves all. Everything random in a sample follows from the run's seed and the sample's position in the run, so
-an interruption changes nothing; for the paper's branches, neither does the number of processes or of parts of a batch.
+Stages: cg and then pg beside the frozen CG, or joint, train the paper's branches on a frozen base. controlnet trains a
+general ControlNet on captions, for comparison. vae, clip and unet (toy/stages.py) make a base from pictures with
+captions. One loop serves all. A sample depends only on the run's seed and its position in the run, so an interruption
+changes nothing. For the paper's branches, neither the number of processes nor --micro-batch changes anything either.
 """
 
 import argparse
@@ -57,10 +57,10 @@ from toy.stages import STAGES
 from toy.world import TOY_DATA, draw_on_first_use
 from weights import StableDiffusion, control_config, load_stable_diffusion, save_control
 
-# Section 5.1; what it does not say is as in ControlNet: AdamW, no schedule, half of the prompts dropped.
+# Section 5.1. Where it is silent, as in ControlNet: AdamW, no schedule, half of the prompts dropped.
 PAPER = dict(lr=1e-5, batch=128, epochs=300, size=512, ema=0.0, warmup=0, decay=0.0, clip_gradient=0.0,
              noise_offset=0.0, weighting="uniform", prompt_dropout=0.5)
-# The toy's own settings, found by trying. CG must rely on the prompt to choose the scene: only a tenth is dropped.
+# The toy's own settings, found by trial. CG must rely on the prompt to choose the scene, so only a tenth is dropped.
 TOY_BRANCH = dict(lr=1e-3, batch=16, steps=2600, size=128, ema=0.99, warmup=50, decay=0.3, clip_gradient=1.0,
                   noise_offset=0.1, weighting="debias", prompt_dropout=0.5)
 TOY_SETTINGS = {
@@ -77,14 +77,14 @@ TOY_SETTINGS = {
 
 @dataclass
 class Eq1:
-    """Eq. 1: E ‖ε − ε_θ(z_t, t, prompts, hints)‖², over the parameters of the branches that are trained.
+    """Eq. 1: E ‖ε − ε_θ(z_t, t, prompts, hints)‖², to be minimised over the parameters of the trained branches.
 
-    An ad is its own target: z_0 is its latent, the product is CG's hint, the perturbed background PG's.
+    An ad is its own target: z_0 is its latent, its product is CG's hint, and its perturbed background is PG's.
     """
 
     unet: UNet  # frozen
     schedule: Schedule
-    branches: list[tuple[ControlNet, str]]  # each with what its hint shows: "product" or "background"
+    branches: list[tuple[ControlNet, str]]  # and what each one's hint shows: "product" or "background"
     prompts: Callable[[Tensor, Tensor], Prompts]  # (index, dropped), both (B,) -> the ads' prompts, or ''
     prompt_dropout: float  # the fraction of prompts replaced by ''
     weight: Tensor  # (T,): weight of the error at each timestep; in Eq. 1 all are 1
@@ -102,18 +102,18 @@ class Eq1:
 
 
 def fit(task: Task, settings: Settings) -> None:
-    """Trains a task to settings.steps, or to the step at which SIGTERM comes: then it leaves with status 143."""
+    """Trains a task for settings.steps steps. On SIGTERM it finishes the step, saves, and exits with status 143."""
     trainer = Trainer(task, settings)
     for step, batch in trainer.batches():
-        loss = trainer.backward(step, batch)  # task.loss, over all parts and processes, and its gradients
-        trainer.update(step, loss)  # AdamW, and the moving average
+        loss = trainer.backward(step, batch)  # task.loss over all parts and processes, and its gradients
+        trainer.update(step, loss)  # AdamW and the moving average
         trainer.record(step, loss)
         if trainer.due(step, settings.sample_every):
             trainer.save_models()
         if trainer.due(step, 1 if trainer.stopping else settings.save_every):
             trainer.save_checkpoint(step)
         if trainer.due(step, settings.sample_every):
-            trainer.draw(step)  # last: it may not fit the memory
+            trainer.draw(step)  # last: it may run out of memory
         trainer.leave_if_stopped(step)
     trainer.finish()
 
@@ -122,9 +122,9 @@ def fit(task: Task, settings: Settings) -> None:
 
 
 def build_branches(sd: StableDiffusion, settings: Settings) -> dict[str, ControlNet]:
-    """The branches that a stage trains, by name: copies of SD's encoder, or of --init-control (section 3.1)."""
+    """The branches that a stage trains, by name: copies of SD's encoder or of --init-control (section 3.1)."""
     config, stage = control_config(sd.unet.config, sd.vae.factor), settings.stage
-    torch.manual_seed(settings.seed)  # their hint encoders start at random
+    torch.manual_seed(settings.seed)  # for their hint encoders, which start at random
     branches: dict[str, ControlNet] = {}
     if stage in ("cg", "joint"):
         branches["cg"] = CategoryGenerator(config | {"attention": settings.attention})
@@ -137,7 +137,7 @@ def build_branches(sd: StableDiffusion, settings: Settings) -> dict[str, Control
         if path := settings.init_control:
             given = load_branch("controlnet", path, sd)
             if given.config["conditioning_embedding_out_channels"] != config["conditioning_embedding_out_channels"]:
-                raise BadInput(f"--init-control {path}: its hint encoder has other channels than ours")
+                raise BadInput(f"--init-control {path}: its hint encoder's channels are not those of ours")
             branch.load_state_dict(given.state_dict())
         if settings.checkpointing:
             branch.recompute_activations()
@@ -146,8 +146,8 @@ def build_branches(sd: StableDiffusion, settings: Settings) -> dict[str, Control
 
 def batch_prompts(sd: StableDiffusion, items: list[Item], identifiers: dict[str, str] | None,
                   settings: Settings) -> Callable[[Tensor, Tensor], Prompts]:
-    """Eq1.prompts: by category with its identifier, encoded here once; without identifiers by caption."""
-    if identifiers is None:  # one per picture, so they are encoded when needed; unet, vae: not kept alive
+    """Eq1.prompts: each category's, with its identifier, encoded here once; without identifiers, the captions."""
+    if identifiers is None:  # captions are many, so each is encoded when needed; None frees unet and vae
         return CaptionPrompts(replace(sd, unet=None, vae=None).prompts, [", ".join(item.caption) for item in items])
     texts = [*prompts_by_category(identifiers, sd.tokenizer).values(), ("", "", "")]
     rows = {name: row for row, name in enumerate(identifiers)}
@@ -162,13 +162,13 @@ def branch_task(settings: Settings) -> Task:
     stage, size = settings.stage, settings.size
     sd = load_stable_diffusion(settings.weights, settings.device, tokenizer=settings.tokenizer)
     fingerprints = fingerprint([model_fingerprint(path) for path in (settings.weights, settings.cg) if path])
-    canvas_size(1, 1, size, sd.multiple)  # refuses a size that does not fit the base
+    canvas_size(1, 1, size, sd.multiple)  # raises BadInput if the size does not fit the base
     items, notes = read_items(settings.data)
     if processes()[0] == 0:
         print(*notes, sep="\n", file=sys.stderr)
     if stage == "controlnet" and not all(item.caption for item in items):
-        raise BadInput(f"{settings.data}: stage controlnet trains on captions, which this data set lacks; an ordinary "
-                       "ControlNet on these ads is trained by train.py cg --attention plain")
+        raise BadInput(f"{settings.data}: stage controlnet trains on captions, which this data set lacks; to train an "
+                       "ordinary ControlNet on these ads, give train.py cg --attention plain")
     identifiers = None if stage == "controlnet" else category_identifiers(items, settings, IDENTIFIER)
 
     trained = build_branches(sd, settings)
@@ -198,16 +198,16 @@ def branch_task(settings: Settings) -> Task:
 
 def held_out_canvas(items: list[Item], identifiers: dict[str, str] | None, tokenizer: Tokenizer, settings: Settings,
                     with_references: bool) -> Canvas:
-    """The ads that sheets are painted from, with their categories' prompts; without identifiers their captions."""
+    """The ads that sheets are painted from, with their categories' prompts or, without identifiers, their captions."""
     split = "bgpair" if with_references else "bg1k"
     ads, (rgb, mask, *references) = held_out_ads(settings.data, split, items, identifiers, settings.size)
     texts = prompts_by_category(identifiers, tokenizer) if identifiers else None
     texts = [texts[ad.category] if texts else (", ".join(ad.caption),) * 3 for ad in ads]
-    return Canvas(rgb, mask, texts, [], *(references if with_references else ()))  # noise: in draw_branches
+    return Canvas(rgb, mask, texts, [], *(references if with_references else ()))  # draw_branches adds generators
 
 
 def draw_branches(unet: UNet, cg: ControlNet, pg: ControlNet | None, canvas: Canvas, settings: Settings):
-    """A sheet with a column per ad: product, for PG also the reference, the painted picture, and the original ad."""
+    """A sheet with a column per ad: the product, for PG also the reference, the painted picture, the original ad."""
     base = load_stable_diffusion(settings.weights, "cpu", tokenizer=settings.tokenizer)  # training dropped its VAE
     vae, text_encoder = base.vae.to(settings.device), base.text_encoder.to(settings.device)
     sd = replace(base, unet=unet, vae=vae, text_encoder=text_encoder)
@@ -225,29 +225,29 @@ def options() -> Parser:
     parser = Parser(description=__doc__, formatter_class=partial(
         argparse.RawDescriptionHelpFormatter, max_help_position=24, width=120))
     parser.add_argument("stage", help=", ".join(ALL_STAGES))
-    add = parser.add_argument_group("what is trained, on what").add_argument
+    add = parser.add_argument_group("data and weights").add_argument
     path = dict(metavar="PATH", type=Path)
     add("--data", **path, help="BG60k as released, or a folder with metadata.jsonl [the toy's]")
     add("--weights", **path, help="frozen Stable Diffusion, folder or single file [toy/base; the paper's: SD 1.5]")
     add("--tokenizer", **path, help="folder with its vocab.json and merges.txt [in --weights; beside a single file]")
     add("--cg", **path, help="stage pg: the trained CG [toy/cg]")
     add("--init", **path, help="stages vae and unet: start from these weights [random]")
-    add("--decoder-only", action="store_true", help="stage vae: leave the encoder, and so all latents, as they are")
+    add("--decoder-only", action="store_true", help="stage vae: keep the encoder, and so all latents, as they are")
     add("--init-control", **path, help="branches: start from a ControlNet, CG or PG [SD's encoder, zero convolutions]")
-    add = parser.add_argument_group("the method [on the toy's data the toy's settings, else the paper's]").add_argument
+    add = parser.add_argument_group("the method [defaults: the toy's on its data, else the paper's]").add_argument
     add("--size", metavar="N", type=whole_number(32, 4096), help="side of the pictures in pixels [toy 128; paper 512]")
-    add("--refine", metavar="N", type=whole_number(1, 16), help="stage unet: learn the second pass too, at N x --size")
+    add("--refine", metavar="N", type=whole_number(1, 16), help="stage unet: also learn the second pass, at N x --size")
     add("--attention", choices=["mask-guided", "plain"],
-        help="CG's: Eq. 3, or Eq. 2 on P as an ordinary ControlNet's (ours) [mask-guided, the paper's]")
+        help="in CG: Eq. 3, or (ours) Eq. 2 on P, as in an ordinary ControlNet [mask-guided, the paper's]")
     add("--prompt-dropout", metavar="X", type=real_number(0, 1),
-        help="branches: part of the prompts replaced by '' [0.5, as ControlNet; toy's CG 0.1]")
+        help="branches: fraction of the prompts replaced by '' [0.5, as ControlNet; toy's CG 0.1]")
     add("--theta", metavar="N", type=whole_number(0, 512),
         help=f"PG's dilation in pixels of a 512-px image; 0: masks stay as they are [{THETA}, Eq. 5, section 5.1]")
     add("--sigma", metavar=("LOW", "HIGH"), type=real_number(0, 1), nargs=2,
-        help=f"PG's mixup, range of the image's part; 1 1: none [{SIGMA[0]} {SIGMA[1]}, Eq. 6, section 5.1]")
-    add("--noise-offset", metavar="X", type=real_number(0, 10), help="spread of the noise's mean [toy 0.1; paper 0]")
+        help=f"PG's mixup: range of σ, the ad's share; 1 1: no mixup [{SIGMA[0]} {SIGMA[1]}, Eq. 6, section 5.1]")
+    add("--noise-offset", metavar="X", type=real_number(0, 10), help="spread of the mean of ε [toy 0.1; paper 0]")
     add("--weighting", choices=["uniform", "min-snr", "debias"],
-        help="of the error at each timestep [toy min-snr or debias; paper uniform, Eq. 1]")
+        help="weight of the error at each timestep [toy min-snr or debias; paper uniform, Eq. 1]")
     add("--identifier", metavar="TEXT",
         help=f"[D] of a category, with {{}} for its number [{IDENTIFIER!r}, section 5.1; known categories keep theirs]")
     add_training_options(parser)

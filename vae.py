@@ -1,7 +1,8 @@
-"""Stable Diffusion's VAE, by hand: pictures to latents and back.
+"""Beside the method: Stable Diffusion's VAE, from pictures to latents and back.
 
-Read from the end: VAE, its encoder and decoder, the levels they are made of. Built from the fields of the public
-vae/config.json, with its names. Shapes: pictures (B, 3, H, W); latents (B, 4, h, w) with h = H / f, f = 8 for SD 1.5.
+Read it from the end: VAE, its encoder and decoder, the levels that they are made of. It is built from the fields of the
+public vae/config.json, and uses the public names. Shapes: pictures (B, 3, H, W); latents (B, 4, h, w) with h = H / f,
+f = 8 for SD 1.5.
 """
 
 from collections.abc import Callable
@@ -27,7 +28,7 @@ class VAEResnet(ResnetBlock):
 
 
 class VAEAttention(nn.Module):
-    """One-head self-attention over the positions of the VAE's bottom. (B, C, h, w) -> (B, C, h, w)."""
+    """One-head self-attention over the positions of the smallest feature map. (B, C, h, w) -> (B, C, h, w)."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -44,7 +45,7 @@ class VAEAttention(nn.Module):
 
 
 class VAEMidBlock(nn.Module):
-    """The bottom: residual, attention, residual. (B, C, h, w) -> (B, C, h, w)."""
+    """The middle block: residual, attention, residual. (B, C, h, w) -> (B, C, h, w)."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -56,8 +57,8 @@ class VAEMidBlock(nn.Module):
 
 
 class VAELevel(nn.Module):
-    """Residual blocks, then a change of resolution: (B, C_in, h, w) -> (B, C, h/2, w/2) where `resample` is "down",
-    (B, C, 2h, 2w) where it is "up", and (B, C, h, w) in the last level, where it is None.
+    """Residual blocks, then a change of resolution: (B, C_in, h, w) -> (B, C, h/2, w/2) if `resample` is "down",
+    (B, C, 2h, 2w) if it is "up", and (B, C, h, w) in the last level, where it is None.
     """
 
     def __init__(self, layers: int, in_channels: int, out_channels: int, groups: int, resample: str | None):
@@ -70,13 +71,13 @@ class VAELevel(nn.Module):
             self.upsamplers = nn.ModuleList([Upsample(out_channels)])
 
     def layers(self) -> list[Callable[[Tensor], Tensor]]:
-        """In their order. Whoever calls them one by one holds no level's input until its end: it may be 1 GB."""
+        """The layers in order. Calling them one by one frees a level's input, up to 1 GB, after its first layer."""
         up = [partial(in_strips, upsampler) for upsampler in getattr(self, "upsamplers", ())]
         return [*self.resnets, *getattr(self, "downsamplers", ()), *up]
 
 
 class VAEEncoder(nn.Module):
-    """(B, 3, H, W) -> (B, 8, h, w): mean and log-variance, before quant_conv. Each level but the last halves."""
+    """(B, 3, H, W) -> (B, 8, h, w): mean and log-variance, before quant_conv. All levels but the last halve h and w."""
 
     def __init__(self, config: dict):
         super().__init__()
@@ -120,13 +121,13 @@ class VAEDecoder(nn.Module):
 
 
 class VAE(nn.Module):
-    """Pictures to latents and back. Latents here are unscaled: the UNet's z is `scaling_factor` times them."""
+    """Pictures to latents and back. Latents here are unscaled: the UNet's z is `scaling_factor` times as large."""
 
     def __init__(self, config: dict):
         super().__init__()
         self.config = config
         self.scaling_factor = config.get("scaling_factor", 0.18215)
-        self.factor = 2 ** (len(config["block_out_channels"]) - 1)  # f: pixels a latent position, 8 for SD 1.5
+        self.factor = 2 ** (len(config["block_out_channels"]) - 1)  # f: pixels per latent position, 8 for SD 1.5
         n = config["latent_channels"]
         self.encoder, self.decoder = VAEEncoder(config), VAEDecoder(config)
         self.quant_conv = nn.Conv2d(2 * n, 2 * n, 1)

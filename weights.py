@@ -1,13 +1,14 @@
-"""Public weights in and out: finds a folder's files, checks every tensor's name and shape, loads and saves safetensors.
+"""Beside the method: loads and saves public weights (safetensors), and checks every tensor's name and shape.
 
-A Stable Diffusion folder holds unet/, vae/, text_encoder/, tokenizer/ and scheduler/. A ControlNet folder (CG and PG
-are ones) holds config.json and one file of weights, or several with an index; a CLIP folder likewise. Stable Diffusion
-and ControlNet also come as a single file in the names of the original code: support/layouts.py has the rules that map
-them to ours, and infers the configuration from the tensors' shapes. support/configs.py lists what a config.json may
-say.
+A Stable Diffusion folder holds unet/, vae/, text_encoder/, tokenizer/ and scheduler/. A ControlNet folder, such as CG's
+or PG's, holds config.json and one file of weights, or several with an index; so does a CLIP folder. Stable Diffusion
+and ControlNet also come as a single file with the names of the original code: support/layouts.py maps them to ours, and
+infers the configuration from the tensors' shapes. support/configs.py lists what a config.json may say.
+
 Models are built on the meta device and filled from memory-mapped tensors: nothing is initialised only to be
-overwritten, and nothing lies in memory twice. Loading is strict: a missing, extra or misshapen tensor is an error that
-names it. Only safetensors are read: opening a pickle can run code. `python weights.py convert` reads its tensors alone.
+overwritten, and nothing is in memory twice. Loading is strict: a missing, extra or misshapen tensor is an error that
+names it. Only safetensors are read, because opening a pickle can run code; `python weights.py convert` copies a
+pickle's tensors to safetensors without running it.
 """
 
 import json
@@ -52,7 +53,7 @@ TEXT_FILE = CLIP_FILE = "model.safetensors"
 
 @dataclass
 class StableDiffusion:
-    """The frozen base. vae.encode and decode work on unscaled latents; `encode` and `decode` here on the UNet's."""
+    """The frozen base. vae.encode and vae.decode use unscaled latents; `encode` and `decode` here use the UNet's."""
 
     tokenizer: Tokenizer
     text_encoder: TextEncoder
@@ -61,7 +62,7 @@ class StableDiffusion:
     schedule: Schedule
 
     def prompts(self, texts: list[str]) -> Tensor:
-        """-> encodings (B, L, D)."""
+        """B texts -> their encodings (B, L, D)."""
         return self.text_encoder(self.tokenizer(texts).to(self.text_encoder.text_model.final_layer_norm.weight.device))
 
     def encode(self, images: Tensor) -> Tensor:
@@ -71,7 +72,7 @@ class StableDiffusion:
     def decode(self, z: Tensor) -> Tensor:
         """z (B, 4, h, w) -> images (B, 3, H, W) float32 in [0, 1]."""
         x = self.vae.decode(z.to(self.vae.quant_conv.weight) / self.vae.scaling_factor)
-        x = x.masked_fill(x.isinf(), torch.nan)  # which clamp keeps: infinite pixels are no white ones
+        x = x.masked_fill(x.isinf(), torch.nan)  # clamp keeps NaN; it would make infinite pixels white
         return (x.float() / 2 + 0.5).clamp(0, 1)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
@@ -79,11 +80,11 @@ class StableDiffusion:
         return self.vae.config["latent_channels"], height // self.vae.factor, width // self.vae.factor
 
     def inpainting(self, rgb: Tensor, mask: Tensor) -> Tensor | None:
-        """What an inpainting UNet reads beside z_t, (B, 5, h, w); None for an ordinary one.
+        """What an inpainting UNet reads beside z_t, (B, 5, h, w); None for an ordinary UNet.
 
-        rgb (B, 3, H, W) in [0, 1], mask M (B, 1, H, W) -> the mask of what is to be painted, 1 − M, and the latent of
-        the picture with that part grey. Both without soft edges, as these UNets were trained. The latent is the mean of
-        the VAE's posterior, so that a seed decides nothing but the noise; the original code draws from the posterior.
+        rgb (B, 3, H, W) in [0, 1], mask M (B, 1, H, W) -> 1 − M, the mask of what is to be painted, and the latent of
+        the picture with that part grey. Both have hard edges, as in the training of these UNets. The latent is the mean
+        of the VAE's posterior, so that a seed decides only the noise; the original code draws from the posterior.
         """
         if self.unet.config["in_channels"] == self.vae.config["latent_channels"]:
             return None
@@ -93,7 +94,7 @@ class StableDiffusion:
 
     @property
     def size(self) -> int:
-        """The side in pixels of the pictures that the base was trained on: 512 for SD 1.5. Of two sides the larger."""
+        """The side in pixels of the pictures that the base was trained on (the larger of two): 512 for SD 1.5."""
         sides = self.unet.config.get("sample_size") or 512 // self.vae.factor
         return (max(sides) if isinstance(sides, list) else sides) * self.vae.factor
 
@@ -105,9 +106,9 @@ class StableDiffusion:
 
 def load_stable_diffusion(path: Path | str, device="cpu", dtype=torch.float32,
                           tokenizer: Path | str | None = None) -> StableDiffusion:
-    """A Stable Diffusion folder, or a single file of one; its tokenizer from another folder if given.
+    """Loads a Stable Diffusion folder or single file. `tokenizer` names a folder if the tokenizer is elsewhere.
 
-    Raises BadInput where a file is missing or broken, or does not fit the others.
+    Raises BadInput if a file is missing or broken, or does not fit the others.
     """
     path = Path(path)
     if path.is_dir():
@@ -125,7 +126,7 @@ def load_stable_diffusion(path: Path | str, device="cpu", dtype=torch.float32,
 
 
 def check_together(sd: StableDiffusion, path: Path, tokenizer: Path) -> None:
-    """Raises BadInput where one network does not read what another writes."""
+    """Raises BadInput if one network can't read what another writes."""
     unet, text, n = sd.unet.config, sd.text_encoder.config, sd.vae.config["latent_channels"]
     if unet["in_channels"] not in (n, 2 * n + 1) or unet["out_channels"] != n:
         raise BadInput(f"{path}: its UNet reads {unet['in_channels']} channels and writes {unet['out_channels']}; "
@@ -135,13 +136,13 @@ def check_together(sd: StableDiffusion, path: Path, tokenizer: Path) -> None:
                        f"{unet['cross_attention_dim']}; give parts of one model")
     length, vocabulary = sd.tokenizer.length, 1 + max(sd.tokenizer.bpe.get_vocab().values())
     if length > text["max_position_embeddings"] or vocabulary > text["vocab_size"]:
-        raise BadInput(f"{tokenizer} is not the tokenizer of {path}: it makes {length} tokens of a vocabulary of "
-                       f"{vocabulary:,}, the text encoder reads {text['max_position_embeddings']} of "
-                       f"{text['vocab_size']:,}; give its own by --tokenizer")
+        raise BadInput(f"{tokenizer} is not the tokenizer of {path}: it makes {length} tokens from a vocabulary of "
+                       f"{vocabulary:,}, the text encoder reads {text['max_position_embeddings']} from "
+                       f"one of {text['vocab_size']:,}; give its own by --tokenizer")
 
 
 def read_schedule(file: Path, unet: UNet) -> Schedule:
-    """The schedule in a scheduler_config.json; SD 1.x's own where it has none. Raises BadInput for another kind."""
+    """Reads a scheduler_config.json, which SD 1.x may lack. Raises BadInput if it is missing or of another kind."""
     if not file.is_file() and not unet.config.get("use_linear_projection"):
         return Schedule()
     if not file.is_file():
@@ -154,7 +155,7 @@ def read_schedule(file: Path, unet: UNet) -> Schedule:
 
 
 def load_single_file(path: Path, device, dtype) -> tuple[TextEncoder, UNet, VAE, Schedule]:
-    """Stable Diffusion in one file of the original layout, SD 1.x or 2.x, whole or pruned."""
+    """Loads SD 1.x or 2.x from one file in the original layout, whole or pruned. Raises BadInput for another file."""
     tensors = read_weights(path)
     predicts_v = tensors.pop("v_pred", None) is not None  # a marker that some tools add
     parts = split_by_model(tensors)
@@ -180,7 +181,10 @@ def load_single_file(path: Path, device, dtype) -> tuple[TextEncoder, UNet, VAE,
 
 
 def load_control(path: Path | str, kind: str = "controlnet", device="cpu", dtype=torch.float32) -> ControlNet:
-    """A ControlNet folder or single file as a plain ControlNet, as CG (kind 'category') or as PG ('personality')."""
+    """Loads a ControlNet folder or single file as a plain ControlNet, as CG (kind 'category') or as PG ('personality').
+
+    Raises BadInput if it is missing, broken or no ControlNet.
+    """
     path = Path(path)
     if path.is_dir():
         return load_module(BRANCHES[kind], path, CONTROL_FILE, device, dtype)
@@ -195,22 +199,22 @@ def load_control(path: Path | str, kind: str = "controlnet", device="cpu", dtype
 
 
 def save_control(control: ControlNet, folder: Path | str, dtype=None, categories: dict[str, str] | None = None) -> None:
-    """An ordinary ControlNet folder; with the identifier [D] of each category, by name."""
+    """Writes an ordinary ControlNet folder. `categories`: each category's identifier [D], by name."""
     save_module(control, Path(folder), CONTROL_FILE, dtype, {"categories.json": categories} if categories else None)
 
 
 def control_config(unet_config: dict, factor: int) -> dict:
-    """The config.json of a branch for a UNet. Its hint encoder halves as often as the base's VAE: thrice for f = 8."""
+    """The config.json of a branch for a UNet. Its hint encoder halves as often as the base's VAE: 3 times for f = 8."""
     same = ("block_out_channels", "down_block_types", "layers_per_block", "attention_head_dim", "cross_attention_dim",
             "norm_num_groups", "norm_eps", "use_linear_projection")
     return {"_class_name": "ControlNetModel", **{k: unet_config[k] for k in same if k in unet_config},
-            "in_channels": unet_config["out_channels"],  # z's alone, also beside an inpainting UNet
+            "in_channels": unet_config["out_channels"],  # those of z alone, even beside an inpainting UNet
             "conditioning_embedding_out_channels": [16, 32, 96, 256][: factor.bit_length()],
             "flip_sin_to_cos": True, "freq_shift": 0}
 
 
 def load_clip(path: Path | str, device="cpu", dtype=torch.float32) -> CLIP:
-    """A CLIP folder: both towers."""
+    """Loads both towers from a CLIP folder. Raises BadInput if it is missing or broken."""
     return load_module(CLIP, Path(path), CLIP_FILE, device, dtype)
 
 
@@ -225,7 +229,7 @@ def file_kind(build: type[nn.Module]) -> str:
 
 
 class NoInit(TorchFunctionMode):
-    """Within this context torch.nn.init does nothing: on meta, nn.Embedding's imports a compiler (1.5 s)."""
+    """Turns torch.nn.init off: on the meta device, nn.Embedding's initialisation imports a compiler (1.5 s)."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return None if getattr(func, "__module__", None) == "torch.nn.init" else func(*args, **(kwargs or {}))
@@ -233,7 +237,7 @@ class NoInit(TorchFunctionMode):
 
 def build_module(build: type[nn.Module], config: dict, tensors: dict[str, Tensor], source: Path, device, dtype,
                  config_source: Path | None = None) -> nn.Module:
-    """A network from its configuration and tensors. Raises BadInput where either does not fit."""
+    """Builds a network from its configuration and tensors. Raises BadInput if either does not fit."""
     check_config(file_kind(build), config, config_source or source)
     try:
         with torch.device("meta"), NoInit():
@@ -246,7 +250,7 @@ def build_module(build: type[nn.Module], config: dict, tensors: dict[str, Tensor
 
 def build_from_shapes(build: type[nn.Module], configure: Callable[[dict], dict], tensors: dict[str, Tensor],
                       source: Path, device, dtype) -> nn.Module:
-    """A network whose configuration is inferred from the shapes of its tensors."""
+    """Builds a network whose configuration is inferred from the shapes of its tensors. Raises BadInput."""
     named = dict(under_our_names(tensors, file_kind(build)))
     try:
         config = configure(named)
@@ -257,7 +261,7 @@ def build_from_shapes(build: type[nn.Module], configure: Callable[[dict], dict],
 
 
 def assign_weights(module: nn.Module, tensors: dict[str, Tensor], source: Path, device, dtype) -> nn.Module:
-    """Puts tensors into a module built on the meta device, by name. Raises BadInput naming what does not fit."""
+    """Fills a module on the meta device with tensors, by name. Raises BadInput, which names what does not fit."""
     wanted, named, problems = module.state_dict(), {}, []
     for name, tensor in under_our_names(tensors, file_kind(type(module))):
         if name not in wanted and (IGNORED.fullmatch(name)
@@ -266,7 +270,7 @@ def assign_weights(module: nn.Module, tensors: dict[str, Tensor], source: Path, 
         if name in named:
             problems.append(f"{name} is there twice, by an older and a newer name")
         if name in wanted and tensor.shape == (*wanted[name].shape, 1, 1):
-            tensor = tensor[:, :, 0, 0]  # a 1x1 convolution for a linear layer: the VAE's attention in single files
+            tensor = tensor[:, :, 0, 0]  # from a 1x1 convolution to a linear layer: the VAE's attention in single files
         named[name] = tensor
     problems += [f"{n} is missing" for n in wanted if n not in named]
     problems += [f"{n} is not part of this model" for n in named if n not in wanted]
@@ -283,13 +287,16 @@ def assign_weights(module: nn.Module, tensors: dict[str, Tensor], source: Path, 
 
 
 def load_module(build: type[nn.Module], folder: Path, name: str, device, dtype) -> nn.Module:
-    """A network from a folder's config.json and its weights, whose public name is `name`."""
+    """Loads a network from a folder's config.json and weights, whose public name is `name`. Raises BadInput."""
     path, config = find_weights(folder, name), folder / "config.json"
     return build_module(build, read_json(config), read_weights(path), path, device, dtype, config)
 
 
 def save_module(module: nn.Module, folder: Path, name: str, dtype=None, extra: dict[str, object] | None = None) -> None:
-    """Writes config.json, the weights and any extra JSON files, as one folder that appears whole or not at all."""
+    """Writes config.json, the weights and any extra JSON files, as one folder that appears whole or not at all.
+
+    Raises BadInput if a tensor is not finite.
+    """
 
     def write(scratch: Path) -> None:
         scratch.mkdir()
@@ -313,10 +320,10 @@ NEXT = {SINGLE_FILE: '--weights {} --tokenizer DIR --prompt "a photo of a mug"',
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="weights.py", description="A public pickle to safetensors, without running what is in it")
+    parser = Parser(prog="weights.py", description="Converts a public pickle to safetensors, without running it")
     parser.add_argument("command", choices=["convert"])
-    parser.add_argument("file", metavar="FILE", type=Path, help="what torch.save wrote: a .ckpt, .pth, .pt or .bin")
-    parser.add_argument("out", metavar="OUT", type=Path, help="the .safetensors to write; replaced if it is there")
+    parser.add_argument("file", metavar="FILE", type=Path, help="a file by torch.save: .ckpt, .pth, .pt or .bin")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the .safetensors to write; an existing one is replaced")
     args = parser.parse_args(argv)
     names, left_out = convert(args.file, args.out)
     kind = looks_like(names, "")

@@ -1,11 +1,11 @@
-"""Figures for the README. Each is one measurement on this machine; nothing else may run meanwhile.
+"""Tests: measures times and memory for the README, once each on this machine. Nothing else may run meanwhile.
 
     python tests/bench.py                    # the toy: generate.py from start to end, imports
-    python tests/bench.py --all              # and what takes minutes: training, the tests
+    python tests/bench.py --all              # also what takes minutes: training, the tests
     python tests/bench.py sd15               # SD 1.5's size, random weights, beside diffusers: load, memory, steps
     python tests/bench.py sd15 --steps 50    # the same with pictures of 50 steps instead of 4
     python tests/bench.py train              # training steps of that size beside diffusers, memory, the loader
-    python tests/bench.py batch              # the toy: pictures a second by batch size, and one process a picture
+    python tests/bench.py batch              # the toy: pictures per second by batch size, or with a process for each
     python tests/bench.py rivals             # LaMa and Paint by Example at full size, beside reference implementations
     python tests/bench.py photo              # a photo of 49 megapixels on one core: time and memory beside the painting
     python tests/bench.py samplers           # the toy: how far DDIM and DPM-Solver++ are from 250 steps, by steps
@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def machine() -> str:
-    """The processor's name and what we may use of it."""
+    """The processor's name, and how many of its cores we may use."""
     try:
         names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
     except OSError:
@@ -42,7 +42,7 @@ def machine() -> str:
 
 
 def process(*arguments: str, repeat: int = 3) -> float:
-    """Best wall-clock seconds of a whole process, start-up included."""
+    """The best wall-clock seconds of a whole process, including its start."""
     times = []
     for _ in range(repeat):
         start = time.perf_counter()
@@ -52,7 +52,7 @@ def process(*arguments: str, repeat: int = 3) -> float:
 
 
 def peak(*arguments: str) -> float:
-    """Peak resident memory of a process in MB, measured in a child of its own."""
+    """The peak resident memory of a process in MB, measured in a child of its own."""
     code = ("import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, capture_output=True);"
             "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)")
     out = subprocess.run([sys.executable, "-c", code, sys.executable, *arguments], cwd=ROOT, check=True,
@@ -75,7 +75,7 @@ TEXT = {"model_type": "clip_text_model", "architectures": ["CLIPTextModel"], "vo
 
 
 def write_sd15(folder: Path) -> None:
-    """Stable Diffusion 1.5, CG and PG in their public layout and full size, random weights, float32 (7.2 GB)."""
+    """Writes Stable Diffusion 1.5, CG and PG in their public layout: full size, random weights, float32 (7.2 GB)."""
     import torch
 
     from clip import TextEncoder
@@ -109,8 +109,8 @@ def write_sd15(folder: Path) -> None:
 
 
 def make_sd15(folder: Path) -> None:
-    """Writes them where they are not there, in a process of its own: the peak memory that Linux reports of a process
-    starts at that of the one which started it.
+    """Writes them if they are missing, in a process of its own: Linux lets a process's peak memory start at that of
+    the process that started it.
     """
     if not (folder / "model_index.json").exists():
         code = ("import sys; sys.path[:0] = ['.', 'tests']; from bench import Path, write_sd15; "
@@ -118,7 +118,7 @@ def make_sd15(folder: Path) -> None:
         subprocess.run([sys.executable, "-c", code, str(folder.absolute())], cwd=ROOT, check=True)
 
 
-# Each runs in a process of its own: folder, dtype and steps in, seconds and bytes out. 0 steps: only load.
+# Each runs in a process of its own. In: folder, dtype, steps (0: only load). Out: seconds and bytes.
 OURS = """
 import json, resource, sys, time
 start = time.perf_counter()
@@ -177,8 +177,10 @@ def measured(code: str, folder: Path, dtype: str, steps: int, repeat: int = 1) -
 
 
 def side_by_side(folder: Path, steps: int) -> tuple[float, float]:
-    """Seconds of a step in float32, ours and diffusers', each on a core of its own at the same time, then on the
-    other's: a machine whose speed drifts favours neither. The means of both rounds.
+    """Seconds per step in float32, ours and diffusers', as means of two rounds.
+
+    Both run at the same time, each on a core of its own, and then swap cores: a machine whose speed drifts favours
+    neither.
     """
     cores, seconds = sorted(os.sched_getaffinity(0))[:2], {OURS: [], THEIRS: []}
     for order in (cores, cores[::-1]):
@@ -193,7 +195,7 @@ def side_by_side(folder: Path, steps: int) -> tuple[float, float]:
 
 
 def flops_of_a_step() -> float:
-    """Of one guided step with both branches at 512 px, by torch's own counter (multiplications and additions)."""
+    """The multiplications and additions in one guided step with both branches at 512 px, by torch's counter."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -211,7 +213,7 @@ def flops_of_a_step() -> float:
 
 
 def rate_of_products(dtype: str) -> float:
-    """Floating-point operations a second that this machine reaches in products of 4096 x 4096 matrices."""
+    """The floating-point operations per second that this machine reaches in products of 4096 x 4096 matrices."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -279,7 +281,7 @@ def sd15(folder: Path, steps: int) -> None:
 # ---------------------------------------------------------------- training at SD 1.5's size
 
 
-# Steps of Eq. 1 on random latents and prompts: folder, stage, pixels, dtype, checkpointing in, seconds and bytes out.
+# Steps of Eq. 1 on random latents and prompts. In: folder, stage, pixels, dtype, checkpointing. Out: seconds and bytes.
 TRAIN = """
 import json, resource, sys, time
 sys.path.insert(0, ".")
@@ -375,7 +377,7 @@ def training(folder: Path) -> None:
 
 
 def loader() -> None:
-    """Images a second of the perturbation pipeline at 512 px, two workers."""
+    """The images per second that two workers perturb at 512 px."""
     import torch
     from torch.utils.data import DataLoader
 
@@ -398,7 +400,7 @@ def loader() -> None:
 
 
 def batch() -> None:
-    """The toy's BG1k, CG alone, 50 steps."""
+    """Pictures per second by batch size: the toy's BG1k, CG alone, 50 steps."""
     import torch
 
     sys.path.insert(0, str(ROOT))
@@ -429,9 +431,11 @@ def batch() -> None:
 
 
 def samplers() -> None:
-    """The distance to the picture of 250 DDIM steps from the same noise: root mean square over four held-out products
-    by the toy's CG, in levels of 255, before the second pass. With steps spaced as SD 1.5's config says ("leading"),
-    walks of different lengths also begin at different timesteps (20 steps at 951, 250 at 997); "trailing" all at 999.
+    """The distance to the picture of 250 DDIM steps from the same noise, in levels of 255, before the second pass.
+
+    It is the root mean square over four held-out products by the toy's CG. With steps spaced as SD 1.5's config says
+    ("leading"), walks of different lengths also begin at different timesteps: 20 steps at 951, 250 at 997. With
+    "trailing" all begin at 999.
     """
     from dataclasses import replace
 
@@ -496,7 +500,7 @@ out["steps"] = [len(schedule.timesteps(50)), len(schedule.timesteps(50, Painting
 
 
 def refine(folder: Path, steps: int) -> None:
-    """The time of 50 steps and the second pass's part of them is worked out from a few steps' time."""
+    """Works out the time of 50 steps, and of the second pass's share of them, from a few steps' time."""
     import torch
 
     sys.path.insert(0, str(ROOT))
@@ -535,7 +539,7 @@ out = {"grown": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - befo
 
 
 def vae() -> None:
-    """What decoding and encoding a picture of 1024 px in float32 take beside the weights."""
+    """The memory, beside the weights, for decoding and encoding a picture of 1024 px in float32."""
     for part in ("decode", "encode"):
         whole, strips = (measured(VAE, Path(part), "float32", strips)["grown"] for strips in (0, 1))
         print(f"{part} 1024 px, float32: {whole / 1e9:.2f} GB whole, {strips / 1e9:.2f} GB in strips")
@@ -544,7 +548,7 @@ def vae() -> None:
 # ---------------------------------------------------------------- rivals at full size
 
 BIG_LAMA = {"width": 64, "levels": 3, "blocks": 18, "global_channels": 384}
-# Arguments and results are those of OURS and THEIRS, with a picture for a step; "grown": the memory since the imports
+# Arguments and results are those of OURS and THEIRS, but per picture. "grown": the memory added since the imports
 LAMA = """
 import json, resource, sys, time
 sys.path[:0] = [".", "tests"]
@@ -573,7 +577,7 @@ THEIRS_LAMA = LAMA.replace("{load}", 'weights = load_file(f"{folder}/lama.safete
 
 
 def write_lama(folder: Path) -> float:
-    """big-lama's generator, random -> its bytes."""
+    """Writes big-lama's generator with random weights -> its bytes."""
     import torch
     from safetensors.torch import save_file
 
@@ -636,7 +640,7 @@ EXAMPLE_ENCODER = {"model_type": "clip_vision_model", "hidden_size": 1024, "inte
 
 
 def write_example(folder: Path) -> None:
-    """Paint by Example's public folder, random weights, float32 (5.2 GB)."""
+    """Writes Paint by Example's public folder with random weights, float32 (5.2 GB)."""
     import torch
 
     from model import UNet
@@ -651,7 +655,7 @@ def write_example(folder: Path) -> None:
 
 
 def in_turn(ours: str, theirs: str, folder: Path, steps: int) -> list[dict]:
-    """The best figures of each, of processes in the order ours, theirs, theirs, ours."""
+    """Each one's best numbers, from processes in the order ours, theirs, theirs, ours."""
     runs = {code: [] for code in (ours, theirs)}
     for code in (ours, theirs, theirs, ours):
         runs[code].append(measured(code, folder, "float32", steps))
@@ -659,7 +663,7 @@ def in_turn(ours: str, theirs: str, folder: Path, steps: int) -> list[dict]:
 
 
 def paint_by_example(folder: Path, steps: int) -> None:
-    """Beside diffusers' pipeline: ours, theirs, theirs, ours."""
+    """Paint by Example beside diffusers' pipeline."""
     if not (folder / "image_encoder").exists():
         code = ("import sys; sys.path[:0] = ['.', 'tests']; from bench import Path, write_example; "
                 "write_example(Path(sys.argv[1]))")  # in a process of its own, see make_sd15
@@ -678,7 +682,7 @@ def paint_by_example(folder: Path, steps: int) -> None:
 
 
 def lama() -> None:
-    """Beside its specification, written out in the tests."""
+    """LaMa beside its specification, which is written out in the tests."""
     sys.path.insert(0, str(ROOT))
     with tempfile.TemporaryDirectory() as folder:
         size = write_lama(Path(folder))
@@ -725,8 +729,9 @@ print(f"a photo of 8192 x 6000 on one core: {seconds:.1f} s (aim: 20), {grown / 
 
 
 def photo() -> None:
-    """Opens, cuts out, fits, pastes back and saves a photo of 49 megapixels. Its maker is a process of its own, as
-    peaks of memory are inherited.
+    """Opens, cuts out, fits, pastes back and saves a photo of 49 megapixels.
+
+    Another process makes the photo, because a process inherits the peak memory of the one that started it.
     """
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with tempfile.TemporaryDirectory() as folder:

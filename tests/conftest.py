@@ -1,7 +1,7 @@
-"""Tiny networks in the shapes of Stable Diffusion 1.x and 2.x, with random weights, and inputs for them.
+"""Tests: tiny networks in the shapes of Stable Diffusion 1.x and 2.x, with random weights, and inputs for them.
 
-They have SD's four levels (attention in three) and two layers a level, hence its 12 skip connections, and differ in the
-width of every level, so that a tensor that goes the wrong way does not fit.
+They have SD's four levels (attention in three) with two layers each, hence its 12 skip connections. Every level has
+another width, so that a tensor that goes the wrong way does not fit.
 """
 
 import os
@@ -46,7 +46,7 @@ LAMA = {"_class_name": "LaMa", "width": 4, "levels": 3, "blocks": 2, "global_cha
 
 @torch.no_grad()
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Random weights for every parameter, zero convolutions, biases and norms included; activations stay about 1."""
+    """Random weights for every parameter, also in zero convolutions, biases and norms; activations stay near 1."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in module.named_parameters():
         noise = torch.randn(p.shape, generator=generator)
@@ -63,7 +63,7 @@ def random(*shape: int, seed: int = 0, dtype=torch.float32) -> Tensor:
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:
-    """The largest difference over the largest value."""
+    """The largest difference, divided by the largest value."""
     assert ours.shape == theirs.shape, f"shapes {list(ours.shape)} and {list(theirs.shape)}"
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
@@ -84,7 +84,7 @@ def random_lama(seed: int = 0) -> LaMa:
 
 
 def write_tiny_toy(folder: Path, categories: dict[str, str]) -> None:
-    """A folder like toy/: base, cg and pg of random weights, at 64 pixels and a quarter of the toy's channels.
+    """Writes a folder like toy/: base, cg and pg with random weights, 64 pixels and a quarter of the toy's channels.
 
     categories: their identifiers.
     """
@@ -127,7 +127,7 @@ def text_encoder() -> TextEncoder:
 
 
 def inputs(batch: int = 2) -> SimpleNamespace:
-    """What the networks read at 128 pixels: z_t, t, prompts, the two hints, a soft mask. For the fixtures above."""
+    """The networks' inputs at 128 pixels: z_t, t, prompts, the two hints, a soft mask. For the fixtures above."""
     ramp = torch.linspace(0, 1, 128)
     return SimpleNamespace(
         z=random(batch, 4, 16, 16, seed=10), t=torch.tensor([981, 21, 1, 500])[:batch],

@@ -1,11 +1,11 @@
-"""Promises kept under faults, counted: an interrupted run loses nothing, and bad input costs one line.
+"""Tests: counts promises kept under faults: an interrupted run loses nothing, and bad input costs one line.
 
     python tests/faults.py                # all of it, at most 20 minutes on two cores; exits with 1 if anything failed
     python tests/faults.py kills disk     # some parts: kills, disk, locks, finished, numbers, fuzz, load
     python tests/faults.py --quick        # a sample of all but load, in a minute
 
-Every run is the real program with tiny networks, in processes of its own: torch is imported once, and each process is a
-fork of this one. Several are started as torchrun starts them, by RANK, WORLD_SIZE and the like.
+Every run is the real program with tiny networks, in processes of its own. Each process is a fork of this one, so torch
+is imported only once. Several are started as torchrun starts them, by RANK, WORLD_SIZE and the like.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # more threads than this one would not survive a fork
+os.environ["OMP_NUM_THREADS"] = "1"  # other threads would not survive a fork
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import fuzz
@@ -47,8 +47,8 @@ from support.machine import cores
 from toy.world import write_world
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-NOBODY = 65534  # a user who may not write where root may
-Fault = str | None  # what went wrong in a case; None: it was survived
+NOBODY = 65534  # a user with fewer rights than root
+Fault = str | None  # what went wrong in a case; None: nothing did
 
 # ---------------------------------------------------------------- programs as processes
 
@@ -60,10 +60,10 @@ class Run:
     processes: list[int]
     log: Path
     ended: dict[int, int] = field(default_factory=dict)  # process: its exit status, negative for a signal
-    memory: int = 0  # bytes, at its peak in the largest process
+    memory: int = 0  # bytes: the largest process's peak
 
     def wait(self, seconds: float) -> bool:
-        """Waits for all processes, at most so long -> whether they have ended."""
+        """Waits for all processes, at most this long -> whether they have ended."""
         end = time.monotonic() + seconds
         while True:
             for process in set(self.processes) - self.ended.keys():
@@ -76,7 +76,7 @@ class Run:
             time.sleep(0.002)
 
     def kill(self, processes: list[int] | None = None) -> None:
-        """SIGKILL to some of the processes, then to the others what torchrun sends: SIGTERM, later SIGKILL."""
+        """Sends SIGKILL to some of the processes, then to the others what torchrun sends: SIGTERM, later SIGKILL."""
         first = processes or self.processes
         for chosen, number in ((first, signal.SIGKILL), (self.processes, signal.SIGTERM),
                                (self.processes, signal.SIGKILL)):
@@ -87,7 +87,7 @@ class Run:
         self.wait(60)
 
     def fault(self, *statuses: int, seconds: float = 120) -> Fault:
-        """Waits for the end. A fault unless that is one of these exit statuses, 2 with one line that says why."""
+        """Waits for the end -> a fault unless the exit status is one of these; 2 needs one line that says why."""
         if not self.wait(seconds):
             self.kill()
             return f"did not end in {seconds} s"
@@ -103,7 +103,7 @@ class Run:
 
 def start(program: Callable, arguments: list, folder: Path, world: int = 1, limits: dict | None = None,
           user: int | None = None) -> Run:
-    """program(arguments) in `world` new processes, whose working folder is `folder`."""
+    """Starts program(arguments) in `world` new processes, whose working folder is `folder`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -152,7 +152,7 @@ WHOLE = TMP / "whole"
 
 
 def make_tiny(_) -> None:
-    """A base, CG and PG of random weights at 64 pixels, and the toy's ads."""
+    """Writes a base, CG and PG with random weights at 64 pixels, and the toy's ads."""
     write_world(TINY, size=64, ads=24, bg1k=8, pairs=8, workers=1, parts=("ads",))
     items, _ = read_items(TINY / "ads")
     write_tiny_toy(TINY, {name: f"sks {i}" for i, name in enumerate(sorted({item.category for item in items}))})
@@ -181,15 +181,16 @@ def begin(name: str, folder: Path, *options, **how) -> Run:
 
 
 def go_on(name: str, folder: Path) -> Fault:
-    """What a user does after a fault: the same command, with --resume where there is a checkpoint. A fault unless all
-    ends as if nothing had happened.
+    """Does what a user does after a fault: gives the same command, with --resume where there is a checkpoint.
+
+    Returns a fault unless everything ends as if nothing had happened.
     """
     resume = ["--resume"] if [*folder.rglob("checkpoint_*")] else []
     return begin(name, folder, *resume).fault(0) or difference(WHOLE / name, folder)
 
 
 def whole(name: str) -> Fault:
-    """The run that nothing disturbs; leaves its duration in a file."""
+    """The run that nothing disturbs; it writes its duration to a file."""
     folder = WHOLE / name
     folder.mkdir(parents=True)
     clock = time.monotonic()
@@ -199,7 +200,7 @@ def whole(name: str) -> Fault:
 
 
 def results(folder: Path) -> dict[str, object]:
-    """What lies under folder/run by name: the content, less what depends on the time."""
+    """The content of each file under folder/run, by name, without what depends on the time."""
     found = {}
     for path in sorted((folder / "run").rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -217,7 +218,7 @@ def results(folder: Path) -> dict[str, object]:
 
 
 def difference(expected: Path, folder: Path) -> Fault:
-    """Between two folders' results, if there is one. More checkpoints than are kept are none."""
+    """The difference between two folders' results, if any. Surplus checkpoints do not count."""
     a, b = results(expected), results(folder)
     b = {name: content for name, content in b.items() if name in a or "/checkpoint_" not in name}
     different = [name for name in {**a, **b} if a.get(name) != b.get(name)]
@@ -228,9 +229,9 @@ def difference(expected: Path, folder: Path) -> Fault:
 
 
 def kill(folder: Path, name: str, number: int) -> Fault:
-    """SIGKILL at a random moment, or for every second case while something is written after it; then the command again.
+    """Sends SIGKILL at a random moment, in every second case while a file is written; then gives the command again.
 
-    Of two processes, for every second case only one is killed, and torchrun ends the other.
+    With two processes, every second case kills only one, and torchrun ends the other.
     """
     rng = random.Random(f"{name} {number}")
     seconds = float((WHOLE / name / "seconds").read_text())
@@ -241,7 +242,7 @@ def kill(folder: Path, name: str, number: int) -> Fault:
             pass
         if not run.wait(rng.uniform(0, 0.01)):
             break
-        shutil.rmtree(folder / "run")  # it was faster: again, with an earlier moment
+        shutil.rmtree(folder / "run")  # it ended first: try again, with an earlier moment
         seconds *= 0.9
     run.kill(rng.sample(run.processes, 1) if number % 4 < 2 else None)
     return go_on(name, folder)
@@ -256,7 +257,7 @@ def kills() -> Iterator[tuple]:
 
 
 def starve(folder: Path, name: str, number: int) -> Fault:
-    """A disk, or where mounting is not allowed a limit on a file's size, that is too small; then room."""
+    """A disk that is too small, or, where mounting is not allowed, a limit on file sizes; then there is room."""
     rng = random.Random(f"{name} {number}")
     sizes = sorted(path.stat().st_size for path in (WHOLE / name / "run").rglob("*") if path.is_file())
     (folder / "run").mkdir()
@@ -275,7 +276,7 @@ def starve(folder: Path, name: str, number: int) -> Fault:
 
 
 def lock_out(folder: Path, name: str, number: int) -> Fault:
-    """All folders become read-only at a random moment; then they are not any more."""
+    """All folders become read-only at a random moment, and later writable again."""
     rng, root = random.Random(f"{name} {number}"), os.getuid() == 0
     (folder / "run").mkdir()
     for path in (folder, folder / "run"):
@@ -292,7 +293,7 @@ def lock_out(folder: Path, name: str, number: int) -> Fault:
 
 
 def not_whole(folder: Path) -> Fault:
-    """Files under folder/run that can't be opened, if there are any, or scratch."""
+    """Files under folder/run that can't be opened, and scratch files, if there are any."""
     for path in (folder / "run").rglob("*"):
         try:
             if path.suffix == ".safetensors":
@@ -307,7 +308,7 @@ def not_whole(folder: Path) -> Fault:
 
 
 def convert_on_a_full_disk(folder: Path, number: int) -> Fault:
-    """`weights.py convert` writes the whole file or none, over an old one too."""
+    """`weights.py convert` writes the whole file or none, even over an old one."""
     torch.save({"state_dict": {"w": torch.ones(100_000)}}, folder / "in.ckpt")
     out, old = folder / "run" / "out.safetensors", number % 2
     out.parent.mkdir()
@@ -331,7 +332,7 @@ def disk() -> Iterator[tuple]:
 
 
 def refused(folder: Path, first: str, second: str) -> Fault:
-    """While the first command lives the second is refused in one line; once it is killed, not any more."""
+    """While the first command runs, the second is refused in one line. Once the first is killed, the second may run."""
     endless = ["--steps", 10**6] if first.startswith("train") else ["--steps", 500]
     run, out = begin(first, folder, *endless), folder / "run" / "out"
 
@@ -378,11 +379,11 @@ def finished() -> Iterator[tuple]:
 
 
 def poisoned(folder: Path, name: str, part: str, number: float) -> Fault:
-    """Some weights of one network are NaN or infinite: no picture, and no checkpoint of what that trained."""
+    """If some weights of one network are NaN or infinite, no picture and no checkpoint comes from them."""
     shutil.copytree(TINY, folder / "tiny", ignore=shutil.ignore_patterns("ads"))
     file = next((folder / "tiny" / part).glob("*.safetensors"))
     tensors, rng = load_file(file), random.Random(f"{name} {part} {number}")
-    if part == "base/vae":  # what training reads of it, and what painting does
+    if part == "base/vae":  # what training and painting read of it
         kept = ("encoder", "quant") if name.startswith("train") else ("decoder", "post_quant")
         chosen = rng.choice([tensor for tensor in tensors if tensor.startswith(kept) and tensor.endswith(".bias")])
     else:
@@ -397,7 +398,7 @@ def poisoned(folder: Path, name: str, part: str, number: float) -> Fault:
 
 
 def explode(folder: Path, amp: list[str]) -> Fault:
-    """A learning rate far too high: one line, or a result; what is saved is finite."""
+    """A learning rate that is far too high ends in one line or a result, and what is saved is finite."""
     fault = begin("train cg", folder, "--lr", 10, "--steps", 60, "--ema", 0, *amp).fault(0, 2)
     for path in folder.glob("run/out/**/*.safetensors"):
         if broken := [name for name, tensor in load_file(path).items() if not tensor.isfinite().all()]:
@@ -406,7 +407,7 @@ def explode(folder: Path, amp: list[str]) -> Fault:
 
 
 def all_product(folder: Path, level: int) -> Fault:
-    """A mask that is white, or nearly, everywhere."""
+    """A mask that is white or nearly white everywhere."""
     Image.fromarray(np.full((40, 30, 3), 90, np.uint8)).save(folder / "ad.png")
     Image.fromarray(np.full((40, 30), level, np.uint8)).save(folder / "mask.png")
     arguments = ["--product", folder / "ad.png", "--mask", folder / "mask.png", "--category", "watch",
@@ -459,7 +460,7 @@ def fuzzes() -> Iterator[tuple]:
 
 
 def load(folder: Path, name: str, count: int) -> Fault:
-    """Memory at the end within 5% of that after the first tenth, open files constant."""
+    """Memory at the end is within 5% of that after the first tenth, and the number of open files is constant."""
     if name == "train cg":
         options, progress = ["--steps", count, "--sample-every", 200], "run/out/training/cg/log.jsonl"
     else:
@@ -509,7 +510,7 @@ QUICK = {"load": 0, "kills": 5, "disk": 3, "locks": 2, "finished": 1, "numbers":
 
 
 def carry_out(job: tuple) -> tuple[tuple[str, str], Fault]:
-    """One case, in a folder of its own, which stays where it failed."""
+    """Carries out one case in a folder of its own, which is kept if the case failed."""
     part, label, function, *case = job
     folder = Path(tempfile.mkdtemp(dir=TMP))
     folder.chmod(0o755)
@@ -552,7 +553,7 @@ def main() -> None:
     for row, counts in tried.items():
         print("|", " | ".join([*row, *(f"{count:,}" for count in counts)]), "|")
     if faults:
-        sys.exit(f"{len(faults)} of {len(jobs)} failed; their folders lie in {TMP}")
+        sys.exit(f"{len(faults)} of {len(jobs)} failed; their folders are in {TMP}")
     shutil.rmtree(TMP)
 
 

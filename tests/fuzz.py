@@ -1,7 +1,7 @@
-"""Broken and hostile files for tests/faults.py: each kind writes one into a folder and says which command reads it.
+"""Tests: broken and hostile files for tests/faults.py. Each kind writes one and says which command reads it.
 
-A kind is a function of the case's folder, of the tiny models and ads, and of a random generator, which decides all. It
-returns the program, its arguments, and in a few words what was done to the file.
+A kind is a function of the case's folder, the tiny models and ads, and a random generator, which decides everything.
+It returns the program, its arguments, and in a few words what was done to the file.
 """
 
 import io
@@ -40,7 +40,7 @@ HUGE = (2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**64 - 1)
 
 
 def damage(content: bytes, rng: random.Random) -> tuple[bytes, str]:
-    """One of the things that happen to files, or that someone does to them."""
+    """Damages bytes in one of the ways in which files get broken, by accident or on purpose."""
     kind = rng.choice(("cut", "flip", "flip", "insert", "delete", "number", "number", "repeat", "zeros"))
     content = bytearray(content)
     at = int(len(content) * rng.random() ** 2)  # more often near the start, where the structure is
@@ -79,7 +79,7 @@ def join_file(header: str | bytes, body: bytes, length: int | None = None) -> by
 
 
 def hostile_header(content: bytes, rng: random.Random) -> tuple[bytes, str]:
-    """A safetensors file whose header says what isn't so."""
+    """A safetensors file with a false header."""
     header, body = split_file(content)
     name, other = rng.sample([name for name in header if name != "__metadata__"], 2)
     entry, odd = header[name], rng.choice((-1, 0, 1, 2**20, *HUGE, 2**70, 1.5, "8", None, [1], True))
@@ -120,7 +120,7 @@ def hostile_header(content: bytes, rng: random.Random) -> tuple[bytes, str]:
 
 
 def link_models(folder: Path, tiny: Path) -> Path:
-    """The tiny models in a case's own folder, by links; what is damaged there takes the place of its link."""
+    """Links the tiny models into a case's own folder; a damaged file replaces its link."""
     for file in tiny.rglob("*"):
         if file.is_file() and "ads" not in file.relative_to(tiny).parts:
             link = folder / "tiny" / file.relative_to(tiny)
@@ -148,11 +148,11 @@ def painted_ad(tiny: Path, ads: Path) -> list:
                  "--reference-mask", ad.reference_mask)
 
 
-WHOLE_COMMANDS = 0.25  # so many cases are read by a whole command, the others by the function that it reads them with
+WHOLE_COMMANDS = 0.25  # the fraction of cases that run a whole command; the others only call its reading function
 
 
 def load_network(arguments: list[str]) -> None:
-    """In place of a command: loads one network and uses all of its weights."""
+    """Instead of a command: loads one network and uses all of its weights."""
     folder = Path(arguments[0])
     if folder.name in ("cg", "pg"):
         network = load_control(folder, {"cg": "category", "pg": "personality"}[folder.name])
@@ -164,7 +164,7 @@ def load_network(arguments: list[str]) -> None:
 
 
 def reading(file: Path, own: Path, ads: Path, rng: random.Random) -> tuple[Callable, list]:
-    """What reads a network's file."""
+    """The program, and its arguments, that read a network's file."""
     networks = ("cg", "pg", "unet", "vae", "text_encoder")
     if file.parent.name in networks and rng.random() > WHOLE_COMMANDS:
         return load_network, [file.parent]
@@ -172,7 +172,7 @@ def reading(file: Path, own: Path, ads: Path, rng: random.Random) -> tuple[Calla
 
 
 def safetensors(folder: Path, tiny: Path, rng: random.Random) -> Case:
-    """Weights of the base, of CG or of PG."""
+    """A file of weights: the base's, CG's or PG's."""
     own = link_models(folder, tiny)
     file = rng.choice(sorted(own.rglob("*.safetensors")))
     content, what = rng.choice((damage, hostile_header))(file.read_bytes(), rng)
@@ -192,7 +192,7 @@ FORMATS = [
 
 
 def picture(rng: random.Random) -> tuple[bytes, str]:
-    """A whole one, of any format and mode."""
+    """An undamaged picture in any format and mode."""
     name, mode, given = rng.choice(FORMATS)
     options, file = dict(given), io.BytesIO()
     noise = np.random.default_rng(rng.randrange(2**32)).integers(0, 255, (24, 32, 4), dtype=np.uint8)
@@ -212,12 +212,12 @@ def picture(rng: random.Random) -> tuple[bytes, str]:
 
 
 def open_cutout(arguments: list[str]) -> None:
-    """In place of a command: reads a product as one does."""
+    """Instead of a command: reads a product as a command does."""
     load_cutout(*arguments)
 
 
 def pictures(folder: Path, tiny: Path, rng: random.Random) -> Case:
-    """A product, its mask or a reference."""
+    """A file of pixels: a product, its mask or a reference."""
     content, kind = picture(rng)
     what = "whole"
     for _ in range(rng.choice((1, 1, 1, 3))):
@@ -244,7 +244,7 @@ ODD = (-1, 0, 1, 3, 7, 1000, 2**20, 2**31, 2**40, 2**63, -(2**63), 10**400, 0.5,
 
 
 def odd_json(content: object, rng: random.Random) -> tuple[bytes, str]:
-    """A JSON object of which one or two values are odd, missing, twice or of unknown names; or damaged bytes."""
+    """A JSON object in which one or two fields are odd, missing, doubled or unknown; or damaged bytes."""
     if rng.random() < 0.25:
         content, what = damage(json.dumps(content).encode(), rng)
         return content, what
@@ -296,7 +296,7 @@ def categories(folder: Path, tiny: Path, rng: random.Random) -> Case:
 
 
 def odd_lines(lines: list[dict], rng: random.Random) -> tuple[bytes, str]:
-    """JSON lines of which one or two are odd."""
+    """JSON lines, one or two of them odd."""
     texts, what = [json.dumps(line).encode() for line in lines], ""
     for i in rng.sample(range(len(lines)), rng.choice((1, 1, 2))):
         texts[i], what = odd_json(json.loads(texts[i]), rng)
@@ -305,7 +305,7 @@ def odd_lines(lines: list[dict], rng: random.Random) -> tuple[bytes, str]:
 
 
 def metadata(folder: Path, tiny: Path, rng: random.Random) -> Case:
-    """A list of an imagefolder, as a data set to check or to paint."""
+    """The list of an imagefolder that is checked or painted."""
     (folder / "ads").mkdir()
     names = ("image", "mask", "reference", "reference_mask")
     lines = []
@@ -322,7 +322,7 @@ def metadata(folder: Path, tiny: Path, rng: random.Random) -> Case:
 
 
 def bg60k(folder: Path, tiny: Path, rng: random.Random) -> Case:
-    """A list of BG60k, likewise."""
+    """A list in BG60k's format, likewise."""
     (folder / "ads").mkdir()
     for file in (tiny / "ads").iterdir():
         (folder / "ads" / file.name).symlink_to(file)
@@ -342,7 +342,7 @@ def bg60k(folder: Path, tiny: Path, rng: random.Random) -> Case:
 
 
 def manifest(folder: Path, tiny: Path, rng: random.Random) -> Case:
-    """What generate.py --data reads of an earlier run."""
+    """The manifest that generate.py --data reads from an earlier run."""
     lines = []
     for i, item in enumerate(read_items(tiny / "ads", "bgpair")[0][:2]):
         names = ("image", "mask", "reference", "reference_mask")
@@ -359,7 +359,7 @@ def manifest(folder: Path, tiny: Path, rng: random.Random) -> Case:
 
 
 class Hostile:
-    """When it is unpickled it would call something."""
+    """An object whose unpickling would call a function."""
 
     def __init__(self, function: Callable, *arguments):
         self.call = function, arguments

@@ -1,4 +1,4 @@
-"""data.py: Eq. 5 and 6 written out; data sets of every format, with links, spellings and odd names; the command."""
+"""Tests: data.py: Eq. 5 and 6 written out; data sets in every format, with links and odd names; the command."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def disc(h, w, radius, soft=1.0):
 
 @pytest.fixture
 def photo(tmp_path):
-    """An RGB photo and its mask, as files of SIZE x SIZE."""
+    """An RGB photo and its mask, in files of SIZE x SIZE pixels."""
     data.save_image(torch.rand(3, SIZE, SIZE, generator=generator()), tmp_path / "photo.png")
     data.save_image(disc(SIZE, SIZE, 6), tmp_path / "mask.png")
     return tmp_path / "photo.png", tmp_path / "mask.png"
@@ -91,7 +91,7 @@ def test_same_generator_state_gives_the_same_perturbation_and_the_next_state_ano
 
 
 def write_bg60k(root, rows, delimiter, split="bg60k", folder="bg60k", inverted=False):
-    """A data set in BG60k's format: rows of (image file, ..., category), the n-th image in folder n % 2."""
+    """Writes a data set in BG60k's format: rows of (image file, ..., category), the n-th image in folder n % 2."""
     names = dict.fromkeys(name for *images, _ in rows for name in images)
     mask = disc(SIZE, SIZE, 6)
     for i, name in enumerate(names):
@@ -257,7 +257,7 @@ GBK = os.fsdecode("杯".encode("gbk"))  # as a Chinese zip leaves it on Linux
 
 
 def put(path):
-    """A cut-out at `path`, whatever its name says about the format."""
+    """Writes a cut-out to `path`, whatever its name says about the format."""
     rgba = Image.fromarray(np.random.default_rng(0).integers(0, 255, (SIZE, SIZE, 3), dtype=np.uint8))
     rgba.putalpha(Image.fromarray((disc(SIZE, SIZE, 6)[0] * 255).byte().numpy()))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -322,7 +322,7 @@ def test_a_category_spelt_in_two_ways_is_one(tmp_path):
     items = data.read_items(tmp_path)[0]
     assert {item.category for item in items} == {NFC} and len(items) == 3
     assert [item.mask and item.mask.name for item in items if item.image.stem == NFD] == [f"{NFC}_mask.png"]
-    line = {"file_name": f"{NFC}/{NFC}.png", "category": "x"}  # of which the folder is there, and the file in NFD
+    line = {"file_name": f"{NFC}/{NFC}.png", "category": "x"}  # the folder exists, and the file's name is in NFD
     (tmp_path / "metadata.jsonl").write_text(json.dumps(line))
     assert data.read_items(tmp_path)[0][0].image == tmp_path / NFC / f"{NFD}.png"
     (tmp_path / "categories.json").write_text(json.dumps({NFD: "sks 0"}))

@@ -1,4 +1,4 @@
-"""The mathematics against itself: every equation is written out again here, naively, and the code must agree."""
+"""Tests: the mathematics. Every equation is written out again here, naively, and the code must agree."""
 
 import math
 
@@ -21,7 +21,7 @@ B, N, C, L, D, HEADS = 2, 9, 12, 5, 8, 3  # pictures, positions, channels, promp
 
 
 def attention_written_out(q, k, v, heads, causal=False):
-    """One number at a time: the softmax of q·k/√d over the positions seen, then the mean of v under it."""
+    """One number at a time: the softmax of q·k/√d over the positions seen, then the mean of v weighted by it."""
     out, d = torch.zeros_like(q), q.shape[-1] // heads
     for b in range(q.shape[0]):
         for head in range(heads):
@@ -40,7 +40,7 @@ def CA(layer, x, P):
 
 
 def with_features(*pairs):
-    """Pairs of a branch and its hint, as `predict_noise` takes them: with the hints' features."""
+    """Pairs of a branch and its hint -> pairs of a branch and its hint's features, as `predict_noise` takes them."""
     return [(branch, branch.hint_features(hint)) for branch, hint in pairs]
 
 
@@ -148,7 +148,7 @@ def test_transformer_block_adds_self_attention_then_eq2_or_eq3_then_feed_forward
 
 
 def test_the_mask_averaged_in_two_steps_is_the_mask_averaged_in_one():
-    """`sample` averages M to the latent's size once, the networks go on from there."""
+    """`sample` averages M to the latent's size once, and the networks average the result."""
     mask = random(2, 1, 64, 64).sigmoid()
     torch.testing.assert_close(mask_at(mask_at(mask, 16, 16), 4, 4), mask_at(mask, 4, 4))
 
@@ -172,7 +172,7 @@ def test_every_cross_attention_of_cg_is_mask_guided_with_M_at_its_resolution(cg,
 
     monkeypatch.setattr(Attention, "mask_guided", spy)
     cg(i.z, i.t, (i.prompts.P_fg, i.prompts.P_bg), i.hint, i.mask)
-    assert [n for n, *_ in calls] == [256, 256, 64, 64, 16, 16, 4]  # two a level in three levels, and the middle
+    assert [n for n, *_ in calls] == [256, 256, 64, 64, 16, 16, 4]  # two per level in three levels, and the middle
     for n, P_fg, P_bg, M in calls:
         side = math.isqrt(n)
         expected = i.mask.view(2, side, 128 // side, side, 128 // side).mean((2, 4)).view(2, n, 1)
@@ -181,7 +181,7 @@ def test_every_cross_attention_of_cg_is_mask_guided_with_M_at_its_resolution(cg,
 
 
 def test_cg_with_plain_attention_is_a_controlnet_on_P_and_mask_guided_cg_is_not(unet, cg):
-    """`train.py cg --attention plain`, in config.json "attention": "plain"."""
+    """`train.py cg --attention plain` writes "attention": "plain" to config.json."""
     i = inputs()
     plain, controlnet = CategoryGenerator(cg.config | {"attention": "plain"}), ControlNet(cg.config)
     for network in (plain, controlnet):
@@ -239,7 +239,7 @@ def test_cg_and_pg_have_exactly_a_controlnets_parameters(kind):
 
 @pytest.fixture
 def fresh(unet):
-    """CG and PG as training starts them."""
+    """CG and PG as they are when training starts."""
     branches = [kind(control_config(SD1, factor=8)) for kind in (CategoryGenerator, PersonalityGenerator)]
     for branch in branches:
         randomise(branch, seed=5).init_from_unet(unet)
@@ -289,7 +289,7 @@ def test_predict_noise_gives_each_branch_its_prompts_and_sums_the_branches(unet,
 
 
 def test_each_residual_is_added_to_its_own_skip_connection(unet):
-    """The decoder written out, with one of the 13 residuals at a time that is not zero."""
+    """The decoder is written out; one of the 13 residuals at a time is not zero."""
     i = inputs(1)
     time = unet.embed_time(i.t)
     middle, left = unet.encode(unet.conv_in(i.z), time, i.prompts.P)
@@ -411,7 +411,7 @@ def test_watched_weights_are_those_that_attention_uses():
 
 @torch.no_grad()
 def test_both_passes_of_the_guidance_in_one_batch_are_each_pass_alone(unet, cg, pg):
-    """One row of z_t for two prompts: the same as row by row."""
+    """One row of z_t serves two prompts, with the same result as row by row."""
     i, without = inputs(2), Prompts(*(random(2, 7, 24, seed=30 + k) for k in range(3)))
     branches, t = with_features((cg, i.hint), (pg, i.hint_ref)), torch.tensor([981])
     both = Prompts(*(torch.cat(pair) for pair in zip(without, i.prompts)))
@@ -422,7 +422,7 @@ def test_both_passes_of_the_guidance_in_one_batch_are_each_pass_alone(unet, cg, 
 
 @torch.inference_mode()
 def test_what_does_not_change_over_the_walk_is_computed_before_it(unet, cg, pg, prompts, unconditional, monkeypatch):
-    """The hint encoders run once a picture, however many steps follow."""
+    """The hint encoders run once per picture, however many steps follow."""
     i, calls = inputs(3), []
     for branch in (cg, pg):
         encoder = branch.controlnet_cond_embedding
@@ -448,7 +448,7 @@ def test_recomputed_activations_give_the_same_gradients(unet):
 
 
 class Still(nn.Module):
-    """In the UNet's place: keeps what it is given and predicts zero noise."""
+    """A stand-in for the UNet: keeps its inputs and predicts zero noise."""
 
     def __init__(self):
         super().__init__()
@@ -456,7 +456,7 @@ class Still(nn.Module):
 
     def forward(self, z, t, context, residuals=None):
         self.seen.append((z.clone(), t.clone(), context))
-        return torch.zeros(len(context), *z.shape[1:])  # a row a prompt: both passes of the guidance
+        return torch.zeros(len(context), *z.shape[1:])  # a row per prompt: both guidance passes
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Evaluation: metrics and t-SNE against closed forms, rivals against their equations, tables and figures end to end."""
+"""Tests: metrics and t-SNE against closed forms, rivals against their equations, tables and figures end to end."""
 
 import io
 import json
@@ -63,7 +63,7 @@ def ads(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """All networks of an evaluation, random, at 64 pixels: the options that name them."""
+    """The options that name all networks of an evaluation; these are random, at 64 pixels."""
     folder = tmp_path_factory.mktemp("tiny")
     train_tokenizer(["a photo of mug, in the background of sks 0 1 2"] * 9, 600, 32, folder / "base" / "tokenizer")
     tokenizer = load_tokenizer(folder / "base" / "tokenizer")
@@ -137,14 +137,16 @@ def test_frechet_of_a_set_and_itself_is_nothing():
 
 
 def test_joint_frechet_sees_pictures_that_were_swapped():
-    """Embeddings s and -s of two conditions, 1 and -1. Swapped they are the same set, at distance 0; together with the
-    conditions two lines, along (s, α) and (-s, α) with α = s: by the closed form 2(s² + α²) - 2|α² - s²| = 4s².
+    """Embeddings s and -s belong to two conditions, 1 and -1. Swapped, they are the same set, at distance 0.
+
+    Together with the conditions they are two lines, along (s, α) and (-s, α) with α = s. By the closed form their
+    distance is 2(s² + α²) - 2|α² - s²| = 4s².
     """
     conditions, s, n = torch.tensor([[1.0], [-1.0]] * 50, dtype=torch.float64), 3, 100
     originals = s * conditions
     assert abs(frechet(-originals, originals).item()) < 1e-9
     assert joint_frechet(originals, originals, conditions).item() == pytest.approx(0, abs=1e-9)
-    expected = 4 * s**2 * n / (n - 1)  # the covariances are unbiased ones
+    expected = 4 * s**2 * n / (n - 1)  # covariances are unbiased
     assert joint_frechet(-originals, originals, conditions).item() == pytest.approx(expected, rel=1e-9)
 
 
@@ -157,8 +159,8 @@ def test_the_interval_of_a_mean_is_that_of_the_normal_distribution():
 
 @pytest.mark.parametrize("height, width", [(100, 70), (64, 129), (32, 32), (20, 27)])
 def test_clips_preprocessing_is_the_reference_processors_resizing_and_openais_crop(height, width):
-    """Up to the reference's rounding to 8 bits: at most one level and a half. The crop starts at half of the margin,
-    which is rounded to even.
+    """Up to the reference's rounding to 8 bits, at most one and a half levels. The crop starts at half of the margin,
+    rounded to even.
     """
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("torchvision", reason="its image processors need it") if not hasattr(
@@ -198,7 +200,7 @@ def canvas_of(ads, count=2, **more) -> Canvas:
 
 @pytest.mark.parametrize("with_reference", [False, True])
 def test_inpainting_keeps_the_products_latent_and_paints_the_rest(sd, ads, with_reference, monkeypatch):
-    """The latent of the product on grey, or pasted onto the reference, wherever M is nearer 1 than 0 at a position."""
+    """It keeps the latent of the product on grey, or of the product pasted onto the reference, where M > 0.5."""
     canvas = canvas_of(ads)
     scene = canvas.rgb.flip(0) if with_reference else torch.full_like(canvas.rgb, 0.5)
     if with_reference:
@@ -225,7 +227,7 @@ def test_an_inpainting_unet_reads_the_product(sd, ads, monkeypatch):
 
 
 def test_blended_diffusion_follows_the_gradient_of_the_clip_distance(sd, ads, monkeypatch):
-    """ε − ε_unguided = strength √(1 − ᾱ_t) ∇_z D: here by finite differences, through UNet (a stand-in) and decoder."""
+    """ε − ε_unguided = strength √(1 − ᾱ_t) ∇_z D, by finite differences through the decoder and a stand-in UNet."""
     clip, canvas = randomise(CLIP(CLIP_CONFIG)).double(), canvas_of(ads)
     rgb, mask = canvas.rgb.double(), canvas.mask.double()
     reference, reference_mask, t, strength, found = rgb.flip(0), mask.flip(0), 601, 7.0, []
@@ -270,7 +272,7 @@ def kl_divergence(x, y, perplexity):
 
 @pytest.mark.parametrize("n, perplexity", [(40, 10), (7, 30)])
 def test_each_points_neighbours_have_the_wanted_perplexity(n, perplexity):
-    """Before it is made symmetric; here by points on a circle, which are all alike, so that P is symmetric already."""
+    """The perplexity is that before P is made symmetric. Points on a circle are all alike: their P is symmetric."""
     angle = torch.arange(n).double() * 2 * math.pi / n
     P = neighbour_probabilities(torch.stack([angle.cos(), angle.sin()], dim=1), perplexity)
     assert P.sum().item() == pytest.approx(1) and torch.equal(P, P.T) and not P.diag().any()
@@ -288,7 +290,7 @@ def test_the_loss_of_tsne_is_the_kl_divergence_and_its_gradient_is_right():
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("sizes, spreads", [([25, 25, 25], [1, 1, 1]), ([60, 20, 6, 30], [1, 0.1, 2, 0.01])])
 def test_tsne_keeps_apart_what_is_apart(sizes, spreads, seed):
-    """Every point's nearest neighbours in the plane are of its own cluster."""
+    """Every point's nearest neighbours in the plane are from its own cluster."""
     x, cluster = clusters(sizes, spreads, seed=1000 * seed)
     y = tsne(x, perplexity=10, steps=250)
     nearest = torch.cdist(y, y).fill_diagonal_(math.inf).topk(5, largest=False).indices
@@ -357,7 +359,7 @@ def test_table_4_says_beside_which_partner_pg_was_trained(results):
 
 @pytest.mark.parametrize("table, ours", [("table1", "CG"), ("table2", "CG + PG")])
 def test_ours_is_ahead_by_the_difference_of_the_figures(results, table, ours):
-    """The interval is that of the difference on the same items: there is none between a method and itself."""
+    """The interval is that of the difference on the same items, so between a method and itself it has no width."""
     rows = [row for row in json.loads((results / f"{table}.json").read_text())["rows"] if row["measured"]]
     for protocol in {row["protocol"] for row in rows}:
         theirs = {row["method"]: row["measured"] for row in rows if row["protocol"] == protocol}
@@ -369,7 +371,7 @@ def test_ours_is_ahead_by_the_difference_of_the_figures(results, table, ours):
 
 
 def test_the_figures_are_those_of_the_pictures(results, ads, tiny):
-    """CG's similarity in Table 1, from the files of its pictures and the originals."""
+    """CG's similarity in Table 1 is computed again, from the files of its pictures and the originals."""
     clip, folder = load_clip(tiny["--clip"]), next((results / "pictures" / "bg1k").glob("cg-????????"))
     items = read_items(ads, "bg1k")[0]
     x, y = (clip.encode_image(torch.cat([clip.preprocess(to_tensor(open_image(path))[None]) for path in paths]))
@@ -452,7 +454,7 @@ def test_pictures_are_kept_for_what_they_were_painted_of(ads, tiny, tmp_path, mo
 
 
 def test_under_torchrun_one_process_trains_and_the_others_wait(tmp_path):
-    """A stand-in for train.py makes the folder, and would find no process group in its environment."""
+    """A stand-in for train.py makes the folder; it must find no process group in its environment."""
     (tmp_path / "train.py").write_text(
         "import os, pathlib, sys, time\n"
         "assert 'WORLD_SIZE' not in os.environ\n"
@@ -521,7 +523,7 @@ OPTIONS = ("--controlnet", "--cg-plain", "--guide-clip", "--lama", "--paint-by-e
     ("table1 --out {toy}/README.md", "README.md"),
 ])
 def test_bad_use_is_one_line(arguments, message, tmp_path, monkeypatch, ads, tiny):
-    """Here an option at the end, without a value, is one that is not given."""
+    """An option at the end of a line, without a value, stands for one that is not given."""
     monkeypatch.chdir(tmp_path)
     words = arguments.format(toy=TOY).split()
     options = {"--data": ads} | {option: tiny[option] for option in OPTIONS}
@@ -533,8 +535,8 @@ def test_bad_use_is_one_line(arguments, message, tmp_path, monkeypatch, ads, tin
 
 
 def test_what_is_missing_is_said_before_anything_is_painted(ads, tiny, tmp_path):
-    """A category that CG was not trained on. The row that only --cg-plain can give is left out where it is missing; one
-    of the paper's says that its network is not given.
+    """CG was not trained on one category. The row that needs --cg-plain is left out without it; a row of the paper's
+    says that its network is not given.
     """
     shutil.copytree(tiny["--cg"], tmp_path / "cg")
     (tmp_path / "cg" / "categories.json").write_text('{"mug": "sks 0"}')

@@ -1,4 +1,4 @@
-"""support/: files are written whole or not at all, names of any kind are borne, errors of use are one line."""
+"""Tests: support/: files are written whole or not at all, names of any kind work, and errors of use are one line."""
 
 import argparse
 import errno
@@ -43,7 +43,7 @@ def names(folder):
 
 
 def python(code, **options):
-    """Runs a program of a few lines in the project."""
+    """Runs a few lines of Python in the project."""
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, **options)
 
 

@@ -1,4 +1,4 @@
-"""generate.py through its command line, on a tiny random model: frames, pixels, seeds, data sets, bad input."""
+"""Tests: generate.py through its command line, on a tiny random model: frames, pixels, seeds, data sets, bad input."""
 
 import json
 import os
@@ -128,7 +128,7 @@ def test_exif_rotation_is_applied_once(run, with_reference):
 
 
 def test_no_halo_of_the_old_background(run):
-    """A grey product photographed on white and on black: the same ad, for soft edges keep nothing of either."""
+    """A grey product gives the same ad from a white and from a black background: soft edges keep nothing of either."""
     mask = disc(64, 64, soft=8)
     results = []
     for name, background in (("white", 255), ("black", 0)):
@@ -141,7 +141,7 @@ def test_no_halo_of_the_old_background(run):
 
 
 def test_no_glow_of_the_painted_product():
-    """The networks paint a red disc, a pixel of the canvas too wide, in a white room; pasted back, that is white."""
+    """The networks paint a red disc in a white room, one canvas pixel too wide; after pasting that pixel is white."""
     small, large = (torch.from_numpy(disc(side, side)).float()[None] / 255 for side in (32, 128))
     blurred = F.avg_pool2d(small, 3, stride=1, padding=1)
     painted, red = 1 - torch.tensor([0.0, 1, 1])[:, None, None] * blurred, torch.tensor([1.0, 0, 0])[:, None, None]
@@ -153,7 +153,7 @@ def test_no_glow_of_the_painted_product():
 
 
 def test_the_product_is_exact_where_a_jpegs_mask_is_not_quite_white():
-    """253 of 255, as white in a JPEG mask often is, is all product: a black one stays black in a white room."""
+    """White in a JPEG mask is often 253, and counts as product: a black product stays black in a white room."""
     black, mask = torch.zeros(3, 8, 8), torch.full((1, 8, 8), 253 / 255)
     mask[:, :, :2] = 0
     pasted = generate.paste_back(torch.ones(3, 8, 8), mask, (0, 0, 8, 8), black, mask)
@@ -293,9 +293,9 @@ def test_a_second_pass_of_a_prompt_is_as_much_larger(run):
 
 @pytest.mark.parametrize("alone", [False, True])
 def test_the_second_pass_sees_the_ads_at_its_own_size_and_starts_from_the_first_picture(toy, monkeypatch, alone):
-    """A wide ad on canvases of 64 and 128 pixels: with all networks, or the base alone, with no prompt or guidance.
+    """A wide ad on canvases of 64 and 128 pixels, by all networks or by the base alone without prompt and guidance.
 
-    It starts from I ⊗ M + enlarged ⊗ (1 − M): the product itself on the first pass's picture, enlarged.
+    The second pass starts from I ⊗ M + enlarged ⊗ (1 − M), the product itself on the first pass's enlarged picture.
     """
     seen, encoded, (h, w) = [], [], (40, 90)
     models_ = models.load_models(models.ModelChoice(dtype="float32", device="cpu", weights=toy / "base",
@@ -370,7 +370,7 @@ def test_data_equals_single_pictures_and_goes_on(run, items, capsys):
     before = {p: p.stat().st_mtime_ns for p in Path("all").iterdir()}
     Path("all/000003_3.png").unlink()
     with open("all/manifest.jsonl", "a") as file:
-        file.write('{"item": 1, "fi')  # of a process killed while it wrote
+        file.write('{"item": 1, "fi')  # left by a process killed while writing
     cutout(items / "1.png")
     out, _ = run("--data", items, "--seed", 7, "--out", "all", "--batch", 1)
     assert str(out[-1]) == "all: 2 painted, 3 were there, 0 broken"
@@ -384,7 +384,7 @@ def test_data_with_keep_first_has_both_pictures_and_one_line_an_item(run, items)
     run("--data", items, "--limit", 3, *refined("--out", "all"))
     before = {p.name: p.read_bytes() for p in Path("all").glob("*.png")}
     out, _ = run("--data", items, "--limit", 3, *refined("--out", "all", "--keep-first"))
-    assert str(out[-1]) == "all: 3 painted, 0 were there, 0 broken"  # anew, as their first pictures were not kept
+    assert str(out[-1]) == "all: 3 painted, 0 were there, 0 broken"  # again, because their first pictures were not kept
     out, _ = run("--data", items, "--limit", 3, *refined("--out", "all", "--keep-first"))
     assert str(out[-1]) == "all: 0 painted, 3 were there, 0 broken"
     after = {p.name: p.read_bytes() for p in Path("all").glob("*.png")}
@@ -407,7 +407,7 @@ def test_pictures_painted_in_another_way_are_not_taken_for_done(run, items, othe
 
 
 def test_a_new_option_is_part_of_the_record_unless_it_is_listed_as_harmless():
-    """So that pictures painted with another value are never taken for done because someone forgot to add a name."""
+    """Otherwise a forgotten name would let pictures painted with another value count as done."""
     args = generate.options("").parse_args([])
     args.sparkle = 3
     assert record_of(args)["sparkle"] == 3
@@ -466,7 +466,7 @@ def test_pictures_of_weights_trained_on_are_not_taken_for_done(run, items, toy, 
 
 
 def test_a_batch_that_was_interrupted_is_painted_again_as_a_whole(run, items, monkeypatch):
-    """So that its pictures are those of a run that was not; what is there already is not written again."""
+    """Its pictures are then those of an uninterrupted run; existing ones are not written again."""
     sizes, paint_ads = [], generate.paint_ads
     monkeypatch.setattr(generate, "paint_ads", lambda ads, **how: sizes.append(len(ads)) or paint_ads(ads, **how))
     run("--data", items, "--out", "all", "--batch", 3)
@@ -488,7 +488,7 @@ def test_a_line_of_a_manifest_that_does_not_say_how_is_refused(line, run, items,
 
 
 def test_two_processes_share_a_data_set(run, items, monkeypatch):
-    """As torchrun starts them; here one after the other."""
+    """They are started as by torchrun, but one after the other."""
     run("--data", items, "--out", "one")
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in "01":

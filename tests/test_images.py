@@ -1,4 +1,4 @@
-"""support/images.py and what it stands on: files become sRGB, cut-outs without halos, fitting without stretching."""
+"""Tests: support/images.py and what it uses: files become sRGB, cut-outs have no halos, fitting does not stretch."""
 
 import struct
 import zlib
@@ -34,7 +34,7 @@ def flat(colour, h, w):
 
 @pytest.fixture
 def photo(tmp_path):
-    """An RGB photo and its mask, as files of SIZE x SIZE."""
+    """An RGB photo and its mask, in files of SIZE x SIZE pixels."""
     images.save_image(torch.rand(3, SIZE, SIZE, generator=generator()), tmp_path / "photo.png")
     images.save_image(disc(SIZE, SIZE, 6), tmp_path / "mask.png")
     return tmp_path / "photo.png", tmp_path / "mask.png"
@@ -58,7 +58,7 @@ def decode_curve(v):
 
 
 def icc(space, connection, tags):
-    """An ICC profile, version 2, of tags {name: data}."""
+    """An ICC profile, version 2, from tags {name: data}."""
     table, body = struct.pack(">I", len(tags)), b""
     for name, data in tags.items():
         data += bytes(-len(data) % 4)
@@ -78,7 +78,7 @@ def xyz(values):
 
 
 def rgb_profile(primaries, *values):
-    """Primaries with white D65; a curve of one value is an exponent in parts of 256."""
+    """A profile with these primaries and white D65. A curve of one value is an exponent in parts of 256."""
     as_xyz = lambda x, y: np.array([x / y, 1, (1 - x - y) / y])  # noqa: E731
     columns = np.stack([as_xyz(*xy) for xy in primaries], 1)
     columns = columns * np.linalg.solve(columns, as_xyz(0.3127, 0.3290))
@@ -114,7 +114,7 @@ CURVE_1024 = [round(65535 * float(decode_curve(i / 1023))) for i in range(1024)]
 
 @pytest.mark.parametrize("suffix, how", [("png", {}), ("tif", {}), ("webp", {"lossless": True})])
 def test_a_display_p3_picture_becomes_srgb(suffix, how, tmp_path):
-    """Its numbers through sRGB's curve to linear light, times the matrix between the primaries, and back."""
+    """Its numbers go through sRGB's curve to linear light, then through the matrix between the primaries, and back."""
     expected = encode(decode_curve(COLOURS / 255) @ P3_TO_SRGB.T)
     Image.fromarray(COLOURS[None]).save(tmp_path / f"x.{suffix}", icc_profile=rgb_profile(P3, *CURVE_1024), **how)
     assert np.abs(opened(tmp_path / f"x.{suffix}")[0] - expected).max() < 1.5
@@ -268,7 +268,7 @@ def test_cutout_with_a_mask_file_and_with_alpha_agree_on_solid_pixels(photo, tmp
 
 
 def test_a_background_still_stored_under_the_alpha_channel_leaves_no_halo(tmp_path):
-    """A red product on a green and yellow wall, made transparent by a mask alone, as a photo's putalpha does."""
+    """A red product on a green and yellow wall, which only the mask makes transparent, as Pillow's putalpha does."""
     M = disc(64, 64, 20, soft=5)
     wall = flat([0.0, 1.0, 0.0], 64, 64).clone()
     wall[0, :, 32:] = 1
@@ -317,7 +317,7 @@ WEBP = [dict(lossless=True, exact=True), dict(quality=80), dict(quality=80, exac
 
 
 def cutout(colour, hidden, mixed):
-    """A product with a soft edge over `hidden`: with its own colour at the edge, or with the two `mixed`."""
+    """A product with a soft edge over `hidden`. At the edge it has its own colour, or the two `mixed`."""
     if mixed:
         picture = Image.composite(Image.new("RGB", ROUND.size, colour), Image.new("RGB", ROUND.size, hidden), ROUND)
     else:
@@ -345,7 +345,7 @@ def test_what_the_edge_holds_is_recognised_whatever_lies_under_alpha_0(colour, t
 
 @pytest.mark.parametrize("colour", [(245, 240, 235), (40, 90, 210), (20, 20, 20)])
 def test_premultiplied_colours_are_divided_by_alpha(colour, tmp_path):
-    """rembg's default. Rounded to 8 bits, M F / M is off by at most 0.5 / M, so by less than 4 where M > 0.15."""
+    """rembg's default. Rounding to 8 bits changes M F / M by at most 0.5 / M, which is less than 4 where M > 0.15."""
     cutout(colour, (0, 0, 0), mixed=True).save(tmp_path / "x.png")
     rgb, mask = images.load_cutout(tmp_path / "x.png")
     error = np.abs(255 * rgb.permute(1, 2, 0).numpy() - colour)
@@ -353,7 +353,7 @@ def test_premultiplied_colours_are_divided_by_alpha(colour, tmp_path):
 
 
 def test_a_dark_products_own_colours_are_not_divided(tmp_path):
-    """At an antialiased edge, M = 0, 0.5, 1, the colour 20 is below alpha, as if it were multiplied by it."""
+    """At an antialiased edge, M = 0, 0.5, 1, the colour 20 is below alpha, as a multiplied colour would be."""
     rgba = np.full((32, 32, 4), 20, np.uint8)
     rgba[..., 3] = 0
     rgba[7:25, 7:25, 3], rgba[8:24, 8:24, 3] = 128, 255
@@ -394,7 +394,7 @@ def chunk(name, data):
 
 
 def write_png(path, rgb, **chunks):
-    """16 bits a channel, (H, W, 3); Pillow writes none."""
+    """Writes a PNG with 16 bits per channel, (H, W, 3), because Pillow can't."""
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in rgb)
     head = struct.pack(">IIBBBBB", rgb.shape[1], rgb.shape[0], 16, 2, 0, 0, 0)
     parts = [(b"IHDR", head), *((name.encode(), data) for name, data in chunks.items()),
@@ -427,7 +427,7 @@ def test_a_raised_black_and_a_grey_white_are_0_and_1(black, white, photo, tmp_pa
 
 
 def test_a_jpegs_mask_leaves_no_old_background(tmp_path):
-    """White on a dark wall; the mask's levels are 4 and 250, and JPEG's noise is around them."""
+    """A white product on a dark wall. The mask's levels are 4 and 250, plus JPEG's noise."""
     M = disc(96, 96, 30, soft=6)
     bottle, wall = flat([0.96, 0.94, 0.92], 96, 96), flat([0.2, 0.3, 0.4], 96, 96)
     images.save_image(bottle * M + wall * (1 - M), tmp_path / "x.png")
@@ -439,7 +439,7 @@ def test_a_jpegs_mask_leaves_no_old_background(tmp_path):
 
 
 def test_a_soft_masks_levels_are_meant(tmp_path, photo):
-    """A product that is soft or half clear all over stays so: no level stands out at its top, or it is below 235."""
+    """A product that is soft or half clear all over stays so: its mask has no distinct top level, or one below 235."""
     for M in disc(SIZE, SIZE, 6, soft=12), 0.8 * disc(SIZE, SIZE, 6):
         images.save_image(M, tmp_path / "mask.png")
         assert torch.allclose(images.load_masked(photo[0], tmp_path / "mask.png")[1], M, atol=1 / 255)
@@ -478,7 +478,7 @@ def test_a_mask_on_all_four_borders_is_pointed_out_and_used(photo, tmp_path, cap
 
 
 def extend_whole(rgb, known):
-    """extend as one would write it without strips: the pyramid by PyTorch's pooling and interpolation."""
+    """extend written without strips: the pyramid by PyTorch's pooling and interpolation."""
     if known.all() or not known.any():
         return rgb
     weight = F.avg_pool2d(known.float(), 2, ceil_mode=True)
@@ -495,7 +495,7 @@ def unmix_whole(C, M):
 
 @pytest.mark.parametrize("h, w", [(1, 1), (64, 64), (37, 61), (5000, 12), (12, 700), (301, 203)])
 def test_strips_give_what_the_whole_picture_gives(h, w, monkeypatch):
-    """Also in place, for odd sizes, and where the product touches the edges, is soft all over, or one pixel."""
+    """This holds in place, for odd sizes, and for a product at the edges, one soft all over, and one of one pixel."""
     def strips(height, width, rows=2 * -(-h // 14)):
         return [slice(y, min(y + rows, height)) for y in range(0, height, rows)]
 
@@ -534,7 +534,7 @@ def test_a_large_picture_is_saved_without_loss(tmp_path, monkeypatch):
 
 
 def header(w, h):
-    """The start of a PNG, its pixels missing."""
+    """The start of a PNG, without pixels."""
     start = chunk(b"IHDR", struct.pack(">IIBBBBB", w, h, 8, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + start + struct.pack(">I", 10**6) + b"IDAT"
 

@@ -1,4 +1,4 @@
-"""LaMa against its specification written out, its public file's names, its toy's training, and its commands."""
+"""Tests: LaMa against its specification written out, its public file's names, its toy's training, and its commands."""
 
 import json
 from pathlib import Path
@@ -28,13 +28,13 @@ from toy.world import write_world
 from weights import load_control, load_stable_diffusion, main as weights_main, save_module
 
 LAYOUT = Path(__file__).resolve().parents[2] / "shared" / "layouts" / "big_lama_generator.json"
-ROUNDING = 1e-5  # of the largest value: what float32 sums in another order may differ by
+ROUNDING = 1e-5  # of the largest value: the rounding of float32 sums in another order
 
 # ---------------------------------------------------------------- the specification, written out
 
 
 def specified(weights: dict[str, Tensor], levels: int, blocks: int, x: Tensor) -> Tensor:
-    """What big-lama's code computes of (B, 4, H, W), layer by layer, by the numbers and names of its public weights.
+    """What big-lama's code computes from (B, 4, H, W), layer by layer, with its public weights' numbers and names.
 
     tests/bench.py measures it as the reference: the original's operations, in its order.
     """
@@ -87,7 +87,7 @@ def lama() -> LaMa:
 
 @pytest.mark.parametrize("size", [(64, 48), (37, 50), (16, 71), (24, 24), (20, 9)])
 def test_lama_equals_its_specification_written_out(lama, size):
-    """At odd widths of the spectrum, too; padded at the right and the bottom as numpy's 'symmetric' does."""
+    """Also at odd widths of the spectrum. Padding at the right and the bottom is numpy's 'symmetric'."""
     rgb, M = random(2, 3, *size).sigmoid(), (random(2, 1, *size, seed=1) > 0).float()
     padded = [(0, 0), (0, 0), *((0, -n % 8 if n > 8 else 8 + -n % 8) for n in size)]
     picture, m = (torch.from_numpy(np.pad(x.numpy(), padded, mode="symmetric")) for x in (rgb, 1 - M))
@@ -131,7 +131,7 @@ def test_every_tensor_of_big_lama_has_its_place():
 @pytest.mark.parametrize("counters", [False, True])
 @pytest.mark.parametrize("prefix", ["", "generator.", "model.generator.", "state_dict.generator."])
 def test_every_form_that_circulates_is_read(lama, tmp_path, prefix, counters):
-    """With the counts of training steps and without, and beside what only training needs."""
+    """Files with and without the counts of training steps, and with what only training needs."""
     tensors = {prefix + name: tensor for name, tensor in lama.state_dict().items()}
     if counters:
         tensors |= {name.replace("running_var", "num_batches_tracked"): torch.tensor(7) for name in tensors
@@ -149,7 +149,7 @@ def test_weights_in_half_precision_are_read_as_float32(lama, tmp_path):
 
 
 def test_the_public_pickle_is_converted(lama, tmp_path, capsys):
-    """A checkpoint of training: the weights under "state_dict", beside counters and an optimiser's state."""
+    """A training checkpoint has the weights under "state_dict", beside counters and an optimiser's state."""
     state = {f"generator.{name}": tensor for name, tensor in lama.state_dict().items()}
     torch.save({"epoch": 40, "state_dict": state, "optimizer_states": [{"step": 9}]}, tmp_path / "best.ckpt")
     with pytest.raises(BadInput, match="weights.py convert .*best.ckpt .*best.safetensors"):
@@ -207,7 +207,7 @@ def batch_of(ads: Path, count: int = 2) -> dict[str, Tensor]:
 
 
 def test_each_network_learns_from_its_own_terms_alone(ads):
-    """From the one loss LaMa gets the gradients of its own terms, and the discriminator those of its own."""
+    """From the one loss, LaMa gets only the gradients of its terms, and the discriminator only those of its own."""
     torch.manual_seed(0)
     lama, discriminator, batch = LaMa(LAMA), Discriminator(4), batch_of(ads)
     loss = LaMaLoss(lama, discriminator)
@@ -247,7 +247,7 @@ def trained(ads: Path, out: Path, *options: str) -> Path:
 
 @pytest.fixture(scope="module")
 def small(request):
-    """A smaller network, whose stage takes seconds."""
+    """A smaller network, which trains in seconds."""
     patch = pytest.MonkeyPatch()
     patch.setattr(lama_training, "TOY_LAMA", LAMA)
     yield
@@ -255,7 +255,7 @@ def small(request):
 
 
 def test_lama_learns_to_paint_two_ads(ads):
-    """Against a discriminator that stays as it is: beside one that learns, the loss need not fall."""
+    """The discriminator is fixed, because the loss need not fall beside one that learns."""
     torch.manual_seed(0)
     loss, batch = LaMaLoss(LaMa(LAMA), Discriminator(4)), batch_of(ads)
     optimizer, errors = torch.optim.AdamW([p for p in loss.lama.parameters() if p.requires_grad], 1e-2), []
@@ -276,7 +276,7 @@ def test_the_stage_lama_trains_writes_a_lama_and_draws_a_sheet(ads, small, tmp_p
 
 
 def test_a_resumed_training_of_lama_ends_at_the_same_weights(ads, small, tmp_path):
-    """The running statistics of its normalisations included."""
+    """This includes the running statistics of its normalisation layers."""
     whole = trained(ads, tmp_path / "whole", "--steps", "6", "--decay", "0")
     trained(ads, tmp_path / "parts", "--steps", "3", "--decay", "0")
     parts = trained(ads, tmp_path / "parts", "--steps", "6", "--decay", "0", "--resume")
@@ -299,7 +299,7 @@ def test_a_canvas_is_painted_as_by_generate_paint(lama):
 
 
 def test_generate_paints_a_product_by_lama_alone(folder, ads, tmp_path, capsys):
-    """In the product's frame, the product kept; the PNG says how, and the command that it prints paints it again."""
+    """The product's frame and pixels are kept, the PNG says how it was painted, and --how's command paints it again."""
     item = read_items(ads, "bg1k")[0][0]
     words = ["--product", str(item.image), "--mask", str(item.mask), "--lama", str(folder)]
     generate.main([*words, "--out", str(tmp_path / "one")])

@@ -1,4 +1,4 @@
-"""support/lock.py: one run at a time writes into a folder, and a killed process leaves no lock."""
+"""Tests: support/lock.py: one run at a time writes into a folder, and a killed process leaves no lock."""
 
 import os
 import re
@@ -78,7 +78,7 @@ def test_the_processes_of_a_torchrun_are_one_run_and_the_last_one_unlocks(tmp_pa
 
 
 def test_a_loaders_workers_do_not_keep_the_lock_of_a_killed_run(tmp_path):
-    """They notice seconds later that it has ended."""
+    """They notice only seconds later that the run has ended."""
     worker = "    import os\n    if not os.fork(): os.close(1); os.read(0, 1)\n    print("
     process = hold(tmp_path, HOLD.replace("    print(", worker))
     process.kill()

@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom, and are committed with outputs, small enough to be read on a code host."""
+"""Tests: the notebooks run from top to bottom, and are committed with outputs, small enough for a code host."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Paint by Example: the picture of diffusers' pipeline, the public files, and each place where it easily goes wrong."""
+"""Tests: Paint by Example: the picture of diffusers' pipeline, the public files, and the places where errors hide."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def pbe() -> PaintByExample:
 
 @pytest.fixture(scope="module")
 def folder(pbe, tmp_path_factory) -> Path:
-    """A public folder of the same weights."""
+    """A public folder with the same weights."""
     root = tmp_path_factory.mktemp("pbe")
     save_module(pbe.image_encoder, root / "image_encoder", CLIP_FILE)
     save_module(pbe.sd.unet, root / "unet", UNET_FILE)
@@ -69,7 +69,7 @@ def scene(batch: int = 1, size: int = SIZE) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def unet_inputs(unet: torch.nn.Module, paint) -> list[SimpleNamespace]:
-    """What a UNet is given at each step while paint() runs."""
+    """The UNet's inputs at each step while paint() runs."""
     calls = []
 
     def note(module, args, kwargs):
@@ -278,7 +278,7 @@ def original_encoder(module: PaintByExampleEncoder) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def single() -> tuple[dict[str, torch.Tensor], list[torch.nn.Module]]:
-    """Of widths from which shapes imply the configuration; and its networks."""
+    """A single file, whose widths let the shapes imply the configuration; and its networks."""
     settings = ENCODER | {"hidden_size": 64, "num_attention_heads": 1, "projection_dim": 64, "num_hidden_layers": 2,
                           "mapper_blocks": 3}
     parts = [randomise(PaintByExampleEncoder(settings), seed=2), randomise(UNet(WIDE | {"in_channels": 9}), seed=1),
@@ -401,7 +401,7 @@ def test_the_exemplar_is_the_whole_reference_where_other_methods_cut_it_to_the_c
 
 
 def test_generate_paints_a_product_by_an_exemplar_without_a_mask(folder, photos, tmp_path, capsys):
-    """By default with its authors' guidance; the PNG says how, and the command that it prints paints it again."""
+    """It uses its authors' guidance by default; the PNG says how it was painted, --how's command paints it again."""
     words = [f"--product={photos / 'mug.png'}", f"--reference={photos / 'ad.png'}", f"--paint-by-example={folder}",
              "--size=64", "--steps=2", "--dtype=float32"]
     pictures = []

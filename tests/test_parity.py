@@ -1,7 +1,7 @@
-"""Parity with the reference implementations, diffusers and transformers, through files and in both directions.
+"""Tests: parity with the reference implementations, diffusers and transformers, through files in both directions.
 
-Each network is tiny, in the real one's shape, with random weights. One writes the public folder, the other reads it,
-and both must compute the same: within 1e-4 of the largest value, in float32. Skipped where the references are missing.
+Each network is tiny, has the real one's shape and random weights. One side writes the public folder, the other reads
+it, and both must compute the same, within 1e-4 of the largest value in float32. Skipped if the references are missing.
 """
 
 import inspect
@@ -116,7 +116,7 @@ def test_controlnet_and_the_unet_under_its_residuals(pair, config, unet):
 @pytest.mark.parametrize("kind", [CategoryGenerator, PersonalityGenerator])
 @torch.no_grad()
 def test_cg_and_pg_open_as_controlnets(kind, tmp_path):
-    """With equal prompts and an all-background mask CG and PG are plain ControlNets: that much diffusers can check."""
+    """With equal prompts and an all-background mask, CG and PG are plain ControlNets, which diffusers can check."""
     branch = randomise(kind(control_config(UNETS["sd1"], 8)))
     save_control(branch, tmp_path / "branch", categories={"perfume": "sks 0", "sneaker": "sks 1"})
     theirs = diffusers.ControlNetModel.from_pretrained(tmp_path / "branch").eval()
@@ -129,7 +129,7 @@ def test_cg_and_pg_open_as_controlnets(kind, tmp_path):
 
 
 def test_a_branch_that_says_how_it_attends_opens_as_a_controlnet(tmp_path):
-    """Our own field in config.json: diffusers ignores it, with a warning."""
+    """The field is ours; diffusers ignores it in config.json, with a warning."""
     branch = randomise(CategoryGenerator(control_config(UNETS["sd1"], 8) | {"attention": "plain"}))
     save_control(branch, tmp_path / "cg")
     theirs = diffusers.ControlNetModel.from_pretrained(tmp_path / "cg")
@@ -229,7 +229,7 @@ def test_text_encoder(pair, activation):
 @pytest.mark.parametrize("prefix", ["text_model.", ""])
 @torch.no_grad()
 def test_text_encoder_file_with_and_without_its_prefix(text_encoder, tmp_path, prefix):
-    """SD 1.5's own file has text_model. before every name, and position_ids beside; files saved lately have neither."""
+    """SD 1.5's own file has position_ids, and text_model. before every name; files saved lately have neither."""
     save_module(text_encoder, tmp_path / "t", TEXT_FILE)
     tensors = {n.replace("text_model.", prefix): t for n, t in load_file(tmp_path / "t" / TEXT_FILE).items()}
     if prefix:

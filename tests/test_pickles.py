@@ -1,4 +1,4 @@
-"""Public pickles become safetensors: what is in them bit for bit, and nothing that is in them runs."""
+"""Tests: public pickles become safetensors bit for bit, and nothing in them runs."""
 
 import copyreg
 import io
@@ -33,14 +33,14 @@ each_format = pytest.mark.parametrize("options", FORMATS.values(), ids=FORMATS)
 
 
 def converted(content: object, folder: Path, **options) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """What torch.save writes and `convert` reads -> the tensors, and what was left out."""
+    """Writes a file with torch.save and converts it -> the tensors, and what was left out."""
     torch.save(content, folder / "in.ckpt", **options)
     _, left_out = convert(folder / "in.ckpt", folder / "out.safetensors")
     return load_file(folder / "out.safetensors"), left_out
 
 
 def archive(path: Path, pickled: bytes, members: dict | None = None, compression=zipfile.ZIP_STORED) -> Path:
-    """A zip as torch.save writes it, around a pickle of one's own."""
+    """A zip as torch.save writes it, around a given pickle."""
     with zipfile.ZipFile(path, "w", compression) as file:
         for name, content in {"data.pkl": pickled, **(members or {})}.items():
             file.writestr(f"archive/{name}", content)
@@ -106,7 +106,7 @@ def test_the_dict_under_state_dict_is_taken_or_the_one_with_most_tensors(tmp_pat
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_torchscript_archive_gives_its_modules_tensors_by_their_paths(tmp_path):
-    """As big-lama.pt is public."""
+    """big-lama.pt is published in this form."""
     inner = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     torch.jit.script(nn.Sequential(OrderedDict(generator=inner))).save(tmp_path / "lama.pt")
     _, left_out = convert(tmp_path / "lama.pt", tmp_path / "out.safetensors")
@@ -119,7 +119,7 @@ def test_a_torchscript_archive_gives_its_modules_tensors_by_their_paths(tmp_path
 
 
 def class_in(module: str, kind: str, monkeypatch) -> type:
-    """A class of a module that is not installed."""
+    """A class from a module that is not installed."""
     monkeypatch.setitem(sys.modules, module, types.ModuleType(module))
     setattr(sys.modules[module], kind, type(kind, (dict,), {"__module__": module}))
     return getattr(sys.modules[module], kind)
@@ -179,7 +179,7 @@ def text(content: str) -> bytes:
 
 
 class Calls:
-    """Pickled as a call of a function, as any class may ask for."""
+    """An object that is pickled as a function call, as any class may request."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -252,7 +252,7 @@ def number(n: int) -> bytes:
 
 
 def storage_of(n: bytes) -> bytes:
-    """STORAGE with another number of numbers."""
+    """STORAGE, but with another count of numbers."""
     return STORAGE.replace(b"K\x04", n)
 
 
@@ -288,7 +288,7 @@ BOMBS = {  # what each asks for
 
 
 def test_pickles_that_allocate_without_bound_are_refused_in_bounded_memory(tmp_path):
-    """In a process that may take 500 MB beyond what its imports do."""
+    """They are read in a process that may take 500 MB more than its imports."""
     for i, pickled in enumerate(BOMBS.values()):
         archive(tmp_path / f"{i:02}.pth", pickled, {"data/0": bytes(16)})
     large = tensor(number(250_000) + b"\x85", b"K\x01\x85", storage=storage_of(number(250_000)))
@@ -381,7 +381,7 @@ def test_names_from_a_file_reach_the_terminal_without_control_characters(tmp_pat
 
 @pytest.mark.parametrize("options", [FORMATS["zip"], FORMATS["legacy"]], ids=["zip", "legacy"])
 def test_a_damaged_file_is_converted_or_refused_and_never_crashes(tmp_path, options):
-    """Cut at any place, and with bytes changed at random: with the same seed, the same files."""
+    """Files are cut at any place, or have bytes changed at random; the same seed gives the same files."""
     torch.save({"state_dict": OrderedDict(a=torch.ones(3, 2).t(), b=torch.zeros(2).half()), "epoch": 1,
                 "other": {"c": Path("a"), 1: (2, 3.5, None, True)}}, tmp_path / "good.pth", **options)
     good, dice = (tmp_path / "good.pth").read_bytes(), random.Random(0)

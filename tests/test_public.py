@@ -1,5 +1,5 @@
-"""Public weights in every layout: names and shapes of the real files, single files written here in the original names,
-and the pictures that the reference pipelines make of the same weights and noise.
+"""Tests: public weights in every layout: names and shapes of the real files, single files written with the original
+names, and the pictures that the reference pipelines paint from the same weights and noise.
 """
 
 import json
@@ -36,7 +36,7 @@ from weights import (
 )
 
 LAYOUTS = Path(__file__).resolve().parents[2] / "shared" / "layouts"
-ROUNDING = 1e-5  # of the largest value: what float32 sums in another order may differ by
+ROUNDING = 1e-5  # of the largest value: the rounding of float32 sums in another order
 layouts = pytest.mark.skipif(not LAYOUTS.is_dir(), reason=f"needs the public files' names and shapes in {LAYOUTS}")
 
 # ---------------------------------------------------------------- the real files' names and shapes
@@ -81,7 +81,7 @@ def test_each_tensor_of_a_single_file_lands_on_one_parameter_of_its_shape(name):
 
 @layouts
 def test_the_averages_in_a_file_that_is_not_pruned_are_a_second_unet():
-    """What is ignored there is a copy: one for each tensor of the UNet, dots left out, and two counters."""
+    """The ignored tensors are a copy of each tensor of the UNet, under names without dots, and two counters."""
     names = layout("sd15_full_ema_single_file")
     copies = {"model_ema." + name.removeprefix("model.").replace(".", "") for name in names
               if name.startswith("model.diffusion_model.")}
@@ -164,7 +164,7 @@ def test_every_rename_rule_is_needed_by_a_public_file():
 
 
 def steps_of(name: str) -> list[str]:
-    """A name on its way through the rules."""
+    """A name at each step through the rules."""
     steps = [name]
     for pattern, new in RENAMES:
         steps.append(pattern.sub(new if isinstance(new, str) else lambda m, f=new: f(*map(int, m.groups())), steps[-1]))
@@ -204,7 +204,7 @@ RESIDUAL = [("norm1.", "in_layers.0."), ("conv1.", "in_layers.2."), ("time_emb_p
 
 
 class Mover:
-    """Moves weights from our names to the original code's; at the end none may be left."""
+    """Moves weights from our names to the original code's; in the end none may be left."""
 
     def __init__(self, module, prefix: str):
         self.left, self.prefix, self.moved = dict(module.state_dict()), prefix, {}
@@ -282,7 +282,7 @@ def original_text_sd1(module) -> dict[str, Tensor]:
 
 
 def original_text_sd2(module) -> dict[str, Tensor]:
-    """OpenCLIP's names, with what follows the layers that SD 2.x reads: a last one (its 24th), projection, scale."""
+    """A text encoder in OpenCLIP's names, also with the layer (its 24th), projection and scale that SD 2.x ignores."""
     m = Mover(module, "cond_stage_model.model.")
     for i in range(len(module.text_model.encoder.layers)):
         ours, theirs = f"text_model.encoder.layers.{i}.", f"transformer.resblocks.{i}."
@@ -316,7 +316,7 @@ def single(tmp_path_factory):
             tensors |= {name: torch.zeros(1000) for name in SCHEDULE_BUFFERS} | {"model_ema.decay": torch.ones(())}
             save_file(tensors, folder / "sd.safetensors")
             train_tokenizer(["a photo of a mug"] * 3, 600, 77, folder / "tokenizer")
-            (folder / "tokenizer" / "tokenizer_config.json").unlink()  # single files come with none
+            (folder / "tokenizer" / "tokenizer_config.json").unlink()  # single files have none
             write_json({"prediction_type": "v_prediction"}, folder / "scheduler_config.json")
             made[version] = folder / "sd.safetensors", (unet, vae, text), tensors
         return made[version]
@@ -331,7 +331,7 @@ def test_a_single_file_holds_the_same_networks_as_folders(single, version):
     sd = load_stable_diffusion(file, tokenizer=file.parent / "tokenizer")
     assert equal_weights(sd.unet, unet) and equal_weights(sd.vae, vae) and equal_weights(sd.text_encoder, text)
     z, t, P, ids = random(1, 4, 16, 16), torch.tensor([500]), random(1, 77, 64), torch.arange(77)[None]
-    # The configurations, inferred from shapes, are the same too; sums over mapped memory may be rounded otherwise
+    # The configurations inferred from the shapes are the same, too. Sums over mapped memory may be rounded differently
     assert relative_error(sd.unet(z, t, P), unet(z, t, P)) < ROUNDING
     assert relative_error(sd.vae.decode(z), vae.decode(z)) < ROUNDING
     assert relative_error(sd.text_encoder(ids), text(ids)) < ROUNDING
@@ -619,13 +619,13 @@ def test_cg_trains_beside_an_inpainting_base_from_a_controlnets_single_file(fold
 @pytest.mark.full_size
 @torch.inference_mode()
 def test_the_real_sizes_agree_with_the_references_within_a_thousandth(tmp_path):
-    """UNet (859.5M), ControlNet, VAE decoder and text encoder of SD 1.5's configurations, random weights, float32."""
+    """UNet (859.5M), ControlNet, VAE decoder and text encoder in SD 1.5's configurations, random weights, float32."""
     diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
     z, t, P = random(1, 4, 32, 32), torch.tensor([501]), random(1, 77, 768)
     hint, ids = random(1, 3, 256, 256).sigmoid(), torch.randint(49408, (1, 77))
 
     def compare(theirs, kind, files, run_ours, run_theirs) -> float:
-        """theirs writes its folder, ours reads it, both compute."""
+        """theirs writes its folder, ours reads it, and both compute."""
         theirs.eval().save_pretrained(tmp_path / "model")
         expected = run_theirs(theirs)
         assert all(x.std() > 1e-4 for x in expected)

@@ -1,5 +1,5 @@
-"""What README.md, RESULTS.md and REAL_WEIGHTS.md say is so: their commands, through the real command line, in a copy of
-the project; their code, their counts of lines, their links.
+"""Tests: what README.md, RESULTS.md and REAL_WEIGHTS.md say is so: their commands, through the real command line, in
+a copy of the project; their code, their counts of lines, their links.
 """
 
 import os
@@ -33,7 +33,7 @@ def blocks(page: str, kind: str = "") -> list[str]:
 
 COMMANDS = [line for page in PAGES for block in blocks(page) for line in block.replace("\\\n", " ").splitlines()
             if line.startswith("python ")]
-# What makes each program's run short, added to its command; a later option counts
+# Options that make each program's run short, added at the end of its command: the last one counts
 SHORT = {"generate.py": "--steps 2", "train.py": "--steps 2 --batch 4",
          "toy/world.py": "--base 8 --ads 8 --bg1k 8 --pairs 9",
          "evaluate.py": "--steps 1 --controlnet toy/cg --cg-plain toy/cg-plain --guide-clip toy/clip --lama toy/lama "

@@ -1,4 +1,4 @@
-"""DPM-Solver++ beside diffusers' and beside DDIM; the second pass's part of a walk."""
+"""Tests: DPM-Solver++ beside diffusers' and beside DDIM; the second pass's part of a walk."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def model(z, t):
 
 
 class Still(torch.nn.Module):
-    """A UNet that predicts no noise, and remembers what it saw."""
+    """A UNet that predicts zero noise and keeps its inputs."""
 
     def __init__(self):
         super().__init__()
@@ -36,8 +36,8 @@ PROMPTS = Prompts(*(torch.zeros(3, 7, 8) for _ in range(3)))
     ("leading", 10, False), ("leading", 20, True), ("leading", 50, False), ("trailing", 10, True),
     ("trailing", 20, False), ("linspace", 50, False), ("linspace", 20, True)])
 def test_dpm_goes_the_same_way_as_dpm_solver_multistep_scheduler(spacing, steps, to_one, prediction):
-    """The reference's own timesteps differ from DDIM's, so it is given ours. Its last step is of first order at any
-    number of steps only with euler_at_final, and ends at the final ᾱ of DDIM's `set_alpha_to_one` by final_sigmas_type.
+    """The reference's timesteps differ from DDIM's, so it is given ours. euler_at_final makes its last step first-order
+    for any number of steps, and final_sigmas_type makes it end at the final ᾱ of DDIM's `set_alpha_to_one`.
     """
     diffusers = pytest.importorskip("diffusers")
     theirs = diffusers.DPMSolverMultistepScheduler(
@@ -54,7 +54,7 @@ def test_dpm_goes_the_same_way_as_dpm_solver_multistep_scheduler(spacing, steps,
 
 
 def test_dpms_first_and_last_step_are_ddims():
-    """With no step before them and none after them; a walk of one step is both."""
+    """The first has no step before it, the last none after it; the step of a walk of one is both."""
     for to_one in (False, True):
         schedule, z_T = Schedule({"set_alpha_to_one": to_one}), random(2, 4, 8, 8)
         [(_, ours, guess)], [(_, theirs, same_guess)] = (list(steps(model, z_T, schedule, 1)) for steps in (dpm, ddim))
@@ -62,10 +62,10 @@ def test_dpms_first_and_last_step_are_ddims():
 
 
 def test_dpm_is_of_second_order():
-    """Twice as many steps divide the distance from the exact end by about four, DDIM's by about two."""
+    """Twice as many steps divide the distance from the exact end by about four, with DDIM by about two."""
     schedule, z = Schedule(), random(2, 4, 8, 8, dtype=torch.float64)
 
-    # All start at t = 801, a step of each
+    # All start at t = 801
     def ends(sampler, steps):
         *_, (_, z_0, _) = sampler(model, z, schedule, steps, start=801)
         return z_0

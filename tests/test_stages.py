@@ -1,4 +1,4 @@
-"""What the toy's base learns for the second pass: the losses of the decoder alone and of the UNet, written out."""
+"""Tests: the losses from which the toy's base learns the second pass, the decoder's and the UNet's, written out."""
 
 from pathlib import Path
 
@@ -63,7 +63,7 @@ def test_two_sizes_noises_the_enlarged_picture_no_further_than_the_second_pass_g
 
 
 class Base:
-    """A Stable Diffusion whose UNet keeps what it is asked and answers as it is told."""
+    """A Stable Diffusion whose UNet keeps its inputs and returns a given output."""
 
     schedule = Schedule()
     texts: list = []
@@ -74,7 +74,7 @@ class Base:
 
     def unet(self, z, t, P):
         self.z_t = z
-        return torch.zeros_like(z)  # so that the error is the square of what was to be found
+        return torch.zeros_like(z)  # so that the error is the square of the target
 
 
 def test_the_loss_of_two_sizes_adds_the_unweighted_error_without_a_prompt():

@@ -1,4 +1,4 @@
-"""The user study: what raters get, what their files say, and simulated raters; the page has tests of its own."""
+"""Tests: the user study: what raters get, what their files say, and simulated raters; the page has tests of its own."""
 
 import itertools
 import json
@@ -27,8 +27,9 @@ FIVE = ["controlnet", "blended-diffusion", "paint-by-example", "cg", "cg+pg"]
 
 
 def written_study(folder: Path, pairs: int = 6, names: list[str] = FIVE) -> dict:
-    """A study of noise in folder/study, and its key, which is in folder/key.json too. The first method's pictures are
-    the smoothest, so that they compress best.
+    """Writes a study with pictures of noise to folder/study, and its key to folder/key.json, and returns the key.
+
+    The first method's pictures are the smoothest, so that they compress best.
     """
     def picture(name: str, blur: float = 0) -> Path:
         path, text = folder / "made" / f"{name}.png", PngInfo()
@@ -50,7 +51,7 @@ def written_study(folder: Path, pairs: int = 6, names: list[str] = FIVE) -> dict
 
 
 def rankings(key: dict, rater: str, order: list[str], saved: str = "2026-01-01") -> dict:
-    """The file of a rater who always ranks the methods in one order, and by quality in the reverse."""
+    """The file of a rater who always ranks the methods in one order by similarity, and in the reverse by quality."""
     ranked = {pair["pair"]: [pair["candidates"][name] for name in order] for pair in key["pairs"]}
     return {"study": key["study"], "rater": rater, "saved": saved,
             "rankings": {name: {"similarity": r, "quality": r[::-1]} for name, r in ranked.items()}}
@@ -106,7 +107,7 @@ def test_the_padded_pictures_are_the_painted_ones(tmp_path):
 
 
 def test_the_page_lists_a_pairs_pictures_in_a_balanced_order(tmp_path):
-    """By the key, which the page does not have, each method stands equally often in each place."""
+    """According to the key, which the page does not have, each method is equally often in each place."""
     key = written_study(tmp_path, pairs=10)
     page = (tmp_path / "study" / "index.html").read_text(encoding="utf-8")
     data = json.loads(page.split('type="application/json">')[1].split("</script>")[0])
@@ -160,7 +161,7 @@ def test_kendalls_w_is_1_where_all_agree_and_0_where_two_raters_disagree_wholly(
 
 
 def test_a_bootstrap_sample_draws_raters_and_pairs_apart():
-    """Against the draws written out, with the same generator."""
+    """It is compared with the draws written out, with the same generator."""
     values, generator = random(3, 4, 2), torch.Generator().manual_seed(0)
     raters, pairs = (torch.randint(n, (6, n), generator=generator) for n in (3, 4))
     naive = torch.stack([torch.stack([values[r, p] for r in rs for p in ps]).mean(0) for rs, ps in zip(raters, pairs)])
@@ -168,7 +169,7 @@ def test_a_bootstrap_sample_draws_raters_and_pairs_apart():
 
 
 def test_the_interval_is_that_of_the_normal_distribution_where_only_raters_or_pairs_differ():
-    """± 1.96 σ / √n, σ with the divisor n, as the bootstrap has it."""
+    """It is ± 1.96 σ / √n, where σ has the divisor n, as in the bootstrap."""
     x = random(50)
     expected = 1.96 * x.std(correction=0) / 50**0.5
     for values in (x[:, None].expand(50, 20), x[None].expand(20, 50)):
@@ -180,7 +181,7 @@ def test_the_interval_is_that_of_the_normal_distribution_where_only_raters_or_pa
 
 
 def test_a_simulated_study_recovers_the_known_order():
-    """Raters by CLIP similarity, with noise as large as its spread, one of 20 clicking at random."""
+    """The raters rank by CLIP similarity, with noise as large as its spread; one of the 20 clicks at random."""
     truth = torch.tensor([70.0, 62.0, 66.0, 58.0, 74.0])
     scores = simulated(truth + 3 * random(40, 5), 20, 1.0, torch.Generator().manual_seed(1))
     assert scores.mean((0, 1)).argsort().tolist() == truth.argsort().tolist()
@@ -196,7 +197,7 @@ def test_without_noise_all_raters_agree_but_the_one_who_clicks_at_random():
 
 
 def test_more_raters_find_smaller_differences():
-    """A large difference is found by few raters already; of two equal methods hardly any study finds a difference."""
+    """Few raters find a large difference; hardly any study finds a difference between two equal methods."""
     generator = torch.Generator().manual_seed(0)
     similarities = torch.tensor([0.0, 0.0, 0.4, 8.0]) + 0.01 * random(60, 4)
     few, many = (detected(similarities, raters, 1.0, 30, generator) for raters in (5, 40))
@@ -216,7 +217,7 @@ def score(tmp_path: Path, *contents: dict | str, names: list[str] | None = None)
 
 
 def test_table_3_has_the_mean_rank_scores_beside_the_papers(tmp_path, capsys):
-    """Two raters, one with the first two methods exchanged: 4.5 for both of these."""
+    """One of two raters swaps the first two methods, so both of these get 4.5."""
     key = written_study(tmp_path)
     order = FIVE[::-1]
     table, text = score(tmp_path, rankings(key, "a", order), rankings(key, "李", [order[1], order[0], *order[2:]]))
@@ -233,7 +234,7 @@ def test_table_3_has_the_mean_rank_scores_beside_the_papers(tmp_path, capsys):
 
 
 def test_the_papers_figures_are_a_ranking_of_five():
-    """Their sum is 5 (5 + 1) / 2, up to the rounding of five figures."""
+    """Their sum is 5 (5 + 1) / 2, up to the rounding of five numbers."""
     for question in study.QUESTIONS:
         assert sum(getattr(row, question) for row in study.PAPER.values()) == pytest.approx(15, abs=0.025)
 
@@ -326,7 +327,7 @@ def test_under_torchrun_it_says_how_to_paint_on_many_gpus(tmp_path, monkeypatch)
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A study of three of the toy's pairs, at 64 pixels, and the options that it was made with."""
+    """A study of three of the toy's pairs, at 64 pixels, and the options with which it was made."""
     root = tmp_path_factory.mktemp("made")
     write_world(root / "world", size=64, base=0, ads=8, bg1k=2, pairs=5, workers=1, parts=("ads",))
     options = ["--data", str(root / "world" / "ads"), "--steps", "1", "--size", "64", "--dtype", "float32",

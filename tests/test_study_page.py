@@ -1,5 +1,5 @@
-"""The user study's page in a real browser. Skipped where there is none: pip install playwright, and Chromium from the
-system's packages or by playwright install chromium.
+"""Tests: the user study's page in a real browser. They are skipped without one: pip install playwright, and Chromium
+from the system's packages or by playwright install chromium.
 """
 
 import itertools
@@ -38,8 +38,8 @@ def handout(tmp_path_factory):
 
 @pytest.fixture
 def visit(browser, handout):
-    """visit(rater, viewport, language, touch) -> the page, as a new visitor sees it. Its errors, and requests for
-    anything but its own files, fail the test.
+    """visit(rater, viewport, language, touch) -> the page, as a new visitor sees it. The test fails on errors in the
+    page, and on requests for anything but its own files.
     """
     contexts, faults = [], []
 
@@ -87,12 +87,12 @@ def drag(page, source: str, target: str) -> None:
     page.hover(source)
     page.mouse.down()
     page.hover(target)
-    page.hover(target)  # a second move, as a hand makes
+    page.hover(target)  # a second move, as by a hand
     page.mouse.up()
 
 
 def finish(page) -> None:
-    """Ranks the rest in any way, by the page's own functions, which is faster than by keys."""
+    """Ranks the rest in any way, by calling the page's own functions: this is faster than pressing keys."""
     page.evaluate("""() => { while (!find("#task").hidden) {
         for (const name of current.pair.candidates) if (!places().includes(name)) rank(toggled(places(), name), name);
         next();
@@ -205,7 +205,7 @@ def test_all_rankings_can_be_reached_by_dragging(visit):
 
 
 def test_insertion_moves_as_few_others_as_possible(visit):
-    """Against all ways to fill the places: every other picture keeps its order, and only those up to a gap move."""
+    """Compared with all ways to fill the places: the others keep their order, and only those up to a gap move."""
     page = visit("insert")
     begin(page)
     names = shown(page)[:3]
@@ -248,8 +248,8 @@ def test_a_phone_taps_drags_by_the_grip_and_looks_in_full_size(visit):
 
 @pytest.mark.parametrize("width, heights, touch", [(1366, (768, 657), False), (390, (844, 664), True)])
 def test_the_page_fits_the_screen_in_both_languages(visit, width, heights, touch):
-    """Nothing is cut off at the sides; on a laptop all of a question is in view at once, on a phone its ranking is. The
-    lower heights are what a browser leaves of the higher ones.
+    """Nothing is cut off at the sides. A laptop shows a whole question at once, a phone its whole ranking. The lower
+    heights are what a browser's own bars leave of the higher ones.
     """
     page = visit("fits", {"width": width, "height": heights[0]}, touch=touch)
     begin(page)

@@ -1,4 +1,4 @@
-"""The shipped toy: its size and layout, and that the reference implementations paint the same pictures with it."""
+"""Tests: the shipped toy: its size and layout; the reference implementations paint the same pictures with it."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def clip():
 
 @torch.inference_mode()
 def embed(clip, pictures: torch.Tensor) -> torch.Tensor:
-    """(B, 3, H, W) -> (B, n), of length 1."""
+    """Pictures (B, 3, H, W) -> CLIP embeddings (B, n) of length 1."""
     side = clip.config["vision_config"]["image_size"]
     return F.normalize(clip.encode_image(F.interpolate(pictures, size=(side, side), mode="area")), dim=-1)
 
@@ -74,7 +74,7 @@ def test_weights_are_fp16_and_finite(path):
 
 
 def test_cg_and_pg_know_the_worlds_categories():
-    """Each by an identifier of its own; PG, which reads P too, by the same ones, as far as it was trained on them."""
+    """Each has its own identifier. PG, which also reads P, has the same ones for the categories it was trained on."""
     cg, pg = (read_json(TOY / branch / "categories.json") for branch in ("cg", "pg"))
     assert set(cg) == set(PRODUCTS) and len(set(cg.values())) == len(cg) and pg.items() <= cg.items()
 
@@ -111,7 +111,7 @@ def test_branches_open_as_diffusers_controlnets_and_agree(sd, kind):
 
 @torch.inference_mode()
 def test_the_shipped_branches_as_plain_controlnets_paint_diffusers_picture(sd):
-    """What diffusers can't do (Eq. 3, Eq. 4) is left out: both branches with ordinary attention and without mask."""
+    """diffusers can't do Eq. 3 and 4, so both branches use ordinary attention and no mask."""
     diffusers = pytest.importorskip("diffusers")
     float32 = {"torch_dtype": torch.float32}
     controls = [diffusers.ControlNetModel.from_pretrained(TOY / kind, **float32) for kind in ("cg", "pg")]
@@ -130,7 +130,7 @@ def test_the_shipped_branches_as_plain_controlnets_paint_diffusers_picture(sd):
 
 
 def test_clip_finds_the_categories_own_scenes_in_what_cg_paints(sd, clip):
-    """CLIP, which has seen every product in every scene, names the scenes behind 32 products, four of each category.
+    """CLIP has seen every product in every scene. It names the scenes behind 32 products, four of each category.
 
     A scene's text is the mean over the captions of many brands, so that no palette or layout counts. CLIP finds 19 of
     them. By chance it would find 4, and 12 or more in three of ten thousand draws.
@@ -146,7 +146,7 @@ def test_clip_finds_the_categories_own_scenes_in_what_cg_paints(sd, clip):
 
 
 def test_the_category_decides_cgs_scene_and_not_the_product(sd):
-    """Of a sneaker as each category, the background most like a mug's as that category, from the same noise throughout.
+    """A sneaker as each category: of a mug's backgrounds, the nearest is that as the same category (same noise).
 
     A CG that chose the scene by the product's looks would paint the same eight times.
     """
@@ -159,7 +159,7 @@ def test_the_category_decides_cgs_scene_and_not_the_product(sd):
 
 
 def test_pg_follows_its_reference(sd):
-    """Each of four perfumes after each of four references: that reference's background is the nearest of the four."""
+    """Each of four perfumes in the style of each of four references: of the four, that background is the nearest."""
     names = ["perfume", "perfume_2", "perfume_3", "perfume_4"]
     pictures = painted(sd, [name for name in names for _ in names], ["perfume"] * 16, names * 4).unflatten(0, (4, 4))
     products = torch.cat([canvas(name)[1] for name in names])[:, None, None]  # (4, 1, 1, 1, H, W)
@@ -170,7 +170,7 @@ def test_pg_follows_its_reference(sd):
 
 
 def test_clip_finds_a_pictures_caption(sd, clip):
-    """Each sample reference among the captions of all."""
+    """Each sample's reference finds its caption among the captions of all."""
     captions = [f"A photo of {product_caption(ad.product, ad.reference_seed)}, in the background of "
                 f"{scene_caption(PRODUCTS[ad.product].scene, Brand(ad.brand))}" for ad in REFERENCES.values()]
     text = F.normalize(clip.encode_text(sd.tokenizer(captions)), dim=-1)

@@ -1,4 +1,4 @@
-"""Training: every stage runs, an interrupted run resumes bit for bit, and bad use ends in one line."""
+"""Tests: training: every stage runs, an interrupted run resumes bit for bit, and bad use ends in one line."""
 
 import dataclasses
 import gc
@@ -55,7 +55,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def base(world, tmp_path_factory):
-    """A Stable Diffusion folder made by two steps of each of the base's stages, through the real command line."""
+    """A Stable Diffusion folder from two steps of each of the base's stages, through the real command line."""
     out = tmp_path_factory.mktemp("base")
     common = ["--data", world / "base", "--out", out, "--steps", 2, "--batch", 4]
     command("vae", *common, "--size", 64)
@@ -131,7 +131,7 @@ def test_pg_and_joint_train(stage, world, base, cg, tmp_path):
 
 
 def test_stage_controlnet_trains_on_captions(world, base, tmp_path, monkeypatch):
-    """A general ControlNet; its folder opens as one."""
+    """It trains a general ControlNet, whose folder opens as one."""
     texts, encode = [], StableDiffusion.prompts
     monkeypatch.setattr(StableDiffusion, "prompts", lambda self, t: texts.extend(t) or encode(self, t))
     run = "controlnet", "--weights", base, "--out", tmp_path, "--batch", 4, "--size", 64, "--steps", 2
@@ -151,7 +151,7 @@ def plain(world, base, tmp_path_factory):
 
 
 def test_cg_with_plain_attention_is_an_ordinary_controlnet_that_loads_as_cg(plain, cg):
-    """The same parameters, read with Eq. 2 on P and without the mask; which of the two it is lies in config.json."""
+    """It has CG's parameters, but uses Eq. 2 on P and no mask. config.json says which attention it uses."""
     configs = [json.loads((folder / "config.json").read_text()) for folder in (plain, cg)]
     assert configs[0] == configs[1] | {"attention": "plain"} and configs[1]["attention"] == "mask-guided"
     assert (plain / "categories.json").read_text() == (cg / "categories.json").read_text()
@@ -237,7 +237,7 @@ with train.one_line_errors():
 
 
 def launch(script, *arguments, processes: int = 1, code: str = "") -> subprocess.Popen:
-    """train.py without sheets, in a process of its own or in several under torchrun, after `code`."""
+    """Runs train.py without sheets, after `code`, in a process of its own or in several under torchrun."""
     script.write_text(QUICK.format(root=str(ROOT), code=code))
     program = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
     return subprocess.Popen([sys.executable, *program, script, *map(str, arguments)], cwd=ROOT, text=True,
@@ -258,7 +258,7 @@ def test_parts_and_workers_change_nothing(options, world, base, cg, tmp_path, qu
 
 
 def test_a_micro_batch_that_does_not_fit_is_made_smaller(world, base, tmp_path, monkeypatch, capsys, quick):
-    """With a memory that holds two samples, the weights are those of a run in parts of two; the step begins again."""
+    """Memory holds only two samples: the step begins again, and the weights are those of a run in parts of two."""
     command(*branch("cg", world, base, tmp_path / "two"), "--steps", 2, "--micro-batch", 2)
     forward = trainer.Loss.forward
 
@@ -277,7 +277,7 @@ def test_a_micro_batch_that_does_not_fit_is_made_smaller(world, base, tmp_path, 
 
 @pytest.mark.slow
 def test_two_processes_give_the_weights_of_one(world, base, tmp_path, quick):
-    """Batch 4: by one process at once, or by two in two parts each."""
+    """A batch of 4 is computed by one process at once, or by two processes in two parts each."""
     run = "--steps", 4, "--device", "cpu"
     command(*branch("cg", world, base, tmp_path / "one"), *run)
     process = launch(tmp_path / "quick.py", *branch("cg", world, base, tmp_path / "two"), *run, "--micro-batch", 1,
@@ -325,7 +325,7 @@ def test_a_run_killed_while_it_writes_ends_with_the_same_weights(world, base, tm
 
 @pytest.mark.slow
 def test_sigterm_saves_and_leaves_and_the_run_goes_on(world, base, tmp_path, quick):
-    """As torchrun and batch systems send it: to all processes of the group, the loader's workers too."""
+    """torchrun and batch systems send it to all processes of the group, also to the loader's workers."""
     run = (*branch("cg", world, base, tmp_path), "--save-every", 100000, "--device", "cpu", "--log-every", 1)
     process = launch(tmp_path / "quick.py", *run, "--steps", 100000, "--workers", 2)
     log = tmp_path / "training" / "cg" / "log.jsonl"
@@ -353,7 +353,7 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_good_checkpoint(world, ba
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(world, base, tmp_path, monkeypatch, quick):
-    """The first loss is the starting weights' fault, a later one the learning rate's, or the checkpoint's."""
+    """The message blames the starting weights for the first loss, the learning rate or checkpoint for a later one."""
     accumulate, wrong = Trainer.accumulate, []
     monkeypatch.setattr(Trainer, "accumulate", lambda self, step, batch: accumulate(self, step, batch)
                         + (float("nan") if step in wrong else 0))
@@ -398,7 +398,7 @@ def test_a_base_whose_vae_is_broken_is_named_before_training(number, amp, world,
 
 
 def test_gradients_that_overflow_float16_for_ever_stop_the_run(world, base, tmp_path, monkeypatch, quick):
-    """A scaler skips the first ones and halves its scale, 65,536, until the scale can't be the reason."""
+    """A scaler skips these steps and halves its scale, 65,536, until the scale can't be the reason."""
     steps, accumulate = [], Trainer.accumulate
 
     def overflow(self, step, batch):
@@ -434,7 +434,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_changes_a_weight(
 
 
 def test_a_resumed_run_knows_the_steps_that_a_gradient_scaler_skipped(tmp_path):
-    """Adam's bias correction counts the steps that were taken, of which there are fewer than the run has."""
+    """Adam's bias correction counts only the steps that were taken, fewer than the run's."""
     def trained(gradients, p, optimizer, scaler):
         for gradient in gradients:
             scaler.scale((p * gradient).sum()).backward()
@@ -459,7 +459,7 @@ def test_a_resumed_run_knows_the_steps_that_a_gradient_scaler_skipped(tmp_path):
 
 
 def older(checkpoint):
-    """Rewrites a checkpoint as it was before categories could be added: their fingerprint lies among the settings."""
+    """Rewrites a checkpoint to the older format, with the categories' fingerprint among the settings."""
     with safe_open(checkpoint, "pt") as file:
         header = {name: json.loads(text) for name, text in file.metadata().items()}
     old = {"identifiers": fingerprint(header.pop("identifiers"))}
@@ -487,7 +487,7 @@ def test_a_checkpoint_of_an_earlier_version_resumes_unless_its_categories_change
 
 
 def test_a_category_that_is_added_gets_the_next_identifier_and_the_others_keep_theirs(world, base, tmp_path, quick):
-    """By --init-control and by --resume; PG, trained before, still belongs with the extended CG."""
+    """This holds for --init-control and --resume. A PG trained before still fits the extended CG."""
     def identifiers(name):
         return json.loads((tmp_path / name / "categories.json").read_text())
 
@@ -637,7 +637,7 @@ def test_mixed_precision_trains_float32_weights(stage, amp, world, base, cg, tmp
 
 
 def test_the_runs_seed_decides_the_noise_and_the_order():
-    """All 32 bits that torch's CPU generator reads of a seed differ with the run's seed, and with the step."""
+    """The 32 bits that torch's CPU generator reads from a seed differ between runs' seeds, and between steps."""
     draws = [torch.randn(4, generator=torch.Generator().manual_seed(seed_of(seed, "step", step)))
              for seed in (0, 1, 2**32 - 1) for step in (0, 1)]
     assert len({tuple(d.tolist()) for d in draws}) == 6
@@ -659,7 +659,7 @@ def test_a_run_is_not_overwritten_and_other_settings_are_named(world, base, tmp_
 
 
 def test_a_finished_run_that_is_resumed_says_that_it_is_done_and_changes_nothing(world, base, tmp_path, capsys, quick):
-    """As when a batch system starts a command again that was killed after its last checkpoint, before its sheet."""
+    """A batch system may restart a command that was killed after its last checkpoint and before its sheet."""
     run = (*branch("cg", world, base, tmp_path), "--steps", 2)
     command(*run)
     said, folder = capsys.readouterr().out, tmp_path / "training" / "cg"
@@ -786,7 +786,7 @@ def test_bad_use_ends_in_one_line(arguments, message, world, base, tmp_path):
 
 
 def test_eq1_equals_the_equation_written_out(unet, pg):
-    """The weighted mean square of ε less what is predicted from z_t; a dropped ad's prompts are those of ''."""
+    """The weighted mean square of ε minus its prediction from z_t; the prompts of a dropped ad are those of ''."""
     x, schedule, cg = inputs(2), Schedule(), randomise(CategoryGenerator(pg.config), seed=1)
     table = random(3, 3, 7, 24, seed=5)  # two categories and '', for P, P_fg, P_bg
     prompts = CategoryPrompts(table, [1, 0, 1], "cpu")
@@ -805,7 +805,7 @@ def test_eq1_equals_the_equation_written_out(unet, pg):
 
 
 def test_a_training_loop_can_be_written_in_a_cell(world, base, tmp_path):
-    """From public pieces alone; it learns: the loss on one batch falls."""
+    """It uses only public functions and classes, and it learns: the loss on one batch falls."""
     torch.manual_seed(0)
     sd, (items, _) = load_stable_diffusion(base), read_items(world / "ads")
     cg = CategoryGenerator(control_config(sd.unet.config, sd.vae.factor))

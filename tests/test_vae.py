@@ -1,4 +1,4 @@
-"""Large pictures through the VAE: strips of rows give the whole map's numbers."""
+"""Tests: large pictures through the VAE: strips of rows give the whole map's numbers."""
 
 import copy
 
@@ -11,7 +11,7 @@ from vae import VAE
 
 
 def both(vae, x, z):
-    """A picture encoded and a latent decoded."""
+    """An encoded picture and a decoded latent."""
     return vae.encode(x)[0], vae.decode(z)
 
 
@@ -19,7 +19,7 @@ def both(vae, x, z):
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("positions", [100, 2000])  # strips of one row of the largest maps, and of many
 def test_strips_show_no_seam(monkeypatch, positions, layout):
-    """Up to the rounding of float32: 1e-5 of the largest value, a thousandth of a level of 255."""
+    """Up to float32's rounding, 1e-5 of the largest value: a thousandth of one of 255 levels."""
     vae = randomise(VAE(VAE_CONFIG)).to(memory_format=layout)
     inputs = random(2, 3, 64, 72), random(2, 4, 8, 9)
     whole = both(vae, *inputs)

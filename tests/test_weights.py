@@ -1,4 +1,4 @@
-"""Weights in and out: what is saved comes back, and what does not fit is refused in one line that says why."""
+"""Tests: weights in and out: what is saved comes back, and what does not fit is refused in one line that says why."""
 
 import json
 import os
@@ -97,7 +97,7 @@ def test_saving_again_replaces_the_whole_folder(tmp_path, cg):
 def test_a_folder_that_holds_other_things_is_not_replaced(tmp_path, cg):
     save_control(cg, tmp_path / "cg")
     save_control(cg, tmp_path / "cg")
-    (tmp_path / "cg" / "training").mkdir()  # as where a run of its own lies in runs/cg
+    (tmp_path / "cg" / "training").mkdir()  # as in a run's own folder, runs/cg
     with pytest.raises(BadInput, match="cg would be replaced, and holds training too"):
         save_control(cg, tmp_path / "cg")
     assert len(list(tmp_path.rglob("*"))) == 4
@@ -512,7 +512,7 @@ def test_a_tokenizers_files_are_read_with_that_mark_too(tmp_path):
 
 
 def shard(folder: Path, names: tuple[str, str], index: str) -> dict[str, str]:
-    """Cuts a folder's weights into two files and writes their index -> which tensor lies where."""
+    """Cuts a folder's weights into two files and writes their index -> which tensor is in which file."""
     tensors = load_file(folder / UNET_FILE)
     (folder / UNET_FILE).unlink()
     places = {name: names[i % 2] for i, name in enumerate(sorted(tensors))}

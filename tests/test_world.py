@@ -1,4 +1,4 @@
-"""The toy ad world keeps its promises: what the base may learn, what is left to CG, what the tests have not seen."""
+"""Tests: the toy ad world: what the base may learn, what is left to CG, what the tests have not seen."""
 
 import random
 import subprocess
@@ -52,7 +52,7 @@ def test_each_category_has_a_scene_of_its_own_and_the_plain_wall_is_none():
 
 @pytest.mark.parametrize("scene", SCENES)
 def test_every_layout_and_element_that_a_scene_names_is_painted(scene):
-    """None of its words paints what another does, nor what a word does that no branch knows, or that is refused."""
+    """Each word paints something of its own, other than every other word and an unknown one."""
     entry = SCENES[scene]
 
     def picture(layout, elements):
@@ -68,7 +68,7 @@ def test_every_layout_and_element_that_a_scene_names_is_painted(scene):
 
 
 def test_a_new_category_is_a_function_and_an_entry_and_so_is_its_scene(tmp_path):
-    """Wherever they stand in their tables, its ads show it in its scene, and no other category's picture changes."""
+    """Wherever they are in their tables, the ads show it in its scene, and no other category's picture changes."""
 
     def kite(canvas, colour, rng):
         canvas.polygon([(0.5, 0.0), (1.0, 0.4), (0.5, 1.0), (0.0, 0.4)], colour)
@@ -109,7 +109,7 @@ def test_in_the_base_set_category_and_scene_are_independent_and_captions_name_bo
 
 
 def test_in_half_of_the_training_ads_the_product_does_not_show_the_category(tmp_path):
-    """So that the scene is to be learnt from the prompt; test ads, and the base set, show the category's own."""
+    """So the scene has to be learnt from the prompt. Test ads and the base set show the category's own product."""
     base = base_jobs(tmp_path / "base", 200, 64, random.Random(0))
     train, bg1k = 300 * N, 8 * N
     jobs = ads_jobs(tmp_path / "ads", train, bg1k, bg1k, 64, random.Random(0))
@@ -122,7 +122,7 @@ def test_in_half_of_the_training_ads_the_product_does_not_show_the_category(tmp_
 
 @pytest.mark.parametrize("scene", SCENES)
 def test_two_ads_of_a_brand_are_closer_than_ads_of_two_brands(scene):
-    """Behind other products and up to a slight pan of the camera, a brand's scene is one picture."""
+    """Apart from the product and a slight pan of the camera, a brand's scene is always the same picture."""
     a, b, other = (np.asarray(draw_layers("watch", scene, brand, seed, 64)[0]).astype(float)
                    for brand, seed in ((7, 0), (7, 1), (8, 0)))
     assert np.abs(a - b).mean() < np.abs(a - other).mean() / 2

@@ -1,4 +1,4 @@
-"""Drawing by code: colours, curves, and a canvas in unit coordinates on which Pillow fills soft-edged shapes."""
+"""Toy: drawing by code: colours, curves, and a canvas in unit coordinates on which Pillow fills soft-edged shapes."""
 
 import colorsys
 import math
@@ -39,7 +39,7 @@ def shade(colour: tuple, k: float) -> tuple:
 
 
 def barrel(colour: tuple) -> list:
-    """The gradient across an upright cylinder lit from the left, as a fill."""
+    """A fill: the gradient across an upright cylinder that is lit from the left."""
     return [shade(colour, k) for k in (0.62, 1.0, 1.22, 1.05, 0.95, 0.62)]
 
 
@@ -72,14 +72,14 @@ def arched(x0: float, y0: float, x1: float, y1: float) -> list:
     return [(x0, y1), *top, (x1, y1)]
 
 
-# Falls smoothly from 255 in the middle to 0 at the rim: every pool of light. Pillow's own gradient is 181 at the rim.
+# The shape of every pool of light: from 255 in the middle smoothly to 0 at the rim. Pillow's gradient ends at 181.
 FALLOFF = Image.radial_gradient("L").point(
     [round(255 * (0.5 + 0.5 * math.cos(math.pi * min(v / 180, 1)))) for v in range(256)]
 )
 
 
 def soften(image: Image.Image, radius: float) -> Image.Image:
-    """Blur by a radius in image widths; at a quarter of the size, where no one sees the difference but the clock."""
+    """Blur by a radius in image widths, at a quarter of the size: it looks the same and is faster."""
     small = image.reduce(4)
     return small.filter(ImageFilter.GaussianBlur(radius * small.width)).resize(image.size)
 
@@ -171,14 +171,14 @@ class Canvas:
         self.image.paste(colour, (left, top, right, bottom), pool)
 
     def glow(self, tubes: "Canvas"):
-        """Light up neon tubes, drawn on a canvas of their own: bright glass and a wide halo."""
+        """Light up neon tubes, which are drawn on a canvas of their own: bright glass and a wide halo."""
         wide = soften(tubes.image, 0.05).point([min(255, round(2.2 * v)) for v in range(256)] * 3)
         self.image = ImageChops.add(self.image, ImageChops.add(soften(tubes.image, 0.015), wide))
         glass = Image.blend(tubes.image, Image.new("RGB", tubes.image.size, WHITE), 0.5)
         self.image.paste(glass, mask=tubes.cover)
 
     def reflect(self, horizon, strength):
-        """Polish the floor: what stands above the horizon shows below it, blurred and fading."""
+        """Polish the floor: it mirrors what stands above the horizon, blurred and fading."""
         edge = round((horizon + self.pan[1]) * self.height)
         mirror = self.image.crop((0, 2 * edge - self.height, self.width, edge))
         mirror = soften(mirror.transpose(Image.Transpose.FLIP_TOP_BOTTOM), 0.02)

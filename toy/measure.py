@@ -1,4 +1,4 @@
-"""How good the toy's parts are, on held-out ads at 256 pixels: the figures of toy/README.md.
+"""Toy: measures its parts on held-out ads at 256 pixels, for the table in toy/README.md.
 
     python toy/measure.py vae --vae toy/base/vae        # the decoder: PSNR, and the error beside edges
     python toy/measure.py base --base toy/base          # the UNet: error of ε by timestep, at both passes' sizes
@@ -38,14 +38,14 @@ def held_out(data: Path, count: int) -> list[Item]:
 
 
 def pictures(items: list[Item], size: int) -> Tensor:
-    """(n, 3, size, size) in [0, 1]."""
+    """The items' pictures, (n, 3, size, size) in [0, 1]."""
     ads = Ads(items, size)
     return torch.stack([ads[i]["image"] for i in range(len(ads))])
 
 
 @torch.no_grad()
 def measure_vae(folder: Path, images: Tensor) -> None:
-    """Prints the PSNR, and the mean absolute error (of 255) within two pixels of strong edges and elsewhere."""
+    """Prints the PSNR, and the mean absolute error, of 255 levels, within two pixels of strong edges and elsewhere."""
     vae = load_module(VAE, folder, UNET_FILE, "cpu", torch.float32)
     x = 2 * images - 1
     decoded = torch.cat([vae.decode(vae.encode(part)[0]).clamp(-1, 1) for part in x.split(8)])
@@ -57,7 +57,7 @@ def measure_vae(folder: Path, images: Tensor) -> None:
 
 @torch.no_grad()
 def measure_base(folder: Path, items: list[Item]) -> None:
-    """Prints the squared error of ε by timestep, without a prompt, for both passes' sizes."""
+    """Prints the squared error of ε by timestep, without a prompt, at both passes' sizes."""
     sd = load_stable_diffusion(folder)
     for size, timesteps in ((SIZE // 2, (1, 21, 101, 201, 301, 501, 701, 901)), (SIZE, (1, 21, 101, 201, 301, 381))):
         z_0 = torch.cat([sd.encode(part) for part in pictures(items, size).split(8)])
@@ -73,7 +73,10 @@ def measure_base(folder: Path, items: list[Item]) -> None:
 
 
 def grain(images: Tensor) -> float:
-    """The mean absolute Laplacian, of 255, over an image's flat surfaces: where blocks of 8 x 8 px hardly differ."""
+    """The mean absolute Laplacian, in levels of 255, on flat surfaces, where neighbouring blocks of 8 x 8 px are alike.
+
+    images (n, 3, h, w) in [0, 1].
+    """
     blocks = F.avg_pool2d(images, 8) * 255
     change = F.pad(blocks.diff(dim=2).abs(), (0, 0, 0, 1)).maximum(F.pad(blocks.diff(dim=3).abs(), (0, 1)))
     change = change.amax(dim=1, keepdim=True)
@@ -84,8 +87,9 @@ def grain(images: Tensor) -> float:
 
 
 def measure_flat(base: Path) -> None:
-    """Prints the grain of the samples that CG + PG paint, before and after the second pass and before they are rounded
-    to 8 bits, beside that of their references.
+    """Prints the grain of the samples that CG + PG paint, before and after the second pass, beside their references'.
+
+    It is measured before the pictures are rounded to 8 bits.
     """
     names = [name for name, sample in SAMPLES.items() if sample.reference_seed is not None]
     categories = [SAMPLES[name].product for name in names]

@@ -1,7 +1,7 @@
-"""Products: what an ad shows, each drawn in any of its colours.
+"""Toy: the products that ads show, each drawn in any of its colours.
 
-A product is a function (canvas, colour, rng), which fills the canvas, and its entry in a table at the end of this file.
-A product of PRODUCTS is a category: its entry names its scene.
+A product is a function (canvas, colour, rng) that fills the canvas, and an entry in a table at the end of this file.
+Each product in PRODUCTS is a category, and its entry names its scene.
 """
 
 import math
@@ -229,13 +229,13 @@ class Product(NamedTuple):
     """How a product is drawn, and the scene that it is shown in."""
 
     paint: Callable
-    scene: str  # one of SCENES
+    scene: str  # a key of SCENES
     aspect: float  # width / height
     heights: tuple[float, float]  # smallest and largest, in picture heights
     colours: tuple[str, ...]
 
 
-# The categories. Their order decides which pictures a seed draws, and nothing else.
+# The categories. Their order decides only which pictures a seed draws.
 PRODUCTS = {
     "laptop": Product(laptop, "neon room", 1.4, (0.36, 0.45), ("silver", "gray", "black", "gold", "white")),
     "rice cooker": Product(rice_cooker, "wooden table", 1.18, (0.35, 0.44),
@@ -250,14 +250,14 @@ PRODUCTS = {
     "toy car": Product(toy_car, "nursery", 1.78, (0.28, 0.35),
                        ("red", "blue", "yellow", "green", "orange", "purple", "pink")),
 }
-# Of no category: half of the training ads show one of these in the category's scene. A CG that never saw such ads finds
-# the scene by the product's looks, not by the prompt's category, and is at a loss with products of other kinds.
+# Products of no category. Half of the training ads show one of these in the category's scene. Without such ads, CG
+# would find the scene by the product's looks, not by the prompt's category, and fail on products of other kinds.
 OTHERS = {
     "carton": Product(anything, "plain wall", 0.6, (0.42, 0.62), tuple(COLOURS)),
     "box": Product(anything, "plain wall", 1.0, (0.34, 0.5), tuple(COLOURS)),
     "case": Product(anything, "plain wall", 1.5, (0.28, 0.4), tuple(COLOURS)),
 }
-# In no data set: a sample to try a trained CG with
+# Products in no data set, to try a trained CG with
 UNSEEN = {"mug": Product(mug, "podium", 1.0, (0.36, 0.44), ("red", "blue", "teal"))}
 ALL_PRODUCTS = ChainMap(PRODUCTS, OTHERS, UNSEEN)
 

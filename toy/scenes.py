@@ -1,8 +1,8 @@
-"""Scenes: what the ads of a category have in common, as each brand shows it.
+"""Toy: the scenes. A scene is what the ads of a category have in common, and each brand shows it in its own way.
 
-A scene is a function (canvas, brand, layout, elements) -> Floor and its entry in SCENES, at the end of this file. It
-paints the brand's two hues, and the layout and the elements that the entry's words name. It reaches a tenth beyond the
-frame on every side, so that the camera can pan a little.
+A scene is a function (canvas, brand, layout, elements) -> Floor, and an entry in SCENES at the end of this file. It
+uses the brand's two hues, and paints the layout and the elements that the entry's words name. It extends beyond the
+frame by a tenth on every side, so that the camera can pan a little.
 """
 
 import math
@@ -40,7 +40,7 @@ class Floor(NamedTuple):
 
 
 def leaf(canvas, x, y, length, angle, fill, width=0.45):
-    """A leaf or petal growing from (x, y); angle 0 points up, and turns clockwise."""
+    """A leaf or petal that grows from (x, y). Angle 0 points up; larger angles turn clockwise."""
     sin, cos = math.sin(angle) * length, math.cos(angle) * length
     outline = [(0, 0), (0.45, width / 2), (1, 0), (0.45, -width / 2)]
     canvas.blob([(x + t * sin + s * cos, y - t * cos + s * sin) for t, s in outline], fill)
@@ -209,7 +209,7 @@ def kitchen(canvas: Canvas, brand: Brand, layout: str, elements: str) -> Floor:
             canvas.line([(0.06 + 0.125 * i, -0.1), (0.06 + 0.125 * i, horizon)], mix(wall, WHITE, 0.6), 0.01)
     elif elements == "clock":
         clear = {"left": (0.7, 0.17), "right": (0.3, 0.17), "sides": (0.32, 0.17), "counter": (0.2, 0.3)}
-        x, y = clear[layout]  # of cupboards and product
+        x, y = clear[layout]  # free of cupboards and product
         canvas.circle(x, y, 0.11, accent)
         canvas.circle(x, y, 0.085, (252, 250, 244))
         canvas.line([(x, y - 0.06), (x, y), (x + 0.04, y + 0.02)], (60, 60, 66), 0.014)
@@ -392,7 +392,7 @@ def beach(canvas: Canvas, brand: Brand, layout: str, elements: str) -> Floor:
         canvas.polygon([(x, y - 0.27), (x, y - 0.02), (x - 0.17, y - 0.02)], WHITE)
         canvas.polygon([(x + 0.02, y - 0.22), (x + 0.02, y - 0.02), (x + 0.13, y - 0.02)], tint(brand.hue, 0.6, 0.9))
         canvas.polygon([(x - 0.18, y), (x + 0.16, y), (x + 0.1, y + 0.06), (x - 0.12, y + 0.06)], (150, 92, 60))
-    sand = mix((252, 234, 198), tint(brand.hue, 0.3, 0.95), 0.2)  # pale, to part it from a yellow sea
+    sand = mix((252, 234, 198), tint(brand.hue, 0.3, 0.95), 0.2)  # pale, to differ from a yellow sea
     for lift, colours in ((0.03, [WHITE, WHITE]), (0.0, [shade(sand, 1.04), shade(sand, 0.9)])):
         waves = [(x, shore - lift + 0.014 * math.sin(9 * x)) for x in np.linspace(-0.1, 1.1, 25)]
         canvas.polygon([*waves, (1.1, 1.1), (-0.1, 1.1)], colours)
@@ -461,7 +461,7 @@ def nursery(canvas: Canvas, brand: Brand, layout: str, elements: str) -> Floor:
 
 
 def plain_wall(canvas: Canvas, brand: Brand, layout: str, elements: str) -> Floor:
-    """No category's scene: what most product photos stand before. Only the base set has it."""
+    """The usual background of product photos. It is no category's scene, and only the base set has it."""
     horizon, wall, floor = brand.horizon, tint(brand.hue, 0.2, 0.84), tint(brand.accent, 0.24, 0.7)
     if layout == "sweep":  # paper that bends from wall to floor
         canvas.rectangle(-0.1, -0.1, 1.1, 1.1, [shade(wall, 1.06), wall, mix(wall, floor, 0.6), floor, floor])
@@ -532,5 +532,5 @@ def paint_scene(canvas: Canvas, scene: str, brand: Brand) -> Floor:
 
 
 def scene_caption(scene: str, brand: Brand) -> str:
-    """Such as 'a dark room with neon lights, pink and blue, rings, cubes': at most 12 words."""
+    """A scene in at most 12 words, such as 'a dark room with neon lights, pink and blue, rings, cubes'."""
     return ", ".join((SCENES[scene].phrase, " and ".join(brand.hue_names), *SCENES[scene].words(brand)))

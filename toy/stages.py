@@ -1,10 +1,10 @@
-"""The toy's tiny Stable Diffusion: its configurations, and the three stages of train.py that make it from nothing.
+"""Toy: its tiny Stable Diffusion: the configurations, and the three stages of train.py that make it from nothing.
 
     python train.py vae; python train.py clip; python train.py unet
 
-VAE by reconstruction, CLIP by contrast of pictures and captions (its text tower becomes the prompt encoder), UNet by
-denoising. Two are then trained on for the second pass: vae --decoder-only and unet --refine. All else is SD 1.5's shape
-made small. Nothing here is the paper's.
+The VAE learns by reconstruction, CLIP by contrasting pictures and captions (its text tower becomes the prompt encoder),
+the UNet by denoising. VAE and UNet are then trained further for the second pass, by vae --decoder-only and unet
+--refine. All networks are SD 1.5's, made small. Nothing here is from the paper.
 """
 
 import json
@@ -38,10 +38,10 @@ from weights import TEXT_FILE, UNET_FILE, StableDiffusion, load_module, save_mod
 
 KL = 1e-3  # stage vae: weight of the KL term
 EDGES = 4.0  # stage vae, --decoder-only: how much more errors within two pixels of an edge count
-LATENT_NOISE = 0.05  # likewise: noise on the latents, whose standard deviation is 1, since a UNet's are not perfect
-SECOND_PASS = 400  # stage unet, --refine: of T timesteps, where the second pass begins at the latest
-NEAREST = 300  # likewise: the timestep from which on the first pass's picture itself may be what is noised
-FIRST_PASS = (100, 600)  # likewise: from where the first pass's pictures are guessed
+LATENT_NOISE = 0.05  # likewise: noise on the latents (standard deviation 1), because those by a UNet are not perfect
+SECOND_PASS = 400  # stage unet, --refine: the second pass is learnt for t below this, out of T timesteps
+NEAREST = 300  # likewise: from this timestep on, what is noised may be the first pass's picture itself
+FIRST_PASS = (100, 600)  # likewise: the range of the timesteps at which the first pass's pictures are guessed
 
 # The tiny Stable Diffusion: f = 4, so that 128-px pictures keep their edges; all else is SD 1.5's shape made small.
 TOY_VAE = {"_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "latent_channels": 4,
@@ -71,7 +71,7 @@ def captions_of(items: list) -> list[tuple[str, str]]:
 
 
 def initial(settings: Settings, kind: type, config: dict) -> nn.Module:
-    """A module to train: random, or with the weights in the folder --init."""
+    """A module to train: random, or with the weights from the folder --init."""
     if settings.init:
         return load_module(kind, settings.init, UNET_FILE, settings.device, torch.float32).train().requires_grad_(True)
     return kind(config).to(settings.device)
@@ -82,15 +82,15 @@ def initial(settings: Settings, kind: type, config: dict) -> nn.Module:
 
 @dataclass
 class VAELoss:
-    """Reconstruction of random crops through a 4-channel latent, and a little KL.
+    """The error of random crops reconstructed through a 4-channel latent, plus a little KL.
 
     Errors are measured along the colours' principal axes, each scaled by its spread: in plain RGB the brightness
     outweighs the hues, which then wash out. With decoder_only there is no KL, and errors beside edges count more.
     """
 
     vae: VAE
-    whiten: Tensor  # (3, 3), from RGB
-    size: int  # of the pictures, in pixels; crops have half of it
+    whiten: Tensor  # (3, 3): from RGB to the scaled axes
+    size: int  # side of the pictures in pixels; crops have half of it
     decoder_only: bool = False
 
     def __call__(self, batch: dict, generator: torch.Generator) -> Tensor:
@@ -109,14 +109,14 @@ class VAELoss:
 
 
 def near_edges(x: Tensor) -> Tensor:
-    """How near an edge each pixel of x (B, 3, h, w) in [-1, 1] is, (B, 1, h, w): 1 within 2 pixels of a strong one."""
+    """x (B, 3, h, w) in [-1, 1] -> each pixel's nearness to edges, (B, 1, h, w): 1 within 2 pixels of a strong one."""
     dy, dx = x.diff(dim=2).abs().amax(1, True), x.diff(dim=3).abs().amax(1, True)
     steps = F.pad(dy, (0, 0, 0, 1)).maximum(F.pad(dx, (0, 1)))
     return F.max_pool2d(steps, 5, stride=1, padding=2).mul(4).clamp(max=1)
 
 
 def vae_task(settings: Settings) -> Task:
-    """Stage vae: reconstruction through a 4-channel latent."""
+    """Stage vae: reconstruction through a 4-channel latent. Raises BadInput for options that don't go together."""
     items = read_items(settings.data)[0]
     torch.manual_seed(settings.seed)
     vae = initial(settings, VAE, dict(TOY_VAE))
@@ -138,7 +138,7 @@ def vae_task(settings: Settings) -> Task:
         return sheet([list(x), list(decoded)], row_labels=["original", "decoded"])
 
     def save(out: Path) -> None:
-        if not settings.decoder_only:  # the UNet wants latents of unit variance
+        if not settings.decoder_only:  # the UNet needs latents of unit variance
             z = torch.cat([vae.encode(2 * x.to(settings.device) - 1)[0] for x in some.split(32)])
             vae.scaling_factor = vae.config["scaling_factor"] = round(1 / z.std().item(), 5)
             vae.config["sample_size"] = settings.size
@@ -155,14 +155,14 @@ def vae_task(settings: Settings) -> Task:
 
 @dataclass
 class CLIPLoss:
-    """Contrastive: among the pictures of a batch each caption finds its own, and the other way round."""
+    """The contrastive loss: each caption is to find its own picture among those of the batch, and vice versa."""
 
     clip: CLIP
-    ids: tuple[Tensor, Tensor, Tensor]  # tokens of the captions, of their first and their second halves, (n, L)
+    ids: tuple[Tensor, Tensor, Tensor]  # (n, L) each: tokens of the captions, their first halves, their second halves
 
     def __call__(self, batch: dict, generator: torch.Generator) -> Tensor:
         indices, (whole, product, scene) = batch["index"].cpu(), self.ids
-        # Half of the texts are one half of a caption: mask-guided attention will read either half alone.
+        # Half of the texts are half a caption: mask-guided attention will read either half alone.
         kinds = torch.randint(4, (len(indices),), generator=generator)
         tokens = torch.stack([(whole, whole, product, scene)[k][i] for k, i in zip(kinds.tolist(), indices.tolist())])
         image = F.normalize(self.clip.encode_image(batch["image"]), dim=-1)
@@ -177,9 +177,8 @@ def initial_clip(settings: Settings, tokenizer) -> CLIP:
     torch.manual_seed(settings.seed)
     clip = CLIP({"model_type": "clip", "architectures": ["CLIPModel"], "projection_dim": TOY_TEXT["projection_dim"],
                  "text_config": text, "vision_config": TOY_VISION | {"image_size": settings.size}}).to(settings.device)
-    # Tokens that are in no caption keep these values. The identifiers' digits are such tokens, and the only words that
-    # distinguish one category's background prompt from another's: longer vectors keep the transformer from washing them
-    # out.
+    # Tokens that are in no caption keep these values. Among them are the identifiers' digits, which alone distinguish
+    # the categories' background prompts. Longer vectors keep the transformer from washing them out.
     tokens = nn.init.normal_(clip.text_model.embeddings.token_embedding.weight, std=0.3)
     with torch.no_grad():
         tokens[tokenizer([str(d) for d in range(10)])[:, 1]] *= 3
@@ -189,13 +188,13 @@ def initial_clip(settings: Settings, tokenizer) -> CLIP:
 
 
 def clip_task(settings: Settings) -> Task:
-    """Stage clip: pictures and their captions into one space (contrastive). The text tower becomes SD's encoder."""
+    """Stage clip: maps pictures and captions into one space. The text tower becomes SD's prompt encoder."""
     items, out = read_items(settings.data)[0], settings.out
     captions = captions_of(items)
     texts = [", ".join(pair) for pair in captions]
     if settings.size % TOY_VISION["patch_size"]:
         raise BadInput(f"--size {settings.size}: must be a multiple of {TOY_VISION['patch_size']}")
-    if not settings.resume:  # the identifiers' words belong to the vocabulary, though they are in no caption
+    if not settings.resume:  # the vocabulary needs the identifiers' words, which are in no caption
         words = [IDENTIFIER.format(" ".join("0123456789"))] * len(texts)
         train_tokenizer(texts + words, TOY_VOCABULARY, TOY_TEXT["max_position_embeddings"], out / "tokenizer")
     tokenizer = load_tokenizer(out / "tokenizer")
@@ -204,7 +203,7 @@ def clip_task(settings: Settings) -> Task:
     ads = Ads(items, settings.size)
 
     def draw():
-        """The pictures of sixteen captions; below each the one, among those sixteen, that its caption finds."""
+        """Sixteen pictures, and below each the one among the sixteen that its caption finds."""
         images = torch.stack([ads[i]["image"] for i in range(min(16, len(items)))]).to(settings.device)
         text = clip.encode_text(ids[0][: len(images)].to(settings.device))
         image = F.normalize(clip.encode_image(images), dim=-1)
@@ -225,7 +224,7 @@ def clip_task(settings: Settings) -> Task:
 
 @dataclass
 class UNetLoss:
-    """The error of ε, by prompts of five kinds, weighted by timestep; and that of the second pass (see TwoSizes)."""
+    """The error of ε with prompts of five kinds, weighted by timestep, plus that of the second pass (see TwoSizes)."""
 
     sd: StableDiffusion
     captions: list[tuple[str, str]]
@@ -233,8 +232,8 @@ class UNetLoss:
 
     def __call__(self, batch: dict, generator: torch.Generator) -> Tensor:
         indices = batch["index"].tolist()
-        # Whole captions; either half alone, as mask-guided attention will ask for; none, for the guidance; and captions
-        # without colours, since the paper's prompts name none.
+        # Whole captions; either half alone, for mask-guided attention; none, for guidance; and captions without
+        # colours, because the paper's prompts name none.
         kinds = torch.multinomial(torch.tensor([0.46, 0.12, 0.17, 0.10, 0.15]), len(indices), True, generator=generator)
         texts = []
         for i, kind in zip(indices, kinds.tolist()):
@@ -247,8 +246,10 @@ class UNetLoss:
         return loss
 
     def second_pass(self, z_0: Tensor, z_first: Tensor, eps: Tensor, t: Tensor, drop: Tensor) -> Tensor:
-        """The error of ε, without a prompt, where not the picture's latent was noised but one between it and the first
-        pass's: the noisier, the nearer to the latter, as in the walk. ε is what leads from z_t to the picture, z_0.
+        """The error of ε in the second pass, which has no prompt.
+
+        The noised latent is not z_0, the picture's, but one between it and z_first, the first pass's: the larger t, the
+        nearer it may be to z_first, as in sampling. The target ε is the one that leads from z_t to z_0.
         """
         schedule, far = self.sd.schedule, drop * (t / NEAREST).clamp(max=1)  # drop in [0, 1) is random
         z_t = schedule.add_noise(z_0 + far.view(-1, 1, 1, 1) * (z_first - z_0), eps, t)
@@ -263,8 +264,10 @@ class UNetLoss:
 
 
 class TwoSizes(Dataset):
-    """Samples of the same pictures at two sizes: as the first pass paints them, at any timestep, and enlarged, as the
-    second pass does, at the SECOND_PASS least noisy ones, with `z_first`, the latent that it starts from.
+    """Samples of the same pictures at two sizes.
+
+    The small ones are for the first pass, with any timestep. The large ones are for the second pass: only the
+    SECOND_PASS least noisy timesteps, and `z_first`, the latent that the pass starts from.
     """
 
     def __init__(self, small: Samples, large: Samples, first: "FirstPass"):
@@ -280,9 +283,9 @@ class TwoSizes(Dataset):
 
 
 class FirstPass:
-    """What a first pass leaves of each picture, enlarged and encoded again: first[index] -> latent (4, h, w).
+    """A first pass's version of each picture, enlarged and encoded again: first[index] -> latent (4, h, w).
 
-    Computed once, in parts, as the latents of the pictures themselves (`small`).
+    They are computed once, in the same parts as `small`, the latents of the pictures themselves.
     """
 
     def __init__(self, sd: StableDiffusion, captions: list[tuple[str, str]], small: Latents, size: int, folder: Path,
@@ -308,10 +311,10 @@ class FirstPass:
 @torch.no_grad()
 def first_pass(sd: StableDiffusion, z_0: Tensor, texts: list[str], size: int, seed: int,
                amp: torch.dtype | None) -> Tensor:
-    """Latents (n, 4, h, w) of drawn pictures -> of what a first pass makes of them, at `size` pixels, float16.
+    """Latents (n, 4, h, w) of drawn pictures -> float16 latents of a first pass's versions of them, at `size` pixels.
 
-    It stands in for the first pass's pictures, which have no counterpart among the drawn ones: a picture noised to a
-    timestep in FIRST_PASS, the UNet's guess ẑ_0 from there, by the caption, decoded and enlarged.
+    Pictures from a real first pass have no counterpart among the drawn ones. So each drawn picture is noised to a
+    timestep in FIRST_PASS, and the UNet's guess ẑ_0 from there, with the caption, is decoded and enlarged.
     """
     generator, device = torch.Generator().manual_seed(seed), sd.unet.conv_in.weight.device
     eps, t = torch.randn(z_0.shape, generator=generator), torch.randint(*FIRST_PASS, (len(z_0),), generator=generator)
@@ -324,12 +327,12 @@ def first_pass(sd: StableDiffusion, z_0: Tensor, texts: list[str], size: int, se
 
 
 def unet_task(settings: Settings) -> Task:
-    """Stage unet: text to image on the base set, where product and scene are independent."""
+    """Stage unet: trains text to image on the base set, where product and scene are independent."""
     items, base, device = read_items(settings.data)[0], settings.weights, settings.device
     torch.manual_seed(settings.seed)
     unet = initial(settings, UNet, TOY_UNET | {"sample_size": settings.size // 4})
     if not settings.init:
-        for name, parameter in unet.named_parameters():  # each residual branch starts at nothing
+        for name, parameter in unet.named_parameters():  # each residual branch starts at zero
             if name.endswith(("conv2.weight", "proj_out.weight", "conv_out.weight")):
                 nn.init.zeros_(parameter)
     text_encoder = load_module(TextEncoder, base / "text_encoder", TEXT_FILE, device, torch.float32)
@@ -368,7 +371,7 @@ def draw_captions(sd: StableDiffusion, items: list, size: int):
 
 
 def save_base(sd: StableDiffusion, dtype: torch.dtype, out: Path) -> None:
-    """The UNet, and what makes the folder a Stable Diffusion for other tools."""
+    """Writes the UNet, and the files by which other tools recognise the folder as a Stable Diffusion."""
     save_module(sd.unet, out / "unet", UNET_FILE, dtype)
     index = {"_class_name": "StableDiffusionPipeline", "scheduler": ["diffusers", "DDIMScheduler"],
              "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
@@ -385,15 +388,15 @@ STAGES = {"vae": vae_task, "clip": clip_task, "unet": unet_task}
 
 
 def train_tokenizer(texts: list[str], size: int, length: int, folder: Path) -> None:
-    """Grows a byte-pair vocabulary on texts and writes it as CLIP's files are: vocab.json, merges.txt, config."""
+    """Learns a byte-pair vocabulary from texts and writes it in CLIP's files: vocab.json, merges.txt, config."""
     bpe = clip_bpe(models.BPE(end_of_word_suffix="</w>"))
-    # single bytes, within words and at their ends: any text can be spelt
+    # single bytes, within words and at their ends, so that any text can be spelt
     single = [c + end for end in ("", "</w>") for c in sorted(pre_tokenizers.ByteLevel.alphabet())]
     bpe.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=size - len(single) - 2, end_of_word_suffix="</w>", show_progress=False, special_tokens=[]))
     grown = json.loads(bpe.to_str())["model"]
     merges = [m if isinstance(m, list) else m.split(" ") for m in grown["merges"]]
-    # CLIP's order: single bytes, the same as ends of words, merges, and the two special tokens with the largest ids
+    # CLIP's order: single bytes, the same as ends of words, merges; the two special tokens get the largest ids
     tokens = [*single, *dict.fromkeys("".join(m) for m in merges), "<|startoftext|>", "<|endoftext|>"]
 
     def write(scratch: Path) -> None:

@@ -1,12 +1,12 @@
-"""The toy ad world: pictures drawn by code, clean enough for a tiny Stable Diffusion to learn on two CPU cores.
+"""Toy: its ad world, drawn by code and simple enough for a tiny Stable Diffusion to learn on two CPU cores.
 
-Its products are in products.py, each category with its common scene from scenes.py, and there is any number of brands.
-A brand is a palette, a layout and a set of elements, which all of its ads share: what the Personality-Wise Generator
-must carry over from a reference.
+products.py has the products; each category has its common scene, from scenes.py. There is any number of brands. A brand
+is a palette, a layout and a set of elements that all of its ads share. The Personality-Wise Generator must carry these
+over from a reference.
 
     python toy/world.py --sheet sheet.png      # look at it: a row per category, a column per brand
     python toy/world.py --out toy/data         # write the base set, BG60k, BG1k and BG-pair
-    python toy/world.py --samples toy/samples  # the products and references to try
+    python toy/world.py --samples toy/samples  # write the products and references to try
 """
 
 import argparse
@@ -31,15 +31,15 @@ from toy.canvas import COLOURS, SHADOW, Canvas
 from toy.products import ALL_PRODUCTS, OTHERS, PRODUCTS, product_caption, product_colour
 from toy.scenes import Brand, paint_scene, scene_caption
 
-TOY_DATA = Path(__file__).resolve().parent / "data"  # where train.py has the toy's data drawn
-SUPERSAMPLE = 2  # Pillow draws hard edges: pictures are drawn this much larger, products twice that again
+TOY_DATA = Path(__file__).resolve().parent / "data"  # where the toy's data is drawn on first use
+SUPERSAMPLE = 2  # Pillow draws hard edges, so pictures are drawn this many times larger, and products twice that
 FOLDER_SIZE = 2000  # images in each numbered folder of BG60k
-# Training brands are the seeds from 0 on; this many belong to each category's ads
+# Training brands have the seeds from 0 on; this many belong to each category's ads
 BRANDS_PER_CATEGORY = 400
 HELD_OUT_BRANDS = 1_000_000  # the first brand seed of BG1k and BG-pair
-OTHERS_SHARE = 1 / 2  # of the training ads show one of OTHERS
-# Of the base set, this part stands before a plain wall, which is no category's scene: if all that the base paints
-# looked like ads, CG would have nothing left to add
+OTHERS_SHARE = 1 / 2  # the fraction of training ads that show one of OTHERS
+# The fraction of the base set before a plain wall, which is no category's scene: if all that the base paints looked
+# like ads, CG would have nothing left to add
 PLAIN_SHARE = 1 / 2
 
 
@@ -47,10 +47,10 @@ PLAIN_SHARE = 1 / 2
 
 
 def draw_layers(product: str, scene: str, brand: int, seed: int, size: int) -> tuple[Image.Image, Image.Image]:
-    """A brand's scene with the product's shadow, RGB, and the product alone in its place, RGBA; both supersampled.
+    """A brand's scene with the product's shadow (RGB), and the product alone in its place (RGBA); both supersampled.
 
-    product is one of ALL_PRODUCTS, scene one of SCENES, brand a Brand's seed. `seed` chooses the product's looks, its
-    place and a slight camera pan; the brand alone decides all the rest.
+    product is a key of ALL_PRODUCTS, scene a key of SCENES, brand a Brand's seed. `seed` decides the product's looks,
+    its place and a slight camera pan; the brand alone decides everything else.
     """
     rng = random.Random(f"picture {product} {scene} {seed}")
     side = size * SUPERSAMPLE
@@ -80,7 +80,7 @@ def draw_layers(product: str, scene: str, brand: int, seed: int, size: int) -> t
 def draw_picture(product: str, scene: str, brand: int, seed: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     """A product in a brand's scene -> RGB (size, size, 3) and product mask (size, size), both 0..255.
 
-    Arguments are those of draw_layers. Within mask == 255 the picture is the product's pixels and nothing else.
+    The arguments are those of draw_layers. Where the mask is 255, the picture has exactly the product's pixels.
     """
     image, placed = draw_layers(product, scene, brand, seed, size)
     image.paste(placed, (0, 0), placed)
@@ -108,7 +108,10 @@ def render(job: Job) -> None:
 
 
 def base_jobs(root: Path, count: int, size: int, rng: random.Random) -> list[Job]:
-    """Any category in any scene or before a plain wall, in training brands: an imagefolder, its captions in halves."""
+    """The base set: any category in any scene or before a plain wall, in training brands.
+
+    Writes metadata.jsonl, with captions in halves, and returns the pictures to draw.
+    """
     jobs, lines = [], []
     scenes = [product.scene for product in PRODUCTS.values()]
     for i in range(count):
@@ -126,11 +129,12 @@ def base_jobs(root: Path, count: int, size: int, rng: random.Random) -> list[Job
 
 
 def ads_jobs(root: Path, ads: int, bg1k: int, pairs: int, size: int, rng: random.Random) -> list[Job]:
-    """BG60k as released: info files of tab-separated lines, and numbered folders of images and of masks.
+    """The ads, in BG60k's format as released: tab-separated info files, and numbered folders of images and of masks.
 
-    Every category has its own scene; half of the training ads show another product in it (OTHERS). Each image of
-    BG1k has a held-out brand to itself. Pair k is image k of BG1k (then from the start again) and a further ad of that
-    brand, with a product of another colour in another place: an extra image in BG1k's folders, not in bg1k_info.txt.
+    Every category has its own scene; half of the training ads show another product in it (OTHERS). Each image in BG1k
+    has a held-out brand to itself. Pair k consists of image k of BG1k (starting over at the end) and another ad of that
+    brand, whose product has another colour and another place. That ad is an extra image in BG1k's folders, and is not
+    in bg1k_info.txt. Writes the info files and returns the pictures to draw.
     """
 
     def job(split: str, name: str, index: int, product: str, category: str, brand: int, seed: int) -> Job:
@@ -176,8 +180,8 @@ def write_world(
 ) -> None:
     """Write root/base (to train the tiny Stable Diffusion) and root/ads (BG60k, BG1k and BG-pair), or one of the two.
 
-    What is there already is left as it is, with a note; what is interrupted leaves nothing. Raises BadInput for pairs
-    without the images of BG1k that they are made from.
+    A part that exists is left as it is, with a note. An interrupted part leaves nothing behind. Raises BadInput for
+    pairs without images in BG1k, from which they are made.
     """
     if pairs and not bg1k:
         raise BadInput("--pairs are made from BG1k's images: give --bg1k too, or --pairs 0")
@@ -201,7 +205,7 @@ def write_world(
 
 
 def draw_on_first_use(wanted: Path) -> None:
-    """Draws the part of the toy's own data that lies at `wanted`, if it is one and not there yet (up to minutes)."""
+    """If `wanted` is toy/data/base or toy/data/ads and does not exist yet, draws it; this can take minutes."""
     if wanted in (TOY_DATA / "base", TOY_DATA / "ads") and not wanted.exists() and processes()[0] == 0:
         print(f"drawing the toy's pictures to {wanted}, once", file=sys.stderr)
         write_world(TOY_DATA, parts=(wanted.name,))
@@ -216,7 +220,7 @@ class Sample(NamedTuple):
 
     product: str
     seed: int
-    brand: int  # of the reference, and in no data set
+    brand: int  # the reference's; it is in no data set
     reference_seed: int | None = None
 
 
@@ -231,7 +235,7 @@ SAMPLES = {  # by file name
 
 
 def write_samples(folder: str | Path, size: int = 256) -> None:
-    """Products cut out, `name.png`, and `name_reference.png`: ads with their product's mask as the alpha channel."""
+    """Writes cut-out products, NAME.png, and ads whose alpha channel is their product's mask, NAME_reference.png."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, (product, seed, brand, reference_seed) in SAMPLES.items():
@@ -244,7 +248,7 @@ def write_samples(folder: str | Path, size: int = 256) -> None:
 
 
 def write_sheet(path: str | Path, size: int = 256, columns: int = 10) -> None:
-    """Ads side by side: a row per category, a column per brand."""
+    """Writes ads side by side: a row per category, a column per brand."""
     rows = [np.hstack([draw_picture(category, product.scene, 100 * row + i, i, size)[0] for i in range(columns)])
             for row, (category, product) in enumerate(PRODUCTS.items())]
     save_image(Image.fromarray(np.vstack(rows)), path)
