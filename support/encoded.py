@@ -56,7 +56,7 @@ class Latents:
         part, row = self.parts[index // self.PART], index % self.PART
         mean, std = part["mean"][row].float(), (part["logvar"][row].float() / 2).exp()
         if not (mean + std).isfinite().all():
-            raise BadInput(f"--cache {self.folder}: a file of latents is broken; remove the folder, and it is made again")
+            raise BadInput(f"--cache {self.folder}: a file of latents is broken; remove the folder; it is made again")
         return mean * self.scale, std * self.scale, part["inpainting"][row].float() if "inpainting" in part else None
 
 
@@ -107,7 +107,7 @@ class CategoryPrompts:
         self.table, self.row_of_item, self.device = table, torch.tensor(row_of_item), device
 
     def __call__(self, index: Tensor, dropped: Tensor) -> Prompts:
-        """index (B,): positions in the data set; dropped (B,) bool: whether '' replaces the prompt."""
+        """index (B,): positions in the data set; dropped (B,) bool: where '' replaces the prompt."""
         rows = torch.where(dropped.cpu(), len(self.table) - 1, self.row_of_item[index.cpu()])
         return Prompts(*self.table[rows].to(self.device).unbind(1))
 

@@ -74,7 +74,7 @@ def one_line_errors() -> Iterator[None]:
         yield
         sys.stdout.flush()
     except KeyboardInterrupt:
-        print("interrupted; the files written so far are complete, and the same command can be given again", file=sys.stderr)
+        print("interrupted; all files written are complete, and the same command can be given again", file=sys.stderr)
         raise SystemExit(130) from None
     except BrokenPipeError:  # as by `| head`: the reader of our output has left, and no one is there to be told
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -120,7 +120,7 @@ def write_atomic(path: Path | str, write: Callable[[Path], None]) -> None:
         try:
             if new.is_dir() and path.is_dir():
                 if others := sorted({file.name for file in path.iterdir()} - {file.name for file in new.iterdir()}):
-                    raise BadInput(f"{path} would be replaced, but holds {others[0]} too; choose another output path")
+                    raise BadInput(f"{path} would be replaced, and holds {others[0]} too; choose another output path")
                 old.parent.mkdir()
                 os.replace(path, old)
             os.replace(new, path)
@@ -130,7 +130,7 @@ def write_atomic(path: Path | str, write: Callable[[Path], None]) -> None:
             raise
         _sync(path.parent)
     except (IsADirectoryError, NotADirectoryError):
-        raise BadInput(f"{path} is a {'folder' if path.is_dir() else 'file'} where the other is to be written; "
+        raise BadInput(f"{path} is a {'folder, not a file' if path.is_dir() else 'file, not a folder'}; "
                        "choose another output path") from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -291,7 +291,7 @@ def test_hidden_names_are_those_of_systems():
     (UnicodeDecodeError("utf-8", b"\xb1", 0, 1, "invalid start byte"),
      "error: 'utf-8' codec can't decode byte 0xb1 in position 0: invalid start byte; rename the file, or write the "
      "text as UTF-8", 2),
-    (KeyboardInterrupt(), "interrupted; what was written is whole, and the same command can be given again", 130),
+    (KeyboardInterrupt(), "interrupted; all files written are complete, and the same command can be given again", 130),
 ], ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "")  # fmt: skip
 def test_what_a_user_can_mend_is_one_line_without_a_traceback(error, line, status, capsys):
     with pytest.raises(SystemExit) as end, one_line_errors():

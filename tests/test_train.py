@@ -271,7 +271,7 @@ def test_a_micro_batch_that_does_not_fit_is_made_smaller(world, base, tmp_path, 
 
     monkeypatch.setattr(trainer.Loss, "forward", small)
     command(*branch("cg", world, base, tmp_path / "found"), "--steps", 2, "--micro-batch", 4)
-    assert "--micro-batch 4 does not fit the memory of cpu, goes on with 2" in capsys.readouterr().err
+    assert "--micro-batch 4 does not fit the memory of cpu, so the run goes on with 2" in capsys.readouterr().err
     assert distance(weights_of(tmp_path / "two" / "cg"), weights_of(tmp_path / "found" / "cg")) == 0
 
 
