@@ -146,9 +146,9 @@ def mirrored(n: int, multiple: int) -> Tensor:
 class LaMa(nn.Module):
     """lama(rgb, mask): pictures with their products kept and their surroundings painted.
 
-    config: the first layer has `width` channels, and each of `levels` doubles the channels and halves the resolution.
-    At the coarsest level there are `blocks`, in which `global_channels` are global. big-lama has 64, 3, 18 and 384.
-    sample_size: the side in pixels of the pictures that it is for [512].
+    config: the first layer has `width` channels; each of `levels` doubles them and halves the resolution; the coarsest
+    has `blocks`, in which `global_channels` are global. big-lama has 64, 3, 18 and 384. sample_size: the side in pixels
+    of the pictures that it is for [512].
     """
 
     exemplar = None  # it reads no reference
@@ -186,7 +186,7 @@ class LaMa(nn.Module):
         return 1
 
     def fill(self, rgb: Tensor, known: Tensor) -> Tensor:
-        """rgb (B, 3, H, W), seen where `known` (B, 1, H, W) is 1, else hidden -> the network's pictures (B, 3, H, W)."""
+        """rgb (B, 3, H, W), hidden except where `known` (B, 1, H, W) is 1 -> the network's picture (B, 3, H, W)."""
         x = torch.cat([rgb * known, 1 - known], dim=1)
         return self.model(x.contiguous(memory_format=torch.channels_last))  # on a CPU about a tenth faster
 

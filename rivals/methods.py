@@ -77,7 +77,7 @@ TRAINED = {
     "pg-mixup": ["pg", "--steps", "600"],
 }
 
-PROTOCOLS = {"bg1k": "", "ref": "Ref→Self", "self": "Self→Self"}  # their names in tables; Lab.all_items says what is painted
+PROTOCOLS = {"bg1k": "", "ref": "Ref→Self", "self": "Self→Self"}  # by Lab.all_items' names: those in tables
 
 
 @dataclass(frozen=True)

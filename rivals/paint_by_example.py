@@ -2,8 +2,8 @@
 
 It is a Stable Diffusion with two changes. The prompt is a single token that an image encoder makes from the exemplar.
 And the UNet reads what is to be kept from five channels beside z_t, which differ in order and polarity from those of
-Stable Diffusion inpainting. Read from the top: the image encoder; the model, with what its UNet reads and how it paints;
-loading.
+Stable Diffusion inpainting. Read from the top: the image encoder; the model, with what its UNet reads and how it
+paints; loading.
 
 In Table 2 "we encode the reference image as the condition" (section 5.3.2): the exemplar is the whole reference.
 """
@@ -126,7 +126,7 @@ class PaintByExample:
         return self.image_encoder.uncond_vector
 
     def inpainting(self, rgb: Tensor, mask: Tensor) -> Tensor:
-        """What the UNet reads beside z_t, (B, 5, h, w): first the latent of the picture, grey where it is to be painted,
+        """What the UNet reads beside z_t, (B, 5, h, w): first the latent of the picture, grey where it will be painted,
         then the mask, 1 where it is kept. StableDiffusion.inpainting has the mask first, 1 where it is painted.
 
         rgb (B, 3, H, W) in [0, 1]; mask M (B, 1, H, W), whose soft edges are made hard. The latent is the mean of the
@@ -144,7 +144,7 @@ class PaintByExample:
 
     @torch.inference_mode()
     def paint(self, canvas, how: Painting, on_step: Callable | None = None) -> Tensor:
-        """As generate.paint: a Canvas, whose references, whole and of any size, are the exemplars -> (B, 3, H, W) float32.
+        """As generate.paint: a Canvas, whose references of any size are the exemplars -> (B, 3, H, W) float32.
 
         z_T is pure noise. on_step as in `sampler.sample`.
         """

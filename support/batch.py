@@ -170,7 +170,7 @@ def steps_bar(steps: int, text: str) -> tqdm:
 
 
 def check_finite(painted: Tensor) -> None:
-    """Raises BadInput where the model produced NaN or infinite pixels."""
+    """Raises BadInput if the model produced NaN or infinite pixels."""
     if not painted.isfinite().all():
         raise BadInput("--dtype: the painted pixels are not finite; add --dtype float32; if they still are not, the "
                        "weights are broken")

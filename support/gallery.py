@@ -98,7 +98,7 @@ def in_file_name(category: str) -> str:
 
 
 def check_result_names(products: list[Path], references: list[Path], categories: list[str]) -> None:
-    """Raises BadInput where two results would have the same name."""
+    """Raises BadInput if two results would have the same name."""
     names = [in_file_name(category) for category in dict.fromkeys(categories)]
     if len(products) == 1 and len({*names}) < len(names):
         raise BadInput(f"--category: two of {', '.join(categories)} would give results of the same name; leave one out")

@@ -175,7 +175,7 @@ def modules_under(prefix: str, tensors: dict[str, Tensor]) -> int:
 
 
 def unet_config(tensors: dict[str, Tensor]) -> dict:
-    """The config.json of a UNet or a ControlNet, from its tensors' shapes. Raises KeyError where it is neither."""
+    """The config.json of a UNet or a ControlNet, from its tensors' shapes. Raises KeyError for other tensors."""
     levels = range(modules_under("down_blocks.", tensors))
     channels = [tensors[f"down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in levels]
     attention = [f"down_blocks.{i}.attentions.0.norm.weight" in tensors for i in levels]
@@ -198,7 +198,7 @@ def unet_config(tensors: dict[str, Tensor]) -> dict:
 
 
 def vae_config(tensors: dict[str, Tensor]) -> dict:
-    """The config.json of a VAE, from its tensors' shapes. Raises KeyError where it is none."""
+    """The config.json of a VAE, from its tensors' shapes. Raises KeyError for other tensors."""
     levels = range(modules_under("encoder.down_blocks.", tensors))
     return {"_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "norm_num_groups": 32,
             "act_fn": "silu", "latent_channels": tensors["post_quant_conv.weight"].shape[0], "scaling_factor": 0.18215,
@@ -209,7 +209,7 @@ def vae_config(tensors: dict[str, Tensor]) -> dict:
 
 
 def text_config(tensors: dict[str, Tensor], activation: str) -> dict:
-    """The config.json of a text encoder, from its tensors' shapes. Raises KeyError where it is none."""
+    """The config.json of a text encoder, from its tensors' shapes. Raises KeyError for other tensors."""
     vocabulary, width = tensors["text_model.embeddings.token_embedding.weight"].shape
     return {"model_type": "clip_text_model", "architectures": ["CLIPTextModel"], "vocab_size": vocabulary,
             "hidden_size": width, "num_attention_heads": width // 64, "hidden_act": activation, "layer_norm_eps": 1e-5,
@@ -219,7 +219,7 @@ def text_config(tensors: dict[str, Tensor], activation: str) -> dict:
 
 
 def example_config(tensors: dict[str, Tensor]) -> dict:
-    """The config.json of Paint by Example's image encoder, from its tensors' shapes. Raises KeyError for another's."""
+    """The config.json of Paint by Example's image encoder, from its tensors' shapes. Raises KeyError for other tensors."""
     tower = "model.vision_model."
     width, _, patch, _ = tensors[f"{tower}embeddings.patch_embedding.weight"].shape
     patches = len(tensors[f"{tower}embeddings.position_embedding.weight"]) - 1
@@ -233,7 +233,7 @@ def example_config(tensors: dict[str, Tensor]) -> dict:
 
 
 def lama_config(tensors: dict[str, Tensor]) -> dict:
-    """The configuration of a LaMa, from its tensors' shapes. Raises KeyError where it is none."""
+    """The configuration of a LaMa, from its tensors' shapes. Raises KeyError for other tensors."""
     layers = [name for name in tensors if name.endswith(".ffc.convl2l.weight")]
     blocks = sum(".conv1." in name for name in layers)
     levels = len(layers) - 2 * blocks - 1
