@@ -66,10 +66,10 @@ def blended_diffusion(sd: StableDiffusion, canvas: Canvas, how: Painting, clip: 
     """stable_diffusion, guided by a distance D between two backgrounds -> (B, 3, H, W) float32 in [0, 1].
 
     D is the cosine distance between the CLIP embeddings of the reference's background, I_ref ⊗ (1 − M_ref), and of the
-    background of the picture that the walk is heading for, Î_0 ⊗ (1 − M). As in classifier guidance (Dhariwal and
-    Nichol 2021), ε := ε + strength √(1 − ᾱ_t) ∇_z D. The paper does not say what z_T is; here it is the noised
-    reference, as in stable_diffusion. The method is that of Avrahami et al. 2022, 'Blended Diffusion', on latents
-    instead of pixels and without their augmentations.
+    current guess's, Î_0 ⊗ (1 − M), where Î_0 is the decoded ẑ_0. As in classifier guidance (Dhariwal and Nichol 2021),
+    ε := ε + strength √(1 − ᾱ_t) ∇_z D. The paper does not say what z_T is; here it is the noised reference, as in
+    stable_diffusion. The method is that of Avrahami et al. 2022, 'Blended Diffusion', on latents instead of pixels and
+    without their augmentations.
     """
     M = canvas.mask.to(sd.unet.conv_in.weight.device)
 

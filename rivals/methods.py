@@ -77,7 +77,7 @@ TRAINED = {
     "pg-mixup": ["pg", "--steps", "600"],
 }
 
-PROTOCOLS = {"bg1k": "", "ref": "Ref→Self", "self": "Self→Self"}  # by Lab.all_items' names: those in tables
+PROTOCOLS = {"bg1k": "", "ref": "Ref→Self", "self": "Self→Self"}  # what is painted (see Lab.all_items): its label
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def line_of(item: Item, seed: int, dtype: str, record: dict) -> dict:
 
 
 def first_path(path: Path) -> Path:
-    """The path of the first pass's picture, which --keep-first saves beside the finished one. No other name ends so."""
+    """Where --keep-first saves the first pass's picture, beside the finished one. No other name ends in _first."""
     return path.with_name(result_name(f"{path.stem}_first", ".png"))
 
 
@@ -69,7 +69,7 @@ class Manifest:
             self.lines[line["file"]] = line
 
     def check(self, file: str, line: dict) -> None:
-        """Raises BadInput if the folder holds a picture of this name that was painted from other files or otherwise."""
+        """Raises BadInput if the folder holds a picture of this name that was painted from other files or settings."""
         if file not in self.lines:
             return
         there = self.lines[file]
@@ -116,8 +116,8 @@ def paint_items(items: list[Item], texts: dict[str, tuple[str, str, str]],
     texts: the prompts by category. Item i is painted with seed + i. record: how pictures are painted, see record.py;
     keep_first: save the first pass's pictures too. Under torchrun each process paints its share. If one picture of a
     batch is missing, the whole batch is painted again: rounding may depend on the batch, and an interruption must not
-    change a byte. Raises BadInput if `out` holds pictures of these names that were painted from other items or
-    otherwise.
+    change a byte. Raises BadInput if `out` holds pictures of these names that were painted from other items or with
+    other settings.
     """
     manifest, paths = Manifest(out), [result_path(out, i, item) for i, item in enumerate(items)]
     lines = [line_of(item, seed + i, dtype, record) for i, item in enumerate(items)]

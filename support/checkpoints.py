@@ -49,7 +49,7 @@ class Checkpoints:
         if diverged := not_finite(tensors):
             raise BadInput(f"{diverged} is not finite at step {step}, so the step is not saved; resume from the "
                            "checkpoint before, or start again, with a lower --lr")
-        # Adam counts fewer steps than the run where a scaler skipped some
+        # Adam counts fewer steps than the run if a scaler skipped some
         counts = [int(state["step"]) for state in optimizer.state.values()]
         header = {"step": step, "adam": max(counts, default=0), "settings": self.settings,
                   "identifiers": self.identifiers, "scaler": scaler.state_dict()}
@@ -98,4 +98,4 @@ class Checkpoints:
                            "with; give the run's --data and --identifier, or train anew to another --out")
         changed = [f"{name} {then[name]} -> {now[name]}" for name in now if name in then and then[name] != now[name]]
         if changed and processes()[0] == 0:
-            print(f"resumed with other settings than the run's: {', '.join(changed)}", file=sys.stderr)
+            print(f"resumed with changed settings: {', '.join(changed)}", file=sys.stderr)

@@ -174,7 +174,7 @@ def check_config(kind: str, config: dict, file: Path) -> None:
     if faults:
         more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
         remedy = " or scheduler_config.json" if kind == "a scheduler" else ""
-        raise BadInput(f"{file}: {faults[0]}{more}; this is not as in Stable Diffusion: choose another model{remedy}")
+        raise BadInput(f"{file}: {faults[0]}{more}; this differs from Stable Diffusion: choose another model{remedy}")
 
 
 def read_scheduler_config(file: Path) -> dict:

@@ -74,7 +74,7 @@ def read_zip(file: BoundedFile) -> tuple[object, dict[str, tuple[int, int]]]:
 
 
 def read_legacy(file: BoundedFile) -> tuple[object, dict[str, tuple[int, int]]]:
-    """The same for a file from before version 1.6: magic number, protocol, system, object, keys; the storages."""
+    """The same for a file from before version 1.6: magic number, protocol, system, object, keys, then the storages."""
     file.seek(0)
     stream, storages, places = io.BytesIO(file.read()), {}, {}
     magic = unpickle(stream, {})

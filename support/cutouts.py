@@ -75,7 +75,7 @@ def extend(rgb: Tensor, known: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def extended_half(rgb: Tensor, known: Tensor) -> Tensor:
-    """The extension at half the size, (3, ⌈H/2⌉, ⌈W/2⌉): the mean of the known in each 2 x 2 block, extended."""
+    """The extension at half the size, (3, ⌈H/2⌉, ⌈W/2⌉): the mean of known pixels in each 2 x 2 block, extended."""
     h, w = rgb.shape[1:]
     means = rgb.new_empty(len(rgb), (h + 1) // 2, (w + 1) // 2)
     some = known.new_empty(1, *means.shape[1:])
@@ -95,7 +95,7 @@ def sum_blocks(x: Tensor) -> Tensor:
 
 
 def enlarged_rows(x: Tensor, size: tuple[int, int], rows: slice) -> Tensor:
-    """Some rows of x (C, h, w) enlarged bilinearly to `size`: F.interpolate's, without computing the other rows."""
+    """Some rows of x (C, h, w) enlarged bilinearly to `size`, as by F.interpolate but without the other rows."""
     y = ((torch.arange(rows.start, rows.stop) + 0.5) * (x.shape[1] / size[0]) - 0.5).clamp(min=0)
     above = y.long()
     below = (above + 1).clamp(max=x.shape[1] - 1)

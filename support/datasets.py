@@ -89,7 +89,7 @@ def read_items(root: AnyPath, split: str = "bg60k") -> tuple[list[Item], list[st
 def refuse_many_broken(broken: list[str], total: int, where: AnyPath) -> None:
     """Raises BadInput, naming the first, if more than 1% is broken."""
     if len(broken) > BROKEN * total:
-        raise BadInput(f"{where}: {len(broken):,} of {total:,} images can't be used, more than {BROKEN:.0%}; mend them "
+        raise BadInput(f"{where}: {len(broken):,} of {total:,} images can't be used, more than {BROKEN:.0%}; fix them "
                        f"or take them out of the list; the first: {broken[0]}")
 
 
@@ -107,7 +107,7 @@ def _read_imagefolder(root: Path) -> tuple[list[Item], list[str], str]:
             names = {key: entry[key] for key in ("file_name", "mask", "reference", "reference_mask") if entry.get(key)}
             faults = [f"{key} {name} {fault}" for key, name in names.items() if (fault := fault_of_name(name))]
         except (ValueError, AttributeError, TypeError, RecursionError) as error:
-            raise BadInput(f"{file}:{number}: not a JSON object of strings ({error}); mend the line") from None
+            raise BadInput(f"{file}:{number}: not a JSON object of strings ({error}); fix the line") from None
         if "file_name" not in names or not texts.get("category"):
             raise BadInput(f"{file}:{number}: needs a file_name and a category; add them")
         if faults:

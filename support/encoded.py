@@ -63,7 +63,10 @@ class Latents:
 @torch.no_grad()
 def encode_ads(sd: StableDiffusion, batches: Iterable[dict], amp: torch.dtype | None,
                on_batch: Callable[[int], None]) -> dict[str, Tensor]:
-    """What `Latents` keeps for batches of Ads, (n, ...) float16 each. Calls on_batch(B) after a batch of B."""
+    """What `Latents` keeps for batches of Ads, (n, ...) float16 each. Calls on_batch(B) after a batch of B pictures.
+
+    Raises BadInput if a latent is not finite.
+    """
     weight, rows = sd.vae.quant_conv.weight, {}
     for batch in batches:
         image, mask = batch["image"].to(weight.device), batch["mask"].to(weight.device)

@@ -246,9 +246,9 @@ def read_json(path: Path) -> dict:
     except FileNotFoundError:
         raise BadInput(f"{path} is missing; is {path.parent} a complete folder of weights?") from None
     except (ValueError, OSError, RecursionError) as error:
-        raise BadInput(f"{path} can't be read as JSON ({error}); mend it, or get it again") from None
+        raise BadInput(f"{path} can't be read as JSON ({error}); fix it, or get it again") from None
     if not isinstance(content, dict):
-        raise BadInput(f"{path} does not hold a JSON object; mend it, or get it again")
+        raise BadInput(f"{path} does not hold a JSON object; fix it, or get it again")
     return content
 
 

@@ -201,7 +201,7 @@ def fit(
 
 
 def canvas_size(height: int, width: int, size: int, multiple: int) -> tuple[int, int]:
-    """(H, W) of the canvas for a picture: its longer side is `size`, the other the next multiple that contains it.
+    """(H, W) of the canvas for a picture: its longer side is `size`, the other is rounded up to a multiple.
 
     So fewer than `multiple` pixels are padding. Raises BadInput unless size is itself a multiple.
     """

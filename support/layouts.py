@@ -32,7 +32,7 @@ IGNORED = re.compile("|".join((
     r"cond_stage_model\.model\.transformer\.resblocks\.23\..*",  # SD 2.x does without OpenCLIP's last layer
     r"(cond_stage_model\.)?(model\.|transformer\.)?(logit_scale|text_projection(\.weight)?|attn_mask)",
 )))
-IMAGE_TOWER = re.compile(r"(vision_model|visual|visual_projection)\..*")  # of the CLIP that a text encoder was cut from
+IMAGE_TOWER = re.compile(r"(vision_model|visual|visual_projection)\..*")  # in the CLIP that a text encoder comes from
 
 # From the names in public files, without prefix, to ours. A pattern's numbers are the function's arguments, and {}
 # stands for q, k and v, which share one matrix. Our own names stay unchanged.
@@ -219,7 +219,7 @@ def text_config(tensors: dict[str, Tensor], activation: str) -> dict:
 
 
 def example_config(tensors: dict[str, Tensor]) -> dict:
-    """The config.json of Paint by Example's image encoder, from its tensors' shapes. Raises KeyError for other tensors."""
+    """The config.json of Paint by Example's image encoder, from its shapes. Raises KeyError for other tensors."""
     tower = "model.vision_model."
     width, _, patch, _ = tensors[f"{tower}embeddings.patch_embedding.weight"].shape
     patches = len(tensors[f"{tower}embeddings.position_embedding.weight"]) - 1

@@ -24,8 +24,8 @@ TRIES, PAUSE = 10, 0.1  # seconds: long enough for a run that is just ending, or
 def locked(out: Path) -> Iterator[None]:
     """A context in which no other run writes into --out, which is made. All processes of a torchrun are one run.
 
-    The operating system locks the file OUT/.in_use until the process ends, however it ends. A file system without
-    locks is not locked. Also removes what killed processes have left in the folder.
+    The operating system locks the file OUT/.in_use until the process ends, however it ends. On a file
+    system without locks nothing is locked. Also removes what killed processes have left in the folder.
     Raises BadInput if another run is alive, or if the folder can't be made.
     """
     check_folder(out)

@@ -109,7 +109,7 @@ def plus_minus(pair: tuple[float, float]) -> str:
 
 
 class Measured(NamedTuple):
-    """A method's pictures of the items `kept`, as embeddings. Each metric takes the rows (n,) to use, -> ()."""
+    """A method's pictures of the items `kept`, as embeddings. A metric takes the rows (n,) to use -> ()."""
 
     kept: list[int]
     similarities: Tensor  # (n,): to the originals (Table 1) or to the references

@@ -87,7 +87,7 @@ def decode(path: AnyPath) -> Image.Image:
     except IsADirectoryError:
         raise BadInput(f"{path}: not a readable image: it is a folder; give a picture") from None
     except PermissionError:
-        raise BadInput(f"{path}: may not be read; change its permissions") from None
+        raise BadInput(f"{path}: can't be read; change its permissions") from None
     except Image.DecompressionBombError:
         raise BadInput(f"{path}: over {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller") from None
     except Exception as error:  # Pillow's decoders raise many kinds of errors on damaged files
@@ -163,7 +163,7 @@ def in_srgb(image: Image.Image, path: AnyPath) -> Image.Image:
     except (ImageCms.PyCMSError, OSError, KeyError, ValueError, ArithmeticError, struct.error):
         note(f"{path}: its colour profile is broken, or for another kind of picture; the colours are taken as sRGB")
     if image.mode == "CMYK":
-        note(f"{path}: CMYK without a profile, so its colours are a guess; for the printed ones save it as sRGB")
+        note(f"{path}: CMYK without a profile, so its colours are a guess; for the right ones save it as sRGB")
     return as_mode(image, "RGB")
 
 

@@ -42,7 +42,7 @@ def real_number(low: float, high: float) -> Callable[[str], float]:
 def unicode_text(text: str) -> str:
     """The type of an option that goes into a prompt, such as a category: in NFC, as all categories are spelt."""
     if not is_unicode(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no UTF-8 text; give it as UTF-8")
+        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8 text; give it as UTF-8")
     return nfc(text)
 
 

@@ -12,7 +12,7 @@ from support.gallery import check_result_names
 from support.models import Models, add_model_options
 from support.options import Parser, check_together, real_number, unicode_text, whole_number
 
-LARGEST = 4096  # pixels: no longer side is painted
+LARGEST = 4096  # pixels: the longest side that is painted
 # The toy's second pass. Only the base was trained at 256 px, on little noise and without prompts. From 201 it sharpens
 # as much as from 301, where arches and rims begin to lose their shape
 TOY_REFINE = {"refine": 2, "refine_from": 201, "refine_alone": True}
@@ -100,8 +100,8 @@ def options(description: str) -> Parser:
         "a single product may have several and is painted in each")
     add("--reference", **files, help="ad whose style the background follows (PG), or several [none: CG alone]")
     add("--reference-mask", **files, help="mask of the product in the reference [its alpha channel]; one for each")
-    add("--data", metavar="DIR", type=Path, help="BG60k as released, or metadata.jsonl; goes on where it stopped")
-    add("--split", metavar="NAME", help="of the data set as released: bg60k, bg1k or bgpair [bg1k]")
+    add("--data", metavar="DIR", type=Path, help="BG60k as released, or metadata.jsonl; continues where it stopped")
+    add("--split", metavar="NAME", help="split of BG60k as released: bg60k, bg1k or bgpair [bg1k]")
     add("--limit", metavar="N", type=whole_number(1, 10**9), help="only the first N items of the data set [all]")
     add("--prompt", metavar="TEXT", type=unicode_text, help="plain text-to-image with the base alone")
     add("--how", metavar="FILE", type=Path, help="print the command that paints this picture again, and paint nothing")

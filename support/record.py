@@ -33,7 +33,8 @@ def command_of(file: Path, parser: argparse.ArgumentParser) -> str:
     except (OSError, AttributeError, KeyError, ValueError):
         raise BadInput(f"--how {file}: does not say how it was painted; give a PNG from generate.py") from None
     if "method" in line["how"]:
-        raise BadInput(f"--how {file}: from evaluate.py, not from one command; painted by {json.dumps(line['how'])}")
+        raise BadInput(f"--how {file}: painted by evaluate.py, which has no command for one picture; its settings: "
+                       f"{json.dumps(line['how'])}")
     if line["inverted"]:
         raise BadInput(f"--how {file}: its mask is white on the background; give --product {line['image']} and --mask "
                        f"the inverse of {line['mask']}")

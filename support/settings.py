@@ -101,7 +101,7 @@ class Settings:
         return {"cg": cg, "pg": "PG", "joint": f"{cg} and PG", "controlnet": "a ControlNet"}[self.stage]
 
     def autocast(self) -> torch.autocast:
-        """With --amp a context of half precision, which keeps half copies of the weights unless memory is short."""
+        """With --amp a context of half precision. It caches the weights in it, unless --checkpointing saves memory."""
         return autocast(self.device, self.amp, cache=not self.checkpointing)
 
     def recorded(self) -> dict:
@@ -220,7 +220,7 @@ def settle_micro_batch(batch: int, given: int | None, at_most: int, stage: str) 
 
 
 def check_out(settings: Settings) -> None:
-    """Raises BadInput if --out can't be written, holds something else, or does not fit --resume."""
+    """Raises BadInput if --out can't be written or holds other files, or if --resume is missing or finds no run."""
     out, stage = settings.out, settings.stage
     check_folder(out)
     folders = {"joint": ("cg", "pg"), "clip": ("clip", "text_encoder", "tokenizer"),

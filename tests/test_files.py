@@ -193,8 +193,8 @@ def test_json_is_read_with_a_byte_order_mark_too(encoding, tmp_path):
     assert read_json(tmp_path / "a.json") == {"a": "杯"}
 
 
-@pytest.mark.parametrize("content, message", [(b"{", "can't be read as JSON .*; mend it, or get it again"),
-                                              (b"[1]", "does not hold a JSON object; mend it"),
+@pytest.mark.parametrize("content, message", [(b"{", "can't be read as JSON .*; fix it, or get it again"),
+                                              (b"[1]", "does not hold a JSON object; fix it"),
                                               (b"[" * 10**5, "can't be read as JSON"), (b"\xb1\xad", "can't be read"),
                                               (None, "a.json is missing")])
 def test_what_is_no_json_object_is_refused_in_one_line_that_names_it(content, message, tmp_path):
@@ -336,7 +336,7 @@ def test_numbers_outside_of_their_range_are_refused_by_name():
 
 def test_text_is_composed_and_must_be_unicode():
     assert unicode_text(unicodedata.normalize("NFD", "café")) == "caf\u00e9"
-    with pytest.raises(argparse.ArgumentTypeError, match="is no UTF-8 text"):
+    with pytest.raises(argparse.ArgumentTypeError, match="is not UTF-8 text"):
         unicode_text(GBK)
 
 
