@@ -888,5 +888,5 @@ def test_amp_alone_means_bfloat16_where_it_is_faster_and_a_resumed_run_keeps_its
     assert f"--amp: {says}" in capsys.readouterr().err
     monkeypatch.setattr(settings, "bfloat16_is_faster", lambda: not faster)
     command(*run, "--steps", 2, "--resume")
-    assert "amp" not in capsys.readouterr().err.split("resumed with other settings")[1].splitlines()[0]
+    assert "amp" not in capsys.readouterr().err.split("resumed with changed settings")[1].splitlines()[0]
     assert amps == [torch.bfloat16 if faster else None] * 2
