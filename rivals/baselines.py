@@ -1,4 +1,4 @@
-"""The paper's rivals that are made of Stable Diffusion's own parts (section 5.3), on the same sampler as ours.
+"""Rivals: those that are made of Stable Diffusion's own parts (section 5.3), on the same sampler as ours.
 
 Each paints as generate.paint does, from a batch on its canvas:
 
@@ -21,8 +21,8 @@ from generate import Canvas, encode_prompts
 from sampler import Conditions, Painting, draw_noise, first_latent, guided, walk
 from weights import StableDiffusion
 
-# Strength of Blended Diffusion's guidance, ours. On pairs of training ads, 0 left the reference's scene to chance, 50
-# and 150 found it in most, and 400 gave garish pictures.
+# Strength of Blended Diffusion's guidance; our choice. On pairs of training ads, 0 left the scene to chance, 50 and 150
+# gave the reference's scene in most, and 400 gave garish pictures.
 STRENGTH = 50.0
 
 
@@ -34,7 +34,7 @@ def stable_diffusion(sd: StableDiffusion, canvas: Canvas, how: Painting, on_step
     With a reference (Table 2), z_T is the noised latent of the product pasted onto it; its mask is not used. An
     inpainting UNet reads the product beside z_t. With an ordinary UNet, the product's own latent, noised to the step's
     timestep, is put back after every step (Avrahami et al. 2023, 'Blended Latent Diffusion').
-    on_step as in `sampler.sample`; guide(eps_model, z, t) -> ε takes the place of eps_model(z, t).
+    on_step as in `sampler.sample`; guide(eps_model, z, t) -> ε replaces eps_model(z, t).
     """
     weight = sd.unet.conv_in.weight
     rgb, mask = canvas.rgb.to(weight), canvas.mask.to(weight)
@@ -63,13 +63,13 @@ def stable_diffusion(sd: StableDiffusion, canvas: Canvas, how: Painting, on_step
 
 def blended_diffusion(sd: StableDiffusion, canvas: Canvas, how: Painting, clip: CLIP, strength: float = STRENGTH,
                       on_step: Callable | None = None) -> Tensor:
-    """stable_diffusion, guided by a distance D between two backgrounds -> (B, 3, H, W).
+    """stable_diffusion, guided by a distance D between two backgrounds -> (B, 3, H, W) float32 in [0, 1].
 
     D is the cosine distance between the CLIP embeddings of the reference's background, I_ref ⊗ (1 − M_ref), and of the
-    background of the picture that the walk expects at its end, Î_0 ⊗ (1 − M). As in classifier guidance (Dhariwal and
-    Nichol 2021), ε := ε + strength √(1 − ᾱ_t) ∇_z D. The paper does not say what z_T is; here it is the noised
-    reference, as in stable_diffusion. The method is that of Avrahami et al. 2022, 'Blended Diffusion', on latents
-    instead of pixels and without their augmentations.
+    current guess's, Î_0 ⊗ (1 − M), where Î_0 is the decoded ẑ_0. As in classifier guidance (Dhariwal and Nichol 2021),
+    ε := ε + strength √(1 − ᾱ_t) ∇_z D. The paper does not say what z_T is; here it is the noised reference, as in
+    stable_diffusion. The method is that of Avrahami et al. 2022, 'Blended Diffusion', on latents instead of pixels and
+    without their augmentations.
     """
     M = canvas.mask.to(sd.unet.conv_in.weight.device)
 

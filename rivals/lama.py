@@ -1,8 +1,8 @@
-"""LaMa (Suvorov et al. 2022), a rival in Table 1: fills a product's surroundings in one pass, without prompt or noise.
+"""Rivals: LaMa (Suvorov et al. 2022), in Table 1. It paints the surroundings in one pass, without prompt or noise.
 
 Its features are a pair: local ones, which are convolved as usual, and global ones, which a Fourier transform mixes over
 the whole picture (Chi et al. 2020, 'Fast Fourier Convolution'). Modules are named as in big-lama's public weights,
-whose layers have numbers; those without weights are counted, too.
+whose layers are numbered; layers without weights count, too.
 """
 
 from collections.abc import Callable
@@ -21,14 +21,14 @@ from weights import build_from_shapes, load_module
 
 LAMA_FILE = "model.safetensors"  # in a folder that train.py lama wrote
 
-Pair = tuple[Tensor, Tensor | None]  # local and global features, (B, C, h, w) each; the first layers have local ones
+Pair = tuple[Tensor, Tensor | None]  # local and global features, each (B, C, h, w); the first layers lack global ones
 
 
 # ---------------------------------------------------------------- layers
 
 
 class BatchNorm(nn.Module):
-    """nn.BatchNorm2d whose running statistics are parameters without gradient: so a run's checkpoints hold them."""
+    """nn.BatchNorm2d whose running statistics are parameters without gradient: so checkpoints hold them."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -57,7 +57,7 @@ class FourierUnit(nn.Module):
 
 
 class SpectralTransform(nn.Module):
-    """From global to global features: a Fourier unit at half the channels, around which x goes too."""
+    """Global to global features: a Fourier unit at half the channels, added to its input. (B, C, h, w) -> the same."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -72,7 +72,7 @@ class SpectralTransform(nn.Module):
 
 
 class FFC(nn.Module):
-    """The convolutions of a layer, between any two groups of features that are there."""
+    """A layer's convolutions, between all groups of features, local and global, that it has. Sizes as in FFCLayer."""
 
     def __init__(self, channels: tuple[int, int], out: tuple[int, int], kernel: int, stride: int):
         super().__init__()
@@ -107,7 +107,7 @@ class FFCLayer(nn.Module):
 
 
 class Block(nn.Module):
-    """Two layers, added to what they read."""
+    """Two layers, added to their input."""
 
     def __init__(self, channels: tuple[int, int]):
         super().__init__()
@@ -136,8 +136,8 @@ class Join(nn.Module):
 
 
 def mirrored(n: int, multiple: int) -> Tensor:
-    """The positions of n pixels, then n − 1, n − 2, ... up to a multiple; at least two of them, since at the coarsest
-    level the convolutions mirror a neighbour.
+    """The positions 0, ..., n − 1 of n pixels, then n − 1, n − 2, ... up to a multiple; two multiples at least, since
+    the convolutions at the coarsest level mirror a neighbour.
     """
     i = torch.arange(max(2, -(-n // multiple)) * multiple) % (2 * n)
     return torch.where(i < n, i, 2 * n - 1 - i)
@@ -146,9 +146,9 @@ def mirrored(n: int, multiple: int) -> Tensor:
 class LaMa(nn.Module):
     """lama(rgb, mask): pictures with their products kept and their surroundings painted.
 
-    config: `width` of the first layer, which doubles at each of `levels` that halve the resolution, `blocks` at the
-    coarsest, where `global_channels` are global; big-lama has 64, 3, 18 and 384. sample_size: the side in pixels of
-    the pictures that it is for [512].
+    config: the first layer has `width` channels; each of `levels` doubles them and halves the resolution; the coarsest
+    has `blocks`, in which `global_channels` are global. big-lama has 64, 3, 18 and 384. sample_size: the side in pixels
+    of the pictures that it is for [512].
     """
 
     exemplar = None  # it reads no reference
@@ -178,6 +178,7 @@ class LaMa(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
+        """That of its weights."""
         return self.model[1].bn_l.weight.dtype
 
     def steps(self, how) -> int:
@@ -185,14 +186,14 @@ class LaMa(nn.Module):
         return 1
 
     def fill(self, rgb: Tensor, known: Tensor) -> Tensor:
-        """What the network makes of pictures (B, 3, H, W) that are `known` where (B, 1, H, W) is 1, else hidden."""
+        """rgb (B, 3, H, W), hidden except where `known` (B, 1, H, W) is 1 -> the network's picture (B, 3, H, W)."""
         x = torch.cat([rgb * known, 1 - known], dim=1)
         return self.model(x.contiguous(memory_format=torch.channels_last))  # on a CPU about a tenth faster
 
     def forward(self, rgb: Tensor, mask: Tensor) -> Tensor:
         """rgb (B, 3, H, W) in [0, 1] of any size, M (B, 1, H, W) -> (B, 3, H, W): rgb where M = 1, all else painted.
 
-        Soft edges are painted wholly. Padding mirrors the picture together with its edge, as the original's does.
+        Soft edges are painted anew. Padding mirrors the picture together with its edge, as the original's does.
         """
         known = (mask >= SOLID).to(rgb)
         h, w = rgb.shape[2:]
@@ -202,7 +203,7 @@ class LaMa(nn.Module):
 
     @torch.inference_mode()
     def paint(self, canvas, how, on_step: Callable | None = None) -> Tensor:
-        """As generate.paint: a Canvas -> (B, 3, H, W) float32. It is one step, however `how` says to take them."""
+        """As generate.paint: a Canvas -> (B, 3, H, W) float32. It takes one step, whatever `how` says."""
         weight = self.model[1].bn_l.weight
         painted = self(canvas.rgb.to(weight), canvas.mask.to(weight))
         if on_step:
@@ -211,7 +212,7 @@ class LaMa(nn.Module):
 
 
 def load_lama(path: Path | str, device="cpu") -> LaMa:
-    """LaMa in float32: a single file of big-lama's generator, also among others, or the folder of a trained one."""
+    """LaMa in float32, from a file with big-lama's generator or a folder of train.py lama. Raises BadInput."""
     path = Path(path)
     if path.is_dir():
         return load_module(LaMa, path, LAMA_FILE, device, torch.float32)

@@ -1,9 +1,9 @@
-"""The toy's LaMa: stage lama of train.py, by reconstruction and against a discriminator of patches, as its paper.
+"""Rivals: trains the toy's LaMa, by reconstruction and against a discriminator of patches, as its paper does.
 
     python train.py lama
 
-The public LaMa fills holes in photos; this one learns what it is asked for here, to paint the surroundings of products,
-on the ads that CG learns from. From LaMa's losses it lacks the perceptual one: no network that segments is at hand.
+The public LaMa fills holes in photos; this one learns to paint the surroundings of products, which is its task here, on
+the ads that CG learns from. It lacks LaMa's perceptual loss, which needs a network that segments.
 """
 
 from dataclasses import dataclass
@@ -28,14 +28,15 @@ from weights import save_module
 TOY_LAMA = {"_class_name": "LaMa", "width": 16, "levels": 3, "blocks": 6, "global_channels": 96}
 LAMA_SETTINGS = dict(lr=1e-3, batch=8, steps=2400, size=128, ema=0.0, warmup=50, decay=0.3, clip_gradient=0.0)
 
-# Weights of the loss's terms. Matching's and R1's are LaMa's, relative to the adversarial one. LaMa's reconstruction is
-# of what is known; here it is of the whole picture, in the perceptual loss's place, and keeps a short training steady
+# Weights of the loss's terms. Those of matching and R1, relative to the adversarial one, are LaMa's. LaMa reconstructs
+# the known pixels; here the whole picture is reconstructed, in the perceptual loss's place: this keeps a short training
+# steady
 RECONSTRUCTION, ADVERSARIAL, MATCHING, R1 = 100.0, 1.0, 10.0, 1e-3
 
 
 class Discriminator(nn.Module):
     """Whether a picture's patches are real: (B, 3, H, W) -> logits (B, 1, h, w), and the features of all layers but the
-    first. These are normalised: otherwise the discriminator, which gains by different features, makes them ever larger.
+    first. These are normalised, or the discriminator, which gains by different features, would make them ever larger.
     """
 
     def __init__(self, width: int = 32, levels: int = 3):
@@ -62,13 +63,14 @@ class LaMaLoss:
     discriminator: Discriminator
 
     def __call__(self, batch: dict, generator: torch.Generator) -> Tensor:
+        """A batch of `Samples` -> the loss, ()."""
         real, known = batch["image"], (batch["mask"] >= SOLID).to(batch["image"])
         painted = self.lama.fill(real, known)
         return self.of_discriminator(real, painted.detach(), known) + self.of_lama(real, painted)
 
     def of_discriminator(self, real: Tensor, painted: Tensor, known: Tensor) -> Tensor:
-        """The logistic loss, with R1 (Mescheder et al. 2018): the gradient at real pictures is kept short. Patches that
-        LaMa was shown count as real ones.
+        """The logistic loss, with R1 (Mescheder et al. 2018), which keeps the gradient at real pictures short. Patches
+        that LaMa was shown count as real.
         """
         real = real.detach().requires_grad_()
         logits = self.discriminator(real)[0]
@@ -79,7 +81,7 @@ class LaMaLoss:
         return F.softplus(-logits).mean() + error.mean() + R1 * gradient.square().sum(dim=(1, 2, 3)).mean()
 
     def of_lama(self, real: Tensor, painted: Tensor) -> Tensor:
-        """The distance from the ad, in pixels and in the discriminator's features, and how little is taken for real."""
+        """The distance from the ad, in pixels and in the discriminator's features, and the adversarial loss."""
         frozen = {name: p.detach() for name, p in self.discriminator.named_parameters()}
         logits, features = functional_call(self.discriminator, frozen, painted)
         with torch.no_grad():
@@ -90,7 +92,7 @@ class LaMaLoss:
 
 
 def lama_task(settings: Settings) -> Task:
-    """Stage lama: to paint the surroundings of products on the ads."""
+    """Stage lama: LaMa learns to paint the surroundings of products. Raises BadInput for a size that does not fit."""
     items = read_items(settings.data)[0]
     torch.manual_seed(settings.seed)
     lama = LaMa(TOY_LAMA | {"sample_size": settings.size}).to(settings.device)

@@ -1,4 +1,4 @@
-"""The methods that section 5 compares, and the pictures that they paint of a data set.
+"""Rivals: the methods that section 5 compares, and the pictures that they paint for a data set.
 
 To add a method, add an entry to METHODS. For a rival that is made of Stable Diffusion's parts, also write a function
 like those in rivals/baselines.py; for one with networks of its own, a class like LaMa and PaintByExample, which
@@ -35,19 +35,19 @@ from weights import load_clip
 
 
 class Method(NamedTuple):
-    """How a row of a table paints: by generate.paint with these networks, or by a function from rivals/."""
+    """A row of a table: it paints by generate.paint with these networks, or by a function from rivals/."""
 
     cg: str | None = None  # what stands in CG's place: cg, cg-plain (CG with plain attention) or controlnet
     pg: str | None = None
-    from_reference: bool = True  # z_T, where there is a reference
+    from_reference: bool = True  # z_T starts from the reference, if there is one
     plain_prompt: bool = False  # 'A photo of [category]', without the identifier
     rival: Callable | None = None
-    clip: str | None = None  # that guides the rival
+    clip: str | None = None  # the CLIP that guides the rival
     guidance: float | None = None  # the rival's own, whatever --guidance says
     own: str | None = None  # the rival's own network, in the base's place: see support.models.load_rival
 
     def networks(self) -> list[str]:
-        """What it paints with."""
+        """The names of the networks that it paints with."""
         return [name for name in (self.own or "weights", self.cg, self.pg, self.clip) if name]
 
 
@@ -66,7 +66,7 @@ METHODS = {
     "shuffled": Method(plain_prompt=True),  # paints nothing: the original ads, each beside another product's
     **{f"fig7-{name}": Method("cg", f"pg-{name}") for name in ("none", "dilation", "mixup")},
 }
-# What train.py is told to make the toy's networks that are not shipped; cg-plain has CG's own settings
+# train.py's arguments for the toy's networks that are not shipped; cg-plain has CG's own settings
 TRAINED = {
     "controlnet": ["controlnet", "--steps", "2600", "--data", str(TOY_DATA / "base")],
     **{rival: [rival, "--steps", str(train.TOY_SETTINGS[rival]["steps"])] for rival in ("lama", "paint-by-example")},
@@ -77,7 +77,7 @@ TRAINED = {
     "pg-mixup": ["pg", "--steps", "600"],
 }
 
-PROTOCOLS = {"bg1k": "", "ref": "Ref→Self", "self": "Self→Self"}  # what is painted, see Lab.all_items; in print
+PROTOCOLS = {"bg1k": "", "ref": "Ref→Self", "self": "Self→Self"}  # what is painted (see Lab.all_items): its label
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Lab:
     """What all tables and figures share: the data, the networks, and the pictures, which are kept in `out`."""
 
     data: Path
-    limit: int | None  # of items that are painted
+    limit: int | None  # at most so many items are painted
     centres: int | None  # at most so many training ads make the centres of Fig. 5a
     networks: Networks
     choice: ModelChoice  # the base and where it runs; the branches are the methods'
@@ -98,15 +98,15 @@ class Lab:
     out: Path
 
     def check(self, methods: list[str], items: list[Item], with_clip: bool = True) -> None:
-        """Raises BadInput for networks or categories that these methods would miss, before anything is painted; the
-        CLIP that measures is one of them, if wanted.
+        """Raises BadInput if these methods lack a network, or CG a category, before anything is painted. with_clip: the
+        CLIP that measures is needed, too.
         """
         names = [name for method in methods for name in METHODS[method].networks()] + ["clip"] * with_clip
         with_identifiers = not all(METHODS[method].plain_prompt for method in methods)
         self.networks.check(names, {item.category for item in items if with_identifiers})
 
     def items(self, protocol: str) -> list[Item]:
-        """What is painted and measured: the first --limit."""
+        """The items that are painted and measured: the first --limit."""
         return self.all_items(protocol)[: self.limit]
 
     def all_items(self, protocol: str) -> list[Item]:
@@ -121,17 +121,19 @@ class Lab:
 
     @cached_property
     def products(self) -> list[Item]:
+        """BG1k (section 4)."""
         return read_items(self.data, "bg1k")[0]
 
     @cached_property
     def pairs(self) -> list[Item]:
+        """BG-pair (section 4)."""
         return read_items(self.data, "bgpair")[0]
 
     def pictures(self, name: str, items: list[Item], folder: str, chosen: list[int] | None = None) -> list[Path]:
-        """Where a method's pictures of these items lie, or of those `chosen` by number; missing ones are painted first.
+        """The paths of a method's pictures for these items, or for those `chosen` by index; paints missing ones first.
 
-        The folder's name ends in a fingerprint of all that the pictures depend on. The first --limit items of a split
-        share the whole split's folder.
+        The folder's name ends in a fingerprint of all that the pictures depend on. The first --limit items in a split
+        share the folder of the whole split.
         """
         method = METHODS[name]
         used = [model_fingerprint(self.networks.path(network)) for network in method.networks()]
@@ -160,13 +162,13 @@ class Lab:
         texts = prompts_by_category(identifiers_of(categories, cg), models.tokenizer)
         hint = self.how.hint if method.cg == "controlnet" else "product"  # --hint is --controlnet's
         how = replace(self.how, from_reference=method.from_reference, hint=hint)
-        if method.own:  # a second pass is the base's
+        if method.own:  # only the base has a second pass
             how = replace(how, guidance=method.guidance or how.guidance, refine=1)
         painter = partial(paint_ads, models=models, how=how, painter=self.rival(method, models))
         paint_items(items, texts, painter, out, record, models.dtype, self.seed, self.batch, chosen=chosen)
 
     def load(self, method: Method, categories: set[str]) -> Models:
-        """The base and a method's branches, or its own network: LaMa's is painted in float32, whatever --dtype says."""
+        """The base and a method's branches, or its own network; LaMa paints in float32, whatever --dtype says."""
         if method.own:
             dtype = "float32" if method.own == "lama" else self.choice.dtype
             path = {method.own.replace("-", "_"): self.networks.path(method.own)}
@@ -184,13 +186,14 @@ class Lab:
         return method.rival and partial(method.rival, models.sd, how=self.how, **guide)
 
     def load_clip(self, name: str) -> CLIP:
+        """The CLIP that measures ("clip") or guides ("guide-clip")."""
         return load_clip(self.networks.path(name), self.choice.device, torch.float32)
 
     @cached_property
     def clip(self) -> CLIP:
-        """The one that measures."""
+        """The CLIP that measures."""
         return self.load_clip("clip")
 
     def embeddings(self, paths: list[Path], items: list[Item] | None = None) -> Tensor:
-        """Of pictures, (n, d): see embed_pictures."""
+        """The pictures' embeddings (n, d), see embed_pictures."""
         return embed_pictures(self.clip, paths, items, self.out / "embeddings")

@@ -1,4 +1,4 @@
-"""The options of evaluate.py and study.py that say what the methods paint and how, and the lab that follows them."""
+"""Rivals: the options of evaluate.py and study.py for what the methods paint and how, and the lab that they make."""
 
 import argparse
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from toy.world import TOY_DATA
 
 
 def add_lab_options(parser: Parser) -> Callable:
-    """Returns the add_argument of a group that the program's own options go to."""
+    """Adds them. Returns the add_argument of the group for the program's own options."""
     own = parser.add_argument_group("what is painted, and where it goes")
     own.add_argument("--data", metavar="DIR", type=Path, default=TOY_DATA / "ads",
                      help="BG60k as released, or metadata.jsonl [the toy's ads]")
@@ -25,18 +25,18 @@ def add_lab_options(parser: Parser) -> Callable:
     add_walk_options(add, "1, the paper's")
     add("--seed", metavar="N", type=whole_number(0, 2**32 - 1), default=0, help="item i is painted with SEED + i [0]")
     add("--strength", metavar="X", type=real_number(0, 1e6), default=STRENGTH,
-        help=f"of Blended Diffusion's CLIP guidance [{STRENGTH:g}, chosen on the toy]")
+        help=f"strength of Blended Diffusion's CLIP guidance [{STRENGTH:g}, chosen on the toy]")
     add = parser.add_argument_group("models [the toy's; those not shipped are trained on first use]").add_argument
     add_model_options(add)
     add("--cg-plain", metavar="PATH", type=Path, help="CG with plain attention, from train.py cg --attention plain")
     add("--clip", metavar="DIR", type=Path, help="CLIP that measures, such as openai/clip-vit-base-patch32")
-    add("--guide-clip", metavar="DIR", type=Path, help="CLIP that guides Blended Diffusion: another one")
+    add("--guide-clip", metavar="DIR", type=Path, help="CLIP that guides Blended Diffusion: not the one that measures")
     add("--batch", metavar="N", type=whole_number(1, 1024), default=16, help="pictures painted at once [16]")
     return own.add_argument
 
 
 def lab_of(args: argparse.Namespace, out: Path, limit: int | None = None, centres: int | None = None) -> Lab:
-    """The lab of the options above, which keeps its pictures in `out`."""
+    """The lab that these options describe; it keeps its pictures in `out`. Raises BadInput for --hint alone."""
     if args.hint == "inpaint" and not args.controlnet:
         raise BadInput("--hint goes with --controlnet; add that one")
     device = pick_device(args.device)

@@ -1,11 +1,11 @@
-"""Paint by Example (Yang et al. 2023), by hand: an exemplar, a picture, says what is to be painted, in a text's place.
+"""Rivals: Paint by Example (Yang et al. 2023), by hand: a picture, the exemplar, replaces the text of the prompt.
 
-It is a Stable Diffusion with two changes. The prompt is a single token that an image encoder makes of the exemplar. And
-the UNet reads what is to be kept in five channels beside z_t, which differ in order and polarity from those of Stable
-Diffusion inpainting. Read from the top: the image encoder; the model, with what its UNet reads and how it paints;
-loading.
+It is a Stable Diffusion with two changes. The prompt is a single token that an image encoder makes from the exemplar.
+And the UNet reads what is to be kept from five channels beside z_t, which differ in order and polarity from those of
+Stable Diffusion inpainting. Read from the top: the image encoder; the model, with what its UNet reads and how it
+paints; loading.
 
-For Table 2 "we encode the reference image as the condition": the exemplar is the reference, whole.
+In Table 2 "we encode the reference image as the condition" (section 5.3.2): the exemplar is the whole reference.
 """
 
 from collections.abc import Callable
@@ -40,7 +40,7 @@ GUIDANCE = 5.0  # in all commands that its authors published
 
 
 class MapperAttention(Attention):
-    """Self-attention with one head and biases. Of a single token it is to_out(to_v(x)), since softmax is 1."""
+    """Self-attention with one head and biases. For a single token it is to_out(to_v(x)), since softmax is 1."""
 
     def __init__(self, channels: int):
         super().__init__(channels, heads=1)
@@ -48,7 +48,7 @@ class MapperAttention(Attention):
 
 
 class GELU(nn.Module):
-    """(B, L, C) -> (B, L, C_out)."""
+    """A linear layer and the exact GELU. (B, L, C) -> (B, L, C_out)."""
 
     def __init__(self, channels: int, out_channels: int):
         super().__init__()
@@ -75,7 +75,7 @@ class MapperBlock(nn.Module):
 
 
 class PaintByExampleEncoder(nn.Module):
-    """CLIP's image tower, frozen, and what is trained on top of it: mapper, norm, projection, unconditional vector.
+    """CLIP's frozen image tower, and the trained layers on top: mapper, norm, projection, unconditional vector.
 
     Exemplars (B, 3, H, W) in [0, 1], of any size -> their tokens c (B, 1, D).
     """
@@ -93,7 +93,7 @@ class PaintByExampleEncoder(nn.Module):
         self.uncond_vector = nn.Parameter(torch.zeros(1, 1, n))
 
     def preprocess(self, exemplar: Tensor) -> Tensor:
-        """(B, 3, H, W) in [0, 1] -> (B, 3, S, S), normalised as for CLIP: squashed, where CLIP.preprocess crops."""
+        """(B, 3, H, W) in [0, 1] -> (B, 3, S, S), normalised as for CLIP; squashed, while CLIP.preprocess crops."""
         size = (self.config["image_size"],) * 2
         x = F.interpolate(exemplar.float(), size, mode="bicubic", antialias=True).clamp(0, 1)
         mean, std = (x.new_tensor(v)[:, None, None] for v in (CLIP.mean, CLIP.std))
@@ -122,29 +122,29 @@ class PaintByExample:
 
     @property
     def unconditional(self) -> Tensor:
-        """(1, 1, D), trained: what the cross-attentions read without an exemplar, as they do '' in Stable Diffusion."""
+        """(1, 1, D), trained: what the cross-attentions read in place of an exemplar, as '' in Stable Diffusion."""
         return self.image_encoder.uncond_vector
 
     def inpainting(self, rgb: Tensor, mask: Tensor) -> Tensor:
-        """What the UNet reads beside z_t, (B, 5, h, w): first the latent of the picture with grey where it is to be
-        painted, then the mask of what is kept. In StableDiffusion.inpainting it is the mask first, of what is painted.
+        """What the UNet reads beside z_t, (B, 5, h, w): first the latent of the picture, grey where it will be painted,
+        then the mask, 1 where it is kept. StableDiffusion.inpainting has the mask first, 1 where it is painted.
 
-        rgb (B, 3, H, W) in [0, 1]; mask M (B, 1, H, W), which has no soft edges here. The latent is the mean of the
-        VAE's posterior, as everywhere; the original code draws from the posterior.
+        rgb (B, 3, H, W) in [0, 1]; mask M (B, 1, H, W), whose soft edges are made hard. The latent is the mean of the
+        VAE's posterior, as everywhere here; the original code draws from the posterior.
         """
         M = (mask >= 0.5).to(rgb)
         z = self.sd.encode(rgb * M + 0.5 * (1 - M))
         return torch.cat([z, self.kept(mask, *z.shape[2:]).to(z)], dim=1)
 
     def kept(self, mask: Tensor, h: int, w: int) -> Tensor:
-        """The last of the five channels, (B, 1, h, w): M reduced bilinearly, but not antialiased. For f = 8 that is the
-        mean of each cell's middle 2 x 2 pixels.
+        """The last of the five channels, (B, 1, h, w): M reduced bilinearly without antialiasing. For f = 8 this is the
+        mean of the middle 2 x 2 pixels in each cell.
         """
         return F.interpolate((mask >= 0.5).float(), size=(h, w), mode="bilinear")
 
     @torch.inference_mode()
     def paint(self, canvas, how: Painting, on_step: Callable | None = None) -> Tensor:
-        """As generate.paint: a Canvas, whose references are the exemplars, whole, of any size -> (B, 3, H, W) float32.
+        """As generate.paint: a Canvas, whose references of any size are the exemplars -> (B, 3, H, W) float32.
 
         z_T is pure noise. on_step as in `sampler.sample`.
         """
@@ -178,6 +178,7 @@ class PaintByExample:
 
     @property
     def dtype(self) -> torch.dtype:
+        """That of the UNet's weights."""
         return self.sd.unet.conv_in.weight.dtype
 
 
@@ -187,8 +188,8 @@ class PaintByExample:
 def load_paint_by_example(path: Path | str, device="cpu", dtype=torch.float32) -> PaintByExample:
     """The public folder, with image_encoder/, unet/, vae/ and scheduler/, or the original's single file.
 
-    Raises BadInput where a part is missing, broken, or does not fit the others. The UNet of an inpainting Stable
-    Diffusion has the same names and shapes as Paint by Example's: what gives such a model away is its text encoder.
+    Raises BadInput if a part is missing, broken, or does not fit the others. The UNet of an inpainting Stable
+    Diffusion has the same names and shapes as Paint by Example's: only its text encoder gives such a model away.
     """
     path = Path(path)
     if path.is_dir():
@@ -213,7 +214,7 @@ def load_paint_by_example(path: Path | str, device="cpu", dtype=torch.float32) -
 
 
 def load_single_file(path: Path, device, dtype) -> tuple[PaintByExampleEncoder, UNet, VAE]:
-    """Paint by Example in one file of the original layout."""
+    """Paint by Example from one file in the original layout. Raises BadInput."""
     tensors = read_weights(path)
     parts = split_by_model(tensors, EXAMPLE_PREFIXES)
     parts["image_encoder"] |= parts[""]  # its last layer and the unconditional vector

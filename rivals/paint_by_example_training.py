@@ -1,11 +1,11 @@
-"""The toy's Paint by Example: stage paint-by-example of train.py, self-supervised as in its paper.
+"""Rivals: trains the toy's Paint by Example, stage paint-by-example of train.py, self-supervised as in its paper.
 
     python train.py paint-by-example
 
-The UNet is the base's with five input channels more, the image encoder the toy's CLIP, frozen, with a mapper on top.
+The UNet is the base's with five more input channels. The image encoder is the toy's CLIP, frozen, with a mapper on top.
 Each ad that CG and PG learn from is its own target: its product is kept, the background is to be painted, and the
-exemplar is a crop of the same ad, distorted so that it can't be copied. In Table 2 the exemplar is a whole reference:
-so crops are large, and show the product too.
+exemplar is a crop of the same ad, distorted so that it can't be copied. Crops are large and show the product too,
+because in Table 2 the exemplar is a whole reference.
 """
 
 import math
@@ -37,8 +37,8 @@ PAINT_BY_EXAMPLE_SETTINGS = dict(lr=1e-3, batch=16, steps=2600, size=128, ema=0.
                                  clip_gradient=1.0, noise_offset=0.1, weighting="debias", prompt_dropout=0.2)
 FOLDER = "paint-by-example"  # in --out
 MAPPER_BLOCKS = 2  # the toy's CLIP has 3 layers; the mapper of the original, on 24 layers, has 5
-CROP = (0.5, 1.0)  # range of an exemplar's height and of its width, in parts of the picture's; ours
-ANGLE = 20  # degrees: exemplars are turned by at most so much, as in the original code; half are flipped, half blurred
+CROP = (0.5, 1.0)  # range of an exemplar's height and width, in parts of the picture's; our choice
+ANGLE = 20  # degrees: the largest turn of an exemplar, as in the original code; half are flipped, half blurred
 
 
 def exemplars_from(images: Tensor, generator: Generator) -> Tensor:
@@ -76,7 +76,7 @@ class ExampleLoss:
 
 
 def initial(settings: Settings) -> PaintByExample:
-    """The base, whose UNet reads five channels more by weights that start at zero, and the toy's CLIP with a mapper."""
+    """The base, whose UNet gets five more input channels with weights of zero, and the toy's CLIP with a mapper."""
     base = load_stable_diffusion(settings.weights, settings.device)
     torch.manual_seed(settings.seed)
     n = base.vae.config["latent_channels"]
@@ -106,7 +106,7 @@ def paint_by_example_task(settings: Settings) -> Task:
     _, (rgb, mask, reference, _) = held_out_ads(settings.data, "bgpair", items, None, size)
 
     def draw():
-        """A column for each of some ads: product, exemplar, the painted picture, and the original ad."""
+        """A sheet with a column for each ad: product, exemplar, the painted picture, and the original ad."""
         canvas = Canvas(rgb, mask, [], seeded(settings.seed, len(rgb)), reference)
         rows = {"product": product_hint(rgb, mask), "exemplar": reference,
                 "painted": pbe.paint(canvas, Painting(25, GUIDANCE)), "ad": rgb}
@@ -122,7 +122,7 @@ def paint_by_example_task(settings: Settings) -> Task:
 
 
 def save(pbe: PaintByExample, folder: Path, dtype: torch.dtype) -> None:
-    """What load_paint_by_example reads."""
+    """Writes the folder that load_paint_by_example reads."""
     save_module(pbe.image_encoder, folder / "image_encoder", CLIP_FILE, dtype)
     save_module(pbe.sd.unet, folder / "unet", UNET_FILE, dtype)
     save_module(pbe.sd.vae, folder / "vae", VAE_FILE, dtype)

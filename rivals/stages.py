@@ -1,4 +1,4 @@
-"""The stages of train.py that make the toy's rivals, and their settings."""
+"""Rivals: the stages of train.py that make the toy's rivals, and their settings."""
 
 from rivals.lama_training import LAMA_SETTINGS, lama_task
 from rivals.paint_by_example_training import PAINT_BY_EXAMPLE_SETTINGS, paint_by_example_task

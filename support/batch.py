@@ -1,4 +1,4 @@
-"""Support: painting a whole data set: manifest, prefetching, shards; not needed to understand the paper."""
+"""Support: paints a whole data set, with a manifest and prefetching; not needed to understand the paper."""
 
 import json
 import sys
@@ -22,12 +22,12 @@ from support.opening import open_image
 
 
 def result_path(out: Path, index: int, item: Item) -> Path:
-    """Where the picture painted for item `index` of a data set lies."""
+    """The path of the picture that is painted for item `index` of a data set."""
     return out / result_name(f"{index:06}_{item.image.stem}", ".png")
 
 
 def read_ad(item: Item, texts: tuple[str, str, str], seed: int) -> Ad:
-    """An item as it is painted. Raises BadInput where a file of it can't be used."""
+    """Loads what an item is painted from. Raises BadInput if one of its files can't be used."""
     rgb, mask = load_cutout(item.image, item.mask, "image", MASK_OF_ITEM, item.inverted)
     if item.reference is None:
         return Ad(rgb, mask, texts, seed)
@@ -36,27 +36,27 @@ def read_ad(item: Item, texts: tuple[str, str, str], seed: int) -> Ad:
 
 
 def line_of(item: Item, seed: int, dtype: str, record: dict) -> dict:
-    """What a picture was painted from and how: a line of the manifest, and the text in the picture's PNG."""
+    """A picture's line in the manifest: what it was painted from, and how. Its PNG holds the same line as text."""
     files = {name: getattr(item, name) for name in ("image", "mask", "reference", "reference_mask")}
     return {**{name: str(file) if file else None for name, file in files.items()}, "inverted": item.inverted,
             "category": item.category, "seed": seed, "dtype": dtype, "how": record}
 
 
 def first_path(path: Path) -> Path:
-    """Where --keep-first keeps what the first pass painted, beside the finished picture. No other result ends so."""
+    """Where --keep-first saves the first pass's picture, beside the finished one. No other name ends in _first."""
     return path.with_name(result_name(f"{path.stem}_first", ".png"))
 
 
 def kept_files(pictures: list[Tensor], path: Path, line: dict) -> list[tuple[Tensor, Path, dict]]:
-    """What is saved of an ad: its picture and, where it was kept, that of the first pass, whose line is that of a
-    picture without a second pass.
+    """What is saved for an ad, as (picture, path, line): its picture and, if it was kept, the first pass's, whose line
+    is that of a picture painted without a second pass.
     """
     first = line | {"how": {n: v for n, v in line["how"].items() if not n.startswith("refine")} | {"refine": 1}}
     return [*zip(pictures, (path, first_path(path)), (line, first))]
 
 
 class Manifest:
-    """manifest.jsonl, a line for each picture of a folder. Files are compared by name, since data sets are moved."""
+    """manifest.jsonl, one line per picture in a folder. Files are compared by name only, since data sets get moved."""
 
     FIELDS = {"file": str, "image": str, "reference": (str, NoneType), "category": str, "seed": int, "how": dict}
 
@@ -69,7 +69,7 @@ class Manifest:
             self.lines[line["file"]] = line
 
     def check(self, file: str, line: dict) -> None:
-        """Raises BadInput where the folder holds a picture of this name from other files or painted in another way."""
+        """Raises BadInput if the folder holds a picture of this name that was painted from other files or settings."""
         if file not in self.lines:
             return
         there = self.lines[file]
@@ -95,9 +95,9 @@ class Manifest:
 
 
 def one_ahead(read: Callable, chunks: list[list]) -> Iterator[dict]:
-    """{i: read(i)} of each chunk of indices; threads read the next one while one is in use.
+    """Yields {i: read(i)} for each chunk of indices, while threads already read the next chunk.
 
-    Each thread computes alone: teams of threads that wait for one another would take the painting's cores.
+    Each reader computes on one core; torch's teams of threads would take the cores away from the painting.
     """
     with ThreadPoolExecutor(4, initializer=torch.set_num_threads, initargs=(1,)) as readers:
         following = None
@@ -110,13 +110,14 @@ def one_ahead(read: Callable, chunks: list[list]) -> Iterator[dict]:
 def paint_items(items: list[Item], texts: dict[str, tuple[str, str, str]],
                 paint_ads: Callable[[list[Ad]], list[list[Tensor]]], out: Path, record: dict, dtype: str, seed: int,
                 batch: int, keep_first: bool = False, chosen: list[int] | None = None) -> tuple[int, int, int]:
-    """Paints all items of a data set, or those `chosen` by number, that are not in `out` yet -> how many were painted,
-    were there, are broken; broken ones are named and skipped. Item i is painted with seed + i; texts by category;
-    record: how, see record.py; keep_first: whether the first pass's pictures are to be there too.
+    """Paints the items of a data set, or those `chosen` by index, that are not in `out` yet. Returns how many were
+    painted, how many were there, and how many are broken; broken ones are reported and skipped.
 
-    Under torchrun each process paints its share. A batch of which a picture is missing is painted again as a whole: by
-    rounding a picture may depend on its batch, and an interruption must not change a byte. Raises BadInput where `out`
-    holds pictures of the same names that were painted from other items or in another way.
+    texts: the prompts by category. Item i is painted with seed + i. record: how pictures are painted, see record.py;
+    keep_first: save the first pass's pictures too. Under torchrun each process paints its share. If one picture of a
+    batch is missing, the whole batch is painted again: rounding may depend on the batch, and an interruption must not
+    change a byte. Raises BadInput if `out` holds pictures of these names that were painted from other items or with
+    other settings.
     """
     manifest, paths = Manifest(out), [result_path(out, i, item) for i, item in enumerate(items)]
     lines = [line_of(item, seed + i, dtype, record) for i, item in enumerate(items)]
@@ -156,7 +157,7 @@ def paint_items(items: list[Item], texts: dict[str, tuple[str, str, str]],
             pictures = paint_ads(list(ads.values()))
             seconds = (time.perf_counter() - clock) / max(1, len(ads))
             if written:
-                written.result()  # raises what the writer raised
+                written.result()  # raises the writer's error
             written = writer.submit(write, list(ads), pictures, seconds)
         if written:
             written.result()
@@ -169,20 +170,20 @@ def steps_bar(steps: int, text: str) -> tqdm:
 
 
 def check_finite(painted: Tensor) -> None:
-    """Raises BadInput where the model produced NaN or infinite pixels."""
+    """Raises BadInput if the model produced NaN or infinite pixels."""
     if not painted.isfinite().all():
         raise BadInput("--dtype: the painted pixels are not finite; add --dtype float32; if they still are not, the "
                        "weights are broken")
 
 
 def save_data_sheet(items: list[Item], out: Path, columns: int = 8, cells: int = 32) -> None:
-    """OUT/sheet.png: the first items' pictures, beneath each its reference if it has one."""
+    """Writes OUT/sheet.png: the pictures of the first items, each above its reference if it has one."""
 
     def cell(path: Path | None):
         try:
             return path and thumbnail(open_image(path).convert("RGB"))
         except BadInput:
-            return None  # of a broken item
+            return None  # the item is broken
 
     rows = []
     for start in range(0, min(len(items), cells), columns):

@@ -15,9 +15,10 @@ from support.machine import barrier, processes
 
 
 def compute_once(folder: Path, key: object, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Tensors kept in a file that is named by the fingerprint of all they depend on; memory-mapped.
+    """Reads tensors, memory-mapped, from a file in `folder`, and computes them first if the file is missing.
 
-    Nothing outdated is ever read, because a changed key names another file. An interrupted computation leaves nothing.
+    `key` holds everything that the tensors depend on, and its fingerprint is the file's name: so nothing outdated is
+    ever read. An interrupted computation leaves no file. Raises BadInput if the file is broken.
     """
     path = folder / f"{fingerprint(key)}.safetensors"
     sweep(folder)
@@ -30,7 +31,7 @@ def compute_once(folder: Path, key: object, compute: Callable[[], dict[str, Tens
 
 
 def compute_parts(folder: Path, keys: list, compute: Callable[[int], dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """`compute_once` of several parts: part k, by compute(k), under keys[k]. Processes share the work."""
+    """`compute_once` for several parts: compute(k) makes the part with keys[k]. Processes share the work."""
     rank, world = processes()
     for k in range(rank, len(keys), world):
         compute_once(folder, keys[k], partial(compute, k))
@@ -39,12 +40,12 @@ def compute_parts(folder: Path, keys: list, compute: Callable[[int], dict[str, T
 
 
 def fingerprint(key: object) -> str:
-    """A fingerprint of anything that JSON can hold."""
+    """A fingerprint of any value that JSON can hold: 32 hexadecimal digits."""
     return hashlib.blake2b(json.dumps(key).encode(), digest_size=16).hexdigest()
 
 
 def weights_fingerprint(module: nn.Module) -> str:
-    """A fingerprint of a module's weights."""
+    """A fingerprint of a module's weights: 32 hexadecimal digits."""
     h = hashlib.blake2b(digest_size=16)
     for p in module.state_dict().values():
         h.update(p.contiguous().reshape(-1).view(torch.uint8).cpu().numpy())
@@ -52,5 +53,5 @@ def weights_fingerprint(module: nn.Module) -> str:
 
 
 def file_fingerprint(path: Path | None) -> list:
-    """Changes whenever the file does: its name, size and time. Empty without a file."""
+    """A fingerprint that changes whenever the file does: its path, size and time; [] without a file."""
     return [str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns] if path else []

@@ -1,4 +1,4 @@
-"""Support: loading a whole data set to see what is wrong with it; not needed to understand the paper."""
+"""Support: loads a whole data set and reports what is wrong with it; not needed to understand the paper."""
 
 import argparse
 import sys
@@ -18,7 +18,7 @@ BLANK_DISTANCE, BLANK_PART = 0.04, 0.98  # blank: 98% of the background is withi
 
 
 def is_blank(image: Tensor, mask: Tensor) -> bool:
-    """Whether the background is of one colour: the first thing that section 4 sorts out. (3, H, W), (1, H, W)."""
+    """Whether the background has one colour; section 4.2 drops such ads. image (3, H, W), mask (1, H, W)."""
     background = image[:, mask[0] <= 1 - SOLID]  # (3, pixels)
     if not background.numel():
         return False
@@ -27,10 +27,10 @@ def is_blank(image: Tensor, mask: Tensor) -> bool:
 
 
 def check_ads(ads: Dataset, items: list[Item], where: Path) -> tuple[list[Item], list[dict]]:
-    """Loads every ad (data.Ads: the items, then their references) and reports -> the items with a blank background, and
-    samples of eight items for a sheet. Raises BadInput where more than 1% can't be used.
+    """Loads every ad of data.Ads (the items, then their references) and prints a report. Returns the items with a blank
+    background, and the samples of eight items for a sheet. Raises BadInput if more than 1% can't be used.
     """
-    on_sheet = range(0, len(items), -(-len(items) // 8))  # evenly from the whole list
+    on_sheet = range(0, len(items), -(-len(items) // 8))  # evenly spaced over the list
     samples, broken, blank = [], [], []
     loader = DataLoader(ads, batch_size=None, num_workers=min(8, cores()))
     for i, sample in enumerate(tqdm(loader, desc="loading", disable=not sys.stderr.isatty())):
@@ -52,7 +52,7 @@ def check_ads(ads: Dataset, items: list[Item], where: Path) -> tuple[list[Item],
 
 
 def print_next_commands(root: Path, split: str) -> None:
-    """What to do with a data set that has been checked: a list of one's own, or a split of BG60k as released."""
+    """Prints what to do next with a checked data set: the user's own list, or a split of BG60k as released."""
     own = (root / "metadata.jsonl").is_file()
     if own or split == "bg60k":
         print(f"next, train CG on it: python train.py cg --data {root} --weights SD15")

@@ -19,8 +19,8 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def read_header(folder: Path) -> dict:
-    """What the newest checkpoint holds beside its tensors: "settings", the categories' "identifiers", ... Empty where
-    it can't be read: `Checkpoints.load` says why.
+    """What the newest checkpoint holds beside its tensors: "settings", the categories' "identifiers", ... It is {} if
+    the checkpoint can't be read: `Checkpoints.load` says why.
     """
     try:
         with safe_open(list_checkpoints(folder)[-1], framework="pt") as file:
@@ -32,24 +32,24 @@ def read_header(folder: Path) -> dict:
 class Checkpoints:
     """A run's checkpoints: weights, averages and Adam's moments in one safetensors file, all else in its header.
 
-    settings: what must stay the same for a resumed run to be the run that was interrupted. identifiers: [D] of each
-    category by name, or None. Random states need no saving: they follow from seed and step.
+    settings: those that a resumed run shares with the interrupted one. identifiers: [D] of each category by name, or
+    None. Random states need no saving: they follow from the seed and the step.
     """
 
     def __init__(self, folder: Path, keep: int, settings: dict, identifiers: dict[str, str] | None):
         self.folder, self.keep, self.settings, self.identifiers = folder, keep, settings, identifiers
 
     def save(self, step: int, parameters: dict, ema: dict, optimizer, scaler) -> None:
-        """Writes one, and removes all but the newest `keep`. Raises BadInput where a number in it is not finite."""
+        """Writes a checkpoint and removes all but the newest `keep`. Raises BadInput if a number is not finite."""
         tensors = {f"weights.{n}": p.detach() for n, p in parameters.items()} | {f"ema.{n}": p for n, p in ema.items()}
         for name, p in parameters.items():
             for moment in ("exp_avg", "exp_avg_sq"):
                 if p in optimizer.state:
                     tensors[f"{moment}.{name}"] = optimizer.state[p][moment]
         if diverged := not_finite(tensors):
-            raise BadInput(f"{diverged} is not finite at step {step}, which is not saved; resume from the checkpoint "
-                           "before, or start again, with a lower --lr")
-        # Adam counts fewer steps than the run where a scaler skipped some
+            raise BadInput(f"{diverged} is not finite at step {step}, so the step is not saved; resume from the "
+                           "checkpoint before, or start again, with a lower --lr")
+        # Adam counts fewer steps than the run if a scaler skipped some
         counts = [int(state["step"]) for state in optimizer.state.values()]
         header = {"step": step, "adam": max(counts, default=0), "settings": self.settings,
                   "identifiers": self.identifiers, "scaler": scaler.state_dict()}
@@ -60,9 +60,9 @@ class Checkpoints:
             old.unlink()
 
     def load(self, parameters: dict, ema: dict, optimizer, scaler) -> int:
-        """Fills everything from the newest one -> its step. Says on stderr which settings have changed.
+        """Fills everything from the newest checkpoint and returns its step. Reports changed settings on stderr.
 
-        Raises BadInput where it is broken, from another model, or from a run whose categories had other identifiers.
+        Raises BadInput if it is broken, or from another model, or from a run whose categories had other identifiers.
         """
         path = list_checkpoints(self.folder)[-1]
         try:
@@ -86,6 +86,7 @@ class Checkpoints:
         return header["step"]
 
     def compare(self, header: dict) -> None:
+        """Reports settings that differ from the checkpoint's; raises BadInput if known identifiers differ."""
         then, now = header["settings"], json.loads(json.dumps(self.settings))
         if "identifiers" in header:
             known, ours = header["identifiers"] or {}, self.identifiers or {}
@@ -97,4 +98,4 @@ class Checkpoints:
                            "with; give the run's --data and --identifier, or train anew to another --out")
         changed = [f"{name} {then[name]} -> {now[name]}" for name in now if name in then and then[name] != now[name]]
         if changed and processes()[0] == 0:
-            print(f"resumed with other settings than the run's: {', '.join(changed)}", file=sys.stderr)
+            print(f"resumed with changed settings: {', '.join(changed)}", file=sys.stderr)

@@ -1,7 +1,7 @@
-"""Support: the fields of public config.json files, and which are refused; not needed to understand the paper.
+"""Support: which fields and values in public config.json files are accepted; not needed to understand the paper.
 
-A field that is ignored although it changes what a model computes makes a silently wrong picture. So each field is
-listed with the values for which our networks compute the same as diffusers'; any other value is refused by name.
+Ignoring a field that changes what a model computes would silently give wrong pictures. So each field is listed
+with the values for which our networks compute the same as diffusers'; any other value is refused by name.
 """
 
 import json
@@ -10,19 +10,20 @@ from pathlib import Path
 
 from support.files import BadInput, read_json
 
-# What a field may be: a value, a type, a range of whole numbers, a list of these for a JSON list of them, or a tuple of
-# alternatives. Ranges end far above what any model has, before building a network would take minutes or all memory.
-ANYTHING = object()  # what changes nothing that is computed here
+# What a field may be: a value, a type, a range of whole numbers, a list (for a JSON list of these), or a tuple of
+# alternatives. Ranges end far above any real model, but before building a network takes minutes or all memory.
+ANYTHING = object()  # for a field that changes nothing that we compute
 NO = (False, None)
-WIDTH, SIDE = range(1, 2**24), range(1, 2**14)  # channels or tokens; pixels, a latent's numbers, timesteps
-LEVELS, LAYERS, BLOCKS = 16, range(1, 17), range(1, 129)  # of a UNet or VAE, layers a level; blocks of a transformer
+WIDTH, SIDE = range(1, 2**24), range(1, 2**14)  # channels or tokens; pixels, latent cells or timesteps
+LEVELS, LAYERS, BLOCKS = 16, range(1, 17), range(1, 129)  # of a UNet or VAE; layers per level; blocks in a transformer
 
 
 def harmless(names: str) -> dict[str, object]:
+    """Fields, separated by white space, that may have any value."""
     return dict.fromkeys(names.split(), ANYTHING)
 
 
-# UNet and ControlNet: first what model.py reads, then what it does in one way only.
+# UNet and ControlNet: first the fields that model.py reads, then those for which it supports one value.
 ENCODER = {
     "in_channels": WIDTH, "block_out_channels": [WIDTH], "layers_per_block": LAYERS,
     "attention_head_dim": (WIDTH, [WIDTH]), "cross_attention_dim": WIDTH, "norm_num_groups": WIDTH,
@@ -35,7 +36,7 @@ ENCODER = {
     "projection_class_embeddings_input_dim": None, "resnet_time_scale_shift": "default",
     "transformer_layers_per_block": (1, [1]),
     **harmless("addition_embed_type_num_heads dropout gradient_checkpointing sample_size upcast_attention"),
-    # how averaged weights were averaged
+    # how the weights were averaged over the training
     **harmless("decay inv_gamma min_decay optimization_step power update_after_step use_ema_warmup"),
 }
 UNET = ENCODER | {
@@ -49,7 +50,7 @@ UNET = ENCODER | {
 }
 CONTROLNET = ENCODER | {
     "_class_name": "ControlNetModel", "conditioning_embedding_out_channels": [WIDTH],
-    "attention": ("mask-guided", "plain"),  # our own field, of a branch that train.py has trained
+    "attention": ("mask-guided", "plain"),  # our own field, which train.py writes
     "conditioning_channels": 3, "controlnet_conditioning_channel_order": "rgb", "global_pool_conditions": False,
 }
 VAE = {
@@ -61,11 +62,11 @@ VAE = {
     "use_quant_conv": True,
     **harmless("force_upcast sample_size"),
 }
-# Our own configuration, of a LaMa that train.py has trained; that of big-lama is in its shapes
+# Our own configuration, which train.py writes for a LaMa; big-lama's is inferred from shapes
 LAMA = {"_class_name": "LaMa", "width": WIDTH, "levels": BLOCKS, "blocks": BLOCKS, "global_channels": WIDTH,
         "sample_size": SIDE}
 
-# transformers writes into every config.json how it would initialise, train and generate texts
+# Every config.json of transformers also says how it would initialise, train and generate texts
 TRANSFORMERS = {
     "add_cross_attention": NO, "is_decoder": NO, "is_encoder_decoder": NO, "pruned_heads": (None, {}),
     **harmless("""architectures attention_dropout attn_implementation bad_words_ids begin_suppress_tokens bos_token_id
@@ -92,7 +93,7 @@ CLIP = TRANSFORMERS | {
     "vision_config": dict, "text_config_dict": (None, dict), "vision_config_dict": (None, dict),  # repeat these two
 }
 
-# The schedule that the model was trained with, and where the steps lie. How a step is taken is our sampler's choice.
+# The schedule that the model was trained with, and the spacing of the timesteps. Our sampler decides how to step.
 SCHEDULER = {
     "beta_start": float, "beta_end": float, "num_train_timesteps": SIDE, "steps_offset": range(2**14),
     "set_alpha_to_one": bool,
@@ -132,7 +133,7 @@ def allows(allowed: object, value: object) -> bool:
 
 
 def in_words(allowed: object) -> str:
-    """How a message names what is allowed."""
+    """What is allowed, in the words of a message."""
     if isinstance(allowed, tuple):
         return " or ".join([*map(in_words, allowed[:3]), *["..."] * (len(allowed) > 3)])
     if isinstance(allowed, list):
@@ -166,18 +167,18 @@ def faults_in_clip(config: dict) -> Iterator[str]:
 
 
 def check_config(kind: str, config: dict, file: Path) -> None:
-    """Raises BadInput for a configuration of what our networks don't compute. `kind` is a key of FIELDS."""
+    """Raises BadInput for a configuration that our networks don't support. `kind` is a key of FIELDS."""
     faults = [*faults_in(config, FIELDS[kind])]
     if kind == "a CLIP model" and not faults:
         faults = [*faults_in_clip(config)]
     if faults:
         more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
         remedy = " or scheduler_config.json" if kind == "a scheduler" else ""
-        raise BadInput(f"{file}: {faults[0]}{more}; this is not as in Stable Diffusion: choose another model{remedy}")
+        raise BadInput(f"{file}: {faults[0]}{more}; this differs from Stable Diffusion: choose another model{remedy}")
 
 
 def read_scheduler_config(file: Path) -> dict:
-    """The fields of a scheduler_config.json; those that are null are left out, they mean the default."""
+    """The fields of a scheduler_config.json, without null ones, which mean the default. Raises BadInput."""
     config = {name: value for name, value in read_json(file).items() if value is not None}
     check_config("a scheduler", config, file)
     for name in ("beta_start", "beta_end"):

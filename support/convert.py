@@ -1,8 +1,8 @@
-"""Support: `python weights.py convert`, from what torch.save wrote to safetensors; not needed to understand the paper.
+"""Support: `python weights.py convert`, from torch.save's files to safetensors; not needed to understand the paper.
 
 torch.save writes a zip that holds a pickle and one member for each storage; before version 1.6 it wrote five pickles in
-a row and the storages after them. In both a tensor's numbers lie outside the pickle. They are copied as bytes, one
-tensor at a time.
+a row and the storages after them. In both formats a tensor's numbers lie outside the pickles. They are copied as bytes,
+one tensor at a time.
 """
 
 import io
@@ -20,9 +20,9 @@ from support.files import PICKLES, BadInput, write_atomic
 from support.pickles import LARGEST_PICKLE, LONGEST_NAME, Placeholder, View, printable, survey, unpickle
 
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # the first two pickles before version 1.6
-LARGEST_GROWTH = 4  # written to read: tied weights, held once in a checkpoint, are written under each of their names
+LARGEST_GROWTH = 4  # size written / size read: tied weights, stored once in a checkpoint, are written under every name
 
-# How other files begin that are taken for checkpoints
+# How files begin that people mistake for checkpoints
 OTHERS = {rb"(\xef\xbb\xbf)?\s*<": "a web page",
           rb"version https://git-lfs": "a Git LFS pointer, not the file itself",
           rb'.{8}\{\s*"': "a safetensors file already",
@@ -30,13 +30,13 @@ OTHERS = {rb"(\xef\xbb\xbf)?\s*<": "a web page",
           rb".{257}ustar": "a tar file: unpack it, or if torch 0.1 wrote it, save it anew",
           rb"(?!PK|\x80)": "not what torch.save writes"}
 
-# What reading a broken file raises
+# The errors that a broken file causes
 MALFORMED = (ArithmeticError, AttributeError, EOFError, LookupError, NotImplementedError, OSError, TypeError,
              ValueError, struct.error, zipfile.BadZipFile)
 
 
 class BoundedFile(io.FileIO):
-    """A file that is read in small pieces, whatever lengths are written in it."""
+    """A file that is read in small pieces, whatever lengths are written in it. Larger reads raise ValueError."""
 
     def read(self, size: int = -1) -> bytes:
         if size > LARGEST_PICKLE:
@@ -45,14 +45,14 @@ class BoundedFile(io.FileIO):
 
 
 def read_zip(file: BoundedFile) -> tuple[object, dict[str, tuple[int, int]]]:
-    """-> what is pickled, and the place of each storage in the file: its first byte and its length."""
+    """Returns the pickled object, and the place of each storage in the file: its first byte and its length."""
 
     def place(name: str) -> tuple[int, int]:
         member = archive.getinfo(name)
         if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
             raise ValueError("its members are compressed or encrypted, which torch.save never does")
         file.seek(member.header_offset)
-        lengths = struct.unpack("<26x2H", file.read(30))  # of the name and the padding before the member's bytes
+        lengths = struct.unpack("<26x2H", file.read(30))  # of name and padding before the content
         return member.header_offset + 30 + sum(lengths), member.file_size
 
     def read(name: str) -> bytes:
@@ -74,7 +74,7 @@ def read_zip(file: BoundedFile) -> tuple[object, dict[str, tuple[int, int]]]:
 
 
 def read_legacy(file: BoundedFile) -> tuple[object, dict[str, tuple[int, int]]]:
-    """The same from a file before version 1.6: magic number, protocol, system, object, keys; the storages."""
+    """The same for a file from before version 1.6: magic number, protocol, system, object, keys, then the storages."""
     file.seek(0)
     stream, storages, places = io.BytesIO(file.read()), {}, {}
     magic = unpickle(stream, {})
@@ -95,7 +95,7 @@ def read_legacy(file: BoundedFile) -> tuple[object, dict[str, tuple[int, int]]]:
 
 
 def bytes_in(view: View, places: dict[str, tuple[int, int]], end: int) -> int:
-    """A tensor's length. Raises ValueError unless it lies in its storage, that in its place, that in the file."""
+    """A tensor's length in bytes. Raises ValueError unless it fits in its storage, and the storage in the file."""
     (key, _, width, numel), offset, size, stride = view
     fits = len(size) == len(stride) <= 32
     fits = fits and all(type(n) is int and 0 <= n < 2**48 for n in (numel, offset, *size, *stride))
@@ -109,7 +109,7 @@ def bytes_in(view: View, places: dict[str, tuple[int, int]], end: int) -> int:
 
 
 def read_tensor(source: Path, view: View, start: int) -> np.ndarray:
-    """A tensor as unsigned integers of its numbers' width: what the bytes mean does not matter here."""
+    """A tensor as unsigned integers of the same width: the meaning of the bytes does not matter here."""
     (_, _, width, numel), offset, size, stride = view
     if 0 in size:
         return np.empty(0, np.uint8)
@@ -122,7 +122,7 @@ def read_tensor(source: Path, view: View, start: int) -> np.ndarray:
 
 
 def attributes(root: Placeholder) -> dict[str, View]:
-    """The tensors of a TorchScript module and the modules in it, by their attributes' path."""
+    """The tensors of a TorchScript module and its submodules, by their attributes' paths."""
     found, seen, left = {}, set(), [("", root)]
     while left:
         path, value = left.pop()
@@ -138,10 +138,10 @@ def attributes(root: Placeholder) -> dict[str, View]:
 
 
 def choose(root: object) -> tuple[dict[str, View], list[str]]:
-    """-> the tensors to write, by name, and what else the pickle holds.
+    """Returns the tensors to write, by name, and a description of what else the pickle holds.
 
-    They are those in the dict under "state_dict", where Lightning keeps a model beside its optimizer's; else those in
-    the dict that has most, be it the top or one in it ("model", "params", ...).
+    They come from the dict under "state_dict", where Lightning keeps the model's tensors apart from the optimizer's;
+    without one, from the dict with the most tensors: the top one, or one directly in it ("model", "params", ...).
     """
 
     def tensors_in(values: dict) -> int:
@@ -164,8 +164,8 @@ def choose(root: object) -> tuple[dict[str, View], list[str]]:
 
 
 def write_safetensors(path: Path, source: Path, tensors: dict[str, View], sizes: dict[str, int], places: dict) -> None:
-    """The length of the header, the header in JSON, then the tensors, each read from `source` when its turn comes."""
-    names = sorted(tensors, key=lambda name: -tensors[name].storage.width)  # so that addresses stay multiples of it
+    """Writes the header's length, the header in JSON, then the tensors, each read from `source` when its turn comes."""
+    names = sorted(tensors, key=lambda name: -tensors[name].storage.width)  # keeps addresses multiples of it
     header, at = {"__metadata__": {"format": "pt"}}, 0
     for name in names:
         header[name] = {"dtype": tensors[name].storage.dtype, "shape": tensors[name].size,
@@ -179,9 +179,9 @@ def write_safetensors(path: Path, source: Path, tensors: dict[str, View], sizes:
 
 
 def convert(source: Path, out: Path) -> tuple[list[str], list[str]]:
-    """Writes a checkpoint's tensors to a safetensors file. -> their names, and what is left out.
+    """Writes a checkpoint's tensors to a safetensors file. Returns their names, and what was left out.
 
-    Raises BadInput where the file is no whole checkpoint, or `out` is no name for a safetensors file.
+    Raises BadInput if the file is not a complete checkpoint, or if the name `out` does not end in .safetensors.
     """
     if out.suffix != ".safetensors" or out.exists() and source.exists() and out.samefile(source):
         raise BadInput(f"{out}: give the output another name, one that ends in .safetensors")

@@ -1,10 +1,10 @@
-"""Support: a training run's loss as a picture; not needed to understand the paper."""
+"""Support: draws a training run's loss; not needed to understand the paper."""
 
 import math
 
 from PIL import Image, ImageDraw, ImageFont
 
-SIZE, SCALE = (900, 450), 2  # in pixels; drawn at twice the size
+SIZE, SCALE = (900, 450), 2  # in pixels; it is drawn SCALE times as large, then reduced
 LEFT, TOP, RIGHT, BOTTOM = 90, 40, 20, 60  # the margins
 RAW, SMOOTH = "#8fb0d8", "#1f4e8c"
 
@@ -18,8 +18,8 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def draw_curve(lines: list[dict], title: str) -> Image.Image:
-    """The lines of a log, each with "step", "loss" (smoothed) and "raw" (the mean since the line before; older versions
-    did not log it), as curves over the steps. The loss's axis leaves 2% of the values beyond each end, so that
+    """Draws the losses in a log's lines over the steps. Each line has "step", "loss" (smoothed) and "raw" (the mean
+    since the line before; older versions did not log it). The loss axis leaves out 2% of the values at either end, so
     one bad batch does not flatten the curve.
     """
     steps = [line["step"] for line in lines]

@@ -18,9 +18,9 @@ from support.images import load_mask
 from support.names import is_hidden, is_unicode, nfc, one_line
 from support.opening import FORMATS, AnyPath
 
-MASK_OF_ITEM = "'mask' in metadata.jsonl, or in the folders of masks"  # the remedy for a mask that is no good
+MASK_OF_ITEM = "'mask' in metadata.jsonl, or in the folders of masks"  # where messages say that a mask belongs
 
-BROKEN = 0.01  # the part of a data set that may be missing or unreadable: it is skipped; more is an error
+BROKEN = 0.01  # so large a part may be missing or unreadable, and is skipped; more is an error
 
 SPLITS = {"bg60k": "bg60k", "bg1k": "bg1k", "bgpair": "bg1k"}  # split: the prefix of its image and mask folders
 
@@ -34,14 +34,14 @@ class Item:
     category: str
     reference: Path | None = None
     reference_mask: Path | None = None
-    product: str | None = None  # what is in the picture, in words, and where: kept for captions and tests
+    product: str | None = None  # product and scene in words, for captions and tests
     scene: str | None = None
     inverted: bool = False  # mask files are 1 on the background
-    line: int = field(default=0, compare=False)  # of the list that names it, counted from 1
+    line: int = field(default=0, compare=False)  # in the list that names it, counted from 1
 
     @property
     def caption(self) -> tuple[str, str] | None:
-        """Its own words in the two halves of the paper's prompt; None where the data set has none."""
+        """Its own words in the two halves of the paper's prompt (section 3.2); None if it has none."""
         words = self.product and self.scene
         return (f"A photo of {self.product}", f"in the background of {self.scene}") if words else None
 
@@ -49,8 +49,8 @@ class Item:
 def read_items(root: AnyPath, split: str = "bg60k") -> tuple[list[Item], list[str]]:
     """The items of a folder, and notes for people: how many, the long tail, what was assumed, what was skipped.
 
-    A folder with metadata.jsonl is read by the imagefolder convention (its `split` is all there is), any other as
-    BG60k was released. Raises BadInput where the folder is neither, a line can't be read, or over 1% of it is missing.
+    A folder with metadata.jsonl is read by the imagefolder convention and has no splits; any other is read as BG60k
+    was released. Raises BadInput if the folder is neither, if a line can't be read, or if over 1% is missing.
     """
     root = Path(root)
     own_format = (root / "metadata.jsonl").is_file()
@@ -69,7 +69,7 @@ def read_items(root: AnyPath, split: str = "bg60k") -> tuple[list[Item], list[st
     counts = Counter(item.category for item in items)
     category, largest = counts.most_common(1)[0]
     masks, covered = "masks taken as 1 on the product", masks_inverted(items)
-    if covered and own_format:  # where white is the product; BG60k's release does not say what it is
+    if covered and own_format:  # our own format defines white = product; BG60k's release does not say
         masks += ", though most cover the border: are they white on the background?"
     elif covered:
         masks = "masks taken as 1 on the background: inverted, since most cover the border"
@@ -89,7 +89,7 @@ def read_items(root: AnyPath, split: str = "bg60k") -> tuple[list[Item], list[st
 def refuse_many_broken(broken: list[str], total: int, where: AnyPath) -> None:
     """Raises BadInput, naming the first, if more than 1% is broken."""
     if len(broken) > BROKEN * total:
-        raise BadInput(f"{where}: {len(broken):,} of {total:,} images can't be used, more than {BROKEN:.0%}; mend them "
+        raise BadInput(f"{where}: {len(broken):,} of {total:,} images can't be used, more than {BROKEN:.0%}; fix them "
                        f"or take them out of the list; the first: {broken[0]}")
 
 
@@ -97,7 +97,7 @@ def refuse_many_broken(broken: list[str], total: int, where: AnyPath) -> None:
 
 
 def _read_imagefolder(root: Path) -> tuple[list[Item], list[str], str]:
-    """Items, missing files and a note: metadata.jsonl, one JSON object a line, its paths relative to root."""
+    """Items, missing files and a note, from metadata.jsonl: one JSON object a line, its paths relative to root."""
     file, folders = root / "metadata.jsonl", {}
     items, missing = [], []
     for number, line in _lines(_read_list(file)):
@@ -107,7 +107,7 @@ def _read_imagefolder(root: Path) -> tuple[list[Item], list[str], str]:
             names = {key: entry[key] for key in ("file_name", "mask", "reference", "reference_mask") if entry.get(key)}
             faults = [f"{key} {name} {fault}" for key, name in names.items() if (fault := fault_of_name(name))]
         except (ValueError, AttributeError, TypeError, RecursionError) as error:
-            raise BadInput(f"{file}:{number}: not a JSON object of strings ({error}); mend the line") from None
+            raise BadInput(f"{file}:{number}: not a JSON object of strings ({error}); fix the line") from None
         if "file_name" not in names or not texts.get("category"):
             raise BadInput(f"{file}:{number}: needs a file_name and a category; add them")
         if faults:
@@ -124,7 +124,7 @@ def _read_imagefolder(root: Path) -> tuple[list[Item], list[str], str]:
 
 
 def fault_of_name(name: str) -> str | None:
-    """Why a list may not name a file like this. Links are nobody's fault: they are followed, wherever they lead."""
+    """Why a list may not name a file like this, or None. Links are allowed and followed, wherever they lead."""
     if PureWindowsPath(name).anchor or ".." in PurePosixPath(name).parts:  # C:, C:\\, \\ and / too
         return "leaves the folder; move the file into it and name it relative to the folder"
     if "\\" in name:
@@ -133,9 +133,9 @@ def fault_of_name(name: str) -> str | None:
 
 
 def find_file(root: Path, name: str, folders: dict[Path, dict[str, str]]) -> Path | None:
-    """The file `name` in root, or else the one whose name is the same in another of Unicode's spellings.
+    """The file `name` in root, or the one of the same name in another Unicode spelling; None if there is neither.
 
-    `folders` keeps what folders hold, from call to call: their entries by name in NFC.
+    `folders` caches the entries of folders from call to call, by their names in NFC.
     """
     if os.path.isfile(path := root / name):
         return path
@@ -148,9 +148,9 @@ def find_file(root: Path, name: str, folders: dict[Path, dict[str, str]]) -> Pat
 
 
 def _read_bg60k(root: Path, split: str) -> tuple[list[Item], list[str], str]:
-    """Items, missing files and a note on the delimiter: the text file and the numbered folders of BG60k."""
+    """Items, missing files and a note on the delimiter, from the text file and the numbered folders of BG60k."""
     file = root / f"{split}_info.txt"
-    columns = 3 if split == "bgpair" else 2  # image, (reference,) category: the last may hold any delimiter itself
+    columns = 3 if split == "bgpair" else 2  # image, (reference,) category; the category may contain delimiters
     images, masks = (_index(root, f"{SPLITS[split]}_{kind}") for kind in ("imgs", "masks"))
     text = _read_list(file)
     lines = list(_lines(text))
@@ -166,10 +166,10 @@ def _read_bg60k(root: Path, split: str) -> tuple[list[Item], list[str], str]:
         if image is None:
             return None, None
         stem, folder = nfc(image.stem), image.parent.name.replace("_imgs_", "_masks_")
-        # The mask in the folder of the same number, or else in any
+        # The mask from the folder of the same number, or else from any
         return image, masks.get(f"{folder}/{stem}") or masks.get(stem)
 
-    # The release does not state its delimiter: it is the first that splits (nearly) every line.
+    # The release does not state its delimiter: we take the first that splits (nearly) every line.
     names_of_delimiters = {"\t": "tabs", ",": "commas", None: "white space"}
     for delimiter in names_of_delimiters:
         if sum(not fields(line, delimiter) for _, line in lines) <= BROKEN * len(lines):
@@ -199,7 +199,7 @@ def _read_bg60k(root: Path, split: str) -> tuple[list[Item], list[str], str]:
 
 
 def _read_list(file: Path) -> str:
-    """A list as text. Names may hold bytes that are no UTF-8, as surrogates; Windows programs' UTF-16 is read too."""
+    """A list as text, from UTF-8 or Windows programs' UTF-16. Bytes in names that are not UTF-8 become surrogates."""
     content = file.read_bytes()
     try:
         text = content.decode(json.detect_encoding(content), "surrogateescape")
@@ -216,10 +216,8 @@ def _lines(text: str) -> Iterator[tuple[int, str]]:
 
 
 def _index(root: Path, prefix: str) -> dict[str, Path | None]:
-    """Every file of the folders prefix_0, prefix_1, ..., by name and, of pictures, by stem, each with and without its
-    folder, in NFC.
-
-    None where two files share the key: a wrong image would be worse than none.
+    """Every file in the folders prefix_0, prefix_1, ..., by its name in NFC, with and without its folder; pictures also
+    by their stem. A key that two files share maps to None: a wrong image would be worse than none.
     """
     index: dict[str, Path | None] = {}
     for folder in os.scandir(root):
@@ -237,10 +235,10 @@ def _index(root: Path, prefix: str) -> dict[str, Path | None]:
 
 
 def masks_inverted(items: list[Item], sample: int = 32) -> bool:
-    """Whether mask files are 1 on the background: most of a sample cover their border, which few products touch."""
+    """Whether mask files are 1 on the background: most in a sample cover the border, which few products touch."""
     items = [item for item in items if item.mask]
     votes = []
-    for item in items[:: -(-len(items) // sample) or 1]:  # evenly from the whole list
+    for item in items[:: -(-len(items) // sample) or 1]:  # evenly spaced over the list
         try:
             mask = load_mask(item.mask)[0]  # (H, W)
         except BadInput:
@@ -255,7 +253,7 @@ def categories_of(items: list[Item]) -> list[str]:
 
 
 def read_identifiers(file: Path) -> dict[str, str]:
-    """The identifier of each category that is saved with CG and PG in categories.json."""
+    """The identifier [D] of each category, from the categories.json that is saved with CG and PG."""
     return {nfc(name): identifier for name, identifier in read_json(file).items()}
 
 
@@ -264,7 +262,7 @@ def read_identifiers(file: Path) -> dict[str, str]:
 
 @cache
 def _suffixes() -> set[str]:
-    """Of all picture files that we read."""
+    """The suffixes of all picture files that we read."""
     formats = (*FORMATS, "MPO")  # the JPEG of many phones
     return {suffix for suffix, name in Image.registered_extensions().items() if name in formats}
 
@@ -275,14 +273,14 @@ def is_picture(name: str) -> bool:
 
 
 def _visible(folder: AnyPath) -> list[os.DirEntry]:
-    """What a folder holds, sorted by name, without hidden files and those of operating systems."""
+    """A folder's entries, sorted by name, without hidden files and those of operating systems."""
     return sorted((entry for entry in os.scandir(folder) if not is_hidden(entry.name)), key=lambda entry: entry.name)
 
 
 def list_folder(root: Path) -> list[str]:
-    """Writes metadata.jsonl for pictures that lie as CATEGORY/NAME.*, each with its mask as CATEGORY/NAME_mask.* or as
-    its alpha channel -> notes for people: how many, what was left out. Raises BadInput where there is none, or a list
-    already.
+    """Writes metadata.jsonl for pictures in files CATEGORY/NAME.*, each with its mask in CATEGORY/NAME_mask.* or in its
+    alpha channel. Returns notes for people: how many, and what was left out. Raises BadInput if there are no pictures,
+    or if there is a list already.
     """
     file, expected = root / "metadata.jsonl", f"expected {root / 'mug' / 'any_name.png'} and others"
     if not root.is_dir():
@@ -321,7 +319,7 @@ def _list_category(folder: os.DirEntry, left_out: dict[str, list[str]]) -> list[
             left_out["to be renamed: they have a backslash, or a folder whose name is no UTF-8"].append(name)
         else:
             stems[name] = nfc(PurePosixPath(entry.name).stem)
-    # NAME_mask.* is a mask where NAME.* lies beside it, else a product that is called so
+    # NAME_mask.* is a mask if NAME.* lies beside it, else a product of that name
     beside = {*stems.values()}
     masks = {stem: name for name, stem in stems.items()
              if stem.endswith("_mask") and stem.removesuffix("_mask") in beside}
@@ -336,7 +334,7 @@ def _list_category(folder: os.DirEntry, left_out: dict[str, list[str]]) -> list[
 
 
 def _files_below(folder: AnyPath) -> Iterator[str]:
-    """The paths, relative to a folder, of what lies in it and deeper. Links to folders are not followed: they may lead
+    """The paths of all files in a folder and below, relative to it. Links to folders are not followed: they may lead
     round in a circle.
     """
     for entry in _visible(folder):
@@ -347,9 +345,9 @@ def _files_below(folder: AnyPath) -> Iterator[str]:
 
 
 def drop_lines(file: Path, numbers: set[int]) -> Path:
-    """Takes lines (counted from 1) out of a data set's list -> where all that it ever held are kept: FILE.all."""
+    """Takes lines (counted from 1) out of a data set's list. Returns FILE.all, which keeps all lines it ever had."""
     kept = file.with_name(file.name + ".all")
-    lines, before = [*io.StringIO(_read_list(file), newline="")], ""  # with their ends, as they are
+    lines, before = [*io.StringIO(_read_list(file), newline="")], ""  # with their line ends
     if kept.exists():
         before = _read_list(kept)
         before += "" if before.endswith("\n") else "\n"

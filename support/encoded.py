@@ -21,16 +21,17 @@ from weights import StableDiffusion
 def autocast(device: torch.device | str, dtype: torch.dtype | None, cache: bool = True) -> torch.autocast:
     """A context in which matrix products and convolutions are computed in `dtype`; None changes nothing.
 
-    With `cache` it keeps the weights' half-precision copies until it is left.
+    With `cache` it keeps half-precision copies of the weights until it ends.
     """
     return torch.autocast(torch.device(device).type, dtype, enabled=dtype is not None, cache_enabled=cache)
 
 
 class Latents:
-    """What the frozen VAE makes of a data set's pictures, cut to squares of `size` pixels; in files of PART items each.
+    """The frozen VAE's encodings of a data set's pictures, cut to squares of `size` pixels; in files of PART items.
 
-    latents[i] -> mean and standard deviation, both (4, h, w) float32, scaled as the UNet's z; and for an inpainting
-    UNet what it reads beside z_t, (5, h, w), else None. Processes share the work; what exists is not computed again.
+    latents[i] -> mean and standard deviation, both (4, h, w) float32, scaled as the UNet's z; and what an inpainting
+    UNet reads beside z_t, (5, h, w), or None for other UNets. Processes share the work, and existing files are reused.
+    Raises BadInput if a file is broken.
     """
 
     PART = 1024
@@ -55,14 +56,17 @@ class Latents:
         part, row = self.parts[index // self.PART], index % self.PART
         mean, std = part["mean"][row].float(), (part["logvar"][row].float() / 2).exp()
         if not (mean + std).isfinite().all():
-            raise BadInput(f"--cache {self.folder}: a file of latents is broken; remove the folder, it is made again")
+            raise BadInput(f"--cache {self.folder}: a file of latents is broken; remove the folder; it is made again")
         return mean * self.scale, std * self.scale, part["inpainting"][row].float() if "inpainting" in part else None
 
 
 @torch.no_grad()
 def encode_ads(sd: StableDiffusion, batches: Iterable[dict], amp: torch.dtype | None,
                on_batch: Callable[[int], None]) -> dict[str, Tensor]:
-    """What `Latents` keeps of batches of Ads, (n, ...) float16 each; on_batch is told how many were encoded."""
+    """What `Latents` keeps for batches of Ads, (n, ...) float16 each. Calls on_batch(B) after a batch of B pictures.
+
+    Raises BadInput if a latent is not finite.
+    """
     weight, rows = sd.vae.quant_conv.weight, {}
     for batch in batches:
         image, mask = batch["image"].to(weight.device), batch["mask"].to(weight.device)
@@ -106,14 +110,14 @@ class CategoryPrompts:
         self.table, self.row_of_item, self.device = table, torch.tensor(row_of_item), device
 
     def __call__(self, index: Tensor, dropped: Tensor) -> Prompts:
-        """index (B,): positions in the data set; dropped (B,): whose prompt is replaced by ''."""
+        """index (B,): positions in the data set; dropped (B,) bool: where '' replaces the prompt."""
         rows = torch.where(dropped.cpu(), len(self.table) - 1, self.row_of_item[index.cpu()])
         return Prompts(*self.table[rows].to(self.device).unbind(1))
 
 
 class CaptionPrompts:
-    """A batch's prompts by caption, for a branch that reads P alone: encoded when needed, since there are as many
-    captions as pictures.
+    """A batch's prompts by caption, for a branch that reads only P. They are encoded when needed, since there are as
+    many captions as pictures.
     """
 
     def __init__(self, encode: Callable[[list[str]], Tensor], captions: list[str]):

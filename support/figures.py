@@ -11,23 +11,23 @@ from support.datasets import Item
 from support.images import load_masked, thumbnail
 from support.opening import open_image
 
-TINY = 1e-300  # divides what has no spread: n equal points
+TINY = 1e-300  # a divisor where there is no spread: n equal points
 
 
 def tsne(x: Tensor, perplexity: float = 30.0, steps: int = 500) -> Tensor:
     """t-SNE (van der Maaten and Hinton 2008), exact. (n, d) -> (n, 2), both d and n at least 2.
 
     The positions y minimise KL(P ‖ Q): P holds how likely points are neighbours among the x, Q the same among the y,
-    by Student's t. Gradient descent with momentum, from the two principal components, in the usual two phases: in the
-    first quarter P is exaggerated, so that neighbours find each other. Only steps downhill are taken, so that the
-    descent cannot diverge: after each the rate grows, after a refused one it is halved and the momentum is dropped.
+    by Student's t. Gradient descent with momentum starts from the two principal components and has the usual two
+    phases: in the first quarter P is exaggerated, which lets neighbours find each other. Only downhill steps are taken,
+    so the descent cannot diverge. Each one raises the rate; a refused step halves it and drops the momentum.
     """
     P, n = neighbour_probabilities(x.double(), perplexity), len(x)
     U, S, _ = torch.linalg.svd(x.double() - x.double().mean(dim=0), full_matrices=False)
     y = (U * S)[:, :2]
     y = 1e-2 * y / y.std().clamp(min=TINY)
     for exaggeration, count in ((12, steps // 4), (1, steps - steps // 4)):
-        # parts equal points, and those that lie on one line, which no gradient parts
+        # separates equal points and points on one line: no gradient does
         y = y + 1e-4 * torch.randn(n, 2, dtype=torch.float64, generator=Generator().manual_seed(0))
         loss, gradient = tsne_loss(y, P, exaggeration)
         velocity, rate = torch.zeros_like(y), n / 48
@@ -44,8 +44,8 @@ def tsne(x: Tensor, perplexity: float = 30.0, steps: int = 500) -> Tensor:
 def neighbour_probabilities(x: Tensor, perplexity: float) -> Tensor:
     """P of t-SNE: how likely two points are neighbours; symmetric, and its sum is 1. (n, d) -> (n, n)
 
-    A Gaussian around each point weighs the others. It is as wide as gives them the wanted perplexity, which is at most
-    (n − 1) / 3.
+    A Gaussian around each point weights the others. Its width is the one that gives the wanted perplexity, which is at
+    most (n − 1) / 3.
     """
     n, d2 = len(x), torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").square()
     d2 = d2 / d2.mean().clamp(min=TINY)
@@ -60,7 +60,7 @@ def neighbour_probabilities(x: Tensor, perplexity: float) -> Tensor:
 
 
 def tsne_loss(y: Tensor, P: Tensor, exaggeration: float = 1.0) -> tuple[Tensor, Tensor]:
-    """KL(P ‖ Q) of positions y (n, 2), up to the entropy of P, which is constant, and its gradient (n, 2).
+    """KL(P ‖ Q) for positions y (n, 2), up to the constant entropy of P, and its gradient (n, 2).
 
     Q = w / Σ w with w = 1 / (1 + d²), so that −Σ P log Q = Σ P log(1 + d²) + log Σ w. exaggeration multiplies P.
     """
@@ -71,8 +71,8 @@ def tsne_loss(y: Tensor, P: Tensor, exaggeration: float = 1.0) -> tuple[Tensor, 
 
 
 def scatter(y: Tensor, kinds: list[tuple[str, str]], categories: list[str], side: int = 900) -> Image.Image:
-    """Points (n, 2) as Fig. 5a draws them, in a colour for each category: centres are circles, CG's points triangles,
-    ControlNet's squares.
+    """Draws points (n, 2) as in Fig. 5a, in a colour for each category: centres are circles, CG's points triangles,
+    ControlNet's squares. kinds: the kind and category of each point.
     """
     scale, edge, legend = 2, 40, 230  # drawn at twice the size
     page = Image.new("RGB", ((side + legend) * scale, side * scale), "white")
@@ -101,17 +101,19 @@ def scatter(y: Tensor, kinds: list[tuple[str, str]], categories: list[str], side
 
 
 def picture_of(path: Path | None) -> Image.Image | None:
+    """The picture in a file as a thumbnail; None if there is no file."""
     return thumbnail(open_image(path).convert("RGB")) if path and path.exists() else None
 
 
 def cutout_of(item: Item) -> Tensor:
+    """An item's product on white, (3, H, W)."""
     rgb, mask = load_masked(item.image, item.mask, inverted=item.inverted)
     return rgb * mask + 1 - mask
 
 
 def choose(items: list, count: int, seed: int = 0) -> list:
-    """Some of the items at random, in their order, the same ones for the same seed. Evenly spaced ones would not do:
-    lists often go round the categories.
+    """`count` of the items, drawn at random by the seed and kept in order. Evenly spaced ones would not do: lists often
+    go round the categories.
     """
     chosen = torch.randperm(len(items), generator=Generator().manual_seed(seed))[:count]
     return [items[i] for i in sorted(chosen.tolist())]

@@ -1,4 +1,4 @@
-"""Support: errors of use, files written whole, JSON, tensors; not needed to understand the paper."""
+"""Support: user errors, files written whole, JSON, tensors; not needed to understand the paper."""
 
 import errno
 import hashlib
@@ -22,16 +22,16 @@ from torch import Tensor
 from support.names import one_line
 
 UMASK = os.umask(0)
-os.umask(UMASK)  # there is no way to read it but to set it
+os.umask(UMASK)  # it can only be read by setting it
 
 PICKLES = (".ckpt", ".pth", ".pt", ".bin", ".pkl")
 
 
 class BadInput(ValueError):
-    """An error of use. Its message is one line that names the file or option and the remedy; programs exit with 2."""
+    """A user error. Its message is one line that names the file or option and the remedy; programs exit with 2."""
 
 
-REMEDIES = {  # for what an operating system may answer; the last is for all other answers
+REMEDIES = {  # by the operating system's error number; the last is for all others
     errno.ENOSPC: "make room, or choose another place",
     errno.EDQUOT: "make room, or choose another place",
     errno.ENAMETOOLONG: "choose a shorter name",
@@ -42,7 +42,7 @@ REMEDIES = {  # for what an operating system may answer; the last is for all oth
 
 
 def explain(error: Exception) -> str | None:
-    """The line that says what is wrong and what to do, for an error that the user can mend; None for a bug of ours."""
+    """The line that says what is wrong and what to do, for an error that the user can fix; None for a bug of ours."""
     if isinstance(error, BadInput):
         return str(error).split("BadInput: ")[-1].strip()  # a DataLoader's worker puts its traceback in front
     if isinstance(error, torch.OutOfMemoryError):
@@ -63,20 +63,20 @@ def explain(error: Exception) -> str | None:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Around a program's main: errors of use become one line on stderr and exit status 2, Ctrl-C one line and 130.
+    """Wraps a program's main: user errors become one line on stderr and exit status 2, Ctrl-C one line and 130.
 
-    Also lets stdout and stderr print every name: what a console can't show, or is no Unicode, is printed as an escape.
+    Also lets stdout and stderr print every name: what a console can't show, or is not Unicode, becomes an escape.
     """
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a notebook's has none
+        if hasattr(stream, "reconfigure"):  # not in a notebook
             stream.reconfigure(errors="backslashreplace")
     try:
         yield
         sys.stdout.flush()
     except KeyboardInterrupt:
-        print("interrupted; what was written is whole, and the same command can be given again", file=sys.stderr)
+        print("interrupted; all files written are complete, and the same command can be given again", file=sys.stderr)
         raise SystemExit(130) from None
-    except BrokenPipeError:  # as by `| head`: who read our output has left, and there is no one to say it to
+    except BrokenPipeError:  # as by `| head`: the reader of our output has left, and no one is there to be told
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
     except Exception as error:
@@ -93,12 +93,12 @@ def write_atomic(path: Path | str, write: Callable[[Path], None]) -> None:
     """Calls write(temporary) and renames: `path` is either the old file or the whole new one, never a part, even after
     a power cut.
 
-    `write` may make a file or a folder; a folder replaces the old one, and is missing between two renames. Raises
-    BadInput where the old one holds more than the new one: that would be lost.
+    `write` makes a file or a folder. A folder replaces the old one by two renames, between which `path` is missing.
+    Raises BadInput if `path` can't be written, or if the old folder holds other files, which would be lost.
     """
     path = Path(path)
     if path.is_dir():
-        path = path.resolve()  # a link to a folder, perhaps on a larger disk, stays one
+        path = path.resolve()  # a link to a folder, perhaps on a larger disk, stays a link
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path.parent)
@@ -113,7 +113,7 @@ def write_atomic(path: Path | str, write: Callable[[Path], None]) -> None:
             if file.is_file():
                 file.chmod(0o666 & ~UMASK)  # safetensors writes files that only their owner may read
         if len(files) > MANY_FILES and hasattr(os, "sync"):
-            os.sync()  # the whole disk at once: thousands of waits, one a file, would take minutes
+            os.sync()  # the whole disk at once: a wait for each of thousands of files would take minutes
         else:
             for file in files:
                 _sync(file)
@@ -130,19 +130,19 @@ def write_atomic(path: Path | str, write: Callable[[Path], None]) -> None:
             raise
         _sync(path.parent)
     except (IsADirectoryError, NotADirectoryError):
-        raise BadInput(f"{path} is a {'folder' if path.is_dir() else 'file'} where the other is to be written; "
+        raise BadInput(f"{path} is a {'folder, not a file' if path.is_dir() else 'file, not a folder'}; "
                        "choose another output path") from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
 MANY_FILES = 100
-# What a file system answers that can't do it, or where we may write to a folder but not open it
+# Errors from a file system that can't sync, or from a folder that we may write to but not open
 NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 def _sync(path: Path) -> None:
-    """Waits until a file's content, or a folder's list of names, is on the disk, where the file system can say so."""
+    """Waits until a file's content, or a folder's list of names, is on the disk, if the file system can sync."""
     try:
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -155,21 +155,21 @@ def _sync(path: Path) -> None:
 
 
 def host_name() -> str:
-    """Within what a process's number means that process: this machine, or this container."""
+    """A hash that names this machine or container, within which process numbers are unique."""
     namespace = Path("/proc/self/ns/pid")
     name = socket.gethostname() + (os.readlink(namespace) if namespace.is_symlink() else "")
     return hashlib.blake2b(name.encode(), digest_size=4).hexdigest()
 
 
-DAY = 24 * 60 * 60  # seconds: on other machines, whose processes we can't see, so old a scratch folder is abandoned
+DAY = 24 * 60 * 60  # seconds; older scratch folders of other machines, whose processes we can't see, are abandoned
 
-_swept: set[Path] = set()  # folders, in this process
+_swept: set[Path] = set()  # the folders that this process has swept
 
 
 def sweep(folder: Path) -> None:
-    """Removes the scratch folders that killed processes have left in a folder, once per process; write_atomic does it.
+    """Removes the scratch folders that killed processes have left in a folder; write_atomic calls it, once per process.
 
-    What lay in the place of a folder that was being replaced is put back there.
+    If a process was killed while it replaced a folder, the old folder is put back.
     """
     if folder in _swept:
         return
@@ -184,13 +184,13 @@ def sweep(folder: Path) -> None:
 
 
 def _abandoned(scratch: Path) -> bool:
-    """Whether the process that made a scratch folder has ended, or on another machine: whether the folder is old."""
+    """Whether the process that made a scratch folder has ended, or, on another machine, whether the folder is old."""
     owner = re.fullmatch(r"\.scratch-([0-9a-f]{8})-(\d+)-\w+", scratch.name)
     try:
         if owner and scratch.stat().st_mtime > time.time() - DAY:
             if owner[1] != host_name():
                 return False
-            os.kill(int(owner[2]), 0)  # sends nothing, and finds out whether there is such a process
+            os.kill(int(owner[2]), 0)  # signal 0: only checks whether there is such a process
             return False
     except ProcessLookupError:
         return True
@@ -200,8 +200,8 @@ def _abandoned(scratch: Path) -> bool:
 
 
 def write_text(text: str, path: Path, odd_bytes: str = "backslashreplace") -> None:
-    """Writes a UTF-8 file, atomically. The odd bytes of names that are no UTF-8 become JSON's escapes, or what Python's
-    error handler `odd_bytes` makes of them: "surrogateescape" writes them as they are.
+    """Writes a UTF-8 file, atomically. odd_bytes: Python's error handler for the bytes of names that are not UTF-8; the
+    default turns them into JSON's escapes, "surrogateescape" writes them as they are.
     """
     write_atomic(path, lambda new: new.write_bytes(text.encode("utf-8", odd_bytes)))
 
@@ -221,8 +221,8 @@ def append_line(entry: dict, file: Path) -> None:
 
 
 def read_log(file: Path) -> list[dict]:
-    """The lines of a JSON-lines file that a program appends to; none where there is no file. One that a killed process
-    has left unfinished is cut off. Raises BadInput for a line that is no JSON object.
+    """The objects in a JSON-lines file that a program appends to; [] without a file. A line that a killed process has
+    left unfinished is cut off. Raises BadInput for a line that is not a JSON object.
     """
     content = file.read_bytes() if file.exists() else b""
     finished = content[: content.rfind(b"\n") + 1]
@@ -240,15 +240,15 @@ def read_log(file: Path) -> list[dict]:
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file. Raises BadInput where it is missing or holds none."""
+    """The object in a JSON file. Raises BadInput if the file is missing or holds none."""
     try:
-        content = json.loads(path.read_bytes())  # of bytes: UTF-8 or UTF-16, with a byte order mark or without
+        content = json.loads(path.read_bytes())  # from bytes: UTF-8 or UTF-16, with or without a byte order mark
     except FileNotFoundError:
         raise BadInput(f"{path} is missing; is {path.parent} a complete folder of weights?") from None
     except (ValueError, OSError, RecursionError) as error:
-        raise BadInput(f"{path} can't be read as JSON ({error}); mend it, or get it again") from None
+        raise BadInput(f"{path} can't be read as JSON ({error}); fix it, or get it again") from None
     if not isinstance(content, dict):
-        raise BadInput(f"{path} does not hold a JSON object; mend it, or get it again")
+        raise BadInput(f"{path} does not hold a JSON object; fix it, or get it again")
     return content
 
 
@@ -264,13 +264,13 @@ def not_finite(tensors: dict[str, Tensor]) -> str | None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Memory-mapped tensors of a safetensors file. Raises BadInput for a pickle, or a broken or missing file."""
+    """Memory-mapped tensors from a safetensors file. Raises BadInput for a pickle, or a broken or missing file."""
     if path.suffix in PICKLES:
         raise pickle_refused(path, path.with_suffix(".safetensors"))
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        # Some public files have a header of odd length, and numbers at odd addresses: these are copied
+        # Some public files have a header of odd length, so numbers at odd addresses: these are copied
         return {n: t.clone() if t.data_ptr() % t.element_size() else t for n, t in tensors.items()}
     except FileNotFoundError:
         raise BadInput(f"{path} is missing; check the path, or download the weights again") from None

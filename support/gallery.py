@@ -1,4 +1,4 @@
-"""Support: several products in several styles: what to paint, names, a sheet; not needed to understand the paper."""
+"""Support: several products and references: what to paint, file names, a sheet; not needed to understand the paper."""
 
 import re
 from dataclasses import dataclass, replace
@@ -35,22 +35,24 @@ class Gallery:
     references: list[tuple[Path, Path | None]]  # ads and their masks
     categories: list[list[str]]  # of each product
     seeds: range
-    with_and_without: bool  # also without a reference, as the demo
-    exemplars: bool  # the references are read whole, without a mask
+    with_and_without: bool  # paint each product without a reference too, as the demo does
+    exemplars: bool  # the references are whole pictures, without masks
 
     @cached_property
     def products(self) -> list[tuple[Tensor, Tensor]]:
+        """Each product's rgb (3, H, W) and M (1, H, W)."""
         return [load_cutout(item.image, item.mask) for item in self.items]
 
     @cached_property
     def styles(self) -> list[tuple[Tensor, Tensor | None]]:
+        """Each reference's picture (3, H, W), background and all, and its mask (1, H, W); None for an exemplar."""
         if self.exemplars:
             return [(to_tensor(open_image(path).convert("RGB")), None) for path, _ in self.references]
         return [load_masked(*pair, "reference", "--reference-mask") for pair in self.references]
 
     @property
     def rows(self) -> list[tuple[int, int]]:
-        """The product, by its number, and the seed of each row of the sheet."""
+        """The index of the product, and the seed, for each row of the sheet."""
         return [(i, seed) for i in range(len(self.items)) for seed in self.seeds]
 
     def jobs(self, texts: dict[str, tuple[str, str, str]]) -> list[Job]:
@@ -74,7 +76,7 @@ class Gallery:
         return thumbnail(picture, 256 if count <= 8 else 160, mask)
 
     def sheet(self, pictures: list[Image.Image], name: str) -> Image.Image:
-        """A row for each product and seed; above the columns the references. name: of the network in CG's place."""
+        """A row for each product and seed, the references above. name: what the network in CG's place is called."""
         columns = len(pictures) // len(self.rows)
         cells = [[self.small(*self.products[i]), *pictures[k * columns : (k + 1) * columns]]
                  for k, (i, _) in enumerate(self.rows)]
@@ -91,14 +93,15 @@ class Gallery:
 
 
 def in_file_name(category: str) -> str:
+    """A category as a part of a file's name."""
     return re.sub(r"\W+", "_", category)
 
 
 def check_result_names(products: list[Path], references: list[Path], categories: list[str]) -> None:
-    """Raises BadInput where two results would have the same name."""
+    """Raises BadInput if two results would have the same name."""
     names = [in_file_name(category) for category in dict.fromkeys(categories)]
     if len(products) == 1 and len({*names}) < len(names):
-        raise BadInput(f"--category: two of {', '.join(categories)} would give results of one name; leave one out")
+        raise BadInput(f"--category: two of {', '.join(categories)} would give results of the same name; leave one out")
     for option, paths in (("product", products), ("reference", references)):
         stems = [path.stem for path in paths]
         if twice := {stem for stem in stems if stems.count(stem) > 1}:

@@ -1,4 +1,4 @@
-"""Support: what a study's raters get: it must betray no method; not needed to understand the paper."""
+"""Support: the files for a study's raters, which must not reveal any method; not needed to understand the paper."""
 
 import json
 import os
@@ -16,19 +16,19 @@ from support.images import thumbnail
 from support.opening import open_image
 
 PAGE = Path(__file__).with_name("study_page.html")
-SIDE = 1024  # larger pictures are reduced to it
-LONG_AGO = 946_684_800  # 1 January 2000, the time of every file: none says when it was painted
+SIDE = 1024  # pixels; larger pictures are reduced
+LONG_AGO = 946_684_800  # 1 January 2000, the time of every file, so none reveals when it was painted
 
 
 class Pair(NamedTuple):
-    """What a rater sees at once: an item's product and reference, and a picture of it by each method."""
+    """What a rater sees at once: an item's product and reference, and one picture by each method."""
 
     item: Item
     candidates: dict[str, Path]  # by method; all pairs have the same methods
 
 
 class Handout(NamedTuple):
-    """A study under names that say nothing."""
+    """A study under random names, which reveal nothing."""
 
     study: str
     shown: list[dict]  # for the page: names by pair, the candidates in balanced orders
@@ -37,14 +37,14 @@ class Handout(NamedTuple):
 
 
 def token() -> str:
-    """A name that nothing can be learnt from. From the system's randomness: from a seed, anyone could derive it."""
+    """A random name, which reveals nothing. It needs the system's randomness: a seeded name could be derived."""
     return secrets.token_hex(6)
 
 
 def balanced_orders(count: int, methods: int) -> list[list[int]]:
     """An order of the methods for each of `count` pairs, such that each method stands equally often in each place.
 
-    Each run of `methods` pairs is a Latin square, its rows, columns and methods shuffled; the last may be cut short.
+    Each run of `methods` pairs is a Latin square with shuffled rows, columns and methods; the last may be cut short.
     """
     draw, orders = random.SystemRandom(), []
     while len(orders) < count:
@@ -54,7 +54,7 @@ def balanced_orders(count: int, methods: int) -> list[list[int]]:
 
 
 def plan(pairs: list[Pair]) -> Handout:
-    """Names everything, and puts the candidates in order. It is written by `write_handout`, after its key."""
+    """Gives everything a random name, and orders the candidates. The key is to be written first, then the handout."""
     study = Handout(token(), [], [], {})
     for pair, order in zip(pairs, balanced_orders(len(pairs), len(pairs[0].candidates))):
         name, product, reference = token(), token(), token()
@@ -71,8 +71,8 @@ def plan(pairs: list[Pair]) -> Handout:
 def write_handout(handout: Handout, out: Path) -> None:
     """Writes OUT/index.html and OUT/pictures.
 
-    The candidates are files of one size: how well a picture compresses depends on the method. They are written in the
-    order of their names, and all files have one time.
+    All candidates' files have the same size, because how well a picture compresses depends on the method. They are
+    written in the order of their names, and all files get the same time.
     """
     page = PAGE.read_text(encoding="utf-8")
     page = page.replace("STUDY_DATA", json.dumps({"study": handout.study, "pairs": handout.shown}), 1)
@@ -92,9 +92,9 @@ def write_handout(handout: Handout, out: Path) -> None:
 
 
 def pad(files: list[Path]) -> None:
-    """Makes all PNGs as large as the largest one by a private chunk that viewers skip, just before the end chunk.
+    """Pads all PNGs to the size of the largest, by a private chunk that viewers skip, just before the end chunk.
 
-    It holds random bytes: zeros would be gone when the folder is compressed.
+    It holds random bytes: zeros would vanish when the folder is compressed.
     """
     end = chunk(b"IEND")
     size = max(file.stat().st_size for file in files) + len(end)

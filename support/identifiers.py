@@ -8,8 +8,9 @@ from support.settings import Settings
 
 
 def category_identifiers(items: list[Item], settings: Settings, template: str) -> dict[str, str]:
-    """The identifier [D] of each category by name. Those that the frozen CG, --init-control or the resumed run knows
-    stay; new categories get the next numbers. template: what --identifier is by default.
+    """The identifier [D] of each category, by name (section 3.2). Categories that the frozen CG, --init-control or the
+    resumed run knows keep theirs; new ones get the next numbers. template: the default of --identifier. Raises BadInput
+    if the frozen CG lacks a category, or if --identifier contradicts the known ones.
     """
     names, known, source = categories_of(items), {}, settings.folder
     if settings.stage == "pg":
@@ -29,19 +30,19 @@ def category_identifiers(items: list[Item], settings: Settings, template: str) -
 
 
 def number_categories(names: list[str], template: str, known: dict[str, str] | None = None) -> dict[str, str]:
-    """`known`, in its order, and for the other names the template with the next numbers in place of {}."""
+    """`known` in its order; then, for each other name, the template with the next number in place of {}."""
     identifiers = dict(known or {})
     number = len(identifiers)
     for name in names:
         if name not in identifiers:
-            while template.replace("{}", str(number)) in identifiers.values():  # where someone has edited the file
+            while template.replace("{}", str(number)) in identifiers.values():  # if someone has edited the file
                 number += 1
             identifiers[name] = template.replace("{}", str(number))
     return identifiers
 
 
 def template_of(known: dict[str, str]) -> str | None:
-    """The template that gave these identifiers, by the last one and its number; None where they don't show it."""
+    """The template of these identifiers, inferred from the last one and its number; None if it can't be."""
     if not known:
         return None
     before, number, after = [*known.values()][-1].rpartition(str(len(known) - 1))

@@ -24,7 +24,7 @@ from support.cutouts import (
 from support.files import BadInput, write_atomic
 from support.opening import AnyPath, as_mode, decode, note, open_image, take_alpha
 
-LARGE = 4_000_000  # from so many pixels on, a PNG is compressed in a third of the time, and a little less
+LARGE = 4_000_000  # pixels; larger PNGs are compressed a little less, in a third of the time
 
 
 # ---------------------------------------------------------------- tensors and back
@@ -56,15 +56,15 @@ def to_image(x: Tensor) -> Image.Image:
 
 
 def save_image(image: Tensor | Image.Image, path: AnyPath, text: dict[str, str] | None = None) -> None:
-    """Write a tensor (as in to_image) or an sRGB image as PNG, whatever the name's suffix; `text` goes along with it.
+    """Writes a tensor (as in to_image) or an sRGB image as PNG, whatever the name's suffix; `text` is stored in it.
 
-    PNG's sRGB chunk says what the numbers mean, so that no viewer guesses.
+    PNG's sRGB chunk says what the numbers mean, so no viewer has to guess.
     """
     image = to_image(image) if isinstance(image, Tensor) else image
     chunks = PngInfo()
     chunks.add(b"sRGB", b"\0")  # perceptual, as for photos
     for key, value in (text or {}).items():
-        chunks.add_itxt(key, value.encode("utf-8", "backslashreplace").decode())  # names of files may be no UTF-8
+        chunks.add_itxt(key, value.encode("utf-8", "backslashreplace").decode())  # file names may not be UTF-8
     large = image.width * image.height >= LARGE
     how = dict(compress_level=1, compress_type=zlib.Z_RLE) if large else {}
     write_atomic(path, lambda new: image.save(new, format="PNG", pnginfo=chunks, icc_profile=None, **how))
@@ -74,7 +74,7 @@ def save_image(image: Tensor | Image.Image, path: AnyPath, text: dict[str, str] 
 
 
 def open_mask(path: AnyPath) -> tuple[Image.Image, str]:
-    """The mask in a file as an 8-bit grey image, its numbers as stored, and what it is called in messages."""
+    """The mask in a file as an 8-bit grey image, its values as stored, and its name for messages."""
     image = decode(path)
     alpha = take_alpha(image)
     return (alpha, f"alpha channel of mask {path}") if alpha else (as_mode(image, "L"), f"mask {path}")
@@ -88,12 +88,12 @@ def load_mask(path: AnyPath) -> Tensor:
 def load_masked(
     image_path: AnyPath, mask_path: AnyPath | None = None, what: str = "product", option: str = "--mask", inverted=False
 ) -> tuple[Tensor, Tensor]:
-    """A picture as it is stored, background and all, (3, H, W), and the mask of its product, (1, H, W).
+    """A picture as it is stored, background and all, (3, H, W), and its product's mask, (1, H, W).
 
-    The mask is that of mask_path, 1 on the background if `inverted`; without a path, the picture's own alpha channel.
-    A raised black and a grey white become 0 and 1, see black_and_white.
-    Raises BadInput, naming the picture as `what` and the `option` that gives a mask, where there is no mask, or one
-    of another size, empty, or covering everything.
+    The mask is read from mask_path, 1 on the background if `inverted`; without a path, it is the picture's own alpha
+    channel. A raised black and a grey white become 0 and 1, see black_and_white.
+    Raises BadInput if there is no mask, or if it is empty, covers everything or has another size than the picture.
+    The message calls the picture `what` and names the `option` that gives a mask.
     """
     image = open_image(image_path)
     if mask_path is None and image.mode == "RGB":
@@ -114,7 +114,7 @@ def load_masked(
 
 
 def check_mask(mask: Image.Image, source: str, option: str) -> None:
-    """Raises BadInput for a mask that is empty, covers everything or is a label map; notes one that seems inverted."""
+    """Raises BadInput for a mask that is empty, covers all or is a label map; prints a note if it seems inverted."""
     low, high = mask.getextrema()
     labels = mask.getcolors(maxcolors=64)  # [(pixels, level), ...], or None where there are more
     if 0 < high < 128 and labels:
@@ -136,9 +136,9 @@ def load_cutout(
 ) -> tuple[Tensor, Tensor]:
     """The product alone: rgb (3, H, W) and M (1, H, W), such that rgb ⊗ M + scene ⊗ (1 − M) has no old background.
 
-    Arguments and errors are load_masked's. Beside a mask file the colours at soft edges are mixed with the background,
-    see unmix_edges; an alpha channel's may also be the product's already, or multiplied by it, see edge_holds.
-    Colours where M = 0 continue the product's, so that resizing mixes nothing else in.
+    Arguments and errors are load_masked's. With a mask file, colours at soft edges are mixed with the background (see
+    unmix_edges); with an alpha channel they may also be the product's own, or multiplied by alpha (see edge_holds).
+    Where M = 0 the product's colours are continued, so resizing mixes in nothing else.
     """
     rgb, mask = load_masked(image_path, mask_path, what, option, inverted)
     holds = STORED if mask_path else edge_holds(rgb, mask)
@@ -162,7 +162,7 @@ def resize(x: Tensor, height: int, width: int) -> Tensor:
 
 
 def resized_strips(x: Tensor, height: int, width: int) -> Iterator[tuple[slice, Tensor]]:
-    """resize(x, height, width) with little memory, a strip of rows at a time: (rows, (C, rows, width))."""
+    """Yields resize(x, height, width) in strips of n rows, to save memory: (slice of rows, (C, n, width))."""
     h = x.shape[1]
     wide = F.interpolate(x[None], size=(h, width), mode="bicubic", antialias=True)[0]
     identity = torch.eye(h)[None, None]
@@ -176,7 +176,7 @@ def resized_strips(x: Tensor, height: int, width: int) -> Iterator[tuple[slice, 
 def fit(
     x: Tensor, height: int, width: int, mode: str, centre: tuple[float, float] | None = None
 ) -> tuple[Tensor, tuple[int, int, int, int]]:
-    """Scale x (C, H, W) to (C, height, width) without stretching it; also returns a box (top, left, h, w).
+    """Scales x (C, H, W) to (C, height, width) without stretching it; also returns a box (top, left, h, w).
 
     "contain": all of x, in the middle; pictures are padded with their edge, masks (C = 1) with 0. The box is where
     x lies on the canvas. "cover": as much of x as fills the canvas, around `centre` (y, x in pixels of x; the middle
@@ -201,9 +201,9 @@ def fit(
 
 
 def canvas_size(height: int, width: int, size: int, multiple: int) -> tuple[int, int]:
-    """(H, W) of the canvas for a picture: its longer side is `size`, the other the next multiple that contains it.
+    """(H, W) of the canvas for a picture: its longer side is `size`, the other is rounded up to a multiple.
 
-    So less than `multiple` pixels are padding. Raises BadInput unless size is itself a multiple.
+    So fewer than `multiple` pixels are padding. Raises BadInput unless size is itself a multiple.
     """
     if size < multiple or size % multiple:
         nearest = max(1, round(size / multiple)) * multiple
@@ -216,7 +216,7 @@ def canvas_size(height: int, width: int, size: int, multiple: int) -> tuple[int,
 
 
 def thumbnail(picture: Tensor | Image.Image, side: int = 256, mask: Tensor | None = None) -> Image.Image:
-    """A picture as an image, reduced where it is larger than `side` pixels; on white outside of a mask (1, H, W)."""
+    """A picture as an image, reduced if it is larger than `side` pixels; white outside the mask (1, H, W)."""
     if mask is not None:
         scale = min(1, side / max(mask.shape))
         h, w = (max(1, round(scale * length)) for length in mask.shape[1:])

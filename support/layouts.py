@@ -1,4 +1,4 @@
-"""Support: public weights' names, what a file is, configurations from shapes; not needed to understand the paper."""
+"""Support: public weights' names, kinds of files, configurations from shapes; not needed to understand the paper."""
 
 import math
 import re
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import Tensor
 
-# Where a single file keeps each model. A ControlNet's or LaMa's file may also hold it without any prefix.
+# The prefix of each model's names in a single file. A file of a ControlNet or LaMa alone may have none.
 PREFIXES = {
     "model.diffusion_model.": "unet",
     "first_stage_model.": "vae",
@@ -17,10 +17,10 @@ PREFIXES = {
     "model.generator.": "lama",
 }
 
-# The same for Paint by Example, whose CLIP is that of pictures; its last layers and learnable_vector have no prefix.
+# The same for Paint by Example, whose CLIP reads pictures; its last layers and learnable_vector have no prefix.
 EXAMPLE_PREFIXES = {"model.diffusion_model.": "unet", "first_stage_model.": "vae", "cond_stage_model.": "image_encoder"}
 
-# What public files hold beside the weights that are read. A tensor that the network does have is never left out.
+# Tensors in public files that are not read. A tensor that the network does have is never left out.
 IGNORED = re.compile("|".join((
     r"(.*\.)?position_ids",  # counts 0, 1, 2, …
     r".*\.num_batches_tracked",  # counts training steps
@@ -29,15 +29,15 @@ IGNORED = re.compile("|".join((
     r"posterior_(variance|log_variance_clipped|mean_coef[12])|scale_factor",  # the noise schedule: see sampler.py
     r"denoiser\.sigmas",
     r"(first_stage_model\.)?loss\..*|embedding_manager\..*",  # what only training needs
-    r"cond_stage_model\.model\.transformer\.resblocks\.23\..*",  # SD 2.x reads OpenCLIP before its last layer
+    r"cond_stage_model\.model\.transformer\.resblocks\.23\..*",  # SD 2.x does without OpenCLIP's last layer
     r"(cond_stage_model\.)?(model\.|transformer\.)?(logit_scale|text_projection(\.weight)?|attn_mask)",
 )))
-IMAGE_TOWER = re.compile(r"(vision_model|visual|visual_projection)\..*")  # of the CLIP that a text encoder was cut from
+IMAGE_TOWER = re.compile(r"(vision_model|visual|visual_projection)\..*")  # in the CLIP that a text encoder comes from
 
-# From the names of public files, without prefix, to ours; numbers in a pattern are the function's arguments, and {}
-# stands for q, k and v, which come in one matrix. Our own names come through unchanged.
+# From the names in public files, without prefix, to ours. A pattern's numbers are the function's arguments, and {}
+# stands for q, k and v, which share one matrix. Our own names stay unchanged.
 RENAMES = [(re.compile(pattern), name) for pattern, name in (
-    # The UNet's and ControlNet's levels: three input_blocks each, two layers and what halves the resolution
+    # The UNet's and ControlNet's levels: three input_blocks each, two layers and the downsampling
     (r"^time_embed\.([02])\.", lambda i: f"time_embedding.linear_{i // 2 + 1}."),
     (r"^input_blocks\.0\.0\.", "conv_in."),
     (r"^input_blocks\.(\d+)\.0\.op\.", lambda i: f"down_blocks.{(i - 1) // 3}.downsamplers.0.conv."),
@@ -45,7 +45,7 @@ RENAMES = [(re.compile(pattern), name) for pattern, name in (
     (r"^input_blocks\.(\d+)\.1\.", lambda i: f"down_blocks.{(i - 1) // 3}.attentions.{(i - 1) % 3}."),
     (r"^middle_block\.([02])\.", lambda i: f"mid_block.resnets.{i // 2}."),
     (r"^middle_block\.1\.", "mid_block.attentions.0."),
-    # three output_blocks a level, the last of them followed by what doubles the resolution
+    # three output_blocks a level, the last one with the upsampling
     (r"^output_blocks\.(\d+)\.[12]\.conv\.", lambda i: f"up_blocks.{i // 3}.upsamplers.0.conv."),
     (r"^output_blocks\.(\d+)\.0\.", lambda i: f"up_blocks.{i // 3}.resnets.{i % 3}."),
     (r"^output_blocks\.(\d+)\.1\.", lambda i: f"up_blocks.{i // 3}.attentions.{i % 3}."),
@@ -72,13 +72,13 @@ RENAMES = [(re.compile(pattern), name) for pattern, name in (
     (r"\.mid\.block_([12])\.", lambda i: f".mid_block.resnets.{i - 1}."),
     (r"\.mid\.attn_1\.", ".mid_block.attentions.0."),
     (r"^((?:en|de)coder)\.norm_out\.", r"\1.conv_norm_out."),
-    # within its attention; then the public folders' names before 2023
+    # within its attention, by the original names or those of public folders before 2023
     (r"^((?:en|de)coder\.mid_block\.attentions\.0)\.norm\.", r"\1.group_norm."),
     (r"^((?:en|de)coder\.mid_block\.attentions\.0)\.(?:q|query)\.", r"\1.to_q."),
     (r"^((?:en|de)coder\.mid_block\.attentions\.0)\.(?:k|key)\.", r"\1.to_k."),
     (r"^((?:en|de)coder\.mid_block\.attentions\.0)\.(?:v|value)\.", r"\1.to_v."),
     (r"^((?:en|de)coder\.mid_block\.attentions\.0)\.(?:proj_out|proj_attn)\.", r"\1.to_out.0."),
-    # CLIP's text encoder: recent folders leave out its first word
+    # CLIP's text encoder: recent folders leave out the first part of the name
     (r"^(?=(?:embeddings|encoder\.layers|final_layer_norm)\.)", "text_model."),
     # OpenCLIP's
     (r"^transformer\.resblocks\.", "text_model.encoder.layers."),
@@ -91,7 +91,7 @@ RENAMES = [(re.compile(pattern), name) for pattern, name in (
     (r"^positional_embedding$", "text_model.embeddings.position_embedding.weight"),
     (r"^ln_final\.", "text_model.final_layer_norm."),
 )]
-# The same for Paint by Example's image encoder, whose names are those of other layers elsewhere
+# The same for Paint by Example's image encoder: elsewhere its names mean other layers
 EXAMPLE_RENAMES = [(re.compile(pattern), name) for pattern, name in (
     (r"^transformer\.", "model."),
     (r"^model\.(?=(?:embeddings|pre_layrnorm|encoder|post_layernorm)\.)", "model.vision_model."),  # recent folders
@@ -108,16 +108,16 @@ EXAMPLE_RENAMES = [(re.compile(pattern), name) for pattern, name in (
 
 
 def our_name(name: str, renames: list[tuple] = RENAMES) -> str:
-    """Our name of a tensor, from that in a public file (without the prefix of a single file)."""
+    """Our name for a tensor, from its name in a public file (without the prefix of a single file)."""
     for pattern, new in renames:
         name = pattern.sub(new if isinstance(new, str) else lambda match, f=new: f(*map(int, match.groups())), name)
     return name
 
 
 def under_our_names(tensors: dict[str, Tensor], kind: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Tensors under our names. Queries, keys and values that come in one matrix leave as three.
+    """Tensors under our names. A matrix of queries, keys and values is split into three.
 
-    kind: what network they are of, where it matters; see weights.file_kind.
+    kind: the network that they belong to, where it matters; see weights.file_kind.
     """
     for name, tensor in tensors.items():
         name = our_name(name, EXAMPLE_RENAMES if kind == EXAMPLE_ENCODER else RENAMES)
@@ -128,7 +128,7 @@ def under_our_names(tensors: dict[str, Tensor], kind: str = "") -> Iterator[tupl
 
 
 def split_by_model(tensors: dict[str, Tensor], prefixes: dict[str, str] = PREFIXES) -> dict[str, dict[str, Tensor]]:
-    """A single file's tensors by model, without their prefix and what is ignored; "" holds those of no prefix."""
+    """A single file's tensors by model, without prefixes and ignored tensors; "" holds those without a prefix."""
     parts = {part: {} for part in ("", *prefixes.values())}
     for name, tensor in tensors.items():
         if not IGNORED.fullmatch(name):
@@ -140,7 +140,7 @@ def split_by_model(tensors: dict[str, Tensor], prefixes: dict[str, str] = PREFIX
 SINGLE_FILE = "a whole Stable Diffusion"
 EXAMPLE_FILE, EXAMPLE_ENCODER = "a whole Paint by Example", "a PaintByExampleEncoder"
 
-# What a file is, by the first pattern that one of its names matches.
+# The kind of a file: that of the first pattern that one of its names matches.
 KINDS = [(re.compile(pattern), kind) for pattern, kind in (
     (r"conditioner\.|add_embedding\.|label_emb\.", "SDXL"),
     (r"(joint|double)_blocks\.|add_[qkv]_proj", "SD 3 or Flux"),
@@ -160,7 +160,7 @@ KINDS = [(re.compile(pattern), kind) for pattern, kind in (
 
 
 def looks_like(names: Iterable[str], expected: str) -> str:
-    """The end of a message: what kind of file has these tensors, if another than expected."""
+    """The end of a message: the kind of file that has these tensors, or "" if it is the expected kind."""
     kind = next((kind for pattern, kind in KINDS if any(map(pattern.search, names))), expected)
     return "" if kind == expected else f"; it looks like {kind}"
 
@@ -175,7 +175,7 @@ def modules_under(prefix: str, tensors: dict[str, Tensor]) -> int:
 
 
 def unet_config(tensors: dict[str, Tensor]) -> dict:
-    """The config.json of a UNet or a ControlNet, from its tensors' shapes. Raises KeyError where it is neither."""
+    """The config.json of a UNet or a ControlNet, from its tensors' shapes. Raises KeyError for other tensors."""
     levels = range(modules_under("down_blocks.", tensors))
     channels = [tensors[f"down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in levels]
     attention = [f"down_blocks.{i}.attentions.0.norm.weight" in tensors for i in levels]
@@ -198,7 +198,7 @@ def unet_config(tensors: dict[str, Tensor]) -> dict:
 
 
 def vae_config(tensors: dict[str, Tensor]) -> dict:
-    """The config.json of a VAE, from its tensors' shapes. Raises KeyError where it is none."""
+    """The config.json of a VAE, from its tensors' shapes. Raises KeyError for other tensors."""
     levels = range(modules_under("encoder.down_blocks.", tensors))
     return {"_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "norm_num_groups": 32,
             "act_fn": "silu", "latent_channels": tensors["post_quant_conv.weight"].shape[0], "scaling_factor": 0.18215,
@@ -209,7 +209,7 @@ def vae_config(tensors: dict[str, Tensor]) -> dict:
 
 
 def text_config(tensors: dict[str, Tensor], activation: str) -> dict:
-    """The config.json of a text encoder, from its tensors' shapes. Raises KeyError where it is none."""
+    """The config.json of a text encoder, from its tensors' shapes. Raises KeyError for other tensors."""
     vocabulary, width = tensors["text_model.embeddings.token_embedding.weight"].shape
     return {"model_type": "clip_text_model", "architectures": ["CLIPTextModel"], "vocab_size": vocabulary,
             "hidden_size": width, "num_attention_heads": width // 64, "hidden_act": activation, "layer_norm_eps": 1e-5,
@@ -219,7 +219,7 @@ def text_config(tensors: dict[str, Tensor], activation: str) -> dict:
 
 
 def example_config(tensors: dict[str, Tensor]) -> dict:
-    """The config.json of Paint by Example's image encoder, from its tensors' shapes. Raises KeyError for another's."""
+    """The config.json of Paint by Example's image encoder, from its shapes. Raises KeyError for other tensors."""
     tower = "model.vision_model."
     width, _, patch, _ = tensors[f"{tower}embeddings.patch_embedding.weight"].shape
     patches = len(tensors[f"{tower}embeddings.position_embedding.weight"]) - 1
@@ -233,7 +233,7 @@ def example_config(tensors: dict[str, Tensor]) -> dict:
 
 
 def lama_config(tensors: dict[str, Tensor]) -> dict:
-    """The configuration of a LaMa, from its tensors' shapes. Raises KeyError where it is none."""
+    """The configuration of a LaMa, from its tensors' shapes. Raises KeyError for other tensors."""
     layers = [name for name in tensors if name.endswith(".ffc.convl2l.weight")]
     blocks = sum(".conv1." in name for name in layers)
     levels = len(layers) - 2 * blocks - 1

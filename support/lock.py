@@ -1,4 +1,4 @@
-"""Support: one run at a time writes into a folder; not needed to understand the paper."""
+"""Support: lets only one run at a time write into a folder; not needed to understand the paper."""
 
 import json
 import os
@@ -17,16 +17,16 @@ try:
 except ImportError:  # Windows, where nothing is locked
     fcntl = None
 
-TRIES, PAUSE = 10, 0.1  # seconds. A run that is just ending is waited for, and a run's first process by its others
+TRIES, PAUSE = 10, 0.1  # seconds: long enough for a run that is just ending, or for this run's first process
 
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Within this context no other run writes into --out, which is made; all processes of a torchrun are one run.
+    """A context in which no other run writes into --out, which is made. All processes of a torchrun are one run.
 
-    The lock is the operating system's, on the file OUT/.in_use: it ends with the process, however that ends. On a file
-    system that knows no locks there is none. Also removes what killed processes have left in the folder.
-    Raises BadInput where another run lives, or where the folder can't be made.
+    The operating system locks the file OUT/.in_use until the process ends, however it ends. On a file
+    system without locks nothing is locked. Also removes what killed processes have left in the folder.
+    Raises BadInput if another run is alive, or if the folder can't be made.
     """
     check_folder(out)
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
@@ -38,7 +38,7 @@ def locked(out: Path) -> Iterator[None]:
         yield
     finally:
         if handle is not None:
-            if lock(handle, fcntl.LOCK_EX):  # the last of our processes
+            if lock(handle, fcntl.LOCK_EX):  # we are the run's last process
                 path.unlink(missing_ok=True)
             os.close(handle)
         with suppress(OSError):  # a command that wrote nothing leaves nothing
@@ -47,7 +47,7 @@ def locked(out: Path) -> Iterator[None]:
 
 
 def take(path: Path) -> int:
-    """Locks a file for this run -> its handle. The first process writes whose it is, the run's others share it."""
+    """Locks a file for this run; returns its handle. The first process writes who it is; the others share the lock."""
     run, (_, world), other = this_run(), processes(), {}
     for _ in range(TRIES):
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -66,7 +66,7 @@ def take(path: Path) -> int:
 
 
 def this_run() -> list[str]:
-    """What all processes of a torchrun have in common and no other living run has; without torchrun, this process."""
+    """What identifies this run: it is the same in all processes of a torchrun, and different in other living runs."""
     if processes()[1] == 1:
         return [host_name(), str(os.getpid())]
     one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
@@ -75,8 +75,8 @@ def this_run() -> list[str]:
 
 
 def lock(handle: int, kind: int) -> bool:
-    """Takes, or changes, a lock unless another process has one. These locks belong to a process alone: its children,
-    such as a loader's workers, do not keep them.
+    """Takes or changes a lock; False if another process has it. Such a lock belongs to one process: its children, such
+    as a loader's workers, do not keep it.
     """
     try:
         fcntl.lockf(handle, kind | fcntl.LOCK_NB)
@@ -88,7 +88,7 @@ def lock(handle: int, kind: int) -> bool:
 
 
 def is_at(handle: int, path: Path) -> bool:
-    """Whether a file is still there under its name: the run before may have removed it after we opened it."""
+    """Whether the file at `path` is still the one we opened: the run before may have removed it since."""
     try:
         return os.path.samestat(os.fstat(handle), path.stat())
     except FileNotFoundError:
@@ -96,6 +96,7 @@ def is_at(handle: int, path: Path) -> bool:
 
 
 def write(handle: int, path: Path, content: dict) -> None:
+    """Replaces the content of the file. Raises OSError, which names the file."""
     try:
         os.truncate(handle, 0)
         os.pwrite(handle, json.dumps(content).encode(), 0)
@@ -104,7 +105,7 @@ def write(handle: int, path: Path, content: dict) -> None:
 
 
 def read(handle: int) -> dict:
-    """The content; empty while it is being written."""
+    """The content of the file; {} while it is being written."""
     try:
         return json.loads(os.pread(handle, 4096, 0))
     except ValueError:

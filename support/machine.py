@@ -11,9 +11,9 @@ from support.files import BadInput
 
 
 def pick_device(name: str) -> str:
-    """A device that is here; 'auto' is a GPU where there is one; 'cuda' is, under torchrun, this process's own.
+    """The name of a device that this machine has. 'auto' is a GPU if there is one; 'cuda' is this process's own GPU.
 
-    Raises BadInput for one that isn't here.
+    Raises BadInput for a device that it does not have.
     """
     given = name
     if name == "auto":
@@ -38,24 +38,24 @@ def cores() -> int:
 
 
 def processes() -> tuple[int, int]:
-    """This process's rank and how many there are, as torchrun says."""
+    """This process's rank, and the number of processes; torchrun sets both."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def barrier() -> None:
-    """Waits until all processes of a torchrun are here."""
+    """Waits until all processes of a torchrun have come here."""
     if dist.is_initialized():
         dist.barrier()
 
 
 # ---------------------------------------------------------------- precision
 
-PRODUCT = 256  # the side of the matrices that are multiplied to find out
+PRODUCT = 256  # the side of the matrices that are multiplied to compare speeds
 CLEARLY_FASTER = 1.25  # measured, on busy machines too: 1.9 with native bfloat16 (Zen 4), 0.5 or less without
 
 
 def pick_dtype(name: str, device: str) -> torch.dtype:
-    """--dtype, with "auto" settled for the device: half precision where it is faster."""
+    """The dtype that --dtype names; "auto" is half precision if that is faster on the device."""
     if name == "auto" and device.startswith("cuda"):
         return torch.float16
     if name == "auto":
@@ -65,19 +65,19 @@ def pick_dtype(name: str, device: str) -> torch.dtype:
 
 @cache
 def bfloat16_is_faster() -> bool:
-    """Whether the CPU multiplies matrices faster in bfloat16 than in float32, clearly: by trying.
+    """Whether the CPU multiplies matrices clearly faster in bfloat16 than in float32: it is measured.
 
-    Its list of features does not say: some have instructions for bfloat16 that are slower than float32's.
+    The CPU's list of features does not say: some CPUs have bfloat16 instructions that are slower than float32's.
     """
     speed = products_per_second()
     return speed[torch.bfloat16] > CLEARLY_FASTER * speed[torch.float32]
 
 
 def products_per_second() -> dict[torch.dtype, float]:
-    """How many products of two matrices of PRODUCT² one core computes in a second, in float32 and in bfloat16.
+    """How many products of two PRODUCT x PRODUCT matrices one core computes in a second, in float32 and bfloat16.
 
-    Takes some 10 ms, or 150 where bfloat16 is emulated. The best of many, each short and on one core, and the two kinds
-    in turn: other programs can't favour one.
+    Takes some 10 ms, or 150 ms where bfloat16 is emulated. Both take turns and the best of many short runs counts, so
+    other programs on the machine can't favour one.
     """
     threads, fastest = torch.get_num_threads(), {torch.float32: float("inf"), torch.bfloat16: float("inf")}
     torch.set_num_threads(1)

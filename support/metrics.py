@@ -19,14 +19,14 @@ from support.files import BadInput
 from support.images import load_masked, to_tensor
 from support.opening import open_image
 
-RESAMPLES = 200  # of the bootstrap
+RESAMPLES = 200  # bootstrap samples
 
 
 def embed_pictures(clip: CLIP, paths: list[Path], items: list[Item] | None, folder: Path) -> Tensor:
     """CLIP embeddings of pictures, not normalised: (n, d), computed once and kept in `folder`.
 
-    With the items that the pictures were painted for, those of the backgrounds alone, I ⊗ (1 − M). A picture that can't
-    be read is named, and its embedding is NaN.
+    Given the items that the pictures were painted for, the backgrounds alone are embedded, I ⊗ (1 − M). A picture that
+    can't be read is reported, and its embedding is NaN.
     """
     device = clip.visual_projection.weight.device
 
@@ -53,19 +53,19 @@ def embed_pictures(clip: CLIP, paths: list[Path], items: list[Item] | None, fold
 
 
 def similarity(x: Tensor, y: Tensor) -> Tensor:
-    """CLIP similarity of pairs of pictures, 100 times the cosine of their embeddings. (n, d), (n, d) -> (n,)"""
+    """CLIP similarity of pairs of pictures: 100 times the cosine of their embeddings. (n, d), (n, d) -> (n,)"""
     return 100 * F.cosine_similarity(x, y, dim=1)
 
 
 def frechet(x: Tensor, y: Tensor) -> Tensor:
-    """Fréchet distance between Gaussians fitted to two sets of embeddings. (n, d), (m, d) -> ().
+    """Fréchet distance between Gaussians fitted to two sets of embeddings (FID, section 5.2). (n, d), (m, d) -> ().
 
     ‖μ_x − μ_y‖² + tr Σ_x + tr Σ_y − 2 tr (Σ_x Σ_y)^½. With Σ_x = AᵀA and Σ_y = BᵀB the last trace is the sum of the
     singular values of A Bᵀ: this needs no matrix square root, and is exact for fewer samples than dimensions too.
     """
     (A, mu_x), (B, mu_y) = map(_root, (x.double(), y.double()))
     traces = A.square().sum() + B.square().sum() - 2 * torch.linalg.svdvals(A @ B.T).sum()
-    return ((mu_x - mu_y).square().sum() + traces).clamp(min=0)  # rounding can make it negative where both are equal
+    return ((mu_x - mu_y).square().sum() + traces).clamp(min=0)  # rounding can make it negative if both are equal
 
 
 def _root(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,8 +90,8 @@ def joint_frechet(x: Tensor, y: Tensor, conditions: Tensor) -> Tensor:
 def interval(statistic: Callable[[Tensor], Tensor], n: int, resamples: int = RESAMPLES) -> tuple[float, float]:
     """A statistic of n items, statistic(indices), and half the width of its 95% interval.
 
-    1.96 times its standard deviation over bootstrap samples, n items drawn with replacement. Not their percentiles: a
-    sample with repetitions varies less, which puts every Fréchet distance above the one that is reported.
+    That is 1.96 times its standard deviation over bootstrap samples of n items, drawn with replacement. Percentiles
+    would not do: a sample with repetitions varies less, so its Fréchet distance is larger than the reported one.
     """
     generator = Generator().manual_seed(0)
     values = [statistic(torch.randint(n, (n,), generator=generator)) for _ in range(resamples)]
@@ -99,16 +99,17 @@ def interval(statistic: Callable[[Tensor], Tensor], n: int, resamples: int = RES
 
 
 def markdown_table(rows: list[list[str]]) -> list[str]:
-    """Its lines; the first row is its head."""
+    """The lines of a Markdown table; the first row is its head."""
     return ["| " + " | ".join(row) + " |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])]
 
 
 def plus_minus(pair: tuple[float, float]) -> str:
+    """A figure and half of its interval, as from `interval`, in print."""
     return "{:.2f} ± {:.2f}".format(*pair)
 
 
 class Measured(NamedTuple):
-    """A method's pictures of the items `kept`, as embeddings. Its metrics take the rows (n,) that they are to use."""
+    """A method's pictures of the items `kept`, as embeddings. A metric takes the rows (n,) to use -> ()."""
 
     kept: list[int]
     similarities: Tensor  # (n,): to the originals (Table 1) or to the references
@@ -126,6 +127,7 @@ class Measured(NamedTuple):
         return joint_frechet(self.painted[rows], self.originals[rows], self.categories[rows])
 
     def of_items(self, items: list[int]) -> "Measured":
+        """The same for some of the kept items."""
         rows = [self.kept.index(item) for item in items]
         return Measured(items, *(x[rows] for x in self[1:]))
 

@@ -1,4 +1,4 @@
-"""Support: which base, CG and PG belong together, and the identifiers they know; not needed to understand the paper."""
+"""Support: loads a base, CG and PG that belong together, and their identifiers; not needed to understand the paper."""
 
 import argparse
 from collections.abc import Callable
@@ -22,7 +22,7 @@ TOY = Path(__file__).resolve().parent.parent / "toy"
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """Which models paint, and where: the options of the same names. None: the toy's."""
+    """Which models paint, and where, by the options of the same names. None stands for the toy's models."""
 
     weights: Path | None = None
     tokenizer: Path | None = None
@@ -53,31 +53,34 @@ class Models(NamedTuple):
 
     @property
     def dtype(self) -> str:
+        """The dtype of the weights, such as "float32"."""
         dtype = self.rival.dtype if self.rival else self.sd.unet.conv_in.weight.dtype
         return str(dtype).removeprefix("torch.")
 
     @property
     def multiple(self) -> int:
-        """The canvas's sides are multiples of it."""
+        """The canvas's sides are multiples of this number."""
         return (self.rival or self.sd).multiple
 
     @property
     def exemplar(self) -> int | None:
-        """The side in pixels to which a rival has references squashed, whole and without a mask; None where they fill
+        """The side in pixels to which a rival squashes references, whole and without a mask; None if references fill
         the canvas.
         """
         return self.rival.exemplar if self.rival else None
 
     @property
     def tokenizer(self) -> Tokenizer | None:
+        """The base's; None for a rival with networks of its own."""
         return self.sd.tokenizer if self.sd else None
 
 
 def load_models(choice: ModelChoice, size: int | None, categories: set[str] = frozenset(), with_pg: bool = False,
                 plain_prompt: bool = False) -> Models:
-    """The base; for `categories` CG, or the plain ControlNet in its place; PG if wanted. size: by default the base's.
+    """Loads the base; for `categories` also CG, or the plain ControlNet in its place; with_pg also PG.
 
-    Raises BadInput where weights are missing, broken or do not belong together, or a category is unknown to CG.
+    size: the canvas's longer side in pixels, by default the base's. Raises BadInput if weights are missing, broken or
+    do not belong together, or if CG does not know a category.
     """
     if choice.lama or choice.paint_by_example:
         return load_rival(choice, size, categories)
@@ -100,8 +103,8 @@ def load_models(choice: ModelChoice, size: int | None, categories: set[str] = fr
 
 
 def load_rival(choice: ModelChoice, size: int | None, categories: set[str]) -> Models:
-    """A rival with networks of its own. It has what Models reads of it and paint(canvas, how, on_step), which paints as
-    generate.paint does.
+    """Loads a rival with networks of its own. It has the attributes that Models reads, and paint(canvas, how, on_step),
+    which paints as generate.paint does. Raises BadInput for wrong weights, --dtype or size.
     """
     device, path = pick_device(choice.device), choice.lama or choice.paint_by_example
     if choice.lama and choice.dtype not in ("auto", "float32"):
@@ -114,7 +117,7 @@ def load_rival(choice: ModelChoice, size: int | None, categories: set[str]) -> M
 
 
 def branch_path(option: str, given: Path | None, weights: Path | None) -> Path:
-    """Folder or file of "cg" or "pg": by default the toy's. Raises BadInput where the base is another one."""
+    """The path of "cg" or "pg", by default the toy's. Raises BadInput if none is given for another base."""
     if given is None and weights:
         raise BadInput(f"--{option} is missing: the base {weights} needs a {option.upper()} trained on it; "
                        f"train one by train.py {option} --weights {weights}")
@@ -122,7 +125,7 @@ def branch_path(option: str, given: Path | None, weights: Path | None) -> Path:
 
 
 def load_branch(kind: str, path: Path, sd: StableDiffusion) -> ControlNet:
-    """CG ("category"), PG ("personality") or a "controlnet". Raises BadInput where it is broken or of another base."""
+    """CG ("category"), PG ("personality") or a "controlnet". Raises BadInput if it is broken or of another base."""
     weight = sd.unet.conv_in.weight
     branch = load_control(path, kind, weight.device, weight.dtype)
     ours, base = branch.config, sd.unet.config
@@ -135,12 +138,12 @@ def load_branch(kind: str, path: Path, sd: StableDiffusion) -> ControlNet:
 
 
 def categories_file(branch: Path) -> Path:
-    """Lies in CG's and PG's folder, or beside a single file: the identifier [D] of each category it was trained on."""
+    """The file with the identifiers [D] of a branch's categories, in its folder or beside its single file."""
     return (branch.parent if branch.is_file() else branch) / "categories.json"
 
 
 def check_identifiers(cg: Path, other: Path) -> None:
-    """Raises BadInput where CG and the branch beside it know a category by different identifiers.
+    """Raises BadInput if CG and the branch beside it know a category by different identifiers.
 
     One of them may know more: categories can be added to a trained CG.
     """
@@ -155,8 +158,9 @@ def check_identifiers(cg: Path, other: Path) -> None:
 
 def identifiers_of(names: set[str], cg: Path | None, plain_prompt: bool = False,
                    remedy: str = "") -> dict[str, str | None]:
-    """The identifier [D] of each category, as saved with CG; None stands for the plain prompt: without a CG for all,
-    with `plain_prompt` for categories that it does not know. Otherwise these raise BadInput; `remedy` ends the message.
+    """The identifier [D] of each category, as saved with CG; None stands for the plain prompt. Without a CG all
+    categories get the plain prompt. Those that CG does not know get it with `plain_prompt`, else they raise BadInput,
+    whose message ends with `remedy`.
     """
     if cg is None:
         return dict.fromkeys(names)
@@ -169,18 +173,18 @@ def identifiers_of(names: set[str], cg: Path | None, plain_prompt: bool = False,
 
 
 def add_model_options(add: Callable) -> None:
-    """The options of ModelChoice, and what the network in CG's place sees. add: a parser's add_argument."""
+    """Adds the options of ModelChoice, and --hint. add: a parser's add_argument."""
     add("--weights", metavar="PATH", type=Path,
         help="Stable Diffusion, a folder or a single file [toy/base; the paper's: SD 1.5]")
     add("--tokenizer", metavar="DIR", type=Path,
         help="folder with vocab.json and merges.txt [tokenizer/ in --weights; beside a single file]")
     add("--cg", metavar="PATH", type=Path, help="Category-Wise Generator, trained on the base [toy/cg]")
     add("--pg", metavar="PATH", type=Path,
-        help="Personality-Wise Generator, trained on the base; paints where there is a reference [toy/pg]")
+        help="Personality-Wise Generator, trained on the base; used if there is a reference [toy/pg]")
     add("--controlnet", metavar="PATH", type=Path,
         help="a plain ControlNet in place of CG, with the plain prompt 'A photo of NAME': the paper's baseline")
     add("--hint", choices=["product", "inpaint"], default="product",
-        help="what --controlnet sees around the product: black, or -1 as ControlNet 1.1 inpaint was trained [product]")
+        help="what --controlnet sees around the product: black, or -1, as ControlNet 1.1 inpaint expects [product]")
     add("--lama", metavar="PATH", type=Path, help="LaMa, the paper's baseline: big-lama.safetensors or the like")
     add("--paint-by-example", metavar="PATH", type=Path,
         help="Paint by Example, the paper's baseline: its public folder or single file; --reference is its exemplar")

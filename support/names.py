@@ -5,7 +5,7 @@ import os
 import re
 import unicodedata
 
-# What systems put into folders of pictures, besides names with a dot in front, in lower case
+# What systems put into folders of pictures, besides names that start with a dot; in lower case
 SYSTEM_NAMES = {
     "__macosx", "network trash folder", "temporary items", "icon\r",  # macOS
     "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "recycler", "recycled", "system volume information",
@@ -26,20 +26,20 @@ def nfc(name: str) -> str:
 
 
 def is_unicode(name: str) -> bool:
-    """False where a file's name is no UTF-8: Python keeps the odd bytes as surrogates, which no text may hold."""
+    """False if a file's name is not UTF-8: Python keeps the odd bytes as surrogates, which no text may hold."""
     return not any("\ud800" <= c <= "\udfff" for c in name)
 
 
 def one_line(text: str) -> str:
-    """Text with the line breaks and other control characters that a file's name may hold as escapes."""
+    """Text with escapes in place of line breaks and other control characters, which a file's name may hold."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda c: c[0].encode("unicode_escape").decode(), text)
 
 
 def result_name(stem: str, suffix: str, limit: int = 255) -> str:
-    """A file's name, stem + suffix, cut to what file systems take: `limit` bytes, 85 Chinese characters.
+    """A file's name, stem + suffix, cut to what file systems take: `limit` bytes, or 85 Chinese characters.
 
-    Of a longer stem the beginning stays and the end, where the seed is; a hash of the whole between them keeps two
-    names apart.
+    A longer stem keeps its beginning and its end, where the seed is; a hash of the whole stem between them keeps
+    different names different.
     """
     if len(os.fsencode(stem + suffix)) <= limit:
         return stem + suffix
@@ -50,7 +50,7 @@ def result_name(stem: str, suffix: str, limit: int = 255) -> str:
 
 
 def _whole_characters(text: str, limit: int) -> str:
-    """As much of the beginning of a text as takes at most `limit` bytes in a file's name."""
+    """The longest beginning of a text that takes at most `limit` bytes in a file's name."""
     size = 0
     for i, c in enumerate(text):
         size += len(os.fsencode(c))

@@ -15,36 +15,36 @@ from support.tensors import model_fingerprint
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 OPTIONS = ("weights", "cg", "pg", "controlnet", "cg-plain", "clip", "guide-clip", "lama",
            "paint-by-example")  # of evaluate.py
-SHIPPED = {"weights": TOY / "base", "clip": TOY / "clip"}  # and CG and PG, see branch_path
+SHIPPED = {"weights": TOY / "base", "clip": TOY / "clip"}  # besides CG and PG, see branch_path
 
 
 class Networks(NamedTuple):
-    """The networks, by the names of OPTIONS (`weights` is the base) and of those that only the toy has."""
+    """The networks, by the names in OPTIONS (`weights` is the base) and in `trained`."""
 
-    options: dict[str, Path | None]  # None where the option was not given
-    trained: dict[str, list[str]]  # arguments of train.py that make a network of the toy that is not shipped
+    options: dict[str, Path | None]  # None if the option was not given
+    trained: dict[str, list[str]]  # train.py's arguments for each toy network that is not shipped
     device: str
 
     def given(self, name: str) -> Path | None:
-        """Where a network's weights lie, by its option or as shipped; None where it is the toy's and must be trained.
+        """The path of a network's weights, by its option or as shipped; None if it is the toy's and must be trained.
 
-        Raises BadInput where its option is missing: beside another base the toy's networks are of no use.
+        Raises BadInput if its option is missing with a base other than the toy's, which needs networks of its own.
         """
         path, base = self.options.get(name), self.options["weights"]
         if name in ("cg", "pg"):
             return branch_path(name, path, base)
         if base and not path:
             raise BadInput(f"--{name} is missing: the toy's does not go with --weights {base}" if name in self.options
-                           else "fig7 is the toy's: leave out --weights")
+                           else "fig7 works with the toy only: leave out --weights")
         return path or SHIPPED.get(name)
 
     def path(self, name: str) -> Path:
-        """As `given`; trains the network first where it must be."""
+        """As `given`, but trains the network first if it must be."""
         frozen = [] if name in ("guide-clip", "lama") else ["weights", "cg"] if name.startswith("pg-") else ["weights"]
         return self.given(name) or train_once(name, self.trained[name], [*map(self.given, frozen)], self.device)
 
     def check(self, names: list[str], categories: set[str]) -> None:
-        """Raises BadInput where networks are missing or do not belong together, or where CG does not know one of the
+        """Raises BadInput if networks are missing or do not belong together, or if CG does not know one of the
         categories: at once, not after hours of painting.
         """
         paths = {name: path for name in names if (path := self.given(name))}
@@ -60,15 +60,16 @@ class Networks(NamedTuple):
 
 
 def attention_of(cg: Path) -> str:
-    """What train.py cg --attention recorded in a CG's config.json."""
+    """A CG's attention, "mask-guided" or "plain", as its config.json records train.py's --attention."""
     config = (cg.parent if cg.is_file() else cg) / "config.json"
     return read_json(config).get("attention", "mask-guided") if config.is_file() else "mask-guided"
 
 
 def train_once(name: str, command: list[str], frozen: list[Path], device: str) -> Path:
-    """A network's folder, after `train.py *command` on top of the frozen networks, unless that has been done before.
+    """Trains a network by `train.py *command` on the frozen networks, unless it is there already; returns its folder.
 
-    Under torchrun one process trains and the others wait. A training that was interrupted goes on.
+    Under torchrun one process trains and the others wait. An interrupted training is resumed. Raises BadInput if it
+    fails.
     """
     key = [command, [model_fingerprint(path) for path in frozen]]
     out = Path("runs", "evaluate", f"{name}-{fingerprint(key)[:8]}")
@@ -82,7 +83,7 @@ def train_once(name: str, command: list[str], frozen: list[Path], device: str) -
             command.append("--resume")
         alone = {name: x for name, x in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS")}
         if subprocess.run([sys.executable, TRAIN, *command], env=alone, stdout=2).returncode:  # stdout is the table's
-            raise BadInput("the training failed, as it says above; once that is mended, this command goes on")
+            raise BadInput("the training failed, as it says above; once that is fixed, this command goes on")
         unfinished.rename(out)
     barrier()
     return out / command[0]

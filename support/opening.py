@@ -1,4 +1,4 @@
-"""Support: image files to 8-bit sRGB, and what is said of those that are none; not needed to understand the paper."""
+"""Support: opens image files as 8-bit sRGB, and says what is wrong with others; not needed to understand the paper."""
 
 import struct
 import sys
@@ -16,26 +16,26 @@ from support.files import BadInput
 
 AnyPath = Path | str
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")  # what Pillow opens of them; JPEG: many phones' MPO too
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")  # if Pillow opens them; JPEG: phones' MPO too
 
-Image.MAX_IMAGE_PIXELS = 120_000_000  # a phone's 108 megapixels are read: 27 bytes a pixel until the result is saved
+Image.MAX_IMAGE_PIXELS = 120_000_000  # admits a phone's 108 megapixels, at 27 bytes a pixel until saved
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # open_image refuses them
 
 SRGB = ImageCms.createProfile("sRGB")
-SRGB_XY = np.array([[0.3127, 0.3290], [0.64, 0.33], [0.30, 0.60], [0.15, 0.06]])  # its white, red, green, blue
+SRGB_XY = np.array([[0.3127, 0.3290], [0.64, 0.33], [0.30, 0.60], [0.15, 0.06]])  # xy of its white, red, green, blue
 D50 = np.array([0.9642, 1, 0.8249])  # XYZ
 BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])  # XYZ to cones
 
 
 @cache
 def note(text: str) -> None:
-    """One line on stderr, once a process."""
+    """Prints one line on stderr, once per process."""
     tqdm.write(f"note: {text}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------- opening
 
-STARTS = {  # how files start that are taken for pictures
+STARTS = {  # how files start that people mistake for pictures
     b"<svg": "an SVG drawing", b"<?xml": "an SVG drawing or another XML file", b"<": "a web page", b"{": "a JSON file",
     b"version https://git-lfs": "a pointer of Git LFS (git lfs pull fetches the picture)", b"%pdf": "a PDF document",
     b"%!ps": "a PostScript file", b"8bps": "a Photoshop document", b"gimp xcf": "a GIMP document",
@@ -49,7 +49,7 @@ RAW = ".dng", ".nef", ".cr2", ".cr3", ".arw", ".orf", ".rw2", ".pef", ".srw"  # 
 
 
 def unreadable(path: AnyPath) -> str:
-    """What a file is that Pillow can't read, as its first bytes say."""
+    """What a file is that Pillow can't read, judged by its first bytes."""
     with open(path, "rb") as file:
         head = file.read(256)
     if not head:
@@ -64,7 +64,7 @@ def unreadable(path: AnyPath) -> str:
         if text.startswith(start) or head.lower().startswith(start):
             return kind
     if head[:2] in (b"II", b"MM") and b"*" in head[2:4]:
-        return "a damaged TIFF, or one of numbers that are not read here (32-bit or floating point)"
+        return "a damaged TIFF, or one with numbers that are not read here (32-bit or floating point)"
     if head.startswith((b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM")):
         return "damaged or cut short"
     return "a text file" if text and all(byte >= 32 or byte in b"\t\r\n" for byte in head) else "of an unknown format"
@@ -87,10 +87,10 @@ def decode(path: AnyPath) -> Image.Image:
     except IsADirectoryError:
         raise BadInput(f"{path}: not a readable image: it is a folder; give a picture") from None
     except PermissionError:
-        raise BadInput(f"{path}: may not be read; change its permissions") from None
+        raise BadInput(f"{path}: can't be read; change its permissions") from None
     except Image.DecompressionBombError:
         raise BadInput(f"{path}: over {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller") from None
-    except Exception as error:  # what Pillow's decoders raise on damaged files is not a closed list
+    except Exception as error:  # Pillow's decoders raise many kinds of errors on damaged files
         raise BadInput(f"{path}: not a readable image: it is {unreadable(path)}; "
                        "save the picture as PNG or JPEG") from error
     clear = image.info.get("transparency")
@@ -104,8 +104,8 @@ def decode(path: AnyPath) -> Image.Image:
 
 
 def eight_bits(grey: np.ndarray, clear: int | None, info: dict, path: AnyPath) -> Image.Image:
-    """Grey of 16 bits -> an L or LA image. `clear` is its transparent level. Masks and label maps that some program
-    widened from 8 bits keep their numbers.
+    """16-bit grey -> an L or LA image. `clear` is its transparent level. Masks and label maps that some program widened
+    from 8 bits keep their numbers.
     """
     if grey.min() < 0 or grey.max() > 65535:
         raise BadInput(f"{path}: holds 32-bit numbers, whose white is unknown; save it as PNG or JPEG")
@@ -117,7 +117,7 @@ def eight_bits(grey: np.ndarray, clear: int | None, info: dict, path: AnyPath) -
 
 
 def take_alpha(image: Image.Image) -> Image.Image | None:
-    """An image's transparency as a channel of its own, or None where it is opaque. No colour stays transparent."""
+    """An image's transparency as a channel, or None if it is opaque. Its transparent colour, if any, is removed."""
     if not image.has_transparency_data:
         return None
     alpha = (image if "A" in image.getbands() else image.convert("RGBA")).getchannel("A")
@@ -126,10 +126,10 @@ def take_alpha(image: Image.Image) -> Image.Image | None:
 
 
 def open_image(path: AnyPath) -> Image.Image:
-    """The image in a file, in sRGB, wholly decoded, turned upright by its EXIF tag: RGBA where it is transparent, else
-    RGB. Of an animation the first picture.
+    """The image in a file, in sRGB, wholly decoded, turned upright by its EXIF tag: RGBA if it is transparent, else
+    RGB. An animation gives its first picture.
 
-    Raises BadInput where the file is missing, empty, cut short, no image of FORMATS, or above MAX_IMAGE_PIXELS.
+    Raises BadInput if the file is missing, empty, cut short, not an image in FORMATS, or above MAX_IMAGE_PIXELS.
     """
     image = decode(path)
     alpha = take_alpha(image)
@@ -147,9 +147,9 @@ def as_mode(image: Image.Image, mode: str) -> Image.Image:
 
 
 def in_srgb(image: Image.Image, path: AnyPath) -> Image.Image:
-    """An image of any mode -> RGB, its numbers sRGB: converted through the profile that is embedded in it.
+    """An image of any mode -> RGB in sRGB, converted by its embedded profile.
 
-    sRGB's own profiles change nothing. A profile that is broken, or of another kind than the picture, is left out.
+    sRGB's own profiles change nothing. A broken profile, or one for another kind of picture, is ignored with a note.
     """
     if image.mode not in ("RGB", "CMYK", "LAB", "L"):
         image = image.convert("L" if image.mode in ("1", "LA") else "RGB")
@@ -161,17 +161,17 @@ def in_srgb(image: Image.Image, path: AnyPath) -> Image.Image:
             image = as_mode(image, mode)
             return ImageCms.applyTransform(image, transform) if transform else as_mode(image, "RGB")
     except (ImageCms.PyCMSError, OSError, KeyError, ValueError, ArithmeticError, struct.error):
-        note(f"{path}: its colour profile is broken, or another kind of picture's; the colours are taken as sRGB")
+        note(f"{path}: its colour profile is broken, or for another kind of picture; the colours are taken as sRGB")
     if image.mode == "CMYK":
-        note(f"{path}: CMYK without a profile, so its colours are a guess; for the printed ones save it as sRGB")
+        note(f"{path}: CMYK without a profile, so its colours are a guess; for the right ones save it as sRGB")
     return as_mode(image, "RGB")
 
 
 @lru_cache(maxsize=16)
 def transform_of(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform | None]:
-    """The mode of pictures that a profile is for, and the way from there to sRGB; None where it leads nowhere else.
+    """The mode of the pictures that a profile is for, and the transform to sRGB; None if that changes nothing.
 
-    Raises what ImageCms raises for broken profiles.
+    Raises ImageCms's errors for broken profiles.
     """
     opened = ImageCms.ImageCmsProfile(BytesIO(profile))
     mode = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}[opened.profile.xcolor_space.strip()]
@@ -186,9 +186,9 @@ def transform_of(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform | None
 
 
 def chunks_profile(info: dict) -> bytes | None:
-    """A PNG's gAMA and cHRM as an ICC profile, as browsers read them: where both are there, and no sRGB chunk.
+    """A PNG's gAMA and cHRM as an ICC profile, as browsers read them: only if both are there without an sRGB chunk.
 
-    None, too, for the values that stand for sRGB: many programs write them without the chunk.
+    None otherwise, and for sRGB's own values: many programs write these without the sRGB chunk.
     """
     if "srgb" in info or "gamma" not in info or "chromaticity" not in info:
         return None
@@ -197,16 +197,16 @@ def chunks_profile(info: dict) -> bytes | None:
         return None
     white, *primaries = (np.array([x / y, 1, (1 - x - y) / y]) for x, y in xy.tolist())  # XYZ
     primaries = np.stack(primaries, axis=1)
-    primaries = primaries * np.linalg.solve(primaries, white)  # together they make white
+    primaries = primaries * np.linalg.solve(primaries, white)  # their sum is white
     cones = BRADFORD @ primaries
     primaries = np.linalg.solve(BRADFORD, cones * (BRADFORD @ D50 / (BRADFORD @ white))[:, None])  # ICC's white is D50
 
-    fixed = struct.Struct(">3i")  # numbers in parts of 65536
+    fixed = struct.Struct(">3i")  # fixed-point numbers, in units of 1/65536
     parts = [b"XYZ \0\0\0\0" + fixed.pack(*(round(v * 65536) for v in column)) for column in primaries.T]
     parts.append(b"curv\0\0\0\0" + struct.pack(">IHxx", 1, round(exponent * 256)))
     names, start, table = (b"rXYZ", b"gXYZ", b"bXYZ", b"rTRC", b"gTRC", b"bTRC"), 128 + 4 + 6 * 12, b""
     for i, name in enumerate(names):
-        part = parts[min(i, 3)]  # the three curves are one
+        part = parts[min(i, 3)]  # one curve for all three channels
         table += name + struct.pack(">II", start + 20 * min(i, 3), len(part))
     body = struct.pack(">I", len(names)) + table + b"".join(parts)
     head = struct.pack(">I4sI4s4s4s12x4s", 128 + len(body), b"", 0x02100000, b"mntr", b"RGB ", b"XYZ ", b"acsp")

@@ -1,4 +1,4 @@
-"""Support: a command line's options: kinds of values and their errors; not needed to understand the paper."""
+"""Support: types of command-line options, and checks of options; not needed to understand the paper."""
 
 import argparse
 import errno
@@ -30,24 +30,24 @@ def _number(kind: type, what: str, low: float, high: float, text: str) -> float:
 
 
 def whole_number(low: int, high: int) -> Callable[[str], int]:
-    """The kind of an option that takes a whole number within [low, high]."""
+    """The type of an option that takes a whole number within [low, high]."""
     return partial(_number, int, "whole number", low, high)
 
 
 def real_number(low: float, high: float) -> Callable[[str], float]:
-    """The kind of an option that takes a number within [low, high]."""
+    """The type of an option that takes a number within [low, high]."""
     return partial(_number, float, "number", low, high)
 
 
 def unicode_text(text: str) -> str:
-    """The kind of an option that becomes a prompt or a part of it: a category in the spelling of all categories."""
+    """The type of an option that goes into a prompt, such as a category: in NFC, as all categories are spelt."""
     if not is_unicode(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no UTF-8 text; give it as UTF-8")
+        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8 text; give it as UTF-8")
     return nfc(text)
 
 
 def check_folder(out: Path, option: str = "--out") -> None:
-    """Raises BadInput where an option's output folder can't be made or written to."""
+    """Raises BadInput if an option's output folder can't be made or written to."""
     try:
         out.stat()
     except OSError as error:
@@ -61,8 +61,8 @@ def check_folder(out: Path, option: str = "--out") -> None:
 
 
 def one_for_each(values: list | None, others: list | None, option: str, other: str) -> list:
-    """One value of an option for each of another's. Raises BadInput unless the option was given zero times, once, or
-    once for each.
+    """One value of an option for each value of another. Raises BadInput unless the option was given zero times, once,
+    or once for each.
     """
     values, count = values or [None], len(others or ())
     if len(values) not in (1, count) or (option.endswith("mask") and values[0] and len(values) != count):
@@ -71,7 +71,7 @@ def one_for_each(values: list | None, others: list | None, option: str, other: s
 
 
 def check_together(args, exclusive: list[tuple[str, ...]] = (), needed: list[tuple[str, str]] = ()) -> None:
-    """Raises BadInput where options of one group of `exclusive` are given together, or the first of a pair in `needed`
+    """Raises BadInput if two options of a group in `exclusive` are given, or the first of a pair in `needed`
     without the second.
     """
     def given(option: str) -> bool:

@@ -1,4 +1,4 @@
-"""Support: the settings of a painting, and what is wrong with them; not needed to understand the paper."""
+"""Support: the options of painting, and their checks; not needed to understand the paper."""
 
 import argparse
 from collections.abc import Callable
@@ -12,8 +12,8 @@ from support.gallery import check_result_names
 from support.models import Models, add_model_options
 from support.options import Parser, check_together, real_number, unicode_text, whole_number
 
-LARGEST = 4096  # pixels of the longer side that are painted
-# The toy's second pass: the base alone was trained at 256 px, on little noise and without prompts. From 201 it sharpens
+LARGEST = 4096  # pixels: the longest side that is painted
+# The toy's second pass. Only the base was trained at 256 px, on little noise and without prompts. From 201 it sharpens
 # as much as from 301, where arches and rims begin to lose their shape
 TOY_REFINE = {"refine": 2, "refine_from": 201, "refine_alone": True}
 
@@ -27,7 +27,7 @@ RIVALS_NEED = [("lama", "product"), ("paint_by_example", "reference")]
 
 
 def painting_of(args: argparse.Namespace, **others) -> Painting:
-    """How to paint, by the options that all programs have and by `others`: fields of Painting, --refine's default too.
+    """A Painting from the options that all programs share. others: further fields of it, or defaults of these options.
 
     Raises BadInput for options that do not go together.
     """
@@ -43,20 +43,20 @@ def painting_of(args: argparse.Namespace, **others) -> Painting:
 
 
 def own_defaults(args: argparse.Namespace) -> dict:
-    """What a rival with networks of its own paints with by default: without a second pass, which is the base's."""
+    """The defaults of a rival with networks of its own: it has no second pass, which only the base can paint."""
     if args.paint_by_example:
         return {"refine": 1, "guidance": GUIDANCE}
     return {"refine": 1} if args.lama else {}
 
 
 def settled(how: Painting) -> dict:
-    """The part of the record that defaults may have decided: the guidance and the second pass."""
+    """Settings for the record that may come from defaults: the guidance and the second pass."""
     second = {"refine_from": how.refine_from, "refine_alone": how.refine_alone} if how.refine > 1 else {}
     return {"guidance": how.guidance, "refine": how.refine, **second}
 
 
 def count_steps(models: Models, how: Painting) -> int:
-    """The steps of both passes. Raises BadInput where the second is too large, or none of its steps is late enough."""
+    """The steps of both passes. Raises BadInput if the second is too large, or if no step is left for it."""
     if models.rival:
         return models.rival.steps(how)
     schedule, size = models.sd.schedule, how.refine * models.size
@@ -70,7 +70,7 @@ def count_steps(models: Models, how: Painting) -> int:
 
 
 def add_walk_options(add: Callable, refine: str) -> None:
-    """How pictures are painted. add: a parser's add_argument; refine: the default of --refine, in words."""
+    """Adds the options for how to paint. add: a parser's add_argument; refine: the default of --refine, in words."""
     add("--steps", metavar="N", type=whole_number(1, 500), default=Painting.steps,
         help=f"steps of denoising [{Painting.steps}, the paper's]")
     add("--sampler", choices=["ddim", "dpm++"], default=Painting.sampler,
@@ -83,12 +83,12 @@ def add_walk_options(add: Callable, refine: str) -> None:
     add("--refine", metavar="N", type=whole_number(1, 8),
         help=f"paint a second time on a canvas N times larger, 1: no second pass [{refine}]")
     add("--refine-from", metavar="T", type=whole_number(1, 999),
-        help="noise to which the second pass goes back, in thousandths of the schedule: the more, the more is painted "
-        f"anew [toy {TOY_REFINE['refine_from']}, else {Painting.refine_from}]")
+        help="timestep from which the second pass denoises, in thousandths of the schedule: larger ones "
+        f"repaint more [toy {TOY_REFINE['refine_from']}, else {Painting.refine_from}]")
 
 
 def options(description: str) -> Parser:
-    """Those of generate.py."""
+    """The options of generate.py."""
     parser = Parser(description=description, formatter_class=partial(
         argparse.RawDescriptionHelpFormatter, max_help_position=32, width=120))
     add = parser.add_argument_group("what to paint [a sample of the toy]").add_argument
@@ -96,20 +96,20 @@ def options(description: str) -> Parser:
     add("--product", **files, help="photo, or several (JPEG, PNG, WebP, ...); its alpha channel is its mask")
     add("--mask", **files, help="the product's mask, white on the product; one for each product")
     add("--category", metavar="NAME", type=unicode_text, nargs="+",
-        help="the product's category, of CG's; one for all or one for each; "
-        "for a single product also several: it is painted in each")
+        help="the product's category, one that CG knows; one for all or one for each; "
+        "a single product may have several and is painted in each")
     add("--reference", **files, help="ad whose style the background follows (PG), or several [none: CG alone]")
     add("--reference-mask", **files, help="mask of the product in the reference [its alpha channel]; one for each")
-    add("--data", metavar="DIR", type=Path, help="BG60k as released, or metadata.jsonl; goes on where it stopped")
-    add("--split", metavar="NAME", help="of the data set as released: bg60k, bg1k or bgpair [bg1k]")
+    add("--data", metavar="DIR", type=Path, help="BG60k as released, or metadata.jsonl; continues where it stopped")
+    add("--split", metavar="NAME", help="split of BG60k as released: bg60k, bg1k or bgpair [bg1k]")
     add("--limit", metavar="N", type=whole_number(1, 10**9), help="only the first N items of the data set [all]")
     add("--prompt", metavar="TEXT", type=unicode_text, help="plain text-to-image with the base alone")
     add("--how", metavar="FILE", type=Path, help="print the command that paints this picture again, and paint nothing")
     add = parser.add_argument_group("how").add_argument
     add("--num", metavar="N", type=whole_number(1, 9999), default=1,
-        help="pictures, with seeds SEED, SEED + 1, ... [1]")
+        help="number of pictures, with seeds SEED, SEED + 1, ... [1]")
     add("--seed", metavar="N", type=whole_number(0, 2**32 - 1), default=0,
-        help="of the noise; SEED + i for item i of --data [0]")
+        help="seed of the noise; SEED + i for item i of --data [0]")
     add_walk_options(add, "toy 2, else 1; the paper 1")
     add("--eta", metavar="X", type=real_number(0, 1), default=Painting.eta,
         help="DDIM's η: part of DDPM's noise that is added at each step [0: none, the paper's]")

@@ -1,13 +1,13 @@
 """Support: reads pickles without running what is in them; not needed to understand the paper.
 
 A pickle is a program for a small stack machine. Most of its instructions push a number or fill a list. But GLOBAL
-imports whatever name it gives, and REDUCE calls it: a file in which somebody wrote os.system there runs a command on
-the computer that loads it. A checkpoint needs containers, strings, numbers and five functions, and that is all
+imports whatever name it gives, and REDUCE calls it: a file that names os.system there runs a command on the computer
+that loads it. A checkpoint needs containers, strings, numbers and five functions, and that is all
 `unpickle` knows. Every other name becomes a Placeholder, which holds what it is given and does nothing.
 
-Why not pickle.Unpickler with another find_class: its REDUCE still calls, BUILD sets attributes, EXT1 takes classes from
-a cache, and one LONG_BINPUT makes its memo as long as the file says. Here, what is in no table cannot happen, and no
-instruction costs more than what it takes from the file or from the stack.
+pickle.Unpickler with another find_class would not do: its REDUCE still calls, BUILD sets attributes, EXT1 takes classes
+from a cache, and one LONG_BINPUT makes its memo as long as the file says. Here, only what stands in a table can happen,
+and no instruction costs more than what it takes from the file or from the stack.
 """
 
 import io
@@ -20,7 +20,7 @@ from typing import NamedTuple
 LARGEST_PICKLE, MOST_INSTRUCTIONS = 32 << 20, 1_000_000
 LONGEST_NAME = 300
 
-# Types of storages: their names in safetensors, if they have one, and the bytes of a number
+# Types of storages: their names in safetensors, if they have one, and the bytes per number
 STORAGES = {f"torch.{kind}Storage": (dtype, width) for kind, dtype, width in (
     ("Double", "F64", 8), ("Float", "F32", 4), ("Half", "F16", 2), ("BFloat16", "BF16", 2), ("Long", "I64", 8),
     ("Int", "I32", 4), ("Short", "I16", 2), ("Char", "I8", 1), ("Byte", "U8", 1), ("Bool", "BOOL", 1),
@@ -33,7 +33,7 @@ class Storage(NamedTuple):
 
     key: str
     dtype: str | None  # as safetensors calls it
-    width: int  # bytes of a number
+    width: int  # bytes per number
     numel: int
 
 
@@ -48,7 +48,7 @@ class View(NamedTuple):
 
 @dataclass(eq=False, slots=True)
 class Placeholder:
-    """In place of a class, of a function, and of what a call of it would return."""
+    """Stands for a class or a function, and for the result of calling it."""
 
     name: str
     content: list = field(default_factory=list)
@@ -73,13 +73,14 @@ def find_storage(identifier: object, storages: dict[str, Storage]) -> Storage | 
 
 
 def tensor(storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None) -> View | Placeholder:
+    """In place of the functions by which torch rebuilds a tensor."""
     if not isinstance(storage, Storage) or storage.dtype is None or metadata:  # metadata: values to be negated
         return Placeholder("a complex, quantized or other tensor that safetensors do not hold", [storage])
     return View(storage, offset, size, stride)
 
 
-# All that can be "called". An OrderedDict must start empty: one made of a list of pairs would cost as much memory as
-# the list, each time that a few bytes of the file call it again.
+# All that can be "called". An OrderedDict must start empty: one made from a list of pairs would cost as much memory as
+# the list, again each time that a few bytes of the file repeat the call.
 CALLS = {"collections.OrderedDict": lambda *pairs: Placeholder("collections.OrderedDict", [pairs]) if pairs else {},
          "torch._utils._rebuild_tensor": tensor,
          "torch._utils._rebuild_tensor_v2": tensor,
@@ -98,7 +99,7 @@ def call(taken: list) -> object:
 
 def name_class(taken: list) -> Placeholder:
     """In place of an import, from [module, name]."""
-    if sum(map(len, taken)) > LONGEST_NAME:  # it is joined anew each time that a few bytes of the file ask for it
+    if sum(map(len, taken)) > LONGEST_NAME:  # a few bytes of the file can have it joined again and again
         raise ValueError("its pickle holds a name that is too long")
     return Placeholder(".".join(taken))
 
@@ -107,11 +108,12 @@ def name_class(taken: list) -> Placeholder:
 
 
 def append(container: list | Placeholder, values: list) -> None:
+    """Adds values to a list, or to a placeholder's content."""
     (container.content if isinstance(container, Placeholder) else container).extend(values)
 
 
 def set_items(container: dict | Placeholder, values: list) -> None:
-    """From [key, value, key, value, ...]. Only short strings stay keys: tuples of tuples can take 2^depth to hash."""
+    """Adds [key, value, key, value, ...]. Only short strings stay keys: hashing nested tuples can take 2^depth."""
     if isinstance(container, Placeholder):
         append(container, values)
     else:
@@ -120,7 +122,7 @@ def set_items(container: dict | Placeholder, values: list) -> None:
 
 
 def set_state(container: object, values: list) -> None:
-    """In place of __setstate__ or of attributes; those of a dict or a tensor are not missed."""
+    """In place of __setstate__ or of setting attributes; a dict or a tensor does not need its state."""
     if isinstance(container, Placeholder):
         append(container, values)
 
@@ -132,7 +134,7 @@ MARKED = None
 # those that take so many values (or all above the last mark) from the stack and push what the function makes of them;
 MAKES = {"EMPTY_TUPLE": (0, tuple), "TUPLE1": (1, tuple), "TUPLE2": (2, tuple), "TUPLE3": (3, tuple),
          "TUPLE": (MARKED, tuple), "EMPTY_DICT": (0, dict), "EMPTY_LIST": (0, list),
-         "EMPTY_SET": (0, list), "FROZENSET": (MARKED, list),  # a list again: a set would hash what it holds
+         "EMPTY_SET": (0, list), "FROZENSET": (MARKED, list),  # a list, because a set would hash what it holds
          "NEWTRUE": (0, lambda _: True), "NEWFALSE": (0, lambda _: False), "STACK_GLOBAL": (2, name_class),
          "REDUCE": (2, call), "NEWOBJ": (2, call), "NEWOBJ_EX": (3, call)}
 # and those that change the value below.
@@ -196,7 +198,7 @@ def printable(text: str, length: int = 80) -> str:
 def survey(value: object, seen: set[int]) -> str:
     """What a value holds that was not `seen` before, such as "(1,234 tensors, pytorch_lightning.callbacks.Timer)"."""
     tensors, classes, left = 0, {}, [value]
-    while left:  # a recursion would end where a hostile file nests deeper
+    while left:  # a recursion would fail where a hostile file nests too deep
         value = left.pop()
         tensors += isinstance(value, View)
         if type(value) in (dict, list, tuple, Placeholder) and id(value) not in seen:

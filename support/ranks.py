@@ -1,4 +1,4 @@
-"""Support: what people's rankings say, and simulated people; not needed to understand the paper."""
+"""Support: statistics of people's rankings, and simulated raters; not needed to understand the paper."""
 
 import torch
 from torch import Generator, Tensor
@@ -7,15 +7,15 @@ from support.metrics import RESAMPLES
 
 
 def rank_scores(utility: Tensor) -> Tensor:
-    """The paper's rank scores, from 1 for the worst of M to M for the best. (..., M) -> (..., M)"""
+    """The rank scores of Table 3, from 1 for the worst of M to M for the best. (..., M) -> (..., M)"""
     return utility.argsort(dim=-1).argsort(dim=-1) + 1.0
 
 
 def resampled_means(values: Tensor, resamples: int = RESAMPLES) -> Tensor:
     """Means over raters and pairs in bootstrap samples: (R, P, ...) -> (resamples, ...).
 
-    Each sample draws R raters and, apart from them, P pairs, with replacement; their mean is a mean of all rankings,
-    each weighed by how often its rater and its pair were drawn. With a single rater only the pairs vary.
+    Each sample draws R raters and, independently, P pairs, both with replacement. Its mean weights each ranking by how
+    often its rater and its pair were drawn. With a single rater only the pairs vary.
     """
     generator = Generator().manual_seed(0)
 
@@ -29,12 +29,12 @@ def resampled_means(values: Tensor, resamples: int = RESAMPLES) -> Tensor:
 
 
 def half_width(means: Tensor) -> Tensor:
-    """Half of the 95% interval of what was resampled, as support/metrics.py's `interval`. (resamples, ...) -> (...)"""
+    """Half of the 95% interval of resampled figures, as `interval` in support/metrics.py. (resamples, ...) -> (...)"""
     return 1.96 * means.std(dim=0)
 
 
 def wins(scores: Tensor) -> Tensor:
-    """Which method stands above which: (R, P, M) -> (R, P, M, M), 1 where the first is above the second."""
+    """Which method ranks above which: (R, P, M) -> (R, P, M, M), 1 where the first is above the second."""
     return (scores[..., :, None] > scores[..., None, :]).float()
 
 
@@ -57,7 +57,7 @@ def simulated(similarities: Tensor, raters: int, noise: float, generator: Genera
     """Rank scores of simulated people: (P, M) -> (raters, P, M). The last one clicks at random.
 
     The others rank by the similarity of each picture to its reference, plus noise of their own. Its standard deviation
-    is `noise` times that of the similarities of one pair's pictures, on average over the pairs.
+    is `noise` times that of the similarities within a pair, averaged over the pairs.
     """
     spread = similarities.std(dim=1).mean()
     errors = torch.randn(raters, *similarities.shape, generator=generator)
@@ -67,8 +67,8 @@ def simulated(similarities: Tensor, raters: int, noise: float, generator: Genera
 
 
 def detected(similarities: Tensor, raters: int, noise: float, studies: int, generator: Generator) -> Tensor:
-    """How often a study with so many raters finds a difference: (P, M) -> (M, M), the part of the simulated studies in
-    which the first method's mean rank score is above the second's by more than half of the 95% interval.
+    """How often a study with this many raters finds a difference: (P, M) -> (M, M), the part of the simulated studies
+    in which the first method's mean rank score is above the second's by more than half of the 95% interval.
 
     Each study draws its P pairs from the given ones, with replacement.
     """

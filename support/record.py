@@ -9,22 +9,22 @@ from PIL import Image
 
 from support.files import BadInput
 
-# Options that do not change a picture: what is painted is recorded for each picture, and the machine's do not matter
+# Options left out of the record: what is painted is recorded for each picture, and the machine changes none
 HARMLESS = {"product", "mask", "category", "reference", "reference_mask", "data", "split", "limit", "prompt", "num",
             "seed", "batch", "device", "out", "how", "what", "centres", "keep_first", "methods", "pairs", "pictures",
             "key", "noise", "studies"}
 
 
 def record_of(args: argparse.Namespace, **settled) -> dict:
-    """How pictures are painted, as JSON can hold it: all options but those listed as harmless, so that a new one
-    can't be forgotten, and what was `settled` later.
+    """How pictures are painted, as JSON can hold it: all options but the harmless ones, so a new one can't be
+    forgotten, and the settings that were `settled` later.
     """
     options = {name: value for name, value in vars(args).items() if name not in HARMLESS} | settled
     return {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
 
 
 def command_of(file: Path, parser: argparse.ArgumentParser) -> str:
-    """The command line that paints a picture again, from its PNG's text. Raises BadInput where it holds none."""
+    """The command line that paints a picture again, from its PNG's text. Raises BadInput if it holds none."""
     try:
         with Image.open(file) as image:
             line = json.loads(image.text["how"])
@@ -33,7 +33,8 @@ def command_of(file: Path, parser: argparse.ArgumentParser) -> str:
     except (OSError, AttributeError, KeyError, ValueError):
         raise BadInput(f"--how {file}: does not say how it was painted; give a PNG from generate.py") from None
     if "method" in line["how"]:
-        raise BadInput(f"--how {file}: from evaluate.py, not from one command; painted by {json.dumps(line['how'])}")
+        raise BadInput(f"--how {file}: painted by evaluate.py, which has no command for one picture; its settings: "
+                       f"{json.dumps(line['how'])}")
     if line["inverted"]:
         raise BadInput(f"--how {file}: its mask is white on the background; give --product {line['image']} and --mask "
                        f"the inverse of {line['mask']}")

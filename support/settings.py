@@ -1,4 +1,4 @@
-"""Support: the settings of a training run, and what is wrong with them; not needed to understand the paper."""
+"""Support: the settings of a training run, and their checks; not needed to understand the paper."""
 
 import argparse
 import sys
@@ -29,14 +29,14 @@ BELONGS = {"init": ("vae", "unet"), "decoder_only": ("vae",), "refine": ("unet",
 HARMLESS = {"stage", "resume", "init", "identifier", "out", "cache", "micro_batch", "epochs", "device", "checkpointing",
             "workers", "log_every", "save_every", "keep", "sample_every", "save_dtype"}
 WRITTEN = {"config.json", "categories.json", CONTROL_FILE, TEXT_FILE, "vocab.json", "merges.txt",
-           "tokenizer_config.json", "scheduler_config.json"}  # to a trained model's folder
+           "tokenizer_config.json", "scheduler_config.json"}  # what training writes into a model's folder
 
 
 @dataclass(frozen=True)
 class Settings:
     """All settings of a run, under the names of train.py's options (`python train.py --help` explains them).
 
-    None where a stage has no such setting.
+    None if a stage has no such setting.
     """
 
     stage: str
@@ -101,27 +101,30 @@ class Settings:
         return {"cg": cg, "pg": "PG", "joint": f"{cg} and PG", "controlnet": "a ControlNet"}[self.stage]
 
     def autocast(self) -> torch.autocast:
-        """With --amp the context of half precision. It keeps half copies of the weights, unless memory counts more."""
+        """With --amp a context of half precision. It caches the weights in it, unless --checkpointing saves memory."""
         return autocast(self.device, self.amp, cache=not self.checkpointing)
 
     def recorded(self) -> dict:
-        """What must stay the same for a resumed run to be the run that was interrupted, as JSON can hold it."""
+        """The settings that make a resumed run the same as the interrupted one, as JSON can hold them."""
         values = {name: value for name, value in vars(self).items() if name not in HARMLESS}
         return {name: value if isinstance(value, (int, float, tuple)) else str(value) for name, value in values.items()}
 
 
 def add_training_options(parser: argparse.ArgumentParser) -> None:
-    """The options that do not belong to the method: the optimiser's and the machine's."""
+    """Adds the options that do not belong to the method: the optimiser's and the machine's."""
     add = parser.add_argument_group("the optimiser [likewise]").add_argument
     add("--lr", metavar="X", type=real_number(1e-9, 10), help="AdamW's learning rate [toy 1e-3 or 2e-3; paper 1e-5]")
-    add("--batch", metavar="N", type=whole_number(1, 65536), help="pictures a step, all told [toy 12 to 64; paper 128]")
+    add("--batch", metavar="N", type=whole_number(1, 65536),
+        help="pictures per step, over all processes [toy 12 to 64; paper 128]")
     add("--epochs", metavar="N", type=whole_number(1, 10**6),
         help="passes over the data, unless --steps is given [paper 300]")
     add("--steps", metavar="N", type=whole_number(1, 10**9), help="steps in all [toy 800 to 10400; else from --epochs]")
-    add("--warmup", metavar="N", type=whole_number(0, 10**9), help="steps of a rising rate [toy 50 or 100; paper 0]")
+    add("--warmup", metavar="N", type=whole_number(0, 10**9),
+        help="first steps, in which the rate rises [toy 50 or 100; paper 0]")
     add("--decay", metavar="X", type=real_number(0, 1),
-        help="last part of the run, where it falls to 0 [toy 0.3 or 0.5; paper 0]")
-    add("--weight-decay", metavar="X", type=real_number(0, 10), default=1e-2, help="AdamW's [0.01, as ControlNet]")
+        help="last part of the run, in which the rate falls to 0 [toy 0.3 or 0.5; paper 0]")
+    add("--weight-decay", metavar="X", type=real_number(0, 10), default=1e-2,
+        help="weight decay of AdamW [0.01, as ControlNet]")
     add("--clip-gradient", metavar="X", type=real_number(0, 1e6),
         help="longer gradients are shortened to this length; 0: none [toy 1; paper 0]")
     add("--ema", metavar="X", type=real_number(0, 0.99999),
@@ -136,7 +139,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     add("--checkpointing", action="store_true",
         help="compute activations again for the backward pass instead of keeping them: less memory, more time")
     add("--workers", metavar="N", type=whole_number(0, 256),
-        help="processes that load samples beside the computation [0 up to 128 px; else one a core, at most 8]")
+        help="processes that load samples during the computation [0 up to 128 px; else one a core, at most 8]")
     add("--out", metavar="DIR", type=Path, help="where models, log, sheets and checkpoints go [runs/STAGE]")
     add("--cache", metavar="DIR", type=Path,
         help="where latents and prompts are kept, encoded once; may be deleted [cache/ beside --out]")
@@ -146,13 +149,13 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     add("--keep", metavar="N", type=whole_number(1, 10**6), default=2, help="how many checkpoints stay, the newest [2]")
     add("--sample-every", metavar="N", type=whole_number(1, 10**9), default=500,
         help="steps between sheets and saved models [500]")
-    add("--save-dtype", choices=["float32", "float16"], default="float32", help="of the saved models [float32]")
+    add("--save-dtype", choices=["float32", "float16"], default="float32", help="dtype of the saved models [float32]")
 
 
 def settle(args: argparse.Namespace, defaults: dict, toy_data: Path) -> Settings:
-    """The options over the stage's defaults. Raises BadInput for what can be found wrong before anything is loaded.
+    """Settings from the options and the stage's defaults. Raises BadInput for all errors that show before loading.
 
-    Still open afterwards: steps are 0 where only --epochs is given, and amp is None for --amp alone.
+    Two stay open: steps is 0 if only --epochs is given, and amp is None for --amp without a value.
     """
     check_options(args)
     stage, toy, out = args.stage, "steps" in defaults, args.out or Path("runs") / args.stage
@@ -180,7 +183,7 @@ def settle(args: argparse.Namespace, defaults: dict, toy_data: Path) -> Settings
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Raises BadInput where the options on the command line do not go together."""
+    """Raises BadInput if the options on the command line do not go together."""
     if args.stage not in ALL_STAGES:
         raise BadInput(f"stage {args.stage} does not exist; the stages are {', '.join(ALL_STAGES)}")
     for option, stages in BELONGS.items():
@@ -194,12 +197,13 @@ def check_options(args: argparse.Namespace) -> None:
 
 
 def largest_divisor(n: int, at_most: int) -> int:
+    """The largest divisor of n that is at most `at_most`."""
     return max(d for d in range(1, min(n, at_most) + 1) if n % d == 0)
 
 
 def settle_micro_batch(batch: int, given: int | None, at_most: int, stage: str) -> int:
     """How many of a batch's pictures a process computes at once: as given, else the largest part of its share up to a
-    limit. Raises BadInput where the processes or the parts can't share the batch.
+    limit. Raises BadInput if the processes, or the parts, can't share the batch equally.
     """
     world = processes()[1]
     if batch % world:
@@ -210,13 +214,13 @@ def settle_micro_batch(batch: int, given: int | None, at_most: int, stage: str) 
         raise BadInput(f"--micro-batch {micro_batch}: must divide --batch {batch}"
                        f"{f' over {world} processes' if world > 1 else ''}")
     if stage == "clip" and micro_batch < batch:
-        raise BadInput("stage clip tells the pictures of a batch apart, and needs all at once: one process, and no "
+        raise BadInput("stage clip compares the pictures in a batch and needs all at once: one process, and no "
                        "--micro-batch")
     return micro_batch
 
 
 def check_out(settings: Settings) -> None:
-    """Raises BadInput where --out can't be written, holds something else, or a run that --resume does not go with."""
+    """Raises BadInput if --out can't be written or holds other files, or if --resume is missing or finds no run."""
     out, stage = settings.out, settings.stage
     check_folder(out)
     folders = {"joint": ("cg", "pg"), "clip": ("clip", "text_encoder", "tokenizer"),
@@ -234,7 +238,7 @@ def check_out(settings: Settings) -> None:
 
 
 def start_processes(device: str) -> None:
-    """Joins the other processes, under torchrun."""
+    """Under torchrun, joins the other processes."""
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     if processes()[1] > 1 and not dist.is_initialized():
@@ -242,9 +246,9 @@ def start_processes(device: str) -> None:
 
 
 def fastest_amp(settings: Settings) -> torch.dtype | None:
-    """What --amp alone means: bfloat16 where this machine multiplies it faster than float32, else None, said on stderr.
+    """What --amp without a value means: bfloat16 if this machine multiplies it faster than float32, else None.
 
-    All processes take the first one's measurement, and a resumed run its own of before.
+    Prints it on stderr. All processes take the first one's measurement; a resumed run keeps its earlier choice.
     """
     rank, world = processes()
     choice = [None]
@@ -263,7 +267,7 @@ def fastest_amp(settings: Settings) -> torch.dtype | None:
 
 
 def next_commands(settings: Settings, toy: bool) -> list[list[str]]:
-    """What can be done with trained branches: paint, and after CG train PG; on the toy's ads, paint its sample."""
+    """Commands for the trained branches: paint, and after CG train PG; on the toy's ads, paint its sample."""
 
     def command(program: str, *options: str) -> list[str]:
         given = {option: getattr(settings, option) for option in options}

@@ -14,11 +14,11 @@ from support.files import BadInput
 
 def held_out_ads(data: Path, split: str, items: list[Item], categories: Container[str] | None, size: int,
                  count: int = 8) -> tuple[list[Item], list[Tensor]]:
-    """The first ads of a test split, where the data set has it, then the last ones of the training set; only those in
-    the given categories, if any are given.
+    """The first ads of a test split, if the data set has it, then the last ones of the training set; only those in the
+    given categories, if any are given.
 
-    -> the ads; their images and masks, their references and the references' masks, all (n, 3 or 1, size, size). An ad
-    without a reference is its own.
+    Returns the ads; and their images, masks, references and references' masks, all (n, 3 or 1, size, size). An ad
+    without a reference is its own reference.
     """
     test = []
     if (data / f"{split}_info.txt").is_file():
@@ -36,6 +36,6 @@ def held_out_ads(data: Path, split: str, items: list[Item], categories: Containe
         try:
             pictures.append((*load_ad(item, size), *load_ad(reference, size)))
         except BadInput:
-            continue  # named when it is read as part of the data set
+            continue  # reported when it is read as part of the data set
         ads.append(item)
     return ads, [torch.stack(parts) for parts in zip(*pictures)]

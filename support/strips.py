@@ -6,15 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-STRIP = 2**16  # positions of a feature map: a larger one is computed in strips of so many
+STRIP = 2**16  # positions: a larger feature map is computed in strips of this size
 
 
 def in_strips(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """layer(x), for a layer of 3x3 windows that keeps or doubles the height of x (B, C, h, w); no seam shows.
 
-    A layer holds its input several times over: normalised, through SiLU, rearranged for the convolution. Here it does
-    so for a strip of rows only, which has a row more on either side, whose own results are left out. Under autograd,
-    which keeps all of it, the map stays whole.
+    A layer holds its input several times over: normalised, through SiLU, rearranged for the convolution. Here it holds
+    only a strip of rows and one row more on either side, whose own results are left out. Autograd would keep all of
+    it anyway, so under autograd the map stays whole.
     """
     h, rows = x.shape[2], max(1, STRIP // x.shape[3])
     if rows >= h or torch.is_grad_enabled():
@@ -24,7 +24,7 @@ def in_strips(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     for top in range(0, h, rows):
         first, last = max(top - 1, 0), min(top + rows + 1, h)
         strip = layer(x[:, :, first:last])
-        n = strip.shape[2] // (last - first)  # 2 where the layer doubles
+        n = strip.shape[2] // (last - first)  # 2 if the layer doubles the height
         strip = strip[:, :, n * (top - first) :][:, :, : n * rows]
         if result is None:
             shape = len(x), strip.shape[1], n * h, strip.shape[3]
@@ -34,7 +34,7 @@ def in_strips(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def normalised(norm: nn.GroupNorm, x: Tensor) -> Callable[[Tensor], Tensor]:
-    """`norm` by the means and variances of the whole of x (B, C, h, w): a function of x or of a strip of its rows."""
+    """`norm` with the means and variances of the whole x (B, C, h, w), as a function of x or of a strip of its rows."""
     if x[0, 0].numel() <= STRIP or torch.is_grad_enabled():
         return norm
     rows = [torch.var_mean(strip.float(), dim=3, correction=0) for strip in x.split(max(1, STRIP // x.shape[3]), dim=2)]

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from support.files import PICKLES, BadInput, pickle_refused, read_json, read_tensors
 
-# Names that stand before all others: of the checkpoint's dictionary, of data-parallel and of compiled training.
+# Prefixes from the checkpoint's dictionary, from data-parallel training and from compilation.
 WRAPPERS = re.compile(r"^(state_dict\.|module\.|_orig_mod\.)+")
 
-# Markers without values, which say that the numbers beside them mean something else.
+# Marker tensors, which say that the numbers beside them mean something else.
 REFUSED_MARKERS = {
     "ztsnr": "it was trained with a noise schedule of zero terminal SNR",
     "difference": "it holds the differences from a base, not weights",
@@ -18,7 +18,10 @@ REFUSED_MARKERS = {
 
 
 def find_weights(folder: Path, name: str) -> Path:
-    """The safetensors file in a folder by its public name, or the index of its shards; half-precision variants last."""
+    """The safetensors file in a folder by its public name, or the index of its shards; half-precision variants last.
+
+    Raises BadInput if the folder holds none.
+    """
     if not folder.is_dir():
         raise BadInput(f"{folder} is {'a file' if folder.is_file() else 'missing'}; expected a folder with {name}")
     for variant in ("", ".fp16", ".bf16"):
@@ -35,7 +38,7 @@ def find_weights(folder: Path, name: str) -> Path:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Memory-mapped tensors of a safetensors file, or of all shards that an index names."""
+    """Memory-mapped tensors from a safetensors file, or from all shards that an index names. Raises BadInput."""
     tensors = read_shards(path) if path.suffix == ".json" else read_tensors(path)
     if marker := next((marker for marker in REFUSED_MARKERS if marker in tensors), None):
         raise BadInput(f"{path} holds the marker {marker}: {REFUSED_MARKERS[marker]}, which is not supported; choose "
@@ -48,7 +51,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def read_shards(index: Path) -> dict[str, Tensor]:
-    """The tensors that an index names. Raises BadInput where a shard or a tensor in it is missing."""
+    """The tensors that an index names. Raises BadInput if a shard or a tensor in it is missing."""
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(p, str) and Path(p).name == p for p in places.values()):
         raise BadInput(f"{index} is not an index of weights; download it again")
@@ -59,9 +62,9 @@ def read_shards(index: Path) -> dict[str, Tensor]:
 
 
 def model_fingerprint(path: Path) -> list[list]:
-    """Changes when a model's files do: their names, sizes and times, and not with what is trained into its folder.
+    """A fingerprint that changes when a model's files do: their names, sizes and times. Runs in its folder don't count.
 
-    Raises BadInput where the path is missing.
+    Raises BadInput if the path is missing.
     """
     if not path.exists():
         raise BadInput(f"{path} is missing; give a folder or file of weights")

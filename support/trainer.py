@@ -1,7 +1,7 @@
-"""Support: what makes the training loop robust; not needed to understand the paper.
+"""Support: the steps of the training loop; not needed to understand the paper.
 
-`train.fit` is the loop; a Trainer does its steps: it knows of processes, guards, averages, logs and memory. Everything
-random in a step follows from the run's seed and the step's number, so that a run can be resumed bit for bit.
+`train.fit` is the loop; a Trainer does its steps, and takes care of processes, checks, averages, logs and memory.
+Everything random in a step follows from the run's seed and the step's number, so a run can be resumed bit for bit.
 """
 
 import json
@@ -43,10 +43,10 @@ class Task:
     name: str  # what it is called in messages
     modules: dict[str, nn.Module]  # trained, by name
     samples: Dataset  # samples[(index, seed)] -> dict of tensors
-    loss: Callable[[dict, Generator], Tensor]  # a batch, and a generator for what else is random -> scalar
-    draw: Callable[[], Image.Image]  # a sheet of what the modules do now
+    loss: Callable[[dict, Generator], Tensor]  # (batch, generator for further randomness) -> scalar
+    draw: Callable[[], Image.Image]  # a sheet that shows what the modules do now
     save: Callable[[Path], None]  # writes the public folders
-    next: list[list[str]] = field(default_factory=list)  # commands to go on with, once it is trained
+    next: list[list[str]] = field(default_factory=list)  # commands to go on with after the training
     identifiers: dict[str, str] | None = None  # [D] of each category, which a resumed run must keep
     frozen: str | None = None  # fingerprint of the frozen weights beside it
 
@@ -63,14 +63,14 @@ class Loss(nn.Module):
 
 
 def seed_of(*parts: object) -> int:
-    """A seed that depends on all of `parts`. 32 bits: torch's CPU generator reads no more of a seed."""
+    """A seed that depends on all of `parts`. 32 bits: torch's CPU generator uses no more."""
     return random.Random(" ".join(map(str, parts))).getrandbits(32)
 
 
 class Batches:
-    """Sampler: every index once an epoch in random order, each with a seed of its own, from step `start` on.
+    """Sampler of batches of (index, seed): every index once per epoch, in random order, from step `start` on.
 
-    Of each batch, one process of several gets every `world`-th sample, from its rank on.
+    Each of several processes gets every `world`-th sample in a batch, from its rank on.
     """
 
     def __init__(self, count: int, batch: int, seed: int, start: int, steps: int, rank: int = 0, world: int = 1):
@@ -99,7 +99,7 @@ def ignore_sigterm(worker: int) -> None:
 
 
 def learning_rate(step: int, lr: float, steps: int, warmup: int = 0, decay: float = 0.0) -> float:
-    """Linear warm-up, constant, linear decay over the last part of the run. The paper's is constant throughout."""
+    """Linear warm-up, a constant rate, linear decay over the last part of the run. The paper's rate is constant."""
     up = min(1.0, (step + 1) / warmup) if warmup else 1.0
     down = min(1.0, (steps - step) / (decay * steps)) if decay else 1.0
     return lr * up * down
@@ -116,18 +116,20 @@ class MovingAverage:
         self.values = {name: p.detach().clone() for name, p in parameters.items()} if decay else {}
 
     def update(self, step: int) -> None:
+        """Moves the averages towards the parameters."""
         if self.values:
-            rate = min(self.decay, (1 + step) / (10 + step))  # follows faster at first
+            rate = min(self.decay, (1 + step) / (10 + step))  # the averages follow faster at first
             torch._foreach_lerp_(list(self.values.values()), [p.detach() for p in self.parameters.values()], 1 - rate)
 
     def swap(self) -> None:
+        """Exchanges parameters and averages."""
         for name, average in self.values.items():
             p = self.parameters[name]
             p.data, self.values[name] = average, p.data
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within this context the parameters hold their averages."""
+        """A context in which the parameters hold their averages."""
         self.swap()
         try:
             yield
@@ -136,19 +138,20 @@ class MovingAverage:
 
 
 class Log:
-    """log.jsonl: a line every so many steps, with the smoothed loss and the raw one, the mean since the line before. It
-    is shown beside `bar`, too, or without a terminal on stderr.
+    """log.jsonl: a line every --log-every steps, with the smoothed loss and the raw one, the mean since the line
+    before. It is also shown beside `bar`, or printed on stderr if that is no terminal.
     """
 
     def __init__(self, file: Path, start: int, settings: Settings):
         self.file, self.settings, self.bar = file, settings, None
         lines = [line for line in (read_log(file) if start else []) if line["step"] <= start]
-        # without what an interrupted run left after `start`
+        # drops the lines that an interrupted run wrote after `start`
         write_text("".join(json.dumps(line) + "\n" for line in lines), file)
         self.average = lines[-1]["loss"] if lines else None
         self.losses, self.clock = [], time.perf_counter()
 
     def add(self, done: int, loss: float, lr: float) -> None:
+        """Takes the loss of a step, the `done`-th, and writes a line if one is due."""
         self.average = loss if self.average is None else 0.98 * self.average + 0.02 * loss
         self.losses.append(loss)
         if done % self.settings.log_every and done != self.settings.steps:
@@ -167,13 +170,14 @@ class Log:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Within this context time does not count as training."""
+        """A context whose time does not count as training."""
         start = time.perf_counter()
         yield
         self.clock += time.perf_counter() - start
 
 
 def sheet_path(folder: Path, step: int) -> Path:
+    """The file of the sheet that is drawn after so many steps."""
     return folder / f"sheet_{step:06}.png"
 
 
@@ -181,12 +185,12 @@ def sheet_path(folder: Path, step: int) -> Path:
 
 
 class Trainer:
-    """A task, its optimiser, averages, log and checkpoints, in one process of several; the first one writes."""
+    """A task with its optimiser, averages, log and checkpoints, in one of several processes; the first one writes."""
 
     def __init__(self, task: Task, settings: Settings):
         self.task, self.settings = task, settings
         (self.rank, self.world), folder = processes(), settings.folder
-        self.micro_batch = settings.micro_batch  # becomes smaller where the memory does not hold so many
+        self.micro_batch = settings.micro_batch  # becomes smaller if the memory does not hold as many
         for module in task.modules.values():
             module.to(memory_format=settings.memory_format)
         self.parameters = {f"{m}.{n}": p for m, module in task.modules.items() for n, p in module.named_parameters()}
@@ -202,7 +206,7 @@ class Trainer:
         self.loss = DistributedDataParallel(loss) if self.world > 1 else loss
         self.log = Log(folder / "log.jsonl", self.start, settings) if self.rank == 0 else None
         self.sigterm = False  # whether this process has received it
-        self.stopping = False  # whether one of them has, as all know after a step
+        self.stopping = False  # whether any process has; all know it after a step
         if self.rank == 0 and self.start >= settings.steps:
             print(f"{folder} is done: it is at step {self.start:,}; a larger --steps trains it further",
                   file=sys.stderr)
@@ -217,9 +221,9 @@ class Trainer:
         return self.parameters, self.ema.values, self.optimizer, self.scaler
 
     def batches(self) -> Iterator[tuple[int, dict]]:
-        """The steps still to be taken, counted from 0, and this process's share of each batch.
+        """Yields each step still to be taken, counted from 0, and this process's share of its batch.
 
-        First draws the sheet that a run did not get to that was killed after its last checkpoint.
+        If the run was killed between its last checkpoint and the sheet after it, the sheet is drawn first.
         """
         s = self.settings
         if self.start and self.due(self.start - 1, s.sample_every) and not sheet_path(s.folder, self.start).exists():
@@ -243,7 +247,7 @@ class Trainer:
     # ------------------------------------------------------------ a step
 
     def backward(self, step: int, batch: dict) -> float:
-        """Adds up the gradients of a batch -> its mean loss, over all parts and processes."""
+        """Adds up the gradients of a batch. Returns its mean loss over all parts and processes."""
         while True:
             try:
                 loss = self.accumulate(step, batch)
@@ -278,8 +282,8 @@ class Trainer:
         return total
 
     def shrink_micro_batch(self) -> None:
-        """After a step that did not fit the memory: the next smaller micro-batch. Raises BadInput where there is none,
-        and where other processes are in the middle of the step.
+        """Takes the next smaller micro-batch, after a step that did not fit the memory. Raises BadInput if there is
+        none, or if other processes are in the middle of the step.
         """
         s, size = self.settings, self.micro_batch
         message = f"--micro-batch {size} does not fit the memory of {s.device}"
@@ -288,20 +292,20 @@ class Trainer:
             checkpointing = " or --checkpointing" if s.stage in BRANCH_STAGES else ""
             raise BadInput(f"{message}: {smaller}add --amp{checkpointing}")
         self.micro_batch = largest_divisor(s.batch, size - 1)
-        print(f"{message}, goes on with {self.micro_batch}", file=sys.stderr)
+        print(f"{message}, so the run goes on with {self.micro_batch}", file=sys.stderr)
         if s.device != "cpu":
             torch.cuda.empty_cache()
 
     def update(self, step: int, loss: float) -> None:
-        """AdamW's step, and the averages'. Raises BadInput where loss or gradients are not finite, before they change a
-        weight.
+        """Takes a step of AdamW and updates the averages. Raises BadInput if the loss or a gradient is not finite,
+        before it changes a weight.
         """
         s = self.settings
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, s.lr, s.steps, s.warmup, s.decay)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), s.clip_gradient or math.inf).item()
-        # a scaler skips steps whose gradients overflow, and scales the next loss less, down to where that can't help
+        # a scaler skips steps whose gradients overflow, and then scales the loss less; below 1 that can't help
         skips = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
         if not math.isfinite(loss) or not (math.isfinite(norm) or skips):
             raise BadInput(f"the loss is {loss}, its gradient's length {norm} at step {step + 1}; {self.remedy(step)}")
@@ -322,19 +326,19 @@ class Trainer:
         return f"{f'{saved[-1]} is whole: resume from it' if saved else 'start again'}, with a lower --lr"
 
     def record(self, step: int, loss: float) -> None:
-        """For log and progress."""
+        """Passes a step's loss to the log and the progress bar."""
         if self.log:
             self.log.add(step + 1, loss, self.optimizer.param_groups[0]["lr"])
 
     # ------------------------------------------------------------ what the first process writes
 
     def due(self, step: int, every: int) -> bool:
-        """Whether this process is to write something: the first one, every so many steps and after the last step."""
+        """Whether this process has something to write: the first one has, every so many steps and after the last."""
         return self.rank == 0 and ((step + 1) % every == 0 or step + 1 == self.settings.steps)
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Around what writes: it does not count as training time, and a full disk ends the run in one line."""
+        """A context for writing: it does not count as training time, and a full disk raises BadInput."""
         try:
             with self.log.paused():
                 yield
@@ -344,16 +348,17 @@ class Trainer:
                            + "".join(whole)) from None
 
     def save_models(self) -> None:
-        """The modules with their averaged weights, as public folders."""
+        """Saves the modules with their averaged weights, as public folders."""
         with self.writing(), self.ema.in_place(), torch.no_grad(), self.settings.autocast():
             self.task.save(self.settings.out)
 
     def save_checkpoint(self, step: int) -> None:
+        """Saves everything that a resumed run needs."""
         with self.writing():
             self.checkpoints.save(step + 1, *self.state())
 
     def draw(self, step: int) -> None:
-        """The loss as a curve, and a sheet of what the averaged weights make now."""
+        """Draws the loss as a curve, and a sheet that shows what the averaged weights do now."""
         folder = self.settings.folder
         with self.writing():
             if lines := read_log(self.log.file):
@@ -365,7 +370,7 @@ class Trainer:
                 print("no sheet: painting it does not fit the GPU's memory", file=sys.stderr)
 
     def leave_if_stopped(self, step: int) -> None:
-        """After SIGTERM to any of the processes: ends all of them, with status 143."""
+        """If any process has received SIGTERM, ends all of them with status 143."""
         if self.stopping and step + 1 < self.settings.steps:
             barrier()
             print(f"stopped at step {step + 1}; --resume goes on from there", file=sys.stderr)
@@ -373,7 +378,7 @@ class Trainer:
 
     def finish(self) -> None:
         """Says what was written and what can be done with it."""
-        barrier()  # what the first process saves is there when any goes on
+        barrier()  # no process goes on before the first has saved
         if self.rank:
             return
         folder, out = self.settings.folder, self.settings.out

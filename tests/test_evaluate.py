@@ -517,7 +517,7 @@ OPTIONS = ("--controlnet", "--cg-plain", "--guide-clip", "--lama", "--paint-by-e
     ("table1 --clip nowhere", "nowhere is missing"),
     ("table2 --pg nowhere", "nowhere is missing"),
     ("table1 --weights nowhere --cg {toy}/cg --clip {toy}/clip", "nowhere is missing"),
-    ("fig7 --weights {toy}/base --cg {toy}/cg", "fig7 is the toy's"),
+    ("fig7 --weights {toy}/base --cg {toy}/cg", "fig7 works with the toy only"),
     ("table1 --cg-plain {toy}/cg", "--cg-plain .*cg is a CG with mask-guided attention; give one with plain"),
     ("table1 --hint inpaint --controlnet", "--hint goes with --controlnet"),
     ("table1 --out {toy}/README.md", "README.md"),

@@ -193,8 +193,8 @@ def test_json_is_read_with_a_byte_order_mark_too(encoding, tmp_path):
     assert read_json(tmp_path / "a.json") == {"a": "杯"}
 
 
-@pytest.mark.parametrize("content, message", [(b"{", "can't be read as JSON .*; mend it, or get it again"),
-                                              (b"[1]", "does not hold a JSON object; mend it"),
+@pytest.mark.parametrize("content, message", [(b"{", "can't be read as JSON .*; fix it, or get it again"),
+                                              (b"[1]", "does not hold a JSON object; fix it"),
                                               (b"[" * 10**5, "can't be read as JSON"), (b"\xb1\xad", "can't be read"),
                                               (None, "a.json is missing")])
 def test_what_is_no_json_object_is_refused_in_one_line_that_names_it(content, message, tmp_path):
@@ -291,7 +291,7 @@ def test_hidden_names_are_those_of_systems():
     (UnicodeDecodeError("utf-8", b"\xb1", 0, 1, "invalid start byte"),
      "error: 'utf-8' codec can't decode byte 0xb1 in position 0: invalid start byte; rename the file, or write the "
      "text as UTF-8", 2),
-    (KeyboardInterrupt(), "interrupted; what was written is whole, and the same command can be given again", 130),
+    (KeyboardInterrupt(), "interrupted; all files written are complete, and the same command can be given again", 130),
 ], ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "")  # fmt: skip
 def test_what_a_user_can_mend_is_one_line_without_a_traceback(error, line, status, capsys):
     with pytest.raises(SystemExit) as end, one_line_errors():
@@ -336,7 +336,7 @@ def test_numbers_outside_of_their_range_are_refused_by_name():
 
 def test_text_is_composed_and_must_be_unicode():
     assert unicode_text(unicodedata.normalize("NFD", "café")) == "caf\u00e9"
-    with pytest.raises(argparse.ArgumentTypeError, match="is no UTF-8 text"):
+    with pytest.raises(argparse.ArgumentTypeError, match="is not UTF-8 text"):
         unicode_text(GBK)
 
 

@@ -271,7 +271,7 @@ def test_a_micro_batch_that_does_not_fit_is_made_smaller(world, base, tmp_path, 
 
     monkeypatch.setattr(trainer.Loss, "forward", small)
     command(*branch("cg", world, base, tmp_path / "found"), "--steps", 2, "--micro-batch", 4)
-    assert "--micro-batch 4 does not fit the memory of cpu, goes on with 2" in capsys.readouterr().err
+    assert "--micro-batch 4 does not fit the memory of cpu, so the run goes on with 2" in capsys.readouterr().err
     assert distance(weights_of(tmp_path / "two" / "cg"), weights_of(tmp_path / "found" / "cg")) == 0
 
 
@@ -475,7 +475,7 @@ def test_a_checkpoint_of_an_earlier_version_resumes_unless_its_categories_change
     command(*run, "--steps", 1)
     older(tmp_path / "run" / "training" / "cg" / "checkpoint_00000001.safetensors")
     command(*run, "--steps", 2, "--resume")
-    assert "resumed with other settings than the run's: steps 1 -> 2\n" in capsys.readouterr().err
+    assert "resumed with changed settings: steps 1 -> 2\n" in capsys.readouterr().err
     older(tmp_path / "run" / "training" / "cg" / "checkpoint_00000002.safetensors")
     info = data / "bg60k_info.txt"
     info.write_text(info.read_text().replace("laptop", "anvil", 1))
@@ -651,7 +651,7 @@ def test_a_run_is_not_overwritten_and_other_settings_are_named(world, base, tmp_
         command(*run)
     capsys.readouterr()
     command(*run, "--steps", 2, "--lr", 1e-4, "--resume")
-    assert "resumed with other settings than the run's: lr 0.001 -> 0.0001, steps 1 -> 2\n" in capsys.readouterr().err
+    assert "resumed with changed settings: lr 0.001 -> 0.0001, steps 1 -> 2\n" in capsys.readouterr().err
     path = tmp_path / "training" / "cg" / "checkpoint_00000002.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(BadInput, match="checkpoint_00000002.safetensors is broken"):
@@ -888,5 +888,5 @@ def test_amp_alone_means_bfloat16_where_it_is_faster_and_a_resumed_run_keeps_its
     assert f"--amp: {says}" in capsys.readouterr().err
     monkeypatch.setattr(settings, "bfloat16_is_faster", lambda: not faster)
     command(*run, "--steps", 2, "--resume")
-    assert "amp" not in capsys.readouterr().err.split("resumed with other settings")[1].splitlines()[0]
+    assert "amp" not in capsys.readouterr().err.split("resumed with changed settings")[1].splitlines()[0]
     assert amps == [torch.bfloat16 if faster else None] * 2
