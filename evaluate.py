@@ -6,6 +6,8 @@
     python evaluate.py tsne               # Fig. 5a: do a category's backgrounds gather around its centre?
     python evaluate.py fig6               # the methods of Table 2 side by side; fig7: PG's perturbations;
                                           # fig9: a product in many styles; fig10: many products in one
+    python evaluate.py swapped            # does Eq. 3 matter where it should? With another category's identifier;
+                                          # words: with its scene in words; few-ads: after training on few ads
     python evaluate.py table1 --data BG60K --weights SD15 --cg CG --controlnet FILE --hint inpaint --clip VIT-B-32
 
 Reading order: the tables as data; the measurements; the figures. rivals/methods.py holds the methods, and the lab that
@@ -26,12 +28,12 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Generator, Tensor
+from torch import Generator
 
 from generate import save
+from rivals import eq3
 from rivals.methods import METHODS, PROTOCOLS, Lab
 from rivals.options import add_lab_options, lab_of
-from support.datasets import Item, read_items
 from support.figures import choose, cutout_of, picture_of, scatter, tsne
 from support.files import BadInput, one_line_errors, write_json, write_text
 from support.images import sheet
@@ -74,11 +76,12 @@ TABLES = {
         Row("CG + PG", "cg+pg", (68.26, 2.39, 93.63, 1.39)),
     ]),
     "table4": Table(["ref"], ["similarity", "frechet"], "cg+pg", [
-        Row("(a) ControlNet in CG's place (this PG was trained beside CG)", "controlnet+pg", (66.17, 4.01)),
+        Row("(a) ControlNet in CG's place, PG trained beside CG", "controlnet+pg", (66.17, 4.01)),
+        Row("(a) ControlNet in CG's place, PG trained beside it", "controlnet+its-pg"),
         Row("(b) no PG, z_T from the reference", "cg", (67.50, 2.76)),
         Row("(c) CG + PG, z_T pure noise", "cg+pg-noise", (66.51, 2.73)),
         Row("(d) CG + PG, z_T from the reference", "cg+pg", (68.26, 2.39)),
-        Row("CG with plain attention in CG's place (this PG was trained beside CG)", "cg-plain+pg"),
+        Row("CG with plain attention in CG's place, PG trained beside CG", "cg-plain+pg"),
     ]),
 }  # fmt: skip
 METRICS = {"similarity": "similarity ↑", "frechet": "Fréchet ↓", "joint": "joint Fréchet ↓"}
@@ -114,8 +117,9 @@ def table(lab: Lab, name: str) -> None:
     """Prints a table as Markdown, with the paper's numbers beside ours, and writes it to NAME.md and NAME.json."""
     protocols, metrics, ours, rows = TABLES[name]
     own_base = lab.networks.options["weights"] is not None
-    if own_base and not lab.networks.options["cg-plain"]:  # the paper does not have these rows
-        rows = [row for row in rows if not row.method.startswith("cg-plain")]
+    if own_base:  # rows that the paper does not have need their option
+        left_out = [name for name in ("cg-plain", "pg-controlnet") if not lab.networks.options[name]]
+        rows = [row for row in rows if not {*METHODS[row.method].networks()} & {*left_out}]
     methods = [row.method for row in rows if available(lab, row.method)]
     lab.check(methods, [item for protocol in protocols for item in lab.items(protocol)])
     measured = {(method, protocol): measure(lab, method, protocol) for method in methods for protocol in protocols}
@@ -183,26 +187,16 @@ def figure_tsne(lab: Lab) -> None:
     and its category's centre, and for how many features that centre is the nearest. Raises BadInput without pictures.
     """
 
-    def features(paths: list[Path], items: list[Item]) -> tuple[Tensor, list[str]]:
-        """Features (n, d) of length 1, and categories, of the pictures that can be read."""
-        x = F.normalize(lab.embeddings(paths, items), dim=1)
-        readable = x.isfinite().all(dim=1)
-        return x[readable], [item.category for item, r in zip(items, readable.tolist()) if r]
-
     items = lab.items("bg1k")
     lab.check(["cg", "controlnet"], items)
-    training = read_items(lab.data)[0][: lab.centres]
-    x, category_of = features([item.image for item in training], training)
-    categories = sorted(set(category_of))
-    means = torch.stack([x[[category == c for category in category_of]].mean(0) for c in categories])
-    centres = F.normalize(means, dim=1)
+    categories, centres = lab.category_centres
     points, kinds = [centres], [("centre", category) for category in categories]
     for label, method in (("original", None), ("CG", "cg"), ("ControlNet", "controlnet")):
         paths = lab.pictures(method, items, "bg1k") if method else [item.image for item in items]
         kept = [(path, item) for path, item in zip(paths, items) if path.exists() and item.category in categories]
         if not kept:
             raise BadInput(f"{lab.data}: no picture of a category that has a centre; raise --centres or --limit")
-        x, category_of = features(*map(list, zip(*kept)))
+        x, category_of = lab.background_features(*map(list, zip(*kept)))
         own = torch.tensor([categories.index(category) for category in category_of])
         distance = torch.cdist(x, centres)  # (n, C)
         print("{}: distance to the category's centre {:.3f} ± {:.3f}, the nearest centre for {} of {} pictures".format(
@@ -261,6 +255,9 @@ COMMANDS = {  # each with what to look at next
     "fig6": (partial(figure_methods, name="fig6", columns=TABLE2_COLUMNS), "table2 measures these methods"),
     "fig7": (partial(figure_methods, name="fig7", columns=FIG7_COLUMNS),
              "train.py pg --theta N --sigma LOW HIGH trains with other perturbations"),
+    "swapped": (eq3.swapped, "words asks for another scene in words"),
+    "words": (eq3.words, "swapped asks for another scene by its identifier"),
+    "few-ads": (eq3.few_ads, "swapped and words ask for another scene than the product's"),
     "fig9": (partial(figure_grid, name="fig9"), "fig10 shows many products in one style"),
     "fig10": (partial(figure_grid, name="fig10"), "fig9 shows one product in many styles"),
 }

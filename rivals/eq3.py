@@ -9,10 +9,8 @@ scene than the rest of the prompt, and where there are too few ads to learn whic
 is that of the category whose ads' backgrounds are nearest, see Lab.nearest_category.
 """
 
-from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from generate import prompt_texts, save
 from rivals.methods import FEW_ADS, FEW_SEEDS, Lab, few_ads_folder
@@ -49,8 +47,8 @@ def words(lab: Lab) -> None:
 
 
 def whose_scene(lab: Lab, name: str, texts: dict[str, dict[str, tuple[str, str, str]]], asked: str) -> None:
-    """Paints some products of each category with the texts for every other one, texts[other][category], and counts whose
-    scene appears: a table, and a sheet for each method with a row per product and a column per scene.
+    """Paints some products of each category with the texts for each other one, texts[other][category], and counts whose
+    scene appears. Writes a table and, for each method, a sheet with a row per product and a column per scene.
     """
     products: dict[str, list[Item]] = {}
     for item in lab.items("bg1k"):

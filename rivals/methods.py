@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import train
@@ -51,6 +52,17 @@ class Method(NamedTuple):
         return [name for name in (self.own or "weights", self.cg, self.pg, self.clip) if name]
 
 
+FEW_ADS, FEW_SEEDS = (10, 30, 100), 3  # ads per category that CG is also trained on (rivals/eq3.py), and trainings
+ATTENTION = {"cg": "mask-guided", "cg-plain": "plain"}
+FEW = {f"{cg}-{count}-{seed}": (cg, count, seed)
+       for cg in ATTENTION for count in FEW_ADS for seed in range(FEW_SEEDS)}
+
+
+def few_ads_folder(count: int) -> Path:
+    """Where so many ads per category are drawn."""
+    return Path("runs", "evaluate", f"ads-{count}", "ads")
+
+
 METHODS = {
     "lama": Method(plain_prompt=True, own="lama"),
     "paint-by-example": Method(plain_prompt=True, own="paint-by-example", guidance=GUIDANCE),
@@ -62,9 +74,11 @@ METHODS = {
     "cg+pg": Method("cg", "pg"),
     "cg+pg-noise": Method("cg", "pg", from_reference=False),
     "controlnet+pg": Method("controlnet", "pg"),
+    "controlnet+its-pg": Method("controlnet", "pg-controlnet"),
     "cg-plain+pg": Method("cg-plain", "pg"),
     "shuffled": Method(plain_prompt=True),  # paints nothing: the original ads, each beside another product's
     **{f"fig7-{name}": Method("cg", f"pg-{name}") for name in ("none", "dilation", "mixup")},
+    **{name: Method(name) for name in FEW},
 }
 # train.py's arguments for the toy's networks that are not shipped; cg-plain has CG's own settings
 TRAINED = {
@@ -75,6 +89,9 @@ TRAINED = {
     "pg-none": ["pg", "--steps", "600", "--theta", "0", "--sigma", "1", "1"],
     "pg-dilation": ["pg", "--steps", "600", "--sigma", "1", "1"],
     "pg-mixup": ["pg", "--steps", "600"],
+    "pg-controlnet": ["pg", "--steps", str(train.TOY_SETTINGS["pg"]["steps"])],
+    **{name: ["cg", "--attention", ATTENTION[cg], "--steps", "600", "--seed", str(seed),
+              "--data", str(few_ads_folder(count))] for name, (cg, count, seed) in FEW.items()},
 }
 
 PROTOCOLS = {"bg1k": "", "ref": "Ref→Self", "self": "Self→Self"}  # what is painted (see Lab.all_items): its label
@@ -129,8 +146,10 @@ class Lab:
         """BG-pair (section 4)."""
         return read_items(self.data, "bgpair")[0]
 
-    def pictures(self, name: str, items: list[Item], folder: str, chosen: list[int] | None = None) -> list[Path]:
+    def pictures(self, name: str, items: list[Item], folder: str, chosen: list[int] | None = None,
+                 texts: dict[str, tuple[str, str, str]] | None = None) -> list[Path]:
         """The paths of a method's pictures for these items, or for those `chosen` by index; paints missing ones first.
+        `texts` are the categories' texts for P, P_fg and P_bg [those with CG's identifiers].
 
         The folder's name ends in a fingerprint of all that the pictures depend on. The first --limit items in a split
         share the folder of the whole split.
@@ -140,6 +159,7 @@ class Lab:
         hint = self.how.hint if method.cg == "controlnet" else "product"  # --hint is --controlnet's
         record = self.record | {"method": name, "strength": self.strength if method.clip else None, "hint": hint,
                                 "guidance": method.guidance or self.how.guidance, "models": used}
+        record |= {"texts": texts} if texts else {}
         split = self.all_items(folder) if folder in PROTOCOLS else items
         files = [[item.category, *map(file_fingerprint, (item.image, item.mask, item.reference, item.reference_mask))]
                  for item in split]
@@ -150,16 +170,17 @@ class Lab:
         barrier()  # every process has looked before any paints
         if missing:
             print(f"painting {folder}, {name}", file=sys.stderr)
-            self.paint(method, items, chosen, out, record)
+            self.paint(method, items, chosen, out, record, texts)
         barrier()
         return paths
 
-    def paint(self, method: Method, items: list[Item], chosen: list[int], out: Path, record: dict) -> None:
+    def paint(self, method: Method, items: list[Item], chosen: list[int], out: Path, record: dict,
+              texts: dict[str, tuple[str, str, str]] | None) -> None:
         """Paints the chosen items by a method, with support/batch.py."""
         categories = {item.category for item in items}
         cg = None if method.plain_prompt else self.networks.path("cg")
         models = self.load(method, categories)
-        texts = prompts_by_category(identifiers_of(categories, cg), models.tokenizer)
+        texts = texts or prompts_by_category(identifiers_of(categories, cg), models.tokenizer)
         hint = self.how.hint if method.cg == "controlnet" else "product"  # --hint is --controlnet's
         how = replace(self.how, from_reference=method.from_reference, hint=hint)
         if method.own:  # only the base has a second pass
@@ -197,3 +218,24 @@ class Lab:
     def embeddings(self, paths: list[Path], items: list[Item] | None = None) -> Tensor:
         """The pictures' embeddings (n, d), see embed_pictures."""
         return embed_pictures(self.clip, paths, items, self.out / "embeddings")
+
+    def background_features(self, paths: list[Path], items: list[Item]) -> tuple[Tensor, list[str]]:
+        """Of the pictures that can be read: their backgrounds' embeddings (n, d), of length 1, and their categories."""
+        x = F.normalize(self.embeddings(paths, items), dim=1)
+        readable = x.isfinite().all(dim=1)
+        return x[readable], [item.category for item, r in zip(items, readable.tolist()) if r]
+
+    @cached_property
+    def category_centres(self) -> tuple[list[str], Tensor]:
+        """Categories, and the normalised means (C, d) of their ads' background features over the training set."""
+        training = read_items(self.data)[0][: self.centres]
+        x, category_of = self.background_features([item.image for item in training], training)
+        categories = sorted(set(category_of))
+        means = torch.stack([x[[category == c for category in category_of]].mean(0) for c in categories])
+        return categories, F.normalize(means, dim=1)
+
+    def nearest_category(self, paths: list[Path], items: list[Item]) -> list[str]:
+        """The category whose centre is nearest to each picture's background features."""
+        categories, centres = self.category_centres
+        nearest = torch.cdist(self.background_features(paths, items)[0], centres).argmin(dim=1)
+        return [categories[i] for i in nearest.tolist()]

@@ -28,6 +28,7 @@ def add_lab_options(parser: Parser) -> Callable:
         help=f"strength of Blended Diffusion's CLIP guidance [{STRENGTH:g}, chosen on the toy]")
     add = parser.add_argument_group("models [the toy's; those not shipped are trained on first use]").add_argument
     add_model_options(add)
+    add("--pg-controlnet", metavar="PATH", type=Path, help="PG trained beside --controlnet, for Table 4's (a)")
     add("--cg-plain", metavar="PATH", type=Path, help="CG with plain attention, from train.py cg --attention plain")
     add("--clip", metavar="DIR", type=Path, help="CLIP that measures, such as openai/clip-vit-base-patch32")
     add("--guide-clip", metavar="DIR", type=Path, help="CLIP that guides Blended Diffusion: not the one that measures")

@@ -6,14 +6,17 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from model import CategoryGenerator
 from support.cache import fingerprint
+from support.datasets import read_identifiers
 from support.files import BadInput, read_json
 from support.machine import barrier, processes
-from support.models import TOY, branch_path, check_identifiers, identifiers_of
+from support.models import TOY, branch_path, categories_file, check_identifiers, identifiers_of
 from support.tensors import model_fingerprint
+from weights import load_control, save_control
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
-OPTIONS = ("weights", "cg", "pg", "controlnet", "cg-plain", "clip", "guide-clip", "lama",
+OPTIONS = ("weights", "cg", "pg", "controlnet", "pg-controlnet", "cg-plain", "clip", "guide-clip", "lama",
            "paint-by-example")  # of evaluate.py
 SHIPPED = {"weights": TOY / "base", "clip": TOY / "clip"}  # besides CG and PG, see branch_path
 
@@ -35,13 +38,19 @@ class Networks(NamedTuple):
             return branch_path(name, path, base)
         if base and not path:
             raise BadInput(f"--{name} is missing: the toy's does not go with --weights {base}" if name in self.options
-                           else "fig7 works with the toy only: leave out --weights")
+                           else f"{name} works with the toy only: leave out --weights")
         return path or SHIPPED.get(name)
 
     def path(self, name: str) -> Path:
         """As `given`, but trains the network first if it must be."""
-        frozen = [] if name in ("guide-clip", "lama") else ["weights", "cg"] if name.startswith("pg-") else ["weights"]
-        return self.given(name) or train_once(name, self.trained[name], [*map(self.given, frozen)], self.device)
+        if path := self.given(name):
+            return path
+        frozen = [] if name in ("guide-clip", "lama") else [self.given("weights")]
+        if name == "pg-controlnet":
+            frozen.append(as_plain_cg(self.path("controlnet"), self.given("cg")))
+        elif name.startswith("pg-"):
+            frozen.append(self.given("cg"))
+        return train_once(name, self.trained[name], frozen, self.device)
 
     def check(self, names: list[str], categories: set[str]) -> None:
         """Raises BadInput if networks are missing or do not belong together, or if CG does not know one of the
@@ -63,6 +72,18 @@ def attention_of(cg: Path) -> str:
     """A CG's attention, "mask-guided" or "plain", as its config.json records train.py's --attention."""
     config = (cg.parent if cg.is_file() else cg) / "config.json"
     return read_json(config).get("attention", "mask-guided") if config.is_file() else "mask-guided"
+
+
+def as_plain_cg(controlnet: Path, cg: Path) -> Path:
+    """The toy's ControlNet as a CG with plain attention, which computes the same: `train.py pg` trains beside a CG."""
+    out = controlnet.parent / "as-cg"
+    if processes()[0] == 0 and not out.exists():
+        branch = load_control(controlnet, "controlnet")
+        plain = CategoryGenerator(branch.config | {"attention": "plain"})
+        plain.load_state_dict(branch.state_dict())
+        save_control(plain, out, categories=read_identifiers(categories_file(cg)))
+    barrier()
+    return out
 
 
 def train_once(name: str, command: list[str], frozen: list[Path], device: str) -> Path:

@@ -36,8 +36,8 @@ COMMANDS = [line for page in PAGES for block in blocks(page) for line in block.r
 # Options that make each program's run short, added at the end of its command: the last one counts
 SHORT = {"generate.py": "--steps 2", "train.py": "--steps 2 --batch 4",
          "toy/world.py": "--base 8 --ads 8 --bg1k 8 --pairs 9",
-         "evaluate.py": "--steps 1 --controlnet toy/cg --cg-plain toy/cg-plain --guide-clip toy/clip --lama toy/lama "
-                        "--paint-by-example toy/example",
+         "evaluate.py": "--steps 1 --controlnet toy/cg --pg-controlnet toy/pg --cg-plain toy/cg-plain "
+                        "--guide-clip toy/clip --lama toy/lama --paint-by-example toy/example",
          "study.py": "--steps 1"}
 
 
