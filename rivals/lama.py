@@ -84,6 +84,7 @@ class FFC(nn.Module):
         self.convg2g = SpectralTransform(g) if g else None
 
     def forward(self, l: Tensor, g: Tensor | None, padding: int) -> Pair:
+        """l, g: local and global features; the edges are mirrored by `padding` pixels."""
         l = F.pad(l, (padding,) * 4, mode="reflect")
         l_out, g_out = self.convl2l(l), self.convl2g(l) if self.convl2g else None
         if g is not None:

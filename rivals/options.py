@@ -37,7 +37,7 @@ def add_lab_options(parser: Parser) -> Callable:
 
 
 def lab_of(args: argparse.Namespace, out: Path, limit: int | None = None, centres: int | None = None) -> Lab:
-    """The lab that these options describe; it keeps its pictures in `out`. Raises BadInput for --hint alone."""
+    """The lab that these options describe; it keeps its pictures in `out`. Raises BadInput for options that clash."""
     if args.hint == "inpaint" and not args.controlnet:
         raise BadInput("--hint goes with --controlnet; add that one")
     device = pick_device(args.device)

@@ -87,10 +87,12 @@ class Manifest:
                 self.refuse(file, "with other weights" if name == "models" else given)
 
     def refuse(self, file: str, how: str) -> None:
+        """Raises the BadInput of `check`."""
         raise BadInput(f"--out {self.file.parent} holds {file}, which was painted {how}; name another folder, or give "
                        "the options it was painted with")
 
     def append(self, line: dict) -> None:
+        """Adds a picture's line to the file."""
         append_line(line, self.file)
 
 

@@ -143,6 +143,7 @@ def open_image(path: AnyPath) -> Image.Image:
 
 
 def as_mode(image: Image.Image, mode: str) -> Image.Image:
+    """The image in a mode, converted if it has another."""
     return image if image.mode == mode else image.convert(mode)
 
 
