@@ -13,17 +13,19 @@ from torch import Generator, Tensor
 from tqdm import tqdm
 
 from clip import CLIP
-from support.cache import compute_once, file_fingerprint, weights_fingerprint
+from support.cache import compute_parts, file_fingerprint, weights_fingerprint
 from support.datasets import MASK_OF_ITEM, Item
 from support.files import BadInput
 from support.images import load_masked, to_tensor
 from support.opening import open_image
 
 RESAMPLES = 200  # bootstrap samples
+PART = 64  # pictures that are embedded at once; their embeddings lie in one file
 
 
 def embed_pictures(clip: CLIP, paths: list[Path], items: list[Item] | None, folder: Path) -> Tensor:
-    """CLIP embeddings of pictures, not normalised: (n, d), computed once and kept in `folder`.
+    """CLIP embeddings of pictures, not normalised: (n, d), computed once and kept in `folder`. Processes share
+    the work.
 
     Given the items that the pictures were painted for, the backgrounds alone are embedded, I ⊗ (1 − M). A picture that
     can't be read is reported, and its embedding is NaN.
@@ -40,16 +42,26 @@ def embed_pictures(clip: CLIP, paths: list[Path], items: list[Item] | None, fold
             picture = torch.full((3, 8, 8), math.nan)
         return clip.preprocess(picture[None].to(device))
 
-    @torch.no_grad()
-    def compute() -> dict[str, Tensor]:
-        pairs = list(zip(paths, items or [None] * len(paths)))
-        bar = tqdm(range(0, len(pairs), 64), "embedding", unit="batch", disable=not sys.stderr.isatty())
-        batches = (torch.cat([preprocessed(*pair) for pair in pairs[k : k + 64]]) for k in bar)
-        return {"embeddings": torch.cat([clip.encode_image(batch).cpu() for batch in batches])}
+    pairs = list(zip(paths, items or [None] * len(paths)))
+    parts = [pairs[start : start + PART] for start in range(0, len(pairs), PART)]
 
-    masks = [[file_fingerprint(item.image), file_fingerprint(item.mask), item.inverted] for item in items or ()]
-    key = [weights_fingerprint(clip), [file_fingerprint(path) for path in paths], masks]
-    return compute_once(folder, key, compute)["embeddings"]
+    bar = tqdm(total=len(parts), desc="embedding", unit="batch", disable=not sys.stderr.isatty())
+
+    @torch.no_grad()
+    def compute(k: int) -> dict[str, Tensor]:
+        embedded = clip.encode_image(torch.cat([preprocessed(*pair) for pair in parts[k]])).cpu()
+        bar.update(k + 1 - bar.n)  # other processes embed the parts between
+        return {"embeddings": embedded}
+
+    weights = weights_fingerprint(clip)
+    keys = [[weights, [[file_fingerprint(path), *masked_by(item)] for path, item in part]] for part in parts]
+    with bar:
+        return torch.cat([part["embeddings"] for part in compute_parts(folder, keys, compute)])
+
+
+def masked_by(item: Item | None) -> list:
+    """A fingerprint of the mask that hides an item's product."""
+    return [file_fingerprint(item.image), file_fingerprint(item.mask), item.inverted] if item else []
 
 
 def similarity(x: Tensor, y: Tensor) -> Tensor:

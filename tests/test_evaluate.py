@@ -27,12 +27,12 @@ from rivals.baselines import blended_diffusion, stable_diffusion
 from rivals.lama import LAMA_FILE
 from rivals.paint_by_example import PaintByExampleEncoder
 from sampler import Painting, ddim, seeded
-from support import networks
+from support import cache, metrics, networks
 from support.datasets import read_items
 from support.figures import choose, neighbour_probabilities, scatter, tsne, tsne_loss
 from support.files import BadInput, read_json, write_json
-from support.images import to_tensor
-from support.metrics import frechet, interval, joint_frechet, similarity
+from support.images import save_image, to_tensor
+from support.metrics import embed_pictures, frechet, interval, joint_frechet, similarity
 from support.models import TOY
 from support.networks import Networks
 from support.opening import open_image
@@ -105,6 +105,23 @@ def sd() -> StableDiffusion:
 def test_similarity_is_100_times_the_cosine_of_each_pair():
     x, y = torch.tensor([[3.0, 4.0], [1.0, 0.0], [2.0, 2.0]]), torch.tensor([[6.0, 8.0], [0.0, 5.0], [1.0, 0.0]])
     assert torch.allclose(similarity(x, y), torch.tensor([100.0, 0.0, 100 / math.sqrt(2)]), atol=1e-4)
+
+
+@pytest.mark.parametrize("rank, share", [(0, [2, 2, 1]), (1, [2, 2])])
+def test_processes_embed_a_share_each(rank, share, tiny, tmp_path, monkeypatch):
+    """Two processes have five parts: the second one embeds the second and the fourth before they wait for each other."""
+    monkeypatch.setattr(metrics, "PART", 2)
+    monkeypatch.setattr(cache, "processes", lambda: (rank, 2))
+    monkeypatch.setattr(cache, "barrier", lambda: shares.append([*sizes]))
+    clip, paths, sizes, shares = load_clip(tiny["--clip"]), [tmp_path / f"{i}.png" for i in range(9)], [], []
+    encode = clip.encode_image
+    monkeypatch.setattr(clip, "encode_image", lambda x: sizes.append(len(x)) or encode(x))
+    for i, path in enumerate(paths):
+        save_image(random(3, 40, 40, seed=i).sigmoid(), path)
+    together = embed_pictures(clip, paths, None, tmp_path / "kept")
+    assert shares == [share] and sum(sizes) == 9
+    alone = torch.cat([encode(clip.preprocess(to_tensor(open_image(path))[None])) for path in paths])
+    assert torch.allclose(together, alone, atol=1e-5)
 
 
 def with_moments(n: int, mean: torch.Tensor, spread: torch.Tensor, seed: int) -> torch.Tensor:
