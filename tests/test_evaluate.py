@@ -109,7 +109,7 @@ def test_similarity_is_100_times_the_cosine_of_each_pair():
 
 @pytest.mark.parametrize("rank, share", [(0, [2, 2, 1]), (1, [2, 2])])
 def test_processes_embed_a_share_each(rank, share, tiny, tmp_path, monkeypatch):
-    """Two processes have five parts: the second one embeds the second and the fourth before they wait for each other."""
+    """Two processes have five parts: the second process embeds the second and the fourth, then waits."""
     monkeypatch.setattr(metrics, "PART", 2)
     monkeypatch.setattr(cache, "processes", lambda: (rank, 2))
     monkeypatch.setattr(cache, "barrier", lambda: shares.append([*sizes]))
