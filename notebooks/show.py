@@ -51,22 +51,31 @@ def pictures(rows: list[list], labels: list[str] | None = None, row_labels: list
     return Image(data.getvalue(), format="jpeg", width=page.width)
 
 
-def heat(maps: list[list[Tensor]], labels: list[str], row_labels: list[str], top: float | None = None,
-         meaning: str = "", side: float = 2.0) -> None:
-    """Rows of maps (h, w), all on one scale from 0 to `top` (their maximum), its colour bar beside them. A square of a
-    map is a square of the picture: nothing is smoothed.
+def heat(maps: list[list[Tensor | None]], labels: list[str], row_labels: list[str], top: float | None = None,
+         meaning: str = "", side: float = 2.0, outline: Tensor | None = None, file: str | None = None) -> None:
+    """Rows of maps (h, w), all on one scale from 0 to `top` (their maximum), its colour bar beside them; None leaves a
+    cell empty. A square of a map is a square of the picture: nothing is smoothed.
+
+    outline: a mask M (1, 1, H, W) of any resolution, whose edge is drawn over each map; file: as in `pictures`.
     """
-    top = top or max(float(m.max()) for row in maps for m in row)
+    top = top or max(float(m.max()) for row in maps for m in row if m is not None)
     figure, axes = plt.subplots(len(maps), len(labels), squeeze=False, layout="constrained",
                                 figsize=(side * len(labels) + 1, side * len(maps) + 0.4))
     for row, cells, row_label in zip(maps, axes, row_labels):
         for m, axis in zip(row, cells):
-            shown = axis.imshow(m, vmin=0, vmax=top, interpolation="nearest", cmap="magma")
-            axis.set(xticks=[], yticks=[])
+            axis.set(xticks=[], yticks=[], aspect="equal")
+            if m is None:
+                axis.spines[:].set_visible(False)
+                continue
+            shown = axis.imshow(m, vmin=0, vmax=top, interpolation="nearest", cmap="magma", extent=(0, 1, 1, 0))
+            if outline is not None:
+                axis.contour(outline[0, 0], [0.5], colors="white", linewidths=0.7, extent=(0, 1, 0, 1))
         cells[0].set_ylabel(row_label)
     for axis, label in zip(axes[0], labels):
         axis.set_title(label, fontsize=10)
-    figure.colorbar(shown, ax=axes, label=meaning, shrink=0.9)
+    figure.colorbar(shown, ax=axes, label=meaning, shrink=0.9, pad=0.01, fraction=0.1 / len(labels))
+    if file:
+        figure.savefig(ROOT / "notebooks" / "pictures" / file, dpi=110, pil_kwargs={"quality": 88})
     plt.show()
 
 
@@ -85,6 +94,12 @@ def reference(name: str, size: int = 128) -> tuple[Tensor, Tensor]:
 def on_white(rgb: Tensor, mask: Tensor) -> Tensor:
     """The product before white."""
     return rgb * mask + 1 - mask
+
+
+def words(tokenizer, text: str) -> list[str]:
+    """The L pieces into which CLIP's tokenizer splits a text: "start", its words, "end", and the padding, "end" too."""
+    pieces = (tokenizer.bpe.id_to_token(i).removesuffix("</w>") for i in tokenizer([text])[0].tolist())
+    return [{"<|startoftext|>": "start", "<|endoftext|>": "end"}.get(piece, piece) for piece in pieces]
 
 
 def millions(module: nn.Module) -> str:
