@@ -1,4 +1,4 @@
-"""Tests: the lectures run from top to bottom, and are committed with outputs, small enough to be read on a code host."""
+"""Tests: the lectures run from top to bottom, and are committed with outputs, small enough for a code host to show."""
 
 import re
 from pathlib import Path
