@@ -30,8 +30,8 @@ LAMA_SETTINGS = dict(lr=1e-3, batch=8, steps=2400, size=128, ema=0.0, warmup=50,
 
 # Weights of the loss's terms. Those of matching and R1, relative to the adversarial one, are LaMa's. LaMa reconstructs
 # the known pixels; here the whole picture is reconstructed, in the perceptual loss's place: this keeps a short training
-# steady
-RECONSTRUCTION, ADVERSARIAL, MATCHING, R1 = 100.0, 1.0, 10.0, 1e-3
+# steady. With 100 in place of 500, LaMa painted a grid of all colours over its pictures
+RECONSTRUCTION, ADVERSARIAL, MATCHING, R1 = 500.0, 1.0, 10.0, 1e-3
 
 
 class Discriminator(nn.Module):
