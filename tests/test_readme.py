@@ -64,7 +64,7 @@ def test_every_command_of_the_pages_runs_in_order(example, tmp_path):  # noqa: F
                 assert (tmp_path / re.split(": | ", line)[0]).exists(), f"{command} says that it wrote {line}"
 
 
-def test_the_twelve_lines_of_python_paint_a_picture(tmp_path):
+def test_the_eleven_lines_of_python_paint_a_picture(tmp_path):
     """In a process of its own, from the project's root, with two steps instead of fifty."""
     code, = blocks(README, "python")
     assert len([line for line in code.splitlines() if line]) <= 12
