@@ -38,7 +38,7 @@ class Networks(NamedTuple):
             return branch_path(name, path, base)
         if base and not path:
             raise BadInput(f"--{name} is missing: the toy's does not go with --weights {base}" if name in self.options
-                           else f"{name} works with the toy only: leave out --weights")
+                           else "this command works with the toy only: leave out --weights")
         return path or SHIPPED.get(name)
 
     def path(self, name: str) -> Path:

@@ -401,7 +401,7 @@ def test_the_figures_are_those_of_the_pictures(results, ads, tiny):
 
 def test_tables_share_pictures_and_nothing_is_painted_twice(results, ads, tiny, capsys):
     before = {path: path.stat().st_mtime_ns for path in results.rglob("*.png")}
-    assert len(list((results / "pictures" / "ref").iterdir())) == 9  # 5 rows of Table 2, 5 of Table 4, one in both
+    assert len(list((results / "pictures" / "ref").iterdir())) == 10  # 5 rows of Table 2, 6 of Table 4, one in both
     command(ads, results, tiny, "table1")
     assert {path: path.stat().st_mtime_ns for path in results.rglob("*.png")} == before
     assert "painting" not in capsys.readouterr().err
@@ -604,7 +604,7 @@ OPTIONS = ("--controlnet", "--cg-plain", "--guide-clip", "--lama", "--paint-by-e
     ("table1 --clip nowhere", "nowhere is missing"),
     ("table2 --pg nowhere", "nowhere is missing"),
     ("table1 --weights nowhere --cg {toy}/cg --clip {toy}/clip", "nowhere is missing"),
-    ("fig7 --weights {toy}/base --cg {toy}/cg", "fig7 works with the toy only"),
+    ("fig7 --weights {toy}/base --cg {toy}/cg", "this command works with the toy only"),
     ("table1 --cg-plain {toy}/cg", "--cg-plain .*cg is a CG with mask-guided attention; give one with plain"),
     ("table1 --hint inpaint --controlnet", "--hint goes with --controlnet"),
     ("table1 --out {toy}/README.md", "README.md"),
