@@ -24,7 +24,7 @@ from toy.products import PRODUCTS
 from toy.scenes import SCENES
 from toy.world import write_world
 
-ATTENTION = {"CG": "cg", "CG with plain attention": "cg-plain"}
+COMPARED = {"CG": "cg", "CG with plain attention": "cg-plain"}
 PER_CATEGORY = 4  # products that stand in each other category's scene
 
 
@@ -38,11 +38,11 @@ def swapped(lab: Lab) -> None:
 
 def words(lab: Lab) -> None:
     """The texts of a product's own category, and another category's scene in words, as the base's captions have it."""
-    texts = {}
-    for other in sorted({item.category for item in lab.items("bg1k")}):
+    texts, categories = {}, sorted({item.category for item in lab.items("bg1k")})
+    for other in categories:
         background = f"in the background of {SCENES[PRODUCTS[other].scene].phrase}"
         texts[other] = {category: (f"A photo of {category}, {background}", f"A photo of {category}", background)
-                        for category in sorted({item.category for item in lab.items("bg1k")})}
+                        for category in categories}
     whose_scene(lab, "words", texts, "the words'")
 
 
@@ -53,9 +53,9 @@ def whose_scene(lab: Lab, name: str, texts: dict[str, dict[str, tuple[str, str, 
     products: dict[str, list[Item]] = {}
     for item in lab.items("bg1k"):
         products.setdefault(item.category, []).append(item)
-    lab.check([*ATTENTION.values()], lab.items("bg1k"))
+    lab.check([*COMPARED.values()], lab.items("bg1k"))
     lines = [["method", f"{asked} scene", "the product's", "another", "pictures"]]
-    for label, method in ATTENTION.items():
+    for label, method in COMPARED.items():
         cells = {category: [cutout_of(items[0])] for category, items in sorted(products.items())}
         found = []  # (asked for, product's) of each picture
         for other in sorted(products):
@@ -80,18 +80,18 @@ def few_ads(lab: Lab) -> None:
     items, results = lab.items("bg1k"), []
     for count in FEW_ADS:
         write_world(few_ads_folder(count).parent, ads=count * len(PRODUCTS), bg1k=0, pairs=0, parts=("ads",))
-    lines = [["ads per category", *ATTENTION, "CG is ahead by"]]
+    lines = [["ads per category", *COMPARED, "CG is ahead by"]]
     originals = lab.embeddings([item.image for item in items])
     for count in FEW_ADS:
         measured = []  # (methods, seeds, n)
-        for method in ATTENTION.values():
+        for method in COMPARED.values():
             names = [f"{method}-{count}-{seed}" for seed in range(FEW_SEEDS)]
             lab.check(names, items)
             measured.append([similarity(lab.embeddings(lab.pictures(n, items, "bg1k")), originals) for n in names])
         x = torch.stack([torch.stack(row) for row in measured])
         lines.append([str(count), *(each_seed(row) for row in x), each_seed(x[0] - x[1])])
         results.append({"ads": count, "similarity": x.mean(dim=2).tolist()})
-    write_json({"seeds": FEW_SEEDS, "methods": [*ATTENTION.values()], "rows": results}, lab.out / "few-ads.json")
+    write_json({"seeds": FEW_SEEDS, "methods": [*COMPARED.values()], "rows": results}, lab.out / "few-ads.json")
     write_text("\n".join(markdown_table(lines)) + "\n", lab.out / "few-ads.md")
     print(*markdown_table(lines), "", lab.out / "few-ads.md", lab.out / "few-ads.json", sep="\n")
 

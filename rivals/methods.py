@@ -52,7 +52,7 @@ class Method(NamedTuple):
         return [name for name in (self.own or "weights", self.cg, self.pg, self.clip) if name]
 
 
-FEW_ADS, FEW_SEEDS = (10, 30, 100), 3  # ads per category that CG is also trained on (rivals/eq3.py), and trainings
+FEW_ADS, FEW_SEEDS = (10, 30, 100), 3  # for rivals/eq3.py: ads per category, and trainings with each
 ATTENTION = {"cg": "mask-guided", "cg-plain": "plain"}
 FEW = {f"{cg}-{count}-{seed}": (cg, count, seed)
        for cg in ATTENTION for count in FEW_ADS for seed in range(FEW_SEEDS)}
