@@ -96,7 +96,7 @@ class FeedForward(nn.Module):
 
 
 def one_row_per_prompt(x: Tensor, context) -> Tensor:
-    """Repeats x (B, ...) to the context's rows: up to the first cross-attention guidance's two passes share rows."""
+    """Repeats x (B, ...) to the context's rows: before these are read, guidance's two passes are equal."""
     rows = len(context[0]) if isinstance(context, tuple) else len(context)
     return x if len(x) == rows else x.repeat(rows // len(x), *[1] * (x.ndim - 1))
 
@@ -126,8 +126,8 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """Transformer blocks over the positions of a feature map, added to it. (B, C, h, w) -> (B, C, h, w).
 
-    SD 1.x projects in and out with 1x1 convolutions, SD 2.x (`linear_projection`) with linear layers. Both compute the
-    same.
+    SD 1.x projects in and out with 1x1 convolutions, SD 2.x (`linear_projection`) with linear layers. The results
+    are equal.
     """
 
     def __init__(self, channels: int, heads: int, context_channels: int, groups: int, linear_projection: bool = False):

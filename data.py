@@ -117,11 +117,11 @@ def dilate(mask: Tensor, theta: int) -> Tensor:
 
 def perturb(image: Tensor, mask: Tensor, other: Tensor, generator: Generator, theta: int = THETA,
             sigma: tuple[float, float] = SIGMA) -> Tensor:
-    """PG's hint in training: a background from which neither outline nor elements can simply be copied.
+    """PG's hint in training: a background whose outline and elements can't simply be copied.
 
     image I, other I_rand (3, H, W), mask M (1, H, W) -> (3, H, W). theta is in pixels of a 512 x 512 image; σ is
     uniform in the range sigma. theta 0 leaves the mask as it is, and sigma (1, 1) leaves out the mixup: Fig. 7 compares
-    neither, dilation alone, and both. All randomness comes from the CPU `generator`, so a run can be resumed.
+    no perturbation, dilation alone, and both. All randomness comes from the CPU `generator`, so a run can be resumed.
     """
     h, w = mask.shape[1:]
     if theta:

@@ -103,7 +103,7 @@ def paint(sd: StableDiffusion, canvas: Canvas, how: Painting, cg: ControlNet | N
         hint = background_hint(canvas.reference.to(weight), canvas.reference_mask.to(weight))
         branches.append((pg, pg.hint_features(hint)))
     begin = canvas.reference if how.from_reference else None  # what z_T is made from
-    if first is not None:  # enlarged as pictures, since latents would blur, and with the real products put in
+    if first is not None:  # enlarged as pictures: enlarged latents decode blurred; with the real products put in
         begin = canvas.rgb.lerp(torch.stack([resize(picture, *rgb.shape[2:]) for picture in first]), 1 - canvas.mask)
         start = how.refine_from * sd.schedule.T // 1000
     z_ref = None if begin is None else sd.encode(begin)

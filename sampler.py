@@ -236,7 +236,7 @@ def sample(unet: UNet, schedule: Schedule, given: Conditions, generators: list[t
     z_ref (B, *shape): the references' latents, noised to make z_T (section 3.3). on_step(t, z_{t−1}, ẑ_0) is called
     after every step. A second pass gives `start` = T' and, as z_ref, the latents of the first pass's pictures.
     """
-    if given.mask is not None:  # average the full-size mask only once: averages of averages are the same at each level
+    if given.mask is not None:  # average the full-size mask only once: each level's average of it is the same
         given = given._replace(mask=mask_at(given.mask, *shape[1:]))
     z_T = first_latent(schedule, generators, shape, how.steps, z_ref, unet.conv_in.weight.device, start)
     eps_model = guided(unet, schedule, given, how.guidance)

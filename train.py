@@ -57,7 +57,7 @@ from toy.stages import STAGES
 from toy.world import TOY_DATA, draw_on_first_use
 from weights import StableDiffusion, control_config, load_stable_diffusion, save_control
 
-# Section 5.1. Where it is silent, as in ControlNet: AdamW, no schedule, half of the prompts dropped.
+# Section 5.1. Where it gives no value, we follow ControlNet: AdamW, no schedule, half of the prompts dropped.
 PAPER = dict(lr=1e-5, batch=128, epochs=300, size=512, ema=0.0, warmup=0, decay=0.0, clip_gradient=0.0,
              noise_offset=0.0, weighting="uniform", prompt_dropout=0.5)
 # The toy's own settings, found by trial. CG must rely on the prompt to choose the scene, so only a tenth is dropped.

@@ -16,8 +16,9 @@ from generate import prompt_texts, save
 from rivals.methods import FEW_ADS, FEW_SEEDS, Lab, few_ads_folder
 from support.datasets import Item
 from support.figures import cutout_of, picture_of
-from support.files import write_json, write_text
+from support.files import BadInput, write_json, write_text
 from support.images import sheet
+from support.machine import barrier, processes
 from support.metrics import interval, markdown_table, plus_minus, similarity
 from support.models import identifiers_of
 from toy.products import PRODUCTS
@@ -39,6 +40,8 @@ def swapped(lab: Lab) -> None:
 def words(lab: Lab) -> None:
     """The texts of a product's own category, and another category's scene in words, as the base's captions have it."""
     texts, categories = {}, sorted({item.category for item in lab.items("bg1k")})
+    if unknown := [category for category in categories if category not in PRODUCTS]:
+        raise BadInput(f"{lab.data}: words knows only the toy's scenes, not {unknown[0]}'s; try swapped")
     for other in categories:
         background = f"in the background of {SCENES[PRODUCTS[other].scene].phrase}"
         texts[other] = {category: (f"A photo of {category}, {background}", f"A photo of {category}", background)
@@ -53,6 +56,8 @@ def whose_scene(lab: Lab, name: str, texts: dict[str, dict[str, tuple[str, str, 
     products: dict[str, list[Item]] = {}
     for item in lab.items("bg1k"):
         products.setdefault(item.category, []).append(item)
+    if len(products) < 2:
+        raise BadInput(f"{lab.data}: {name} needs products of two categories; raise --limit")
     lab.check([*COMPARED.values()], lab.items("bg1k"))
     lines = [["method", f"{asked} scene", "the product's", "another", "pictures"]]
     for label, method in COMPARED.items():
@@ -60,7 +65,10 @@ def whose_scene(lab: Lab, name: str, texts: dict[str, dict[str, tuple[str, str, 
         found = []  # (asked for, product's) of each picture
         for other in sorted(products):
             items = [item for category in cells if category != other for item in products[category][:PER_CATEGORY]]
-            paths = lab.pictures(method, items, f"{name}-{other}", texts=texts[other])
+            painted = zip(lab.pictures(method, items, f"{name}-{other}", texts=texts[other]), items)
+            if not (kept := [(path, item) for path, item in painted if path.exists()]):
+                continue  # each item was reported
+            paths, items = map(list, zip(*kept))
             nearest = lab.nearest_category(paths, items)
             found += [(scene == other, scene == item.category) for scene, item in zip(nearest, items)]
             first = {item.category: path for path, item in reversed([*zip(paths, items)])}
@@ -78,15 +86,16 @@ def whose_scene(lab: Lab, name: str, texts: dict[str, dict[str, tuple[str, str, 
 def few_ads(lab: Lab) -> None:
     """Table 1's similarity by the number of ads per category that both were trained on, and by the training's seed."""
     items, results = lab.items("bg1k"), []
-    for count in FEW_ADS:
+    lab.check([f"{method}-{count}-0" for method in COMPARED.values() for count in FEW_ADS], items)
+    for count in FEW_ADS if processes()[0] == 0 else ():
         write_world(few_ads_folder(count).parent, ads=count * len(PRODUCTS), bg1k=0, pairs=0, parts=("ads",))
+    barrier()
     lines = [["ads per category", *COMPARED, "CG is ahead by"]]
     originals = lab.embeddings([item.image for item in items])
     for count in FEW_ADS:
         measured = []  # (methods, seeds, n)
         for method in COMPARED.values():
             names = [f"{method}-{count}-{seed}" for seed in range(FEW_SEEDS)]
-            lab.check(names, items)
             measured.append([similarity(lab.embeddings(lab.pictures(n, items, "bg1k")), originals) for n in names])
         x = torch.stack([torch.stack(row) for row in measured])
         lines.append([str(count), *(each_seed(row) for row in x), each_seed(x[0] - x[1])])

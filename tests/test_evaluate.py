@@ -10,6 +10,7 @@ import sys
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -491,6 +492,15 @@ def test_a_product_is_painted_with_its_own_words_and_another_category_s_scene(ad
     assert (tmp_path / f"{question}-cg.png").is_file() and (tmp_path / f"{question}-cg-plain.png").is_file()
 
 
+def test_what_can_t_be_asked_is_one_line(ads, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(eq3, "PRODUCTS", {})
+    with pytest.raises(BadInput, match="knows only the toy's scenes, not [a-z ]+'s; try swapped"):
+        command(ads, tmp_path, tiny, "words")
+    with pytest.raises(BadInput, match="swapped needs products of two categories; raise --limit"):
+        lab = SimpleNamespace(data=ads, items=lambda _: read_items(ads, "bg1k")[0][:1])
+        eq3.whose_scene(lab, "swapped", {}, "the identifier's")
+
+
 def test_both_attentions_are_trained_on_the_same_few_ads_by_the_same_seeds(ads, tmp_path, monkeypatch):
     commands = []
 
@@ -605,6 +615,7 @@ OPTIONS = ("--controlnet", "--cg-plain", "--guide-clip", "--lama", "--paint-by-e
     ("table2 --pg nowhere", "nowhere is missing"),
     ("table1 --weights nowhere --cg {toy}/cg --clip {toy}/clip", "nowhere is missing"),
     ("fig7 --weights {toy}/base --cg {toy}/cg", "this command works with the toy only"),
+    ("few-ads --weights {toy}/base --cg {toy}/cg --clip {toy}/clip", "this command works with the toy only"),
     ("table1 --cg-plain {toy}/cg", "--cg-plain .*cg is a CG with mask-guided attention; give one with plain"),
     ("table1 --hint inpaint --controlnet", "--hint goes with --controlnet"),
     ("table1 --out {toy}/README.md", "README.md"),
