@@ -69,9 +69,9 @@ def test_the_eleven_lines_of_python_paint_a_picture(tmp_path):
     """In a process of its own, from the project's root, with two steps instead of fifty."""
     code, = blocks(README, "python")
     assert len([line for line in code.splitlines() if line]) <= 12
-    code = code.replace("steps=50", "steps=2").replace('"watch.png"', repr(str(tmp_path / "watch.png")))
+    code = code.replace("steps=50", "steps=2").replace('"sneaker.png"', repr(str(tmp_path / "sneaker.png")))
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-    assert to_tensor(open_image(tmp_path / "watch.png")).shape == (3, 128, 128)
+    assert to_tensor(open_image(tmp_path / "sneaker.png")).shape == (3, 128, 128)
 
 
 def test_equation_3_stands_in_the_readme_as_in_the_code():
