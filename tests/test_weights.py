@@ -364,7 +364,7 @@ def test_another_bases_tokenizer_is_refused(sd_folder, tmp_path):
 
 def test_a_token_that_the_text_encoder_does_not_know_is_refused(sd_folder):
     change_json(sd_folder / "tokenizer" / "vocab.json", {"!": 2**31})
-    with pytest.raises(BadInput, match="a vocabulary of 2,147,483,649, the text encoder reads 77 of"):
+    with pytest.raises(BadInput, match="a vocabulary of 2,147,483,649, the text encoder reads 77 from"):
         load_stable_diffusion(sd_folder)
 
 
