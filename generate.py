@@ -202,7 +202,7 @@ def generate_text(args) -> None:
             line = line_of(Item(None, None, None), ad.seed, models.dtype, record) | {"prompt": args.prompt}
             for kept in kept_files(pictures, args.out / f"prompt_{ad.seed}.png", line):
                 save(*kept)
-    say_next("--product PHOTO --mask MASK --category NAME paints around a product")
+    say_next("--product CUTOUT --category NAME paints around a product")
 
 
 def generate_product(args) -> None:
@@ -231,9 +231,9 @@ def generate_product(args) -> None:
             small.append(gallery.small(pictures[0]))
     if len(small) > 1:
         save(gallery.sheet(small, "ControlNet" if args.controlnet else "CG"), args.out / SHEET)
-    say_next("--product PHOTO --mask MASK --category NAME paints around a product of your own" if demo else
+    say_next("--product CUTOUT --category NAME paints around a product of your own" if demo else
              "--num 4 paints more of them; --how FILE prints the command that paints one again" if references else
-             "evaluate.py measures it" if args.lama else "--reference AD --reference-mask MASK paints in its style")
+             "evaluate.py measures it" if args.lama else "--reference AD paints in its style")
 
 
 def generate_data(args) -> None:

@@ -10,7 +10,7 @@
 Stages: cg and then pg beside the frozen CG, or joint, train the paper's branches on a frozen base. controlnet trains a
 general ControlNet on captions, for comparison. vae, clip and unet (toy/stages.py) make a base from pictures with
 captions. One loop serves all. A sample depends only on the run's seed and its position in the run, so an interruption
-changes nothing. For the paper's branches, neither the number of processes nor --micro-batch changes anything either.
+changes nothing. For the paper's branches, the number of processes and --micro-batch change only the order of summation.
 """
 
 import argparse

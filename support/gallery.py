@@ -1,6 +1,7 @@
 """Support: several products and references: what to paint, file names, a sheet; not needed to understand the paper."""
 
 import re
+import sys
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -88,8 +89,10 @@ class Gallery:
 
     @staticmethod
     def remove_sheet(out: Path) -> None:
-        """Removes an earlier command's sheet, which would seem to be this one's."""
-        (out / SHEET).unlink(missing_ok=True)
+        """Removes an earlier command's sheet, which would seem to be this one's, and says so."""
+        if (out / SHEET).exists():
+            (out / SHEET).unlink()
+            print(f"{out / SHEET}: removed, since it showed an earlier command's pictures", file=sys.stderr)
 
 
 def in_file_name(category: str) -> str:
