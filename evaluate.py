@@ -7,7 +7,8 @@
     python evaluate.py fig6               # the methods of Table 2 side by side; fig7: PG's perturbations;
                                           # fig9: a product in many styles; fig10: many products in one
     python evaluate.py swapped            # does Eq. 3 matter where it should? With another category's identifier;
-                                          # words: with its scene in words; few-ads: after training on few ads
+                                          # words: with its scene in words; few-ads: after training on few ads;
+                                          # duplicates --size 256: where there is room for further products
     python evaluate.py table1 --data BG60K --weights SD15 --cg CG --controlnet FILE --hint inpaint --clip VIT-B-32
 
 Reading order: the tables as data; the measurements; the figures. rivals/methods.py holds the methods, and the lab that
@@ -258,6 +259,7 @@ COMMANDS = {  # each with what to look at next
     "swapped": (eq3.swapped, "words asks for another scene in words"),
     "words": (eq3.words, "swapped asks for another scene by its identifier"),
     "few-ads": (eq3.few_ads, "swapped and words ask for another scene than the product's"),
+    "duplicates": (eq3.duplicates, "its sheets show in red what was found; table1 measures at the trained size"),
     "fig9": (partial(figure_grid, name="fig9"), "fig10 shows many products in one style"),
     "fig10": (partial(figure_grid, name="fig10"), "fig9 shows one product in many styles"),
 }

@@ -3,30 +3,38 @@
     python evaluate.py swapped    # a product's prompt with another category's identifier: whose scene appears?
     python evaluate.py words      # a scene in words in place of the identifier: does the product disturb it?
     python evaluate.py few-ads    # both trained on 10, 30 and 100 ads per category
+    python evaluate.py duplicates --size 256    # larger than trained: does the background show further products?
 
 Eq. 3 keeps the product's words away from the background. So its effect should show where those words ask for another
-scene than the rest of the prompt, and where there are too few ads to learn which words matter. The scene of a picture
-is that of the category whose ads' backgrounds are nearest, see Lab.nearest_category.
+scene than the rest of the prompt, where there are too few ads to learn which words matter, and where there is room for
+what the words name: on a canvas larger than those of the training. The scene of a picture is that of the category whose
+ads' backgrounds are nearest, see Lab.nearest_category. Products are found by rivals/segmenter.py.
 """
 
-
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from generate import prompt_texts, save
 from rivals.methods import FEW_ADS, FEW_SEEDS, Lab, few_ads_folder
+from rivals.segmenter import Segmenter, load_segmenter
 from support.datasets import Item
 from support.figures import cutout_of, picture_of
 from support.files import BadInput, write_json, write_text
-from support.images import sheet
+from support.images import load_masked, resize, sheet, to_tensor
 from support.machine import barrier, processes
 from support.metrics import interval, markdown_table, plus_minus, similarity
 from support.models import identifiers_of
+from support.opening import open_image
 from toy.products import PRODUCTS
 from toy.scenes import SCENES
 from toy.world import write_world
 
 COMPARED = {"CG": "cg", "CG with plain attention": "cg-plain"}
 PER_CATEGORY = 4  # products that stand in each other category's scene
+SQUARE = 4  # a product counts if it has a square of so many of the segmenter's places, each 4 pixels wide
+DRAWN = 64  # pictures on a sheet
+APART = 2  # and lies so many places away from the picture's own product
 
 
 def swapped(lab: Lab) -> None:
@@ -103,6 +111,53 @@ def few_ads(lab: Lab) -> None:
     write_json({"seeds": FEW_SEEDS, "methods": [*COMPARED.values()], "rows": results}, lab.out / "few-ads.json")
     write_text("\n".join(markdown_table(lines)) + "\n", lab.out / "few-ads.md")
     print(*markdown_table(lines), "", lab.out / "few-ads.md", lab.out / "few-ads.json", sep="\n")
+
+
+def duplicates(lab: Lab) -> None:
+    """Counts the pictures whose background shows another product: of any category, and of the product's (Fig. 5b). The
+    ads themselves have none, so what is found there is an error. Draws the first pictures, with what was found in red.
+    """
+    items, methods = lab.items("bg1k"), {"ControlNet": "controlnet", **COMPARED}
+    lab.check([*methods.values()], items, with_clip=False)
+    segmenter, found = load_segmenter(lab.networks.path("segmenter")), {}
+    for label, method in {"the ads themselves": None, **methods}.items():
+        paths = lab.pictures(method, items, "bg1k") if method else [item.image for item in items]
+        pictures = [(to_tensor(open_image(path).convert("RGB")), load_masked(item.image, item.mask)[1], item.category)
+                    for path, item in zip(paths, items) if path.exists()]
+        places = [further_products(segmenter, picture, M) for picture, M, _ in pictures]
+        own = [1 + segmenter.config["categories"].index(category) for *_, category in pictures]
+        found[label] = torch.tensor([[has_square(x > 0), has_square(x == c)] for x, c in zip(places, own)]).float()
+        cells = [in_red(picture, x > 0) for (picture, *_), x in zip(pictures, places)][:DRAWN]
+        save(sheet([cells[i : i + 8] for i in range(0, len(cells), 8)]), lab.out / f"duplicates-{method or 'ads'}.png")
+    lines = [["method", "another product", "of the same category", "pictures", "CG has fewer by"]]
+    for label, x in found.items():
+        shares = [plus_minus(interval(lambda i, y=y: y[i].mean(), len(y))) for y in 100 * x.T]
+        fewer = ""
+        if len(x) == len(found["CG"]) and label not in ("CG", "the ads themselves"):
+            difference = 100 * (x - found["CG"])[:, 0]
+            fewer = plus_minus(interval(lambda i, d=difference: d[i].mean(), len(difference)))
+        lines.append([label, *(f"{share} %" for share in shares), str(len(x)), fewer])
+    write_text("\n".join(markdown_table(lines)) + "\n", lab.out / "duplicates.md")
+    print(*markdown_table(lines), "", lab.out / "duplicates.md", sep="\n")
+
+
+@torch.inference_mode()
+def further_products(segmenter: Segmenter, picture: Tensor, M: Tensor) -> Tensor:
+    """Where a picture (3, H, W) shows products away from its own, whose mask is M: (h, w) of 0 or 1 + category."""
+    found = segmenter(picture[None])[0].argmax(dim=0)
+    own = F.adaptive_max_pool2d(M, found.shape) > 0
+    return found * (F.max_pool2d(own.float(), 2 * APART + 1, stride=1, padding=APART)[0] == 0)
+
+
+def has_square(found: Tensor) -> bool:
+    """Whether a map (h, w) is true on a whole square of SQUARE places."""
+    return bool((F.avg_pool2d(found[None].float(), SQUARE, stride=1) == 1).any())
+
+
+def in_red(picture: Tensor, found: Tensor) -> Tensor:
+    """A picture (3, H, W), half red where `found` (h, w) is true."""
+    red = resize(found[None].float(), *picture.shape[1:]) / 2
+    return picture * (1 - red) + red * torch.tensor([1.0, 0, 0]).view(3, 1, 1)
 
 
 def each_seed(x: torch.Tensor) -> str:

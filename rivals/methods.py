@@ -21,6 +21,7 @@ from clip import CLIP
 from generate import paint_ads, prompts_by_category
 from rivals.baselines import blended_diffusion, stable_diffusion
 from rivals.paint_by_example import GUIDANCE
+from rivals.stages import RIVAL_SETTINGS
 from sampler import Painting
 from support.batch import paint_items, result_path
 from support.cache import file_fingerprint, fingerprint
@@ -83,7 +84,7 @@ METHODS = {
 # train.py's arguments for the toy's networks that are not shipped; cg-plain has CG's own settings
 TRAINED = {
     "controlnet": ["controlnet", "--steps", "2600", "--data", str(TOY_DATA / "base")],
-    **{rival: [rival, "--steps", str(train.TOY_SETTINGS[rival]["steps"])] for rival in ("lama", "paint-by-example")},
+    **{stage: [stage, "--steps", str(settings["steps"])] for stage, settings in RIVAL_SETTINGS.items()},
     "cg-plain": ["cg", "--attention", "plain", "--steps", str(train.TOY_SETTINGS["cg"]["steps"])],
     "guide-clip": ["clip", "--steps", "800", "--seed", "1"],
     "pg-none": ["pg", "--steps", "600", "--theta", "0", "--sigma", "1", "1"],

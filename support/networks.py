@@ -45,7 +45,7 @@ class Networks(NamedTuple):
         """As `given`, but trains the network first if it must be."""
         if path := self.given(name):
             return path
-        frozen = [] if name in ("guide-clip", "lama") else [self.given("weights")]
+        frozen = [] if name in ("guide-clip", "lama", "segmenter") else [self.given("weights")]
         if name == "pg-controlnet":
             frozen.append(as_plain_cg(self.path("controlnet"), self.given("cg")))
         elif name.startswith("pg-"):

@@ -18,7 +18,7 @@ from support.options import check_folder, real_number, whole_number
 from weights import CONTROL_FILE, TEXT_FILE
 
 BASE_STAGES, BRANCH_STAGES = ("vae", "clip", "unet"), ("cg", "pg", "joint", "controlnet")
-ALL_STAGES = (*BASE_STAGES, *BRANCH_STAGES, "lama", "paint-by-example")
+ALL_STAGES = (*BASE_STAGES, *BRANCH_STAGES, "lama", "paint-by-example", "segmenter")
 # Options that only some stages have
 BELONGS = {"init": ("vae", "unet"), "decoder_only": ("vae",), "refine": ("unet",),
            "cg": ("pg",), "theta": ("pg", "joint"), "sigma": ("pg", "joint"),
