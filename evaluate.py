@@ -6,6 +6,7 @@
     python evaluate.py tsne               # Fig. 5a: do a category's backgrounds gather around its centre?
     python evaluate.py fig6               # the methods of Table 2 side by side; fig7: PG's perturbations;
                                           # fig9: a product in many styles; fig10: many products in one
+    python evaluate.py steps              # both samplers by their steps
     python evaluate.py swapped            # does Eq. 3 matter where it should? With another category's identifier;
                                           # words: with its scene in words; few-ads: after training on few ads;
                                           # duplicates --size 256: where there is room for further products
@@ -35,6 +36,7 @@ from generate import save
 from rivals import eq3
 from rivals.methods import METHODS, PROTOCOLS, Lab
 from rivals.options import add_lab_options, lab_of
+from support.curve import draw_curves
 from support.figures import choose, cutout_of, picture_of, scatter, tsne
 from support.files import BadInput, one_line_errors, write_json, write_text
 from support.images import sheet
@@ -223,6 +225,28 @@ def figure_methods(lab: Lab, name: str, columns: dict[str, str], rows: int = 8) 
     save(sheet(cells, ["product", "reference", *columns]), lab.out / f"{name}.png")
 
 
+def figure_steps(lab: Lab) -> None:
+    """CG by the number of steps and the sampler: Table 1's similarity and Fréchet distance, and how similar its
+    pictures are to those of 250 DDIM steps from the same noise, which a curve also shows.
+    """
+    items = lab.items("bg1k")
+    lab.check(["cg"], items)
+    exact = measure(lab.walking("ddim", EXACT), "cg", "bg1k")
+    lines, curves = [["sampler", "steps", f"similarity to {EXACT} steps of DDIM", *list(METRICS.values())[:2]]], {}
+    for sampler, label in SAMPLERS.items():
+        for steps in STEPS:
+            measured = measure(lab.walking(sampler, steps), "cg", "bg1k")
+            n, near = len(measured.kept), similarity(measured.painted, exact.of_items(measured.kept).painted)
+            figures = [interval(f, n) for f in (lambda i, near=near: near[i].mean(), measured.similarity,
+                                                measured.frechet)]
+            lines.append([label, str(steps), *map(plus_minus, figures)])
+            curves.setdefault(label, []).append((steps, figures[0][0]))
+    name = f"steps-refine-{lab.how.refine}"
+    save(draw_curves(curves, lines[0][2], "steps"), lab.out / f"{name}.png")
+    write_text("\n".join(markdown_table(lines)) + "\n", lab.out / f"{name}.md")
+    print(*markdown_table(lines), "", lab.out / f"{name}.md", sep="\n")
+
+
 def figure_grid(lab: Lab, name: str, count: int = 8, groups: int = 4) -> None:
     """fig9: each product in the styles of many references; fig10: many products in each reference's style.
 
@@ -245,6 +269,7 @@ def figure_grid(lab: Lab, name: str, count: int = 8, groups: int = 4) -> None:
     save(sheet(cells), lab.out / f"{name}.png")
 
 
+SAMPLERS, STEPS, EXACT = {"ddim": "DDIM", "dpm++": "DPM-Solver++ (2M)"}, (5, 10, 15, 20, 25, 50), 250
 TABLE2_COLUMNS = {"Blended Diffusion": "blended-diffusion", "Paint by Example": "paint-by-example",
                   "Stable Diffusion": "stable-diffusion", "ControlNet": "controlnet", "CG + PG": "cg+pg"}
 FIG7_COLUMNS = {"no perturbation": "fig7-none", "dilation": "fig7-dilation", "dilation + mixup": "fig7-mixup"}
@@ -256,6 +281,7 @@ COMMANDS = {  # each with what to look at next
     "fig6": (partial(figure_methods, name="fig6", columns=TABLE2_COLUMNS), "table2 measures these methods"),
     "fig7": (partial(figure_methods, name="fig7", columns=FIG7_COLUMNS),
              "train.py pg --theta N --sigma LOW HIGH trains with other perturbations"),
+    "steps": (figure_steps, "--refine 2 does the same with the second pass"),
     "swapped": (eq3.swapped, "words asks for another scene in words"),
     "words": (eq3.words, "swapped asks for another scene by its identifier"),
     "few-ads": (eq3.few_ads, "swapped and words ask for another scene than the product's"),

@@ -123,6 +123,11 @@ class Lab:
         with_identifiers = not all(METHODS[method].plain_prompt for method in methods)
         self.networks.check(names, {item.category for item in items if with_identifiers})
 
+    def walking(self, sampler: str, steps: int) -> "Lab":
+        """The same lab with another sampler and number of steps."""
+        walk = {"sampler": sampler, "steps": steps}
+        return replace(self, how=replace(self.how, **walk), record=self.record | walk)
+
     def items(self, protocol: str) -> list[Item]:
         """The items that are painted and measured: the first --limit."""
         return self.all_items(protocol)[: self.limit]

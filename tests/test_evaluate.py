@@ -492,6 +492,21 @@ def test_a_product_is_painted_with_its_own_words_and_another_category_s_scene(ad
     assert (tmp_path / f"{question}-cg.png").is_file() and (tmp_path / f"{question}-cg-plain.png").is_file()
 
 
+def test_steps_measures_both_samplers_beside_250_steps_of_ddim(ads, tiny, tmp_path, monkeypatch):
+    """The walk that it compares with is as near to itself as can be; the pictures are table1's of so many steps."""
+    monkeypatch.setattr(evaluate, "STEPS", (2, 3))
+    monkeypatch.setattr(evaluate, "EXACT", 3)
+    command(ads, tmp_path, tiny, "steps", "--limit", "3")
+    lines = (tmp_path / "steps-refine-1.md").read_text().splitlines()[2:]
+    rows = {tuple(cells[1:3]): cells[3:-1] for line in lines if (cells := [x.strip() for x in line.split("|")])}
+    assert [*rows] == [(sampler, steps) for sampler in ("DDIM", "DPM-Solver++ (2M)") for steps in "23"]
+    assert rows["DDIM", "3"][0] == "100.00 ± 0.00" and float(rows["DDIM", "2"][0].split()[0]) < 100
+    folders = {*(tmp_path / "pictures" / "bg1k").iterdir()}
+    assert len(folders) == 4 and (tmp_path / "steps-refine-1.png").is_file()
+    command(ads, tmp_path, tiny, "table1", "--limit", "3")  # of 2 steps
+    assert len([path for path in (tmp_path / "pictures" / "bg1k").glob("cg-*") if "plain" not in path.name]) == 4
+
+
 def test_what_can_t_be_asked_is_one_line(ads, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(eq3, "PRODUCTS", {})
     with pytest.raises(BadInput, match="knows only the toy's scenes, not [a-z ]+'s; try swapped"):
