@@ -23,10 +23,10 @@ from support.tensors import read_weights
 from support.trainer import Task
 from weights import save_module
 
-SEGMENTER_SETTINGS = dict(lr=2e-3, batch=16, steps=1200, size=128, ema=0.99, warmup=50, decay=0.5, clip_gradient=1.0)
+SEGMENTER_SETTINGS = dict(lr=2e-3, batch=8, steps=1200, size=256, ema=0.99, warmup=50, decay=0.5, clip_gradient=1.0)
 SEGMENTER_FILE = "model.safetensors"
 WIDTHS = (16, 32, 48, 64, 64)  # channels at 1/2, 1/4, ... of the picture's side
-PASTED, SCALE = 2, (0.3, 1.0)  # products pasted into each ad, and their size in parts of their own
+PASTED, SCALE = 2, (0.15, 0.8)  # products pasted into each ad, and their size in parts of their own
 
 
 class Segmenter(nn.Module):
@@ -76,10 +76,20 @@ def paste(image: Tensor, label: Tensor, product: Tensor, mask: Tensor, category:
             torch.where(cutout[:, 3] > 0.5, category[:, None, None], label))
 
 
+def blur(x: Tensor, side: int) -> Tensor:
+    """Reduced to the means of squares of `side` pixels, and enlarged again."""
+    return x if side == 1 else F.interpolate(F.avg_pool2d(x, side), x.shape[2:], mode="bilinear")
+
+
+def draw(below: int, generator: Generator) -> int:
+    """A whole number from 0 on, below `below`."""
+    return int(torch.randint(below, (), generator=generator))
+
+
 @dataclass
 class SegmenterLoss:
-    """Cross entropy at each place of ads with further products, which are blurred to a random degree: what a method
-    paints is softer than what the ads hold.
+    """Cross entropy at each place of ads with further products. The background, and then all of it, is blurred to a
+    random degree: what a method paints is softer than what the ads hold.
     """
 
     segmenter: Segmenter
@@ -87,8 +97,7 @@ class SegmenterLoss:
 
     def __call__(self, batch: dict, generator: Generator) -> Tensor:
         image, label = self.crowd(batch, generator)
-        blur = 2 * int(torch.randint(3, (), generator=generator)) + 1
-        logits = self.segmenter(F.avg_pool2d(image, blur, 1, blur // 2, count_include_pad=False)).float()
+        logits = self.segmenter(blur(image, 2 ** draw(3, generator))).float()
         return F.cross_entropy(logits, label[:, 2::4, 2::4])
 
     def crowd(self, batch: dict, generator: Generator) -> tuple[Tensor, Tensor]:
@@ -96,7 +105,7 @@ class SegmenterLoss:
         image, mask = batch["image"], batch["mask"]
         category = self.labels.to(image.device)[batch["index"]]
         label = (mask[:, 0] > 0.5) * category[:, None, None]
-        crowded = image
+        crowded = blur(image, 2 ** draw(5, generator)) * (1 - mask) + image * mask
         for k in range(1, 1 + PASTED):
             crowded, label = paste(crowded, label, image.roll(k, 0), mask.roll(k, 0), category.roll(k), generator)
         return crowded, label
@@ -114,7 +123,7 @@ def segmenter_task(settings: Settings) -> Task:
     crowded, _ = paste(rgb, torch.zeros_like(mask[:, 0]), rgb.roll(1, 0), mask.roll(1, 0), mask[:, 0, 0, 0],
                        Generator().manual_seed(0))
 
-    def draw():
+    def draw_sheet():
         with torch.no_grad():
             found = F.interpolate(1 - segmenter(crowded).softmax(dim=1)[:, :1], scale_factor=4.0)
         return sheet([[*crowded], [*found.expand_as(rgb)]], row_labels=["ads, each with another", "products found"])
@@ -122,5 +131,5 @@ def segmenter_task(settings: Settings) -> Task:
     def save(out: Path) -> None:
         save_module(segmenter, out / "segmenter", SEGMENTER_FILE, settings.save_dtype)
 
-    return Task("a segmenter of products", {"segmenter": segmenter}, Samples(items, settings.size), loss, draw, save,
-                [["python", "evaluate.py", "duplicates", "--size", "256"]])
+    return Task("a segmenter of products", {"segmenter": segmenter}, Samples(items, settings.size), loss, draw_sheet,
+                save, [["python", "evaluate.py", "duplicates", "--size", "256"]])

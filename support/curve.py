@@ -37,7 +37,7 @@ class Axes:
                 self.write(x, y + 8 * SCALE, f"{value:,.0f}", "mt")
         self.draw.line([self.place(0, high), self.place(0, low), self.place(last, low)], "black", SCALE)
         self.write((LEFT + SIZE[0] - RIGHT) / 2 * SCALE, (SIZE[1] - 8) * SCALE, x_label, "mb")
-        self.write(LEFT * SCALE, 10 * SCALE, title, "lt")
+        self.write(LEFT * SCALE, 24 * SCALE, title, "ls")
 
     def place(self, x: float, y: float) -> tuple[float, float]:
         """Where a point lies on the page; one that is too high or too low is moved to the margin."""
@@ -60,7 +60,7 @@ class Axes:
         """The page, with the lines' names, by colour, at the upper right."""
         x = (SIZE[0] - RIGHT) * SCALE
         for colour, name in names.items():
-            self.write(x, 10 * SCALE, name, "rt", colour)
+            self.write(x, 24 * SCALE, name, "rs", colour)
             x -= self.font.getlength(name) + 20 * SCALE
         return self.page.resize(SIZE, Image.LANCZOS)
 
