@@ -37,9 +37,10 @@ from rivals import eq3
 from rivals.methods import METHODS, PROTOCOLS, Lab
 from rivals.options import add_lab_options, lab_of
 from support.curve import draw_curves
+from support.datasets import Item
 from support.figures import choose, cutout_of, picture_of, scatter, tsne
 from support.files import BadInput, one_line_errors, write_json, write_text
-from support.images import sheet
+from support.images import load_masked, sheet
 from support.lock import locked
 from support.machine import processes
 from support.metrics import RESAMPLES, Measured, compare, interval, markdown_table, plus_minus, similarity
@@ -216,13 +217,37 @@ def figure_tsne(lab: Lab) -> None:
 
 def figure_methods(lab: Lab, name: str, columns: dict[str, str], rows: int = 8) -> None:
     """Draws a row for each of `rows` pairs: product, reference, each method's picture. columns: methods by label."""
-    columns = {label: method for label, method in columns.items() if available(lab, method)}
     items = choose(lab.items("ref"), rows)
+    draw_methods(lab, name, columns, items, [""] * len(items))
+
+
+def figure_perturbations(lab: Lab, each: int = 2) -> None:
+    """Fig. 7, of pairs where PG, if it copies, copies what is wrong: references whose product is large, or far from
+    the middle, or of another category than the product.
+    """
+    items = lab.items("ref")
+    masks = [load_masked(item.reference, item.reference_mask)[1] for item in items]
+    area = [float(M.mean()) for M in masks]
+    away = [abs(2 * float((M.sum(dim=(0, 1)) * torch.linspace(0, 1, M.shape[2])).sum() / M.sum()) - 1) for M in masks]
+    chosen = [(what, items[i]) for what, of in (("large", area), ("off centre", away))
+              for i in sorted(range(len(items)), key=of.__getitem__)[-each:]]
+    for item in items[:each]:
+        other = next((x for x in items if x.category != item.category and x.reference), None)
+        if other:
+            strange = replace(item, reference=other.reference, reference_mask=other.reference_mask)
+            chosen.append(("other category", strange))
+    labels, pairs = zip(*chosen)
+    draw_methods(lab, "fig7", FIG7_COLUMNS, [*pairs], [*labels])
+
+
+def draw_methods(lab: Lab, name: str, columns: dict[str, str], items: list[Item], labels: list[str]) -> None:
+    """Draws each item's product, its reference, and each method's picture. columns: methods by label."""
+    columns = {label: method for label, method in columns.items() if available(lab, method)}
     lab.check([*columns.values()], items)
     painted = [lab.pictures(method, items, name) for method in columns.values()]
     cells = [[cutout_of(item), picture_of(item.reference), *(picture_of(paths[i]) for paths in painted)]
              for i, item in enumerate(items)]
-    save(sheet(cells, ["product", "reference", *columns]), lab.out / f"{name}.png")
+    save(sheet(cells, ["product", "reference", *columns], labels if any(labels) else None), lab.out / f"{name}.png")
 
 
 def figure_steps(lab: Lab) -> None:
@@ -279,7 +304,7 @@ COMMANDS = {  # each with what to look at next
     "table4": (partial(table, name="table4"), "fig6 shows the methods of Table 2 side by side"),
     "tsne": (figure_tsne, "table1 measures the same pictures"),
     "fig6": (partial(figure_methods, name="fig6", columns=TABLE2_COLUMNS), "table2 measures these methods"),
-    "fig7": (partial(figure_methods, name="fig7", columns=FIG7_COLUMNS),
+    "fig7": (figure_perturbations,
              "train.py pg --theta N --sigma LOW HIGH trains with other perturbations"),
     "steps": (figure_steps, "--refine 2 does the same with the second pass"),
     "swapped": (eq3.swapped, "words asks for another scene in words"),

@@ -32,7 +32,7 @@ from support import cache, metrics, networks
 from support.datasets import read_items
 from support.figures import choose, neighbour_probabilities, scatter, tsne, tsne_loss
 from support.files import BadInput, read_json, write_json
-from support.images import save_image, to_tensor
+from support.images import load_masked, save_image, to_tensor
 from support.metrics import embed_pictures, frechet, interval, joint_frechet, similarity
 from support.models import TOY
 from support.networks import Networks
@@ -444,6 +444,22 @@ def test_the_three_trainings_of_fig7(ads, tmp_path, monkeypatch):
     assert options == [("--theta", "0", "--sigma", "1", "1"), ("--sigma", "1", "1"), ()]
     assert all(c[:3] == ["pg", "--steps", "600"] and c[c.index("--cg") + 1] == str(TOY / "cg") for c in commands)
     assert (tmp_path / "results" / "fig7.png").is_file()
+
+
+def test_fig7_takes_references_that_are_large_off_centre_or_of_another_category(ads, monkeypatch):
+    items = [item for item in read_items(ads, "bgpair")[0] if item.reference]
+    taken = []
+    monkeypatch.setattr(evaluate, "draw_methods", lambda lab, name, columns, items, labels: taken.extend(
+        zip(labels, items)))
+    evaluate.figure_perturbations(SimpleNamespace(items=lambda protocol: items), each=1)
+    (large, a), (off, b), (other, c) = taken
+    assert (large, off, other) == ("large", "off centre", "other category") and c.category == items[0].category
+    masks = {item.reference: load_masked(item.reference, item.reference_mask)[1][0] for item in items}
+    assert a.reference == max(masks, key=lambda path: masks[path].mean())
+    middles = {path: abs(float(mask.nonzero()[:, 1].float().mean()) / (mask.shape[1] - 1) - 0.5)
+               for path, mask in masks.items()}
+    assert middles[b.reference] == pytest.approx(max(middles.values()), abs=0.01)
+    assert next(item.category for item in items if item.reference == c.reference) != c.category
 
 
 def test_pg_is_trained_beside_the_controlnet_as_beside_a_cg_that_computes_the_same(tiny, tmp_path, monkeypatch):
