@@ -217,8 +217,7 @@ def figure_tsne(lab: Lab) -> None:
 
 def figure_methods(lab: Lab, name: str, columns: dict[str, str], rows: int = 8) -> None:
     """Draws a row for each of `rows` pairs: product, reference, each method's picture. columns: methods by label."""
-    items = choose(lab.items("ref"), rows)
-    draw_methods(lab, name, columns, items, [""] * len(items))
+    draw_methods(lab, name, columns, choose(lab.items("ref"), rows))
 
 
 def figure_perturbations(lab: Lab, each: int = 2) -> None:
@@ -232,7 +231,7 @@ def figure_perturbations(lab: Lab, each: int = 2) -> None:
     chosen = [(what, items[i]) for what, of in (("large", area), ("off centre", away))
               for i in sorted(range(len(items)), key=of.__getitem__)[-each:]]
     for item in items[:each]:
-        other = next((x for x in items if x.category != item.category and x.reference), None)
+        other = next((x for x in items if x.category != item.category), None)
         if other:
             strange = replace(item, reference=other.reference, reference_mask=other.reference_mask)
             chosen.append(("other category", strange))
@@ -240,14 +239,15 @@ def figure_perturbations(lab: Lab, each: int = 2) -> None:
     draw_methods(lab, "fig7", FIG7_COLUMNS, [*pairs], [*labels])
 
 
-def draw_methods(lab: Lab, name: str, columns: dict[str, str], items: list[Item], labels: list[str]) -> None:
-    """Draws each item's product, its reference, and each method's picture. columns: methods by label."""
+def draw_methods(lab: Lab, name: str, columns: dict[str, str], items: list[Item],
+                 labels: list[str] | None = None) -> None:
+    """Draws each item's product, its reference, and each method's picture. columns: methods by label; labels: rows'."""
     columns = {label: method for label, method in columns.items() if available(lab, method)}
     lab.check([*columns.values()], items)
     painted = [lab.pictures(method, items, name) for method in columns.values()]
     cells = [[cutout_of(item), picture_of(item.reference), *(picture_of(paths[i]) for paths in painted)]
              for i, item in enumerate(items)]
-    save(sheet(cells, ["product", "reference", *columns], labels if any(labels) else None), lab.out / f"{name}.png")
+    save(sheet(cells, ["product", "reference", *columns], labels), lab.out / f"{name}.png")
 
 
 def figure_steps(lab: Lab) -> None:

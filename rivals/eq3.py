@@ -33,8 +33,8 @@ from toy.world import write_world
 COMPARED = {"CG": "cg", "CG with plain attention": "cg-plain"}
 PER_CATEGORY = 4  # products that stand in each other category's scene
 SQUARE = 4  # a product counts if it has a square of so many of the segmenter's places, each 4 pixels wide
-DRAWN = 64  # pictures on a sheet
 APART = 2  # and lies so many places away from the picture's own product
+DRAWN = 64  # pictures on a sheet of duplicates
 
 
 def swapped(lab: Lab) -> None:
