@@ -10,6 +10,7 @@
     python evaluate.py swapped            # does Eq. 3 matter where it should? With another category's identifier;
                                           # words: with its scene in words; few-ads: after training on few ads;
                                           # duplicates --size 256: where there is room for further products
+    python evaluate.py swapped-seeds      # and duplicates-seeds: by three trainings on 100 ads per category each
     python evaluate.py table1 --data BG60K --weights SD15 --cg CG --controlnet FILE --hint inpaint --clip VIT-B-32
 
 Reading order: the tables as data; the measurements; the figures. rivals/methods.py holds the methods, and the lab that
@@ -34,7 +35,7 @@ from torch import Generator
 
 from generate import save
 from rivals import eq3
-from rivals.methods import METHODS, PROTOCOLS, Lab
+from rivals.methods import FEW_ADS, METHODS, PROTOCOLS, Lab
 from rivals.options import add_lab_options, lab_of
 from support.curve import draw_curves
 from support.datasets import Item
@@ -309,8 +310,12 @@ COMMANDS = {  # each with what to look at next
     "steps": (figure_steps, "--refine 2 does the same with the second pass"),
     "swapped": (eq3.swapped, "words asks for another scene in words"),
     "words": (eq3.words, "swapped asks for another scene by its identifier"),
-    "few-ads": (eq3.few_ads, "swapped and words ask for another scene than the product's"),
+    "few-ads": (eq3.few_ads, "swapped-seeds asks its networks for another scene than the product's"),
     "duplicates": (eq3.duplicates, "its sheets show in red what was found; table1 measures at the trained size"),
+    "swapped-seeds": (partial(eq3.swapped, name="swapped-seeds", methods=eq3.on_few_ads(FEW_ADS[-1])),
+                      "few-ads measures the same networks"),
+    "duplicates-seeds": (partial(eq3.duplicates, name="duplicates-seeds", methods=eq3.on_few_ads(FEW_ADS[-1])),
+                         "few-ads measures the same networks"),
     "fig9": (partial(figure_grid, name="fig9"), "fig10 shows many products in one style"),
     "fig10": (partial(figure_grid, name="fig10"), "fig9 shows one product in many styles"),
 }

@@ -240,8 +240,15 @@ class Lab:
         means = torch.stack([x[[category == c for category in category_of]].mean(0) for c in categories])
         return categories, F.normalize(means, dim=1)
 
-    def nearest_category(self, paths: list[Path], items: list[Item]) -> list[str]:
-        """The category whose centre is nearest to each picture's background features."""
+    def nearest_category(self, paths: list[Path], items: list[Item]) -> list[str | None]:
+        """The category whose centre is nearest to each picture's background features; None if there is no picture, or
+        if it can't be read.
+        """
         categories, centres = self.category_centres
-        nearest = torch.cdist(self.background_features(paths, items)[0], centres).argmin(dim=1)
-        return [categories[i] for i in nearest.tolist()]
+        there = [(path, item) for path, item in zip(paths, items) if path.exists()]
+        if not there:
+            return [None] * len(paths)
+        x = F.normalize(self.embeddings(*map(list, zip(*there))), dim=1)
+        closest = torch.cdist(x, centres).argmin(dim=1).tolist()
+        nearest = {path: categories[k] for (path, _), k, row in zip(there, closest, x) if row.isfinite().all()}
+        return [nearest.get(path) for path in paths]

@@ -529,10 +529,12 @@ def test_what_can_t_be_asked_is_one_line(ads, tiny, tmp_path, monkeypatch):
         command(ads, tmp_path, tiny, "words")
     with pytest.raises(BadInput, match="swapped needs products of two categories; raise --limit"):
         lab = SimpleNamespace(data=ads, items=lambda _: read_items(ads, "bg1k")[0][:1])
-        eq3.whose_scene(lab, "swapped", {}, "the identifier's")
+        eq3.whose_scene(lab, "swapped", eq3.COMPARED, {}, "the identifier's")
 
 
-def test_both_attentions_are_trained_on_the_same_few_ads_by_the_same_seeds(ads, tmp_path, monkeypatch):
+@pytest.fixture
+def trainings(tmp_path, monkeypatch):
+    """The commands of the trainings on few ads, each of which ends at once with the toy's CG."""
     commands = []
 
     def stand_in(command, **_):
@@ -545,13 +547,32 @@ def test_both_attentions_are_trained_on_the_same_few_ads_by_the_same_seeds(ads, 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(networks.subprocess, "run", stand_in)
     monkeypatch.setattr(eq3, "write_world", lambda *_, **__: None)
+    return commands
+
+
+def options_of(commands):
+    return [[c[c.index(option) + 1] for option in ("--attention", "--seed", "--steps", "--data")] for c in commands]
+
+
+def test_both_attentions_are_trained_on_the_same_few_ads_by_the_same_seeds(ads, tmp_path, monkeypatch, trainings):
     monkeypatch.setattr(eq3, "FEW_ADS", (10,))
     command(ads, tmp_path / "results", {"--size": 64}, "few-ads", "--limit", "2")
-    options = [[c[c.index(option) + 1] for option in ("--attention", "--seed", "--steps", "--data")] for c in commands]
-    assert options == [[attention, str(seed), "600", "runs/evaluate/ads-10/ads"]
-                       for attention in ("mask-guided", "plain") for seed in range(3)]
+    assert options_of(trainings) == [[attention, str(seed), "600", "runs/evaluate/ads-10/ads"]
+                                     for attention in ("mask-guided", "plain") for seed in range(3)]
     row, = read_json(tmp_path / "results" / "few-ads.json")["rows"]
     assert row["ads"] == 10 and [len(seeds) for seeds in row["similarity"]] == [3, 3]
+
+
+def test_another_category_s_scene_is_asked_of_each_training(ads, tmp_path, trainings):
+    """Three of each attention, on 100 ads: each one's share beside their mean, and a sheet of each."""
+    command(ads, tmp_path / "results", {"--size": 64}, "swapped-seeds", "--limit", "3")
+    assert options_of(trainings) == [[attention, str(seed), "600", "runs/evaluate/ads-100/ads"]
+                                     for attention in ("mask-guided", "plain") for seed in range(3)]
+    for line in (tmp_path / "results" / "swapped-seeds.md").read_text().splitlines()[2:]:
+        for cell in line.split("|")[2:5]:
+            mean, each = cell.split(" ± ")[0], cell.split("(")[1].split(")")[0].split(", ")
+            assert len(each) == 3 and float(mean) == pytest.approx(sum(map(float, each)) / 3, abs=0.06)
+    assert len([*(tmp_path / "results").glob("swapped-seeds-cg-*.png")]) == 6
 
 
 def test_pictures_are_kept_for_what_they_were_painted_of(ads, tiny, tmp_path, monkeypatch):
