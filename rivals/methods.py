@@ -58,6 +58,10 @@ ATTENTION = {"cg": "mask-guided", "cg-plain": "plain"}
 FEW = {f"{cg}-{count}-{seed}": (cg, count, seed)
        for cg in ATTENTION for count in FEW_ADS for seed in range(FEW_SEEDS)}
 
+# the toy's settings for CG, which train.py takes by itself only with the toy's own ads
+FEW_SETTINGS = [word for name, value in (train.TOY_SETTINGS["cg"] | {"steps": 600, "micro_batch": 16}).items()
+                for word in (f"--{name.replace('_', '-')}", str(value))]
+
 
 def few_ads_folder(count: int) -> Path:
     """Where so many ads per category are drawn."""
@@ -91,7 +95,7 @@ TRAINED = {
     "pg-dilation": ["pg", "--steps", "600", "--sigma", "1", "1"],
     "pg-mixup": ["pg", "--steps", "600"],
     "pg-controlnet": ["pg", "--steps", str(train.TOY_SETTINGS["pg"]["steps"])],
-    **{name: ["cg", "--attention", ATTENTION[cg], "--steps", "600", "--seed", str(seed),
+    **{name: ["cg", "--attention", ATTENTION[cg], *FEW_SETTINGS, "--seed", str(seed),
               "--data", str(few_ads_folder(count))] for name, (cg, count, seed) in FEW.items()},
 }
 

@@ -550,6 +550,16 @@ def trainings(tmp_path, monkeypatch):
     return commands
 
 
+def test_few_ads_are_learnt_with_the_settings_of_the_shipped_cg(tmp_path):
+    """On other data than the toy's own, train.py would otherwise take the paper's: 512 px, a learning rate of 1e-5."""
+    def settings(*arguments):
+        args = train.options().parse_args([*arguments, "--out", str(tmp_path)])
+        return train.settle(args, train.PAPER if args.data else train.TOY_SETTINGS["cg"], tmp_path)
+
+    few = settings(*methods.TRAINED["cg-10-2"])
+    assert few == replace(settings("cg"), data=few.data, steps=600, seed=2, epochs=few.epochs)  # steps go before epochs
+
+
 def options_of(commands):
     return [[c[c.index(option) + 1] for option in ("--attention", "--seed", "--steps", "--data")] for c in commands]
 
