@@ -20,11 +20,19 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 from torch.utils.data import Dataset
 
-from support.checking import check_ads, parse, print_next_commands
-from support.datasets import MASK_OF_ITEM, Item, drop_lines, list_folder, read_items, refuse_many_broken
-from support.files import BadInput, one_line_errors
+from support.datasets import (
+    MASK_OF_ITEM,
+    Item,
+    check_ads,
+    drop_lines,
+    list_folder,
+    parse,
+    print_next_commands,
+    read_items,
+    refuse_many_broken,
+)
+from support.files import BadInput, check_folder, one_line_errors
 from support.images import fit, load_masked, save_image, sheet
-from support.options import check_folder
 
 # Background perturbation, section 5.1
 THETA = 50  # kernel of the dilation in pixels of a 512 x 512 image; scaled with the image's size
@@ -156,7 +164,7 @@ class Samples(Dataset):
     """Training samples by (index, seed). The seed decides all that is random in a sample, whichever worker makes it.
 
     Each has "index". `pictures` adds "image" and "mask". `perturbed` adds PG's hint, "background" (Eq. 5, 6), with
-    `theta` and `sigma` as in `perturb`. `latents`, a support.encoded.Latents, adds what one step of Eq. 1 draws: "z_0",
+    `theta` and `sigma` as in `perturb`. `latents`, from programs/latents.py, adds what one step of Eq. 1 draws: "z_0",
     "eps" and "t" (see `diffuse`), and "drop" in [0, 1), which decides whether the prompt is dropped; for an inpainting
     UNet also "inpainting" (5, h, w).
     """

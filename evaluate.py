@@ -13,7 +13,7 @@
     python evaluate.py swapped-seeds      # and duplicates-seeds: by three trainings on 100 ads per category each
     python evaluate.py table1 --data BG60K --weights SD15 --cg CG --controlnet FILE --hint inpaint --clip VIT-B-32
 
-Reading order: the tables as data; the measurements; the figures. rivals/methods.py holds the methods, and the lab that
+Reading order: the tables as data; the measurements; the figures. rivals/lab.py holds the methods, and the lab that
 paints and embeds. By default everything is the toy's, and networks that are not shipped are trained on first use.
 Pictures and embeddings stay in --out: the tables share them, and an interrupted evaluation continues where it stopped.
 """
@@ -35,17 +35,14 @@ from torch import Generator
 
 from generate import save
 from rivals import eq3
-from rivals.methods import FEW_ADS, METHODS, PROTOCOLS, Lab
-from rivals.options import add_lab_options, lab_of
-from support.curve import draw_curves
+from rivals.lab import FEW_ADS, METHODS, PROTOCOLS, Lab, add_lab_options, lab_of
 from support.datasets import Item
-from support.figures import choose, cutout_of, picture_of, scatter, tsne
-from support.files import BadInput, one_line_errors, write_json, write_text
+from support.files import BadInput, locked, one_line_errors, write_json, write_text
 from support.images import load_masked, sheet
-from support.lock import locked
 from support.machine import processes
 from support.metrics import RESAMPLES, Measured, compare, interval, markdown_table, plus_minus, similarity
 from support.options import Parser, whole_number
+from support.plots import choose, cutout_of, draw_curves, picture_of, scatter, tsne
 from toy.world import draw_on_first_use
 
 # ---------------------------------------------------------------- the tables as data

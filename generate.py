@@ -27,18 +27,26 @@ from torch import Tensor
 from clip import Tokenizer
 from data import Ad, background_hint, dilate, inpaint_hint, product_hint
 from model import ControlNet, Prompts
+from programs.batch import check_finite, kept_files, line_of, paint_items, save_data_sheet, steps_bar
+from programs.gallery import (
+    SHEET,
+    Gallery,
+    check,
+    command_of,
+    count_steps,
+    options,
+    own_defaults,
+    painting_of,
+    record_of,
+    settled,
+)
+from programs.models import TOY, Models, choice_of, load_models
 from sampler import Conditions, Painting, sample, seeded
-from support.batch import check_finite, kept_files, line_of, paint_items, save_data_sheet, steps_bar
 from support.cutouts import SOLID, extend
 from support.datasets import BROKEN, Item, read_items
-from support.files import BadInput, one_line_errors
-from support.gallery import SHEET, Gallery
+from support.files import BadInput, locked, one_line_errors
 from support.images import canvas_size, fit, resize, resized_strips, save_image, to_bytes
-from support.lock import locked
-from support.models import TOY, Models, choice_of, load_models
 from support.options import one_for_each
-from support.painting import check, count_steps, options, own_defaults, painting_of, settled
-from support.record import command_of, record_of
 from weights import StableDiffusion
 
 SAMPLE = "perfume"  # from toy/samples, painted if no product is given

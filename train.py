@@ -28,31 +28,28 @@ from clip import Tokenizer
 from data import SIGMA, THETA, Samples, product_hint
 from generate import IDENTIFIER, Canvas, paint, prompts_by_category
 from model import CategoryGenerator, ControlNet, PersonalityGenerator, Prompts, UNet, predict_noise
-from rivals.stages import RIVAL_SETTINGS, RIVAL_STAGES
-from sampler import Painting, Schedule, seeded, timestep_weights
-from support.cache import fingerprint
-from support.datasets import Item, read_items
-from support.encoded import CaptionPrompts, CategoryPrompts, Latents, prompt_table
-from support.files import BadInput, one_line_errors
-from support.identifiers import category_identifiers
-from support.images import canvas_size, sheet
-from support.lock import locked
-from support.machine import processes
-from support.models import load_branch
-from support.options import Parser, real_number, whole_number
-from support.settings import (
+from programs.latents import CaptionPrompts, CategoryPrompts, Latents, held_out_ads, prompt_table
+from programs.models import load_branch
+from programs.settings import (
     ALL_STAGES,
     BRANCH_STAGES,
     Settings,
     add_training_options,
+    category_identifiers,
     fastest_amp,
     next_commands,
     settle,
     start_processes,
 )
-from support.sheets import held_out_ads
-from support.tensors import model_fingerprint
-from support.trainer import Task, Trainer
+from programs.trainer import Task, Trainer
+from rivals.stages import RIVAL_SETTINGS, RIVAL_STAGES
+from sampler import Painting, Schedule, seeded, timestep_weights
+from support.datasets import Item, read_items
+from support.files import BadInput, locked, one_line_errors
+from support.images import canvas_size, sheet
+from support.machine import processes
+from support.options import Parser, real_number, whole_number
+from support.tensors import fingerprint, model_fingerprint
 from toy.stages import STAGES
 from toy.world import TOY_DATA, draw_on_first_use
 from weights import StableDiffusion, control_config, load_stable_diffusion, save_control

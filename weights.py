@@ -26,15 +26,16 @@ from torch.overrides import TorchFunctionMode
 from clip import CLIP, TextEncoder, Tokenizer, load_tokenizer
 from model import BRANCHES, ControlNet, UNet
 from sampler import Schedule
-from support.configs import check_config, read_scheduler_config
 from support.convert import convert
-from support.files import BadInput, not_finite, one_line_errors, read_json, write_atomic
+from support.files import BadInput, one_line_errors, read_json, write_atomic
 from support.layouts import (
     EXAMPLE_FILE,
     IGNORED,
     IMAGE_TOWER,
     SINGLE_FILE,
+    check_config,
     looks_like,
+    read_scheduler_config,
     split_by_model,
     text_config,
     under_our_names,
@@ -42,7 +43,7 @@ from support.layouts import (
     vae_config,
 )
 from support.options import Parser
-from support.tensors import find_weights, read_weights
+from support.tensors import find_weights, not_finite, read_weights
 from vae import VAE
 
 UNET_FILE = VAE_FILE = CONTROL_FILE = "diffusion_pytorch_model.safetensors"

@@ -18,8 +18,8 @@ from IPython.display import Image
 from PIL import Image as Pillow
 from torch import Tensor, nn
 
+from programs.models import TOY
 from support.images import fit, load_cutout, load_masked, sheet, to_image
-from support.models import TOY
 
 SIDE = 256  # pixels: pictures are shown twice as large as the toy's first pass paints them
 

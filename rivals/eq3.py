@@ -19,16 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from generate import prompt_texts, save
-from rivals.methods import FEW, FEW_ADS, FEW_SEEDS, Lab, few_ads_folder
+from programs.models import identifiers_of
+from rivals.lab import FEW, FEW_ADS, FEW_SEEDS, Lab, few_ads_folder
 from rivals.segmenter import Segmenter, load_segmenter
 from support.datasets import Item
-from support.figures import cutout_of, picture_of
 from support.files import BadInput, write_json, write_text
-from support.images import load_masked, resize, sheet, to_tensor
+from support.images import load_masked, open_image, resize, sheet, to_tensor
 from support.machine import barrier, processes
 from support.metrics import interval, markdown_table, plus_minus, similarity
-from support.models import identifiers_of
-from support.opening import open_image
+from support.plots import cutout_of, picture_of
 from toy.products import PRODUCTS
 from toy.scenes import SCENES
 from toy.world import write_world
@@ -42,7 +41,7 @@ DRAWN = 64  # pictures on a sheet of duplicates
 
 
 def on_few_ads(count: int) -> dict[str, list[str]]:
-    """Both, trained on `count` ads per category: names in rivals.methods.METHODS."""
+    """Both, trained on `count` ads per category: names in rivals.lab.METHODS."""
     return {label: [f"{name}-{count}-{seed}" for seed in range(FEW_SEEDS)] for label, (name,) in COMPARED.items()}
 
 

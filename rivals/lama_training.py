@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from data import Samples, product_hint
+from programs.latents import held_out_ads
+from programs.settings import Settings
+from programs.trainer import Task
 from rivals.lama import LAMA_FILE, LaMa
 from support.cutouts import SOLID
 from support.datasets import read_items
 from support.files import BadInput
 from support.images import sheet
-from support.settings import Settings
-from support.sheets import held_out_ads
-from support.trainer import Task
 from weights import save_module
 
 TOY_LAMA = {"_class_name": "LaMa", "width": 16, "levels": 3, "blocks": 6, "global_channels": 96}

@@ -19,18 +19,16 @@ from torch import Generator, Tensor, nn
 from data import Samples, product_hint
 from generate import Canvas
 from model import UNet
+from programs.latents import Latents, held_out_ads
+from programs.models import TOY
+from programs.settings import Settings
+from programs.trainer import Task
 from rivals.paint_by_example import GUIDANCE, PaintByExample, PaintByExampleEncoder
 from sampler import Painting, seeded, timestep_weights
-from support.cache import fingerprint
 from support.datasets import read_items
-from support.encoded import Latents
 from support.files import write_json
 from support.images import canvas_size, sheet
-from support.models import TOY
-from support.settings import Settings
-from support.sheets import held_out_ads
-from support.tensors import model_fingerprint
-from support.trainer import Task
+from support.tensors import fingerprint, model_fingerprint
 from weights import CLIP_FILE, UNET_FILE, VAE_FILE, load_clip, load_stable_diffusion, save_module
 
 PAINT_BY_EXAMPLE_SETTINGS = dict(lr=1e-3, batch=16, steps=2600, size=128, ema=0.99, warmup=50, decay=0.3,

@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from data import Samples
+from programs.latents import held_out_ads
+from programs.settings import Settings
+from programs.trainer import Task
 from support.datasets import read_items
 from support.files import read_json
 from support.images import sheet
-from support.settings import Settings
-from support.sheets import held_out_ads
 from support.tensors import read_weights
-from support.trainer import Task
 from weights import save_module
 
 SEGMENTER_SETTINGS = dict(lr=2e-3, batch=8, steps=1200, size=256, ema=0.99, warmup=50, decay=0.5, clip_gradient=1.0)

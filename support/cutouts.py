@@ -3,6 +3,7 @@
 Photos may have 100 megapixels, so everything here works on strips of rows, and in place where `out` is given.
 """
 
+
 from collections.abc import Callable
 
 import torch

@@ -1,30 +1,81 @@
 """Support: user errors, files written whole, JSON, tensors; not needed to understand the paper."""
 
+
 import errno
 import hashlib
 import json
 import os
 import re
-import shlex
 import shutil
 import socket
 import sys
 import tempfile
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from safetensors import SafetensorError
 
-from support.names import one_line
+# What systems put into folders of pictures, besides names that start with a dot; in lower case
+SYSTEM_NAMES = {
+    "__macosx", "network trash folder", "temporary items", "icon\r",  # macOS
+    "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "recycler", "recycled", "system volume information",
+    "found.000",  # Windows
+    "@eadir", "@tmp", "#recycle", "#snapshot", "@recycle", "@__thumb", "@recently-snapshot", "@sharebin",  # NAS boxes
+    "lost+found", "__pycache__",
+}  # fmt: skip
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is the system's and not the user's."""
+    return name.startswith(".") or name.lower() in SYSTEM_NAMES
+
+
+def nfc(name: str) -> str:
+    """A name as Unicode composes it: file names from a Mac may hold 'é' as 'e' and an accent, which looks the same."""
+    return unicodedata.normalize("NFC", name)
+
+
+def is_unicode(name: str) -> bool:
+    """False if a file's name is not UTF-8: Python keeps the odd bytes as surrogates, which no text may hold."""
+    return not any("\ud800" <= c <= "\udfff" for c in name)
+
+
+def one_line(text: str) -> str:
+    """Text with escapes in place of line breaks and other control characters, which a file's name may hold."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda c: c[0].encode("unicode_escape").decode(), text)
+
+
+def result_name(stem: str, suffix: str, limit: int = 255) -> str:
+    """A file's name, stem + suffix, cut to what file systems take: `limit` bytes, or 85 Chinese characters.
+
+    A longer stem keeps its beginning and its end, where the seed is; a hash of the whole stem between them keeps
+    different names different.
+    """
+    if len(os.fsencode(stem + suffix)) <= limit:
+        return stem + suffix
+    middle = f"~{hashlib.blake2b(os.fsencode(stem), digest_size=4).hexdigest()}~"
+    room = limit - len(os.fsencode(middle + suffix))
+    end = _whole_characters(stem[::-1], room // 4)[::-1]
+    return _whole_characters(stem, room - len(os.fsencode(end))) + middle + end + suffix
+
+
+def _whole_characters(text: str, limit: int) -> str:
+    """The longest beginning of a text that takes at most `limit` bytes in a file's name."""
+    size = 0
+    for i, c in enumerate(text):
+        size += len(os.fsencode(c))
+        if size > limit:
+            return text[:i]
+    return text
+
 
 UMASK = os.umask(0)
 os.umask(UMASK)  # it can only be read by setting it
 
-PICKLES = (".ckpt", ".pth", ".pt", ".bin", ".pkl")
 
 
 class BadInput(ValueError):
@@ -252,27 +303,126 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def pickle_refused(path: Path, out: Path) -> BadInput:
-    """The error for a pickle, with the command that writes its weights to `out`."""
-    return BadInput(f"{path} is a pickle, which can run code when it is opened, and is not read; convert it safely: "
-                    f"python weights.py convert {shlex.quote(str(path))} {shlex.quote(str(out))}")
 
 
-def not_finite(tensors: dict[str, Tensor]) -> str | None:
-    """The name of the first tensor that holds NaN or an infinity, if one does."""
-    return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Memory-mapped tensors from a safetensors file. Raises BadInput for a pickle, or a broken or missing file."""
-    if path.suffix in PICKLES:
-        raise pickle_refused(path, path.with_suffix(".safetensors"))
+
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing is locked
+    fcntl = None
+
+TRIES, PAUSE = 10, 0.1  # seconds: long enough for a run that is just ending, or for this run's first process
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """A context in which no other run writes into --out, which is made. All processes of a torchrun are one run.
+
+    The operating system locks the file OUT/.in_use until the process ends, however it ends. On a file
+    system without locks nothing is locked. Also removes what killed processes have left in the folder.
+    Raises BadInput if another run is alive, or if the folder can't be made.
+    """
+    check_folder(out)
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / ".in_use"
+    handle = take(path) if fcntl else None
     try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        # Some public files have a header of odd length, so numbers at odd addresses: these are copied
-        return {n: t.clone() if t.data_ptr() % t.element_size() else t for n, t in tensors.items()}
+        sweep(out)
+        yield
+    finally:
+        if handle is not None:
+            if lock(handle, fcntl.LOCK_EX):  # we are the run's last process
+                path.unlink(missing_ok=True)
+            os.close(handle)
+        with suppress(OSError):  # a command that wrote nothing leaves nothing
+            for folder in made:
+                folder.rmdir()
+
+
+def take(path: Path) -> int:
+    """Locks a file for this run; returns its handle. The first process writes who it is; the others share the lock."""
+    from support.machine import processes
+
+    run, (_, world), other = this_run(), processes(), {}
+    for _ in range(TRIES):
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        if lock(handle, fcntl.LOCK_EX) and is_at(handle, path):
+            write(handle, path, {"run": run, "process": os.getpid(), "machine": socket.gethostname()})
+            if world > 1:
+                lock(handle, fcntl.LOCK_SH)
+            return handle
+        other = read(handle)
+        if other.get("run") == run and lock(handle, fcntl.LOCK_SH) and is_at(handle, path):
+            return handle
+        os.close(handle)
+        time.sleep(PAUSE)
+    raise BadInput(f"--out {path.parent}: process {other.get('process', '?')} on {other.get('machine', '?')} writes "
+                   "into this folder; wait until it ends, or name another folder")
+
+
+def this_run() -> list[str]:
+    """What identifies this run: it is the same in all processes of a torchrun, and different in other living runs."""
+    from support.machine import processes
+
+    if processes()[1] == 1:
+        return [host_name(), str(os.getpid())]
+    one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+    names = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
+    return [host_name() if one_machine else "", *(os.environ.get(name, "") for name in names)]
+
+
+def lock(handle: int, kind: int) -> bool:
+    """Takes or changes a lock; False if another process has it. Such a lock belongs to one process: its children, such
+    as a loader's workers, do not keep it.
+    """
+    try:
+        fcntl.lockf(handle, kind | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        pass  # a file system without locks
+    return True
+
+
+def is_at(handle: int, path: Path) -> bool:
+    """Whether the file at `path` is still the one we opened: the run before may have removed it since."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
     except FileNotFoundError:
-        raise BadInput(f"{path} is missing; check the path, or download the weights again") from None
-    except (SafetensorError, OSError) as error:
-        raise BadInput(f"{path} is not a whole safetensors file ({error}); download it again") from None
+        return False
+
+
+def write(handle: int, path: Path, content: dict) -> None:
+    """Replaces the content of the file. Raises OSError, which names the file."""
+    try:
+        os.truncate(handle, 0)
+        os.pwrite(handle, json.dumps(content).encode(), 0)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def read(handle: int) -> dict:
+    """The content of the file; {} while it is being written."""
+    try:
+        return json.loads(os.pread(handle, 4096, 0))
+    except ValueError:
+        return {}
+
+
+def check_folder(out: Path, option: str = "--out") -> None:
+    """Raises BadInput if an option's output folder can't be made or written to."""
+    try:
+        out.stat()
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise BadInput(f"{option} {out}: {error.strerror}; {REMEDIES[error.errno]}") from None
+    nearest = next(path for path in (out.absolute(), *out.absolute().parents) if os.path.exists(path))
+    if not nearest.is_dir():
+        raise BadInput(f"{option} {out}: {nearest} is a file; choose another folder")
+    if not os.access(nearest, os.W_OK):
+        raise BadInput(f"{option} {out}: {nearest} is read-only; choose another folder")
+

@@ -1,5 +1,6 @@
 """Support: the machine: device, cores, processes, which precision is fast; not needed to understand the paper."""
 
+
 import os
 import time
 from functools import cache

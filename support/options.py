@@ -1,14 +1,11 @@
 """Support: types of command-line options, and checks of options; not needed to understand the paper."""
 
+
 import argparse
-import errno
-import os
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
-from support.files import REMEDIES, BadInput
-from support.names import is_unicode, nfc
+from support.files import BadInput, is_unicode, nfc
 
 
 class Parser(argparse.ArgumentParser):
@@ -46,18 +43,6 @@ def unicode_text(text: str) -> str:
     return nfc(text)
 
 
-def check_folder(out: Path, option: str = "--out") -> None:
-    """Raises BadInput if an option's output folder can't be made or written to."""
-    try:
-        out.stat()
-    except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            raise BadInput(f"{option} {out}: {error.strerror}; {REMEDIES[error.errno]}") from None
-    nearest = next(path for path in (out.absolute(), *out.absolute().parents) if os.path.exists(path))
-    if not nearest.is_dir():
-        raise BadInput(f"{option} {out}: {nearest} is a file; choose another folder")
-    if not os.access(nearest, os.W_OK):
-        raise BadInput(f"{option} {out}: {nearest} is read-only; choose another folder")
 
 
 def one_for_each(values: list | None, others: list | None, option: str, other: str) -> list:

@@ -1,5 +1,6 @@
 """Support: large feature maps computed a strip of rows at a time; not needed to understand the paper."""
 
+
 from collections.abc import Callable
 
 import torch

@@ -383,8 +383,8 @@ def loader() -> None:
 
     sys.path.insert(0, str(ROOT))
     from data import Samples
+    from programs.trainer import Batches
     from support.datasets import read_items
-    from support.trainer import Batches
     from toy.world import write_world
 
     with tempfile.TemporaryDirectory() as folder:
@@ -443,9 +443,9 @@ def samplers() -> None:
 
     sys.path.insert(0, str(ROOT))
     from generate import Canvas, paint, prompts_by_category
+    from programs.models import ModelChoice, load_models
     from sampler import Painting, Schedule, seeded
     from support.images import fit, load_cutout
-    from support.models import ModelChoice, load_models
 
     names = ["perfume", "laptop", "sneaker", "watch"]
     models = load_models(ModelChoice(dtype="float32"), None, {*names})

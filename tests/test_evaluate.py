@@ -23,21 +23,20 @@ from clip import CLIP, TextEncoder, load_tokenizer
 from data import background_hint, load_ad
 from generate import Canvas, prompt_texts
 from model import CategoryGenerator, ControlNet, PersonalityGenerator, Prompts, UNet, predict_noise
-from rivals import eq3, methods
+from programs.models import TOY
+from programs.settings import check_options
+from rivals import eq3, lab as methods, lab as networks
 from rivals.baselines import blended_diffusion, stable_diffusion
+from rivals.lab import Networks
 from rivals.lama import LAMA_FILE
 from rivals.paint_by_example import PaintByExampleEncoder
 from sampler import Painting, ddim, seeded
-from support import cache, metrics, networks
+from support import metrics, tensors as cache
 from support.datasets import read_items
-from support.figures import choose, neighbour_probabilities, scatter, tsne, tsne_loss
 from support.files import BadInput, read_json, write_json
-from support.images import load_masked, save_image, to_tensor
+from support.images import load_masked, open_image, save_image, to_tensor
 from support.metrics import embed_pictures, frechet, interval, joint_frechet, similarity
-from support.models import TOY
-from support.networks import Networks
-from support.opening import open_image
-from support.settings import check_options
+from support.plots import choose, neighbour_probabilities, scatter, tsne, tsne_loss
 from toy.products import PRODUCTS
 from toy.stages import TOY_TEXT, TOY_UNET, TOY_VAE, train_tokenizer
 from toy.world import write_world
@@ -622,7 +621,7 @@ def test_under_torchrun_one_process_trains_and_the_others_wait(tmp_path):
     (tmp_path / "both.py").write_text(
         "import pathlib\n"
         "import torch.distributed as dist\n"
-        "from support import networks\n"
+        "from rivals import lab as networks\n"
         f"networks.TRAIN = {str(tmp_path / 'train.py')!r}\n"
         "dist.init_process_group('gloo')\n"
         "path = networks.Networks({'weights': None}, {'guide-clip': ['clip']}, 'cpu').path('guide-clip')\n"

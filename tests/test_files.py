@@ -13,21 +13,24 @@ import pytest
 import torch
 
 from support import files, machine
-from support.cache import compute_once
 from support.files import (
     BadInput,
     append_line,
+    check_folder,
     explain,
+    is_hidden,
+    is_unicode,
     one_line_errors,
     read_json,
     read_log,
+    result_name,
     write_atomic,
     write_json,
     write_text,
 )
 from support.machine import bfloat16_is_faster, cores, pick_device, pick_dtype
-from support.names import is_hidden, is_unicode, result_name
-from support.options import Parser, check_folder, real_number, unicode_text, whole_number
+from support.options import Parser, real_number, unicode_text, whole_number
+from support.tensors import compute_once
 
 ROOT = Path(__file__).resolve().parent.parent
 GBK = os.fsdecode("杯".encode("gbk"))  # a name as a Chinese zip leaves it on Linux

@@ -18,12 +18,11 @@ from PIL import Image
 import generate
 from data import Ad, background_hint, product_hint
 from model import CategoryGenerator
+from programs import models
+from programs.gallery import HARMLESS, painting_of, record_of
 from sampler import Painting
-from support import models
 from support.files import one_line_errors, write_json
 from support.images import fit, resize
-from support.painting import painting_of
-from support.record import HARMLESS, record_of
 from toy.stages import TOY_UNET
 from weights import StableDiffusion, control_config, save_control
 

@@ -21,9 +21,8 @@ from rivals.lama_training import Discriminator, LaMaLoss
 from sampler import Painting
 from support.datasets import read_items
 from support.files import BadInput
-from support.images import to_tensor
+from support.images import open_image, to_tensor
 from support.layouts import lama_config
-from support.opening import open_image
 from toy.world import write_world
 from weights import load_control, load_stable_diffusion, main as weights_main, save_module
 

@@ -11,15 +11,14 @@ import pytest
 import evaluate
 import generate
 import train
-from support import lock
-from support.files import BadInput
-from support.lock import locked
+from support import files as lock
+from support.files import BadInput, locked
 
 ROOT = Path(__file__).resolve().parent.parent
 HOLD = """
 import sys
 from pathlib import Path
-from support.lock import locked
+from support.files import locked
 with locked(Path(sys.argv[1])):
     print("locked", flush=True)
     sys.stdin.read()

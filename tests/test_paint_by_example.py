@@ -21,6 +21,8 @@ from clip import CLIP
 from data import Ad
 from generate import Canvas
 from model import UNet
+from programs.models import TOY
+from programs.settings import settle
 from rivals import paint_by_example_training
 from rivals.paint_by_example import GUIDANCE, PaintByExample, PaintByExampleEncoder, load_paint_by_example
 from rivals.paint_by_example_training import PAINT_BY_EXAMPLE_SETTINGS, exemplars_from, paint_by_example_task
@@ -28,8 +30,6 @@ from sampler import Painting, Schedule, draw_noise, seeded
 from support.files import BadInput, write_json
 from support.images import resize, to_image, to_tensor
 from support.layouts import EXAMPLE_PREFIXES, example_config, split_by_model, under_our_names
-from support.models import TOY
-from support.settings import settle
 from support.tensors import model_fingerprint
 from toy.world import TOY_DATA, write_world
 from vae import VAE

@@ -28,8 +28,8 @@ from safetensors.torch import load_file, save_file
 from clip import CLIP, TextEncoder, load_tokenizer
 from model import CategoryGenerator, ControlNet, PersonalityGenerator, UNet, predict_noise
 from sampler import Schedule, ddim, ddim_step
-from support.configs import FIELDS, check_config
 from support.files import BadInput, write_json
+from support.layouts import FIELDS, check_config
 from toy.stages import train_tokenizer
 from vae import VAE
 from weights import (

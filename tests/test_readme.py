@@ -46,7 +46,7 @@ SHORT = {"generate.py": "--steps 2", "train.py": "--steps 2 --batch 4",
 def test_every_command_of_the_pages_runs(example, tmp_path):  # noqa: F811
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
-    for folder in ("support", "rivals", "toy"):
+    for folder in ("support", "programs", "rivals", "toy"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("data", "__pycache__"))
     # stand-ins for networks that are trained on first use
     plain = shutil.copytree(ROOT / "toy" / "cg", tmp_path / "toy" / "cg-plain")

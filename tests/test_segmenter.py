@@ -8,12 +8,12 @@ from torch import Generator, Tensor
 import evaluate
 import train
 from data import load_ad
-from rivals import eq3, methods, segmenter
+from rivals import eq3, lab as methods, segmenter
+from rivals.lab import Networks
 from rivals.segmenter import Segmenter, SegmenterLoss, load_segmenter, paste
 from support.datasets import read_items
 from support.files import BadInput
 from support.images import load_masked, save_image
-from support.networks import Networks
 from toy.world import write_world
 
 WIDTHS = (8, 16, 16, 16, 16)

@@ -14,13 +14,13 @@ from PIL.PngImagePlugin import PngInfo
 
 import evaluate
 import study
-from rivals import methods
-from rivals.options import lab_of
+from rivals import lab as methods
+from rivals.lab import lab_of
+from study import LONG_AGO, Pair, balanced_orders, plan, write_handout
 from support.datasets import Item
 from support.files import BadInput, one_line_errors, write_json
-from support.handout import LONG_AGO, Pair, balanced_orders, plan, write_handout
 from support.images import to_image
-from support.ranks import detected, half_width, kendalls_w, rank_scores, resampled_means, simulated, wins
+from support.metrics import detected, half_width, kendalls_w, rank_scores, resampled_means, simulated, wins
 from toy.world import write_world
 
 FIVE = ["controlnet", "blended-diffusion", "paint-by-example", "cg", "cg+pg"]

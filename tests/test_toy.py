@@ -9,10 +9,10 @@ from safetensors import safe_open
 from data import product_hint
 from generate import Canvas, encode_prompts, paint, prompt_texts
 from model import Prompts
+from programs.models import TOY, identifiers_of
 from sampler import Conditions, Painting, draw_noise, sample, seeded
 from support.files import read_json
 from support.images import load_cutout, load_masked
-from support.models import TOY, identifiers_of
 from toy.products import PRODUCTS, product_caption
 from toy.scenes import Brand, scene_caption
 from toy.world import SAMPLES

@@ -26,18 +26,19 @@ import train
 from clip import TextEncoder
 from data import Samples, diffuse, load_ad, product_hint
 from model import CategoryGenerator, ControlNet, Prompts, UNet, predict_noise
+from programs import checkpoints, settings, trainer
+from programs.checkpoints import Checkpoints, list_checkpoints
+from programs.latents import CategoryPrompts, Latents, prompt_table
+from programs.models import check_identifiers
+from programs.settings import number_categories, template_of
+from programs.trainer import Batches, Log, MovingAverage, Trainer, learning_rate, seed_of
 from sampler import Schedule, timestep_weights
-from support import cache, checkpoints, files, settings, trainer
-from support.cache import fingerprint
-from support.checkpoints import Checkpoints, list_checkpoints
-from support.curve import SMOOTH, draw_curve, ticks
+from support import files, tensors as cache
 from support.datasets import read_items
-from support.encoded import CategoryPrompts, Latents, prompt_table
 from support.files import BadInput
-from support.identifiers import number_categories, template_of
 from support.images import to_tensor
-from support.models import check_identifiers
-from support.trainer import Batches, Log, MovingAverage, Trainer, learning_rate, seed_of
+from support.plots import SMOOTH, draw_curve, ticks
+from support.tensors import fingerprint
 from toy import stages
 from toy.world import write_world
 from vae import VAE
@@ -228,7 +229,7 @@ import sys
 sys.path.insert(0, {root!r})
 from PIL import Image
 import train
-from support import checkpoints
+from programs import checkpoints
 train.draw_branches = lambda *_: Image.new("RGB", (8, 8))
 {code}
 with train.one_line_errors():

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from clip import CLIP, TextEncoder, load_tokenizer
 from model import CategoryGenerator, UNet
 from sampler import Schedule
-from support.configs import check_config, read_scheduler_config
-from support.files import BadInput, read_tensors, write_json
-from support.tensors import model_fingerprint
+from support.files import BadInput, write_json
+from support.layouts import check_config, read_scheduler_config
+from support.tensors import model_fingerprint, read_tensors
 from toy.stages import train_tokenizer
 from vae import VAE
 from weights import (

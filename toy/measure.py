@@ -17,13 +17,13 @@ from torch import Tensor
 
 from data import Ad, Ads
 from generate import canvas_of, paint, prompts_by_category
+from programs.gallery import TOY_REFINE
+from programs.models import TOY, ModelChoice, load_models
 from sampler import Painting, draw_noise, seeded
 from support.datasets import Item, read_items
 from support.files import one_line_errors
 from support.images import load_cutout, load_masked
-from support.models import TOY, ModelChoice, load_models
 from support.options import Parser, whole_number
-from support.painting import TOY_REFINE
 from toy.stages import near_edges
 from toy.world import SAMPLES, TOY_DATA, draw_on_first_use
 from vae import VAE

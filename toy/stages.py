@@ -25,14 +25,14 @@ from clip import CLIP, TextEncoder, clip_bpe, load_tokenizer
 from data import Ads, Samples
 from generate import IDENTIFIER, Canvas, paint
 from model import UNet
+from programs.latents import Latents, autocast
+from programs.settings import Settings
+from programs.trainer import Task
 from sampler import Painting, Schedule, seeded, timestep_weights
-from support.cache import compute_parts, weights_fingerprint
 from support.datasets import read_items
-from support.encoded import Latents, autocast
 from support.files import BadInput, write_atomic, write_json
 from support.images import canvas_size, resize, sheet
-from support.settings import Settings
-from support.trainer import Task
+from support.tensors import compute_parts, weights_fingerprint
 from vae import VAE
 from weights import TEXT_FILE, UNET_FILE, StableDiffusion, load_module, save_module
 

@@ -1,4 +1,5 @@
-"""Support: checkpoints of a training run; not needed to understand the paper."""
+"""Programs: checkpoints of a training run; not needed to understand the paper."""
+
 
 import json
 import sys
@@ -8,9 +9,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from support.cache import fingerprint
-from support.files import BadInput, not_finite, write_atomic
+from support.files import BadInput, write_atomic
 from support.machine import processes
+from support.tensors import fingerprint, not_finite
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

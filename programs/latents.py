@@ -1,7 +1,9 @@
-"""Support: latents and prompts of a data set, encoded once; not needed to understand the paper."""
+"""Programs: latents and prompts of a data set, encoded once; not needed to understand the paper."""
+
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,12 +11,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from data import Ads
+from data import Ads, load_ad
 from model import Prompts
-from support.cache import compute_once, compute_parts, file_fingerprint, weights_fingerprint
-from support.datasets import Item
-from support.files import BadInput, not_finite
+from support.datasets import Item, read_items
+from support.files import BadInput
 from support.machine import barrier, processes
+from support.tensors import compute_once, compute_parts, file_fingerprint, not_finite, weights_fingerprint
 from weights import StableDiffusion
 
 
@@ -127,3 +129,32 @@ class CaptionPrompts:
     def __call__(self, index: Tensor, dropped: Tensor) -> Prompts:
         P = self.encode(["" if d else self.captions[i] for i, d in zip(index.tolist(), dropped.tolist())])
         return Prompts(P, P, P)
+
+
+def held_out_ads(data: Path, split: str, items: list[Item], categories: Container[str] | None, size: int,
+                 count: int = 8) -> tuple[list[Item], list[Tensor]]:
+    """The first ads of a test split, if the data set has it, then the last ones of the training set; only those in the
+    given categories, if any are given.
+
+    Returns the ads; and their images, masks, references and references' masks, all (n, 3 or 1, size, size). An ad
+    without a reference is its own reference.
+    """
+    test = []
+    if (data / f"{split}_info.txt").is_file():
+        try:
+            test = read_items(data, split)[0]
+        except BadInput:
+            pass  # its folders may not be there
+    ads, pictures = [], []
+    for item in (*test, *items[::-1]):
+        if len(ads) == count:
+            break
+        if categories is not None and item.category not in categories:
+            continue
+        reference = replace(item, image=item.reference, mask=item.reference_mask) if item.reference else item
+        try:
+            pictures.append((*load_ad(item, size), *load_ad(reference, size)))
+        except BadInput:
+            continue  # reported when it is read as part of the data set
+        ads.append(item)
+    return ads, [torch.stack(parts) for parts in zip(*pictures)]

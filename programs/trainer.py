@@ -1,8 +1,9 @@
-"""Support: the steps of the training loop; not needed to understand the paper.
+"""Programs: the steps of the training loop; not needed to understand the paper.
 
 `train.fit` is the loop; a Trainer does its steps, and takes care of processes, checks, averages, logs and memory.
 Everything random in a step follows from the run's seed and the step's number, so a run can be resumed bit for bit.
 """
+
 
 import json
 import math
@@ -26,12 +27,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from support.checkpoints import Checkpoints, list_checkpoints
-from support.curve import draw_curve
+from programs.checkpoints import Checkpoints, list_checkpoints
+from programs.settings import BRANCH_STAGES, Settings, largest_divisor
 from support.files import BadInput, append_line, read_log, write_text
 from support.images import save_image
 from support.machine import barrier, processes
-from support.settings import BRANCH_STAGES, Settings, largest_divisor
+from support.plots import draw_curve
 
 # ---------------------------------------------------------------- what is trained, in which order
 

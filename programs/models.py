@@ -1,4 +1,5 @@
-"""Support: loads a base, CG and PG that belong together, and their identifiers; not needed to understand the paper."""
+"""Programs: loads a base, CG and PG that belong together, and their identifiers; not needed to understand the paper."""
+
 
 import argparse
 from collections.abc import Callable

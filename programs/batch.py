@@ -1,4 +1,5 @@
-"""Support: paints a whole data set, with a manifest and prefetching; not needed to understand the paper."""
+"""Programs: paints a whole data set, with a manifest and prefetching; not needed to understand the paper."""
+
 
 import json
 import sys
@@ -14,11 +15,9 @@ from tqdm import tqdm
 
 from data import Ad
 from support.datasets import MASK_OF_ITEM, Item
-from support.files import BadInput, append_line, read_log
-from support.images import load_cutout, load_masked, save_image, sheet, thumbnail
+from support.files import BadInput, append_line, read_log, result_name
+from support.images import load_cutout, load_masked, open_image, save_image, sheet, thumbnail
 from support.machine import processes
-from support.names import result_name
-from support.opening import open_image
 
 
 def result_path(out: Path, index: int, item: Item) -> Path:

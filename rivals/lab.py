@@ -1,10 +1,9 @@
-"""Rivals: the methods that section 5 compares, and the pictures that they paint for a data set.
+"""Support: an evaluation's networks, some trained on first use; not needed to understand the paper."""
 
-To add a method, add an entry to METHODS. For a rival that is made of Stable Diffusion's parts, also write a function
-like those in rivals/baselines.py; for one with networks of its own, a class like LaMa and PaintByExample, which
-support.models.load_rival loads.
-"""
 
+import argparse
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,21 +18,126 @@ from torch import Tensor
 import train
 from clip import CLIP
 from generate import paint_ads, prompts_by_category
-from rivals.baselines import blended_diffusion, stable_diffusion
+from model import CategoryGenerator
+from programs.batch import paint_items, result_path
+from programs.gallery import add_walk_options, painting_of, record_of, settled
+from programs.models import (
+    TOY,
+    ModelChoice,
+    Models,
+    add_model_options,
+    branch_path,
+    categories_file,
+    check_identifiers,
+    identifiers_of,
+    load_models,
+)
+from rivals.baselines import STRENGTH, blended_diffusion, stable_diffusion
 from rivals.paint_by_example import GUIDANCE
 from rivals.stages import RIVAL_SETTINGS
 from sampler import Painting
-from support.batch import paint_items, result_path
-from support.cache import file_fingerprint, fingerprint
-from support.datasets import Item, read_items
-from support.files import BadInput
-from support.machine import barrier
+from support.datasets import Item, read_identifiers, read_items
+from support.files import BadInput, read_json
+from support.machine import barrier, pick_device, processes
 from support.metrics import embed_pictures
-from support.models import ModelChoice, Models, identifiers_of, load_models
-from support.networks import Networks
-from support.tensors import model_fingerprint
+from support.options import Parser, real_number, whole_number
+from support.tensors import file_fingerprint, fingerprint, model_fingerprint
 from toy.world import TOY_DATA
-from weights import load_clip
+from weights import load_clip, load_control, save_control
+
+TRAIN = Path(__file__).resolve().parent.parent / "train.py"
+OPTIONS = ("weights", "cg", "pg", "controlnet", "pg-controlnet", "cg-plain", "clip", "guide-clip", "lama",
+           "paint-by-example")  # of evaluate.py
+SHIPPED = {"weights": TOY / "base", "clip": TOY / "clip"}  # besides CG and PG, see branch_path
+
+
+class Networks(NamedTuple):
+    """The networks, by the names in OPTIONS (`weights` is the base) and in `trained`."""
+
+    options: dict[str, Path | None]  # None if the option was not given
+    trained: dict[str, list[str]]  # train.py's arguments for each toy network that is not shipped
+    device: str
+
+    def given(self, name: str) -> Path | None:
+        """The path of a network's weights, by its option or as shipped; None if it is the toy's and must be trained.
+
+        Raises BadInput if its option is missing with a base other than the toy's, which needs networks of its own.
+        """
+        path, base = self.options.get(name), self.options["weights"]
+        if name in ("cg", "pg"):
+            return branch_path(name, path, base)
+        if base and not path:
+            raise BadInput(f"--{name} is missing: the toy's does not go with --weights {base}" if name in self.options
+                           else "this command works with the toy only: leave out --weights")
+        return path or SHIPPED.get(name)
+
+    def path(self, name: str) -> Path:
+        """As `given`, but trains the network first if it must be."""
+        if path := self.given(name):
+            return path
+        frozen = [] if name in ("guide-clip", "lama", "segmenter") else [self.given("weights")]
+        if name == "pg-controlnet":
+            frozen.append(as_plain_cg(self.path("controlnet"), self.given("cg")))
+        elif name.startswith("pg-"):
+            frozen.append(self.given("cg"))
+        return train_once(name, self.trained[name], frozen, self.device)
+
+    def check(self, names: list[str], categories: set[str]) -> None:
+        """Raises BadInput if networks are missing or do not belong together, or if CG does not know one of the
+        categories: at once, not after hours of painting.
+        """
+        paths = {name: path for name in names if (path := self.given(name))}
+        for path in paths.values():
+            model_fingerprint(path)
+        if categories:
+            identifiers_of(categories, self.given("cg"))
+        for name in paths.keys() & {"cg-plain", "pg"}:
+            check_identifiers(self.given("cg"), paths[name])
+        for name, attention in (("cg", "mask-guided"), ("cg-plain", "plain")):
+            if name in paths and (found := attention_of(paths[name])) != attention:
+                raise BadInput(f"--{name} {paths[name]} is a CG with {found} attention; give one with {attention}")
+
+
+def attention_of(cg: Path) -> str:
+    """A CG's attention, "mask-guided" or "plain", as its config.json records train.py's --attention."""
+    config = (cg.parent if cg.is_file() else cg) / "config.json"
+    return read_json(config).get("attention", "mask-guided") if config.is_file() else "mask-guided"
+
+
+def as_plain_cg(controlnet: Path, cg: Path) -> Path:
+    """The toy's ControlNet as a CG with plain attention, which computes the same: `train.py pg` trains beside a CG."""
+    out = controlnet.parent / "as-cg"
+    if processes()[0] == 0 and not out.exists():
+        branch = load_control(controlnet, "controlnet")
+        plain = CategoryGenerator(branch.config | {"attention": "plain"})
+        plain.load_state_dict(branch.state_dict())
+        save_control(plain, out, categories=read_identifiers(categories_file(cg)))
+    barrier()
+    return out
+
+
+def train_once(name: str, command: list[str], frozen: list[Path], device: str) -> Path:
+    """Trains a network by `train.py *command` on the frozen networks, unless it is there already; returns its folder.
+
+    Under torchrun one process trains and the others wait. An interrupted training is resumed. Raises BadInput if it
+    fails.
+    """
+    key = [command, [model_fingerprint(path) for path in frozen]]
+    out = Path("runs", "evaluate", f"{name}-{fingerprint(key)[:8]}")
+    if processes()[0] == 0 and not out.exists():
+        unfinished = out.with_name(f"{out.name}.unfinished")
+        command = [*command, "--out", str(unfinished), "--cache", "runs/cache", "--device", device, "--amp"]
+        if command[0] == "pg":
+            command += ["--cg", str(frozen[1])]
+        print("training, once: python train.py", *command, file=sys.stderr)
+        if [*unfinished.glob("training/*/checkpoint_*")]:
+            command.append("--resume")
+        alone = {name: x for name, x in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS")}
+        if subprocess.run([sys.executable, TRAIN, *command], env=alone, stdout=2).returncode:  # stdout is the table's
+            raise BadInput("the training failed, as it says above; once that is fixed, this command goes on")
+        unfinished.rename(out)
+    barrier()
+    return out / command[0]
 
 
 class Method(NamedTuple):
@@ -46,7 +150,7 @@ class Method(NamedTuple):
     rival: Callable | None = None
     clip: str | None = None  # the CLIP that guides the rival
     guidance: float | None = None  # the rival's own, whatever --guidance says
-    own: str | None = None  # the rival's own network, in the base's place: see support.models.load_rival
+    own: str | None = None  # the rival's own network, in the base's place: see programs.models.load_rival
 
     def networks(self) -> list[str]:
         """The names of the networks that it paints with."""
@@ -256,3 +360,39 @@ class Lab:
         closest = torch.cdist(x, centres).argmin(dim=1).tolist()
         nearest = {path: categories[k] for (path, _), k, row in zip(there, closest, x) if row.isfinite().all()}
         return [nearest.get(path) for path in paths]
+
+
+def add_lab_options(parser: Parser) -> Callable:
+    """Adds them. Returns the add_argument of the group for the program's own options."""
+    own = parser.add_argument_group("what is painted, and where it goes")
+    own.add_argument("--data", metavar="DIR", type=Path, default=TOY_DATA / "ads",
+                     help="BG60k as released, or metadata.jsonl [the toy's ads]")
+    add = parser.add_argument_group("how the methods paint").add_argument
+    add_walk_options(add, "1, the paper's")
+    add("--seed", metavar="N", type=whole_number(0, 2**32 - 1), default=0, help="item i is painted with SEED + i [0]")
+    add("--strength", metavar="X", type=real_number(0, 1e6), default=STRENGTH,
+        help=f"strength of Blended Diffusion's CLIP guidance [{STRENGTH:g}, chosen on the toy]")
+    add = parser.add_argument_group("models [the toy's; those not shipped are trained on first use]").add_argument
+    add_model_options(add)
+    add("--pg-controlnet", metavar="PATH", type=Path, help="PG trained beside --controlnet, for Table 4's (a)")
+    add("--cg-plain", metavar="PATH", type=Path, help="CG with plain attention, from train.py cg --attention plain")
+    add("--clip", metavar="DIR", type=Path, help="CLIP that measures, such as openai/clip-vit-base-patch32")
+    add("--guide-clip", metavar="DIR", type=Path, help="CLIP that guides Blended Diffusion: not the one that measures")
+    add("--batch", metavar="N", type=whole_number(1, 1024), default=16, help="pictures painted at once [16]")
+    return own.add_argument
+
+
+def lab_of(args: argparse.Namespace, out: Path, limit: int | None = None, centres: int | None = None) -> Lab:
+    """The lab that these options describe; it keeps its pictures in `out`. Raises BadInput for options that clash."""
+    if args.hint == "inpaint" and not args.controlnet:
+        raise BadInput("--hint goes with --controlnet; add that one")
+    device = pick_device(args.device)
+    networks = Networks({name: vars(args)[name.replace("-", "_")] for name in OPTIONS}, TRAINED, device)
+    how = painting_of(args, refine=1)
+    # without the options that name networks: Lab.pictures records the fingerprints of those that a method uses
+    record = record_of(args, seed=args.seed, **settled(how))
+    record = {name: value for name, value in record.items() if name.replace("_", "-") not in OPTIONS}
+    return Lab(data=args.data.absolute(), limit=limit, centres=centres, networks=networks,
+               choice=ModelChoice(args.weights, args.tokenizer, device=device, dtype=args.dtype),
+               how=how, size=args.size, strength=args.strength, seed=args.seed, batch=args.batch, record=record,
+               out=out)
