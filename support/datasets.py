@@ -100,7 +100,7 @@ def refuse_many_broken(broken: list[str], total: int, where: Path | str) -> None
 def masks_inverted(items: list[Item], sample: int = 32) -> bool:
     """Whether mask files are 1 on the background: most in a sample cover the border, which few products touch."""
     items, votes = [item for item in items if item.mask], []
-    for item in items[:: -(-len(items) // sample) or 1]:  # evenly spaced over the list
+    for item in items[:: len(items) // sample + 1]:  # evenly spaced over the list
         with suppress(BadInput):  # reported when it is loaded as part of the data set
             votes.append(covers_border(to_image(load_mask(item.mask))))
     return sum(votes) > len(votes) / 2
@@ -130,8 +130,8 @@ def read_lines(file: Path) -> list[tuple[int, str]]:
 def check_name(name: str, where: str) -> None:
     """Raises BadInput for a path that leaves the data set's folder. Links are followed, wherever they lead."""
     if PureWindowsPath(name).anchor or ".." in PurePosixPath(name).parts or "\\" in name:
-        raise BadInput(f"{where}: {name} is no path within the folder; move the file into it, name it relative to the "
-                       "folder, and write / between folders")
+        raise BadInput(f"{where}: {name} leaves the folder or has a backslash; move the file into the folder, and name "
+                       "it relative to that, with / between folders")
 
 
 def read_imagefolder(file: Path) -> tuple[list[Item], list[str]]:
@@ -142,7 +142,7 @@ def read_imagefolder(file: Path) -> tuple[list[Item], list[str]]:
         try:
             entry = json.loads(line)
             category, *words = (nfc(entry.get(key) or "").strip() or None for key in ("category", "product", "scene"))
-            names = [entry.get(key) for key in ("file_name", "mask", "reference", "reference_mask")]
+            names = [entry.get(key) or None for key in ("file_name", "mask", "reference", "reference_mask")]
             paths = [name and find_file(file.parent, name, where) for name in names]
         except BadInput:
             raise
@@ -196,6 +196,11 @@ def read_bg60k(file: Path, split: str) -> tuple[list[Item], list[str]]:
     return items, missing
 
 
+def is_picture(path: Path) -> bool:
+    """Whether a file is one of the pictures that we read, by its suffix."""
+    return Image.registered_extensions().get(path.suffix.lower()) in (*FORMATS, "MPO")  # MPO: many phones' JPEG
+
+
 def index_folders(root: Path, prefix: str) -> dict[str, list[Path]]:
     """The pictures in the folders prefix_0, prefix_1, ..., by name and by stem, both in NFC."""
     index = defaultdict(list)
@@ -221,11 +226,6 @@ def find_one(index: dict[str, list[Path]], name: str) -> Path | None:
 # ---------------------------------------------------------------- a folder of categories
 
 
-def is_picture(path: Path) -> bool:
-    """Whether a file is one of the pictures that we read, by its suffix."""
-    return Image.registered_extensions().get(path.suffix.lower()) in (*FORMATS, "MPO")  # MPO: many phones' JPEG
-
-
 def list_folder(root: Path) -> str:
     """Writes metadata.jsonl for pictures in files CATEGORY/NAME.*, each with its mask in CATEGORY/NAME_mask.* or in its
     alpha channel. Returns what was listed and what was left out. Raises BadInput if there are no pictures, or if there
@@ -244,8 +244,10 @@ def list_folder(root: Path) -> str:
     lines = [{"file_name": name, "mask": mask, "category": nfc(name.parent.name)} for name, mask in masks.items()
              if name not in used]
     left_out = [one_line(str(name)) for name in names if name not in stems]
-    note = (f"{len(lines):,} pictures in folders of categories; left out {len(left_out):,} that are links to nothing, "
-            f"deeper folders, or of other formats than {', '.join(FORMATS)}: {', '.join(left_out[:5]) or 'none'}")
+    note = "; ".join([
+        f"{len(lines):,} pictures in folders of categories",
+        f"left out {len(left_out):,} that are links to nothing, deeper folders or not {', '.join(FORMATS)}",
+        *left_out[:5]])
     if not lines:
         raise BadInput(f"{root}: {note}; expected {root / 'mug' / 'any_name.png'} and others")
     texts = [json.dumps(line, ensure_ascii=False, default=Path.as_posix) + "\n" for line in lines]

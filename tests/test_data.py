@@ -203,11 +203,11 @@ def test_imagefolder_is_read(tmp_path):
 @pytest.mark.parametrize("entry, message", [
     ("{not json", ":2: not a JSON object"), ("[1, 2]", ":2: not a JSON object"),
     ({**MUG, "mask": 7}, ":2: not a JSON object of strings"), ({"file_name": "images/mug.png"}, ":2: needs"),
-    ({**MUG, "mask": "../secret.png"}, ":2: ../secret.png is no path within"),
-    ({**MUG, "reference": "/etc/hostname"}, ":2: /etc/hostname is no path within"),
-    ({**MUG, "mask": "masks/../../secret.png"}, ":2: masks/../../secret.png is no path within"),
-    ({**MUG, "mask": "C:\\masks\\mug.png"}, r":2: C:.* is no path within"),
-    ({**MUG, "mask": "masks\\mug.png"}, ":2: masks.* is no path within .* write /"),
+    ({**MUG, "mask": "../secret.png"}, ":2: ../secret.png leaves"),
+    ({**MUG, "reference": "/etc/hostname"}, ":2: /etc/hostname leaves"),
+    ({**MUG, "mask": "masks/../../secret.png"}, ":2: masks/../../secret.png leaves"),
+    ({**MUG, "mask": "C:\\masks\\mug.png"}, r":2: C:.* leaves"),
+    ({**MUG, "mask": "masks\\mug.png"}, ":2: masks.* leaves .* with /"),
     ({**MUG, "category": "\udcb1"}, ":2: not UTF-8 text"),
     ({**MUG, "file_name": "n" * 300}, "1 of 2 .*:2: no file nnn"),
     ({**MUG, "file_name": "\0"}, "1 of 2 .*:2: no file"),
@@ -234,8 +234,8 @@ def test_folders_that_are_no_data_set_say_what_was_expected(tmp_path):
     write_bg60k(tmp_path / "set", [("1.jpg", "mug")], "\t")
     for content, message in [("电饭煲".encode("gb18030"), "UTF-8"), (b"", "empty"), (b"one-column", "2 columns"),
                              ("1.jpg\t电饭煲".encode("gb18030"), "UTF-8"), (b"\xff\xfe1", "UTF-8"),
-                             (b"../1.jpg\tmug", "1: ../1.jpg is no path"), (b"/1.jpg\tmug", "1: /1.jpg is no path"),
-                             (b"bg60k_imgs_0\\1.jpg\tmug", "1: .* is no path within .* write /")]:
+                             (b"../1.jpg\tmug", "1: ../1.jpg leaves"), (b"/1.jpg\tmug", "1: /1.jpg leaves"),
+                             (b"bg60k_imgs_0\\1.jpg\tmug", "1: .* leaves .* with /")]:
         (tmp_path / "set" / "bg60k_info.txt").write_bytes(content)
         with pytest.raises(BadInput, match=message):
             data.read_items(tmp_path / "set")
@@ -437,9 +437,8 @@ def test_what_a_listing_takes_and_what_it_leaves_out_is_said_in_one_note(tmp_pat
     lines = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text().splitlines()]
     assert sorted(line["file_name"] for line in lines) == sorted(taken[:-1])
     assert [line["mask"] for line in lines if line["mask"]] == ["face/x_mask_mask.png"]
-    assert "9 pictures in folders of categories; left out 6 that are links to nothing, deeper folders, or" in note
-    assert note.endswith("JPEG, PNG, WEBP, BMP, GIF, TIFF, AVIF: face/sheet.tmp, mug/2024, mug/gone.png, mug/h.heic, "
-                         "mug/notes.txt")
+    assert "9 pictures in folders of categories; left out 6 that are links to nothing, deeper folders or not" in note
+    assert note.endswith("AVIF; face/sheet.tmp; mug/2024; mug/gone.png; mug/h.heic; mug/notes.txt")
 
 
 def test_a_category_whose_name_is_no_utf_8_is_named_and_leaves_no_list(tmp_path):
