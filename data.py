@@ -246,9 +246,11 @@ def main(arguments: list[str] | None = None) -> None:
         raise
     if args.drop_blank and blank:
         print(f"dropped them from {file}; the whole list is {drop_lines(file, blank)}")
-    print(f"next, train CG on it: python train.py cg --data {args.dir} --weights SD15" if args.split == "bg60k" else
-          f"next, with the CG and PG that you trained: python generate.py --data {args.dir} --split {args.split} "
-          "--out results --weights SD15 --cg CG --pg PG")
+    if args.split == "bg60k":
+        print(f"next, train CG on it: python train.py cg --data {args.dir} --weights SD15")
+    else:
+        print(f"next, with the CG and PG that you trained: python generate.py --data {args.dir} --split {args.split} "
+              "--out results --weights SD15 --cg CG --pg PG")
 
 
 if __name__ == "__main__":
