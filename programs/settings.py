@@ -178,7 +178,9 @@ def settle(given: dict, preset: dict, data: Path) -> Settings:
     device, share = pick_device(s.device), s.batch // world
     if s.batch % world:
         raise BadInput(f"--batch {s.batch}: must be a multiple of the {world} processes")
-    most = share if not s.epochs else 16 if device.startswith("cuda") and world == 1 else 4  # the toy's whole share fits
+    most = share  # of the toy's pictures all fit
+    if s.epochs:
+        most = 16 if device.startswith("cuda") and world == 1 else 4
     micro_batch = min(s.micro_batch or max(n for n in range(1, min(share, most) + 1) if share % n == 0), share)
     if share % micro_batch:
         raise BadInput(f"--micro-batch {micro_batch}: must divide --batch {s.batch} over the processes, {share} each")
