@@ -152,7 +152,10 @@ class CLIP(nn.Module):
     def __init__(self, config: dict):
         super().__init__()
         self.config = config
-        text, vision, n = config["text_config"], config["vision_config"], config["projection_dim"]
+        # Older files repeat a tower's fields, and transformers follows the second
+        text, vision = (config[f"{tower}_config"] | (config.get(f"{tower}_config_dict") or {})
+                        for tower in ("text", "vision"))
+        n = config["projection_dim"]
         self.text_model, self.vision_model = TextTransformer(text), VisionTransformer(vision)
         self.text_projection = nn.Linear(text["hidden_size"], n, bias=False)
         self.visual_projection = nn.Linear(vision["hidden_size"], n, bias=False)
