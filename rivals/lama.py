@@ -235,5 +235,5 @@ def load_lama(path: Path | str, device="cpu") -> LaMa:
     parts = split_by_model(tensors, PREFIXES)
     own = parts["generator"] or parts[""]
     if not any(".ffc." in name for name in own):
-        raise BadInput(f"{path} holds no generator of LaMa{looks_like(tensors, '')}; give big-lama's weights")
+        raise BadInput(f"{path} holds no generator of LaMa{looks_like(tensors)}; give big-lama's weights")
     return build_from_shapes(LaMa, lama_config, own, path, device, torch.float32)

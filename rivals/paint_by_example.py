@@ -244,7 +244,7 @@ def load_single_file(path: Path, device, dtype) -> tuple[PaintByExampleEncoder, 
     parts = split_by_model(tensors, PREFIXES)
     parts["image_encoder"] |= parts.pop("")  # its last layers and the unconditional vector
     if "learnable_vector" not in tensors:
-        raise BadInput(f"{path} is not Paint by Example: it holds no learnable_vector{looks_like(tensors, '')}")
+        raise BadInput(f"{path} is not Paint by Example: it holds no learnable_vector{looks_like(tensors)}")
     if missing := [part for part in parts if not parts[part]]:
         raise BadInput(f"{path} is not a whole Paint by Example: it holds no {missing[0]}; download it again")
     encoder = build_from_shapes(PaintByExampleEncoder, encoder_config, parts["image_encoder"], path, device, dtype,

@@ -62,7 +62,7 @@ def read_checkpoint(source: Path) -> object:
     if zipped and "constants.pkl" in torch._C.PyTorchFileReader(str(source)).get_all_records():
         raise ValueError("it is a TorchScript, a program, which torch.load would run")
     if zipped and any(member.compress_type for member in zipfile.ZipFile(source).infolist()):
-        raise ValueError("its members are compressed, which torch.save never does")
+        raise ValueError("it is a compressed zip")  # mapped to memory, its bytes would be taken for numbers
     with warnings.catch_warnings(action="ignore"):
         return torch.load(source, "cpu", INERT_PICKLE, weights_only=False, mmap=zipped)
 
@@ -81,8 +81,10 @@ def convert(source: Path, out: Path) -> tuple[list[str], list[str]]:
         top = root if isinstance(root, dict) else {}
         dicts = {name: value for name, value in top.items() if isinstance(value, dict)} | {"": top}
         chosen = dicts.get("state_dict") or max(dicts.values(), key=lambda x: sum(map(torch.is_tensor, x.values())))
-        tensors = {name: x.detach() for name, x in chosen.items() if torch.is_tensor(x) and not x.is_complex()
-                   and isinstance(name, str) and name.isprintable() and name != "__metadata__"}
+        tensors = {name: x.detach() for name, x in chosen.items()
+                   if isinstance(name, str) and torch.is_tensor(x) and not x.is_complex()}
+        if not tensors:
+            raise ValueError(f"it holds no dict of tensors, but a {type(root).__name__}")
         if sum(x.nbytes for x in tensors.values()) > LARGEST_GROWTH * source.stat().st_size:
             raise ValueError("its tensors repeat themselves: they would be much larger than the file")
         tensors = {name: x.contiguous() for name, x in tensors.items()}
@@ -90,13 +92,9 @@ def convert(source: Path, out: Path) -> tuple[list[str], list[str]]:
         reason = one_line(f"{type(error).__name__}: {error}")[:200]
         raise BadInput(f"{source} can't be converted ({reason}); check the path, download it again, or get its "
                        ".safetensors version") from None
-    if not tensors:
-        raise BadInput(f"{source} holds no dict of tensors, but a {one_line(type(root).__name__)[:80]}; save the "
-                       "model's state_dict() where you trust it, or get its .safetensors version")
     places = [x.untyped_storage().data_ptr() for x in tensors.values()]
     tensors = {name: x if places.count(place) == 1 else x.clone()  # safetensors refuses tied weights
                for (name, x), place in zip(tensors.items(), places)}
     write_atomic(out, lambda new: save_file(tensors, new, {"format": "pt"}))
-    rest = [*top.items()] * (chosen is not top) + [*chosen.items()]
-    return [*tensors], [one_line(f"{name} ({type(x).__name__})")[:80] for name, x in rest
+    return [*tensors], [one_line(f"{name} ({type(x).__name__})")[:80] for name, x in {**top, **chosen}.items()
                         if x is not chosen and name not in tensors]

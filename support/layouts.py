@@ -145,7 +145,7 @@ KINDS = [(re.compile(pattern), kind) for pattern, kind in (
 )]
 
 
-def looks_like(names: Iterable[str], expected: str) -> str:
+def looks_like(names: Iterable[str], expected: str = "") -> str:
     """The end of a message: the kind of file that has these tensors, or "" if it is the expected kind."""
     kind = next((kind for pattern, kind in KINDS if any(map(pattern.search, names))), expected)
     return "" if kind == expected else f"; it looks like {kind}"

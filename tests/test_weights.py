@@ -475,14 +475,6 @@ def test_json_files_are_read_with_the_mark_that_editors_put_in_front(folder):
         assert load(folder).config == json.loads(text)
 
 
-def test_a_tokenizers_files_are_read_with_that_mark_too(tmp_path):
-    train_tokenizer(["a photo"], 560, 12, tmp_path / "t")
-    plain = load_tokenizer(tmp_path / "t")(["a photo of it"])
-    for file in (tmp_path / "t").iterdir():
-        file.write_text(file.read_text(encoding="utf-8"), encoding="utf-8-sig")
-    assert torch.equal(load_tokenizer(tmp_path / "t")(["a photo of it"]), plain)
-
-
 # ---------------------------------------------------------------- shards, wrappers, what lies beside the weights
 
 
