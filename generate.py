@@ -45,7 +45,7 @@ from programs.gallery import (
 from programs.models import ModelChoice, Models, load_models
 from sampler import Conditions, Painting, sample, seeded
 from support.cutouts import SOLID, extend
-from support.datasets import BROKEN, read_items
+from support.datasets import BROKEN, Item, read_items
 from support.files import BadInput, locked, one_line_errors
 from support.images import canvas_size, fit, resize, resized_strips, save_image, to_bytes
 from weights import StableDiffusion
@@ -201,26 +201,27 @@ def check_finite(painted: Tensor) -> None:
 # ---------------------------------------------------------------- the three commands
 
 
-def load(args, paint_ads: Callable, categories: set[str] = frozenset(),
-         with_pg: bool = False) -> tuple[Models, Callable, dict]:
-    """Loads the models that --prompt, --product or --data paint with -> them, `paint_ads` with them, and the record of
-    how it paints.
+def load(args, paint_ads: Callable, items: list[Item]) -> tuple[dict, Callable, dict]:
+    """Loads the models that paint items -> the prompts of each category, `paint_ads` with the models and the settings,
+    and the record of both.
     """
     how = painting_of(args, eta=args.eta, from_reference=args.start == "reference")
     choice = ModelChoice(args.weights, args.tokenizer, args.cg, args.pg, args.controlnet, args.device, args.dtype)
-    models = load_models(choice, args.size, categories, with_pg, args.plain_prompt)
+    models = load_models(choice, args.size, {item.category for item in items}, any(item.reference for item in items),
+                         args.plain_prompt)
     if (side := how.refine * models.size) > LARGEST:
         raise BadInput(f"--refine {how.refine}: paints {side} pixels, more than {LARGEST}; lower it, or --size")
     count_steps(models.sd.schedule, how)  # raises BadInput for impossible ones
     record = record_of(args, size=models.size, dtype=models.dtype, models=models.fingerprints, **settled(how))
-    return models, partial(paint_ads, models=models, how=how, keep_first=args.keep_first), record
+    texts = prompts_by_category(models.identifiers, models.sd.tokenizer)
+    return texts, partial(paint_ads, models=models, how=how, keep_first=args.keep_first), record
 
 
 def generate_text(args, paint_ads: Callable) -> None:
     """--prompt: the base paints alone, without a product."""
     jobs = jobs_of(args)
-    models, paint_all, record = load(args, paint_ads)
-    blank = torch.zeros(3, *[models.size * record["refine"]] * 2)
+    _, paint_all, record = load(args, paint_ads, [])
+    blank = torch.zeros(3, *[record["size"] * record["refine"]] * 2)
     ads = [Ad(blank, blank[:1], (args.prompt,) * 3, job.seed) for job in jobs]
     remove_sheet(args.out)
     paint_jobs(jobs, ads, paint_all, record, args.batch)
@@ -233,15 +234,14 @@ def generate_product(args, paint_ads: Callable) -> None:
     A single product is painted in the scene of each category given. Without --product: a sample, by CG and by CG + PG.
     """
     jobs = jobs_of(args)
-    with_pg = any(job.item.reference for job in jobs)
-    models, paint_all, record = load(args, paint_ads, {job.item.category for job in jobs}, with_pg)
-    ads = load_ads(jobs, prompts_by_category(models.identifiers, models.sd.tokenizer))
+    texts, paint_all, record = load(args, paint_ads, [job.item for job in jobs])
+    ads = load_ads(jobs, texts)
     remove_sheet(args.out)
     painted = paint_jobs(jobs, ads, paint_all, record, args.batch)
     if len(jobs) > 1:
         save(draw_sheet(jobs, ads, painted, "ControlNet" if args.controlnet else "CG"), args.out / SHEET)
     say_next("--product CUTOUT --category NAME paints around a product of your own" if args.product is None else
-             "--num 4 paints more of them; --how FILE prints the command that paints one again" if with_pg else
+             "--num 4 paints more of them; --how FILE prints the command that paints one again" if args.reference else
              "--reference AD paints in its style")
 
 
@@ -249,9 +249,7 @@ def generate_data(args, paint_ads: Callable) -> None:
     """--data: paints every item that has no picture yet, with PG where the item has a reference."""
     items, notes = read_items(args.data, args.split or "bg1k")
     items = items[: args.limit]
-    models, paint_all, record = load(args, paint_ads, {item.category for item in items},
-                                     any(item.reference for item in items))
-    texts = prompts_by_category(models.identifiers, models.sd.tokenizer)
+    texts, paint_all, record = load(args, paint_ads, items)
     print("\n".join(notes), file=sys.stderr)
     painted, there, broken = paint_items(items, texts, paint_all, args.out, record, args.seed, args.batch,
                                          args.keep_first)

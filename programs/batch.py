@@ -78,10 +78,10 @@ def check_same(path: Path, there: dict, wanted: dict) -> None:
     for name in there | wanted:
         value = there.get(name)
         if value != wanted.get(name):
-            how = f"without {name}" if value in (None, False) else f"with {name} {value}"
-            how = "with other weights" if name == "--models" else how
-            raise BadInput(f"--out {path.parent} holds {path.name}, which was painted {how}; name another folder, or "
-                           "give the options it was painted with")
+            how = f"without {name}" if value is None or value is False else f"with {name} {value}"
+            raise BadInput(f"--out {path.parent} holds {path.name}, which was painted "
+                           f"{'with other weights' if name == '--models' else how}; name another folder, or give the "
+                           "options it was painted with")
 
 
 # ---------------------------------------------------------------- painting

@@ -118,22 +118,20 @@ def identifiers_of(names: set[str], cg: Path | None, plain_prompt: bool = False)
     file = categories_file(cg)
     known = {} if plain_prompt and not file.exists() else read_identifiers(file)
     if (unknown := sorted(names - known.keys())) and not plain_prompt:
-        some = ", ".join([*known][:20]) + (f", ... ({len(known):,} in all, see {file})" if len(known) > 20 else "")
-        raise BadInput(f"CG was not trained on category {unknown[0]!r}; choose one of {some}; generate.py "
-                       "--plain-prompt paints others too")
+        raise BadInput(f"CG was not trained on category {unknown[0]!r}; choose one from {file}, such as "
+                       f"{', '.join([*known][:20])}; generate.py --plain-prompt paints others too")
     return {name: known.get(name) for name in names}
 
 
 def add_model_options(add: Callable) -> None:
     """Adds the options of ModelChoice, and --hint. add: a parser's add_argument."""
-    add("--weights", metavar="PATH", type=Path,
-        help="Stable Diffusion, a folder or a single file [toy/base; the paper's: SD 1.5]")
+    path = dict(metavar="PATH", type=Path)
+    add("--weights", **path, help="Stable Diffusion, a folder or a single file [toy/base; the paper's: SD 1.5]")
     add("--tokenizer", metavar="DIR", type=Path,
         help="folder with vocab.json and merges.txt [tokenizer/ in --weights; beside a single file]")
-    add("--cg", metavar="PATH", type=Path, help="Category-Wise Generator, trained on the base [toy/cg]")
-    add("--pg", metavar="PATH", type=Path,
-        help="Personality-Wise Generator, trained on the base; used if there is a reference [toy/pg]")
-    add("--controlnet", metavar="PATH", type=Path,
+    add("--cg", **path, help="Category-Wise Generator, trained on the base [toy/cg]")
+    add("--pg", **path, help="Personality-Wise Generator, trained on the base; used if there is a reference [toy/pg]")
+    add("--controlnet", **path,
         help="a plain ControlNet in place of CG, with the plain prompt 'A photo of NAME': the paper's baseline")
     add("--hint", choices=["product", "inpaint"], default="product",
         help="what --controlnet sees around the product: black, or -1, as ControlNet 1.1 inpaint expects [product]")
