@@ -15,8 +15,8 @@ from data import Ads, load_ad
 from model import Prompts
 from support.datasets import Item, read_items
 from support.files import BadInput
-from support.machine import barrier, processes
-from support.tensors import compute_once, compute_parts, file_fingerprint, not_finite, weights_fingerprint
+from support.machine import processes
+from support.tensors import compute_parts, file_fingerprint, not_finite, weights_fingerprint
 from weights import StableDiffusion
 
 
@@ -91,15 +91,12 @@ def prompt_table(sd: StableDiffusion, texts: list[tuple[str, str, str]], folder:
     device = sd.text_encoder.text_model.final_layer_norm.weight.device
 
     @torch.no_grad()
-    def encode() -> dict[str, Tensor]:
+    def encode(_: int) -> dict[str, Tensor]:
         with autocast(device, amp):
             return {"prompts": torch.stack([sd.prompts(list(triple)).cpu() for triple in texts])}
 
     key = [weights_fingerprint(sd.text_encoder), sd.tokenizer.bpe.to_str(), texts, str(amp)]
-    if processes()[0] == 0:
-        compute_once(folder, key, encode)
-    barrier()
-    return compute_once(folder, key, encode)["prompts"]
+    return compute_parts(folder, [key], encode)[0]["prompts"]
 
 
 class CategoryPrompts:
