@@ -228,7 +228,7 @@ def check_out(settings: Settings) -> None:
     folders = {"joint": ("cg", "pg"), "clip": ("clip", "text_encoder", "tokenizer"),
                "paint-by-example": [f"{stage}/{part}" for part in ("image_encoder", "unet", "vae", "scheduler")]}
     for name in folders.get(stage, (stage,)):
-        if others := sorted({file.name for file in (out / name).glob("*")} - WRITTEN):
+        if others := sorted({file.name for file in (out / name).glob("[!.]*")} - WRITTEN):
             raise BadInput(f"--out {out}: the trained model would replace {out / name}, which holds {others[0]}; "
                            "choose another folder")
     found = list_checkpoints(settings.folder)

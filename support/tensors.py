@@ -40,7 +40,7 @@ def find_weights(folder: Path, name: str) -> Path:
     for other in sorted(folder.glob("*")):
         if other.suffix in PICKLES:
             raise pickle_refused(other, folder / name)
-    raise BadInput(f"{folder} is not a folder with {name} or {name}.index.json; check the path, or download it again")
+    raise BadInput(f"{folder} holds no {name} and no {name}.index.json: is it a whole folder of weights?")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -122,8 +122,8 @@ def fingerprint(key: object) -> str:
 
 def weights_fingerprint(module: nn.Module) -> str:
     """A fingerprint of a module's weights: 32 hexadecimal digits."""
-    tensors = [p.contiguous().reshape(-1).view(torch.uint8).cpu().numpy() for p in module.state_dict().values()]
-    return fingerprint([hashlib.blake2b(tensor).hexdigest() for tensor in tensors])
+    return fingerprint([hashlib.blake2b(p.cpu().flatten().view(torch.uint8).numpy()).hexdigest()
+                        for p in module.state_dict().values()])
 
 
 def file_fingerprint(path: Path | None) -> list:
