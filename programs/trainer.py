@@ -32,7 +32,7 @@ from programs.settings import BRANCH_STAGES, Settings, largest_divisor
 from support.files import BadInput, append_line, read_log, write_text
 from support.images import save_image
 from support.machine import barrier, processes
-from support.plots import draw_curve
+from support.plots import draw_curves
 
 # ---------------------------------------------------------------- what is trained, in which order
 
@@ -363,7 +363,9 @@ class Trainer:
         folder = self.settings.folder
         with self.writing():
             if lines := read_log(self.log.file):
-                save_image(draw_curve(lines, f"loss of {self.task.name}"), folder / "loss.png")
+                curves = {name: [(line["step"], line[key]) for line in lines]
+                          for name, key in (("raw", "raw"), ("smoothed", "loss"))}
+                save_image(draw_curves(curves, f"loss of {self.task.name}", "step"), folder / "loss.png")
             try:
                 with self.ema.in_place(), torch.no_grad(), self.settings.autocast():
                     save_image(self.task.draw(), sheet_path(folder, step + 1))

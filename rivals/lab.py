@@ -12,7 +12,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -104,9 +104,8 @@ def load(method: Method, networks: Networks, choice: ModelChoice, size: int | No
     branches = {role: name for role in ("cg", "pg", "controlnet") if (name := getattr(method, role))}
     choice = replace(choice, **{role: networks.path(name) for role, name in branches.items()})
     models = load_models(choice, size, categories if branches else set(), with_pg="pg" in branches)
-    painter = method.painter and partial(method.painter, models.sd, how=how)
-    if method.clip:
-        painter = partial(method.painter, models.sd, how=how, clip=networks.load_clip(method.clip))
+    guide = {"clip": networks.load_clip(method.clip)} if method.clip else {}
+    painter = method.painter and partial(method.painter, models.sd, how=how, **guide)
     return models, partial(paint_ads, models=models, how=how, painter=painter)
 
 
@@ -331,10 +330,9 @@ def paint(args: argparse.Namespace) -> None:
         raise BadInput("which rival? Give --lama FILE or --paint-by-example PATH")
     if args.lama and args.dtype not in ("auto", "float32"):
         raise BadInput(f"--dtype {args.dtype}: LaMa's Fourier transforms need float32; leave it out")
-    jobs, ads = jobs_of(args), []
-    for _, item, seed in jobs:
-        exemplar = item.reference and (to_tensor(open_image(item.reference).convert("RGB")), None)
-        ads.append(Ad(*load_cutout(item.image, item.mask), ("", "", ""), seed, exemplar))
+    jobs, cutout = jobs_of(args), cache(load_cutout)
+    exemplar = cache(lambda path: path and (to_tensor(open_image(path).convert("RGB")), None))
+    ads = [Ad(*cutout(item.image, item.mask), ("", "", ""), seed, exemplar(item.reference)) for _, item, seed in jobs]
     how = Painting(args.steps, args.guidance)
     models, paint_all = load_rival(name, path, ModelChoice(device=args.device, dtype=args.dtype), args.size, how)
     record = {"method": name, "size": models.size, "dtype": models.dtype, "models": models.fingerprints}
