@@ -11,9 +11,7 @@ from support.datasets import Item
 from support.images import load_masked, open_image, thumbnail
 
 TINY = 1e-300  # a divisor where there is no spread: n equal points
-SCALE = 2  # figures are drawn twice as large, then reduced
-SIZE, MARGINS = (900, 450), (90, 40, 20, 60)  # of curves, in pixels: width and height; left, top, right, bottom
-MARKS = {"centre": (10, 60), "CG": (6, 3), "ControlNet": (6, 4)}  # radius in pixels and corners
+MARKS = {"centre": (20, 60), "CG": (12, 3), "ControlNet": (12, 4)}  # radius and corners
 COLOURS = ("#8fb0d8", "#1f4e8c", "#c2521a", "#3c8c4e")
 
 # ---------------------------------------------------------------- t-SNE
@@ -75,23 +73,22 @@ def tsne_loss(y: Tensor, P: Tensor, exaggeration: float = 1.0) -> tuple[Tensor, 
     return exaggeration * (P * d2.log1p()).sum() + w.sum().log(), force.sum(dim=1, keepdim=True) * y - force @ y
 
 
-# ---------------------------------------------------------------- drawn figures
+# ---------------------------------------------------------------- figures, drawn at twice their size
 
 
-def scatter(y: Tensor, kinds: list[tuple[str, str]], categories: list[str], side: int = 900) -> Image.Image:
+def scatter(y: Tensor, kinds: list[tuple[str, str]], categories: list[str]) -> Image.Image:
     """Draws points (n, 2) as in Fig. 5a, in a colour for each category: centres are circles, CG's points triangles,
     ControlNet's squares. kinds: the kind and category of each point.
     """
-    edge, legend = 40, 230
-    page = Image.new("RGB", ((side + legend) * SCALE, side * SCALE), "white")
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default(18 * SCALE)
+    side, edge, legend = 1800, 80, 460
+    page = Image.new("RGB", (side + legend, side), "white")
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(36)
     colours = {category: f"hsl({360 * i // len(categories)}, 75%, 45%)" for i, category in enumerate(categories)}
 
     def mark(kind: str, x: float, y: float, colour: str) -> None:
         radius, corners = MARKS[kind]
-        draw.regular_polygon((x * SCALE, y * SCALE, radius * SCALE), corners, width=SCALE,
-                             fill=None if kind == "ControlNet" else colour,
-                             outline="black" if kind == "centre" else colour)
+        draw.regular_polygon((x, y, radius), corners, fill=None if kind == "ControlNet" else colour,
+                             outline="black" if kind == "centre" else colour, width=2)
 
     low, high = y.amin(0), y.amax(0)
     places = ((y - low) / (high - low).clamp(min=TINY) * (side - 2 * edge) + edge).tolist()
@@ -99,18 +96,18 @@ def scatter(y: Tensor, kinds: list[tuple[str, str]], categories: list[str], side
         mark(kind, *place, colours[category])
     entries = [(kind, kind, "gray") for kind in MARKS] + [("CG", *entry) for entry in colours.items()]
     for i, (kind, text, colour) in enumerate(entries):
-        mark(kind, side + 20, 50 + 34 * i, colour)
-        draw.text(((side + 45) * SCALE, (50 + 34 * i) * SCALE), text, "black", font, anchor="lm")
-    return page.resize((side + legend, side), Image.LANCZOS)
+        mark(kind, side + 40, 100 + 68 * i, colour)
+        draw.text((side + 90, 100 + 68 * i), text, "black", font, anchor="lm")
+    return page.reduce(2)
 
 
 def draw_curves(curves: dict[str, list[tuple[float, float]]], title: str, x_label: str) -> Image.Image:
     """Draws some lines by name, at most as many as COLOURS; a later one lies on top. The y axis leaves out 2% of the
     values at either end, so that one bad batch does not flatten a curve.
     """
-    (width, height), (left, top, right, bottom) = SIZE, MARGINS
-    page = Image.new("RGB", (width * SCALE, height * SCALE), "white")
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default(15 * SCALE)
+    page = Image.new("RGB", (1800, 900), "white")
+    left, top, right, bottom = 180, 80, 1760, 780
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(30)
     points = [point for line in curves.values() for point in line]
     last, values = max(x for x, _ in points), sorted(y for _, y in points)
     low, high = values[len(values) // 50], values[-1 - len(values) // 50]
@@ -118,22 +115,22 @@ def draw_curves(curves: dict[str, list[tuple[float, float]]], title: str, x_labe
     low, high = low - margin, high + margin
 
     def place(x: float, y: float) -> tuple[float, float]:
-        down = (high - min(max(y, low), high)) / (high - low)
-        return (left + x / last * (width - left - right)) * SCALE, (top + down * (height - top - bottom)) * SCALE
+        up = (min(max(y, low), high) - low) / (high - low)
+        return left + x / last * (right - left), bottom - up * (bottom - top)
 
     for i in range(5):
         x, y = last * i / 4, low + (high - low) * i / 4
-        draw.line([place(0, y), place(last, y)], "#dddddd", SCALE)
+        draw.line([place(0, y), place(last, y)], "#dddddd", 2)
         draw.text(place(0, y), f"{y:.3g}  ", "black", font, anchor="rm")
         draw.text(place(x, low), f"\n{x:,.0f}", "black", font, anchor="ma")
-    draw.text((width / 2 * SCALE, height * SCALE), x_label, "black", font, anchor="md")
-    draw.text((left * SCALE, 24 * SCALE), title, "black", font, anchor="ls")
-    end = (width - right) * SCALE
+    draw.text((900, 900), x_label, "black", font, anchor="md")
+    draw.text((left, 48), title, "black", font, anchor="ls")
+    end = right
     for (name, line), colour in zip(curves.items(), COLOURS):
-        draw.line([place(*point) for point in line], colour, 2 * SCALE, joint="curve")
-        draw.text((end, 24 * SCALE), name, colour, font, anchor="rs")
+        draw.line([place(*point) for point in line], colour, 4, joint="curve")
+        draw.text((end, 48), name, colour, font, anchor="rs")
         end -= font.getlength(f"{name}  ")
-    return page.resize(SIZE, Image.LANCZOS)
+    return page.reduce(2)
 
 
 # ---------------------------------------------------------------- small pictures
