@@ -39,8 +39,6 @@ from programs.gallery import (
     paint_jobs,
     painting_of,
     record_of,
-    remove_sheet,
-    settled,
 )
 from programs.models import ModelChoice, Models, load_models
 from sampler import Conditions, Painting, sample, seeded
@@ -175,15 +173,11 @@ def paint_ads(ads: list[Ad], models: Models, how: Painting, painter: Callable | 
         generators = [seeded(ad.seed)[0] for ad in chosen]
         text = f"{len(batch)} at once{', with references' if with_reference else ''}"
         with tqdm(total=steps, desc=text, unit="step", leave=False, disable=not sys.stderr.isatty()) as bar:
-            def on_step(*_, bar=bar):
-                bar.update()
-
             for n in dict.fromkeys((1, how.refine)):  # the canvas of the second pass is n times larger
                 canvas, boxes = canvas_of(chosen, n * h, n * w, generators)
-                if painter and n == 1:
-                    painted = painter(canvas, on_step=on_step).cpu()
-                else:
-                    painted = paint(models.sd, canvas, how, models.cg, models.pg, on_step, painted).cpu()
+                paint_pass = painter if painter and n == 1 else partial(
+                    paint, models.sd, how=how, cg=models.cg, pg=models.pg, first=painted)
+                painted = paint_pass(canvas, on_step=lambda *_: bar.update()).cpu()
                 check_finite(painted)
                 if n == how.refine or keep_first:
                     for i, ad, picture, mask, box in zip(batch, chosen, painted, canvas.mask, boxes):
@@ -212,9 +206,8 @@ def load(args, paint_ads: Callable, items: list[Item]) -> tuple[dict, Callable, 
     if (side := how.refine * models.size) > LARGEST:
         raise BadInput(f"--refine {how.refine}: paints {side} pixels, more than {LARGEST}; lower it, or --size")
     count_steps(models.sd.schedule, how)  # raises BadInput for impossible ones
-    record = record_of(args, size=models.size, dtype=models.dtype, models=models.fingerprints, **settled(how))
-    texts = prompts_by_category(models.identifiers, models.sd.tokenizer)
-    return texts, partial(paint_ads, models=models, how=how, keep_first=args.keep_first), record
+    paint_all = partial(paint_ads, models=models, how=how, keep_first=args.keep_first)
+    return prompts_by_category(models.identifiers, models.sd.tokenizer), paint_all, record_of(args, how, models)
 
 
 def generate_text(args, paint_ads: Callable) -> None:
@@ -223,7 +216,6 @@ def generate_text(args, paint_ads: Callable) -> None:
     _, paint_all, record = load(args, paint_ads, [])
     blank = torch.zeros(3, *[record["size"] * record["refine"]] * 2)
     ads = [Ad(blank, blank[:1], (args.prompt,) * 3, job.seed) for job in jobs]
-    remove_sheet(args.out)
     paint_jobs(jobs, ads, paint_all, record, args.batch)
     say_next("--product CUTOUT --category NAME paints around a product")
 
@@ -236,7 +228,6 @@ def generate_product(args, paint_ads: Callable) -> None:
     jobs = jobs_of(args)
     texts, paint_all, record = load(args, paint_ads, [job.item for job in jobs])
     ads = load_ads(jobs, texts)
-    remove_sheet(args.out)
     painted = paint_jobs(jobs, ads, paint_all, record, args.batch)
     if len(jobs) > 1:
         save(draw_sheet(jobs, ads, painted, "ControlNet" if args.controlnet else "CG"), args.out / SHEET)

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,14 @@ from support.plots import picture_of
 # ---------------------------------------------------------------- a picture, and the line that says how it was painted
 
 
+class Job(NamedTuple):
+    """One picture to paint."""
+
+    path: Path
+    item: Item  # the files it is painted from; a prompt alone has none
+    seed: int
+
+
 def result_path(out: Path, index: int, item: Item) -> Path:
     """The path of the picture that is painted for item `index` of a data set."""
     return out / result_name(f"{index:06}_{item.image.stem}", ".png")
@@ -30,22 +39,23 @@ def first_path(path: Path) -> Path:
     return path.with_name(result_name(f"{path.stem}_first", ".png"))
 
 
-def line_of(item: Item, seed: int, record: dict) -> dict:
+def line_of(job: Job, record: dict) -> dict:
     """A picture's line in the manifest: what it was painted from, and how. Its PNG holds the same line as text."""
-    files = {name: getattr(item, name) for name in ("image", "mask", "reference", "reference_mask")}
-    return {**{name: file and str(file) for name, file in files.items()}, "inverted": item.inverted,
-            "category": item.category, "seed": seed, "dtype": record["dtype"], "how": record}
+    item, names = job.item, ("image", "mask", "reference", "reference_mask")
+    files = {name: str(file) if (file := getattr(item, name)) else None for name in names}
+    return files | {"inverted": item.inverted, "category": item.category, "seed": job.seed, "dtype": record["dtype"],
+                    "how": record}
 
 
-def save_pictures(pictures: list[Tensor], path: Path, line: dict) -> list[Path]:
-    """Saves an ad's picture and, if it was kept, the first pass's, whose line is that of a picture painted without a
+def save_pictures(pictures: list[Tensor], job: Job, record: dict) -> list[Path]:
+    """Saves a job's picture and, if it was kept, the first pass's, whose line is that of a picture painted without a
     second pass. Returns their paths.
     """
-    alone = {"refine": 1, "refine_from": None, "refine_alone": False}
-    lines = {path: line, first_path(path): line | {"how": line["how"] | alone}}
-    saved = dict(zip(lines, pictures))
-    for file, picture in saved.items():
-        save_image(picture, file, {"how": json.dumps(lines[file])})
+    alone = record | {"refine": 1, "refine_from": None, "refine_alone": False}
+    records = {job.path: record, first_path(job.path): alone}
+    saved = dict(zip(records, pictures))
+    for path, picture in saved.items():
+        save_image(picture, path, {"how": json.dumps(line_of(job, records[path]))})
     return [*saved]
 
 
@@ -87,15 +97,16 @@ def check_same(path: Path, there: dict, wanted: dict) -> None:
 # ---------------------------------------------------------------- painting
 
 
-def read_ad(item: Item, texts: tuple[str, str, str], seed: int) -> Ad:
+def read_ad(job: Job, texts: dict[str, tuple[str, str, str]]) -> Ad:
     """Loads what an item is painted from. Raises BadInput if one of its files can't be used."""
-    rgb, mask = load_cutout(item.image, item.mask, "image", MASK_OF_ITEM, item.inverted)
-    return Ad(rgb, mask, texts, seed, item.reference and load_masked(
+    item = job.item
+    cutout = load_cutout(item.image, item.mask, "image", MASK_OF_ITEM, item.inverted)
+    return Ad(*cutout, texts[item.category], job.seed, item.reference and load_masked(
         item.reference, item.reference_mask, "reference", MASK_OF_ITEM, item.inverted))
 
 
-def one_ahead(threads: ThreadPoolExecutor, read: Callable, chunks: list[list]) -> Iterator[dict]:
-    """Yields {i: read(i)} for each chunk of indices, while threads already read the next chunk."""
+def one_ahead(threads: ThreadPoolExecutor, read: Callable, chunks: list[list[Job]]) -> Iterator[dict]:
+    """Yields {job: read(job)} for each chunk, while threads already read the next chunk."""
     ahead = threads.map(read, chunks[0] if chunks else [])
     for chunk, following in zip(chunks, [*chunks[1:], []]):
         ready, ahead = ahead, threads.map(read, following)
@@ -114,43 +125,44 @@ def paint_items(items: list[Item], texts: dict[str, tuple[str, str, str]],
     interruption must not change a byte. Raises BadInput if `out` holds pictures of these names that were painted from
     other items or with other settings.
     """
-    manifest, paths = out / "manifest.jsonl", [result_path(out, i, item) for i, item in enumerate(items)]
-    lines, there = [line_of(item, seed + i, record) for i, item in enumerate(items)], read_manifest(manifest)
-    for path, line in zip(paths, lines):
-        if path.name in there:
-            check_same(path, there[path.name], settings_of(line))
+    manifest, there = out / "manifest.jsonl", read_manifest(out / "manifest.jsonl")
+    record = json.loads(json.dumps(record))  # as it comes back from the manifest
+    jobs = [Job(result_path(out, i, item), item, seed + i) for i, item in enumerate(items)]
+    for job in jobs:
+        if job.path.name in there:
+            check_same(job.path, there[job.path.name], settings_of(line_of(job, record)))
     rank, world = processes()
-    share = (range(len(items)) if chosen is None else chosen)[rank::world]
-    todo = {i for i in share if paths[i].name not in there or not paths[i].exists()
-            or keep_first and not first_path(paths[i]).exists()}
+    share = (jobs if chosen is None else [jobs[i] for i in chosen])[rank::world]
+    todo = {job for job in share if job.path.name not in there or not job.path.exists()
+            or keep_first and not first_path(job.path).exists()}
     chunks = [share[k : k + batch] for k in range(0, len(share), batch) if todo.intersection(share[k : k + batch])]
     broken, written = 0, None
 
-    def read(i: int) -> Ad | BadInput:
+    def read(job: Job) -> Ad | BadInput:
         try:
-            return read_ad(items[i], texts[items[i].category], seed + i)
+            return read_ad(job, texts)
         except BadInput as error:
             return error
 
-    def write(pictures: dict[int, list[Tensor]]) -> None:
-        for i, of_item in pictures.items():
-            if i in todo:
-                save_pictures(of_item, paths[i], lines[i])
-                append_line({"item": i, "file": paths[i].name, **lines[i]}, manifest)
+    def write(painted: dict[Job, list[Tensor]]) -> None:
+        for job in [job for job in painted if job in todo]:
+            save_pictures(painted[job], job, record)
+            append_line({"item": job.seed - seed, "file": job.path.name, **line_of(job, record)}, manifest)
 
     # Each thread computes on one core: torch's teams of threads would take the cores away from the painting
     with ThreadPoolExecutor(4, initializer=torch.set_num_threads, initargs=(1,)) as threads:
         bar = tqdm(one_ahead(threads, read, chunks), total=len(chunks), unit="batch", disable=not sys.stderr.isatty())
         for results in bar:
-            ads = {i: result for i, result in results.items() if isinstance(result, Ad)}
-            for i in todo.intersection(results) - ads.keys():
-                broken += 1
-                tqdm.write(f"skipped: {results[i]}", file=sys.stderr)
+            ads = {job: result for job, result in results.items() if isinstance(result, Ad)}
+            for job in results:
+                if job in todo and job not in ads:
+                    broken += 1
+                    tqdm.write(f"skipped: {results[job]}", file=sys.stderr)
             if todo.intersection(ads):
-                pictures = dict(zip(ads, paint_all([*ads.values()])))
+                painted = dict(zip(ads, paint_all([*ads.values()])))
                 if written:
                     written.result()  # raises the writing's error
-                written = threads.submit(write, pictures)
+                written = threads.submit(write, painted)
         if written:
             written.result()
     return len(todo) - broken, len(share) - len(todo), broken

@@ -9,14 +9,13 @@ import sys
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
 
 from PIL import Image
 from torch import Tensor
 
 from data import Ad
-from programs.batch import line_of, save_pictures
-from programs.models import TOY, add_model_options
+from programs.batch import Job, save_pictures
+from programs.models import TOY, Models, add_model_options
 from sampler import Painting, Schedule
 from support.datasets import Item
 from support.files import BadInput, result_name
@@ -31,14 +30,6 @@ LARGEST = 4096  # pixels: the longest side that is painted
 TOY_REFINE = {"refine": 2, "refine_from": 201, "refine_alone": True}
 
 # ---------------------------------------------------------------- from options to pictures
-
-
-class Job(NamedTuple):
-    """One picture to paint."""
-
-    path: Path
-    item: Item  # the files it is painted from; for --prompt none
-    seed: int
 
 
 def jobs_of(args: argparse.Namespace) -> list[Job]:
@@ -92,10 +83,13 @@ def small(jobs: list[Job], picture: Tensor, mask: Tensor | None = None) -> Image
 
 def paint_jobs(jobs: list[Job], ads: list[Ad], paint_all: Callable, record: dict, batch: int) -> list[Image.Image]:
     """Paints the jobs, `batch` at once, saves the pictures and prints their paths. Returns them at the sheet's size."""
+    if (old := jobs[0].path.with_name(SHEET)).exists():
+        old.unlink()
+        print(f"{old}: removed, since it showed an earlier command's pictures", file=sys.stderr)
     painted = []
     for k in range(0, len(jobs), batch):
         for job, pictures in zip(jobs[k:], paint_all(ads[k : k + batch])):
-            print(*save_pictures(pictures, job.path, line_of(job.item, job.seed, record)), sep="\n")
+            print(*save_pictures(pictures, job, record), sep="\n")
             painted.append(small(jobs, pictures[0]))
     return painted
 
@@ -109,13 +103,6 @@ def draw_sheet(jobs: list[Job], ads: list[Ad], painted: list[Image.Image], name:
         cells = [[product, alone, *styles, both] for product, alone, both in cells]
         return sheet(cells, ["product", f"{name} alone", "reference", f"{name} + PG"])
     return sheet([[None, *styles], *cells] if styles else cells)
-
-
-def remove_sheet(out: Path) -> None:
-    """Removes an earlier command's sheet, which would seem to be this one's, and says so."""
-    if (out / SHEET).exists():
-        (out / SHEET).unlink()
-        print(f"{out / SHEET}: removed, since it showed an earlier command's pictures", file=sys.stderr)
 
 
 # ---------------------------------------------------------------- how they are painted
@@ -145,23 +132,22 @@ def count_steps(schedule: Schedule, how: Painting) -> int:
     return len(schedule.timesteps(how.steps)) + len(second)
 
 
-def settled(how: Painting) -> dict:
-    """Settings for the record that may come from defaults: the guidance and the second pass."""
-    second = {"refine_from": how.refine_from, "refine_alone": how.refine_alone} if how.refine > 1 else {}
-    return {"guidance": how.guidance, "refine": how.refine, **second}
-
-
 # Options left out of the record: what is painted is recorded for each picture, and the machine changes none
 HARMLESS = {"product", "mask", "category", "reference", "reference_mask", "data", "split", "limit", "num", "seed",
-            "batch", "device", "out", "how", "what", "centres", "keep_first", "methods", "pairs", "pictures", "key"}
+            "batch", "device", "out", "how", "keep_first"}
 
 
-def record_of(args: argparse.Namespace, **settled) -> dict:
+def record_of(args: argparse.Namespace, how: Painting, models: Models) -> dict:
     """How pictures are painted, as JSON can hold it: all options but the harmless ones, so a new one can't be
-    forgotten, and the settings that were `settled` later.
+    forgotten, with the values that defaults gave them.
     """
-    options = {name: value for name, value in vars(args).items() if name not in HARMLESS} | settled
-    return {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+    record = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
+              if name not in HARMLESS}
+    record |= {"guidance": how.guidance, "refine": how.refine, "size": models.size, "dtype": models.dtype,
+               "models": models.fingerprints}
+    if how.refine > 1:
+        record |= {"refine_from": how.refine_from, "refine_alone": how.refine_alone}
+    return record
 
 
 def command_of(file: Path, parser: argparse.ArgumentParser) -> str:
@@ -174,10 +160,10 @@ def command_of(file: Path, parser: argparse.ArgumentParser) -> str:
         raise BadInput(f"--how {file}: no such file") from None
     except (OSError, AttributeError, KeyError, TypeError, ValueError):
         raise BadInput(f"--how {file}: does not say how it was painted; give a PNG from generate.py") from None
-    if "method" in line["how"]:
-        raise BadInput(f"--how {file}: painted by evaluate.py, which has no command for one picture; its settings: "
+    if "method" in values:
+        raise BadInput(f"--how {file}: painted by another program, which has no such command; its settings: "
                        f"{json.dumps(line['how'])}")
-    if line["inverted"]:
+    if values.get("inverted"):
         raise BadInput(f"--how {file}: its mask is white on the background; give --product {line['image']} and --mask "
                        f"the inverse of {line['mask']}")
     words = ["python", "generate.py"]

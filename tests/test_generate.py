@@ -409,8 +409,8 @@ def test_a_new_option_is_part_of_the_record_unless_it_is_listed_as_harmless():
     """Otherwise a forgotten name would let pictures painted with another value count as done."""
     args = generate.options("").parse_args([])
     args.sparkle = 3
-    assert record_of(args)["sparkle"] == 3
-    assert not set(record_of(args)) & HARMLESS
+    record = record_of(args, Painting(), models.Models(*[None] * 8))
+    assert record["sparkle"] == 3 and not set(record) & HARMLESS
     recorded = {"steps", "sampler", "guidance", "eta", "size", "refine", "refine_from", "start", "plain_prompt",
                 "weights", "tokenizer", "cg", "pg", "controlnet", "hint", "dtype", "prompt"}
     assert {*vars(args)} - HARMLESS - {"sparkle"} == recorded
