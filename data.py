@@ -164,14 +164,17 @@ class Samples(Dataset):
     """Training samples by (index, seed). The seed decides all that is random in a sample, whichever worker makes it.
 
     Each has "index". `pictures` adds "image" and "mask". `perturbed` adds PG's hint, "background" (Eq. 5, 6), with
-    `theta` and `sigma` as in `perturb`. `latents`, from programs/latents.py, adds what one step of Eq. 1 draws: "z_0",
-    "eps" and "t" (see `diffuse`), and "drop" in [0, 1), which decides whether the prompt is dropped; for an inpainting
-    UNet also "inpainting" (5, h, w).
+    `theta` and `sigma` as in `perturb`. `latents` adds what one step of Eq. 1 draws: "z_0", "eps" and "t" (see
+    `diffuse`), and "drop" in [0, 1), which decides whether the prompt is dropped; for an inpainting UNet also
+    "inpainting" (5, h, w). They come from programs/latents.py, in parts of equally many pictures; `scale` makes them
+    the UNet's z.
     """
 
-    def __init__(self, items: list[Item], size: int, latents=None, pictures: bool = True, perturbed: bool = False,
-                 theta: int = THETA, sigma: tuple[float, float] = SIGMA, noise_offset: float = 0.0):
-        self.ads, self.latents, self.pictures, self.perturbed = Ads(items, size), latents, pictures, perturbed
+    def __init__(self, items: list[Item], size: int, latents: list[dict[str, Tensor]] | None = None, scale: float = 1.0,
+                 T: int = 1000, pictures: bool = True, perturbed: bool = False, theta: int = THETA,
+                 sigma: tuple[float, float] = SIGMA, noise_offset: float = 0.0):
+        self.ads, self.latents, self.scale, self.T = Ads(items, size), latents, scale, T
+        self.pictures, self.perturbed = pictures, perturbed
         self.theta, self.sigma, self.noise_offset = theta, sigma, noise_offset
 
     def __len__(self) -> int:
@@ -186,12 +189,12 @@ class Samples(Dataset):
             other = self.ads[(sample["index"] + away) % len(self)]["image"]
             sample["background"] = perturb(sample["image"], sample["mask"], other, generator, self.theta, self.sigma)
         if self.latents:
-            mean, std, inpainting = self.latents[sample["index"]]
-            z_0, eps, t = diffuse(mean, std, generator, self.latents.T, self.noise_offset)
-            sample |= {"z_0": z_0, "eps": eps, "t": t}
-            sample["drop"] = torch.rand((), generator=generator)
-            if inpainting is not None:
-                sample["inpainting"] = inpainting
+            part, row = divmod(sample["index"], len(self.latents[0]["mean"]))
+            stored = {name: x[row].float() for name, x in self.latents[part].items()}
+            mean, std = stored.pop("mean") * self.scale, (stored.pop("logvar") / 2).exp() * self.scale
+            z_0, eps, t = diffuse(mean, std, generator, self.T, self.noise_offset)
+            drop = torch.rand((), generator=generator)
+            sample |= {"z_0": z_0, "eps": eps, "t": t, "drop": drop, **stored}
         return sample
 
 

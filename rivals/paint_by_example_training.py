@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from data import Samples, product_hint
+from data import product_hint
 from generate import Canvas
 from model import UNet
-from programs.latents import Latents, held_out_ads
+from programs.latents import held_out_ads, latent_samples
 from programs.models import TOY
 from programs.settings import Settings
 from programs.trainer import Task
@@ -97,8 +97,8 @@ def paint_by_example_task(settings: Settings) -> Task:
     sd = pbe.sd
     canvas_size(1, 1, size, sd.multiple)  # refuses a size that does not fit the base
     sd.vae.to(memory_format=settings.memory_format)
-    # The masked ad's latent is the same as for an inpainting Stable Diffusion, for which Latents keeps it
-    latents = Latents(sd, items, size, settings.cache, min(8, settings.micro_batch), settings.amp, settings.workers)
+    # The masked ad's latent is the same as for an inpainting Stable Diffusion, for which latent_samples keeps it
+    samples = latent_samples(sd, items, size, settings, noise_offset=settings.noise_offset)
     loss = ExampleLoss(pbe, settings.prompt_dropout,
                        timestep_weights(sd.schedule, settings.weighting).to(settings.device))
     _, (rgb, mask, reference, _) = held_out_ads(settings.data, "bgpair", items, None, size)
@@ -111,7 +111,7 @@ def paint_by_example_task(settings: Settings) -> Task:
         return sheet([list(row) for row in rows.values()], row_labels=list(rows))
 
     trained = nn.ModuleDict({"unet": sd.unet, "image_encoder": pbe.image_encoder})
-    folder, samples = settings.out / FOLDER, Samples(items, size, latents, noise_offset=settings.noise_offset)
+    folder = settings.out / FOLDER
     return Task("Paint by Example", {FOLDER: trained}, samples, loss, draw,
                 lambda out: save(pbe, out / FOLDER, settings.save_dtype),
                 [["python", "generate.py", "--paint-by-example", str(folder), "--product", "PHOTO.png", "--reference",

@@ -1,7 +1,8 @@
-"""Rivals: the stages of train.py that make the toy's rivals; their settings."""
+"""Rivals: the trainings that make the toy's rivals; rivals/lab.py gives them to train.py."""
 
+from programs.trainer import Stage
 from rivals.lama_training import LAMA_SETTINGS, lama_task
 from rivals.paint_by_example_training import PAINT_BY_EXAMPLE_SETTINGS, paint_by_example_task
 
-RIVAL_STAGES = {"lama": lama_task, "paint-by-example": paint_by_example_task}
-RIVAL_SETTINGS = {"lama": LAMA_SETTINGS, "paint-by-example": PAINT_BY_EXAMPLE_SETTINGS}
+RIVAL_STAGES = {"lama": Stage(lama_task, LAMA_SETTINGS),
+                "paint-by-example": Stage(paint_by_example_task, PAINT_BY_EXAMPLE_SETTINGS)}

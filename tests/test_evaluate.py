@@ -18,26 +18,29 @@ import torch.nn.functional as F
 from conftest import CLIP_CONFIG, VISION_CONFIG, random, random_lama, randomise
 
 import evaluate
+import train
 from clip import CLIP, TextEncoder, load_tokenizer
 from data import background_hint, load_ad
 from generate import Canvas, prompt_texts
 from model import CategoryGenerator, ControlNet, PersonalityGenerator, Prompts, UNet, predict_noise
 from programs.models import TOY
+from programs.settings import parser, settle
 from rivals import eq3, lab as methods, networks
 from rivals.baselines import blended_diffusion, stable_diffusion
 from rivals.lama import LAMA_FILE
 from rivals.networks import Networks
 from rivals.paint_by_example import PaintByExampleEncoder
+from rivals.stages import RIVAL_STAGES
 from sampler import Painting, ddim, seeded
 from support import metrics, tensors as cache
 from support.datasets import read_items
 from support.files import BadInput, read_json
 from support.images import load_masked, open_image, save_image, to_tensor
 from support.metrics import embed_pictures, frechet, interval, joint_frechet, similarity
-from support.plots import choose, neighbour_probabilities, scatter, tsne, tsne_loss
+from support.plots import COLOURS, choose, draw_curves, neighbour_probabilities, scatter, tsne, tsne_loss
 from toy.products import PRODUCTS
 from toy.stages import TOY_TEXT, TOY_UNET, TOY_VAE, train_tokenizer
-from toy.world import write_world
+from toy.world import TOY_DATA, write_world
 from vae import VAE
 from weights import (
     CLIP_FILE,
@@ -331,6 +334,16 @@ def test_tsne_of_equal_points_is_a_picture_too():
     assert scatter(y, [("CG", "mug")] * 20, ["mug"]).size == (1130, 900)
 
 
+def test_a_curve_falls_with_the_loss_and_one_bad_batch_does_not_flatten_it():
+    raw, smoothed = ([(20 * i, 1e6 if i == bad else 1 / i) for i in range(1, 101)] for bad in (50, None))
+    page = draw_curves({"raw": raw, "smoothed": smoothed}, "loss", "step")
+    colour = torch.tensor([int(COLOURS[1][i : i + 2], 16) for i in (1, 3, 5)])
+    at = (255 * to_tensor(page) - colour.view(3, 1, 1)).abs().amax(0) < 40
+    top = [int(at[30:, x].nonzero().min()) for x in (120, 300, 800)]
+    assert top[0] + 100 < top[1] < top[2]
+    assert all(draw_curves({"raw": line}, "", "").size == page.size for line in (raw[:1], [(1, 0.0)]))
+
+
 def test_the_same_items_are_chosen_every_time_in_their_order():
     assert choose(list(range(100)), 8) == choose(list(range(100)), 8) == sorted(choose(list(range(100)), 8))
     assert len({*choose(list(range(100)), 8)}) == 8 and choose([1, 2], 8) == [1, 2]
@@ -544,6 +557,15 @@ def test_under_torchrun_one_process_trains_and_the_others_wait(tmp_path):
     assert run.returncode == 0, run.stderr
     one, other = ((tmp_path / f"found_{rank}").read_text() for rank in (0, 1))
     assert one == other and one.endswith("clip True") and run.stderr.count("training, once") == 1
+
+
+@pytest.mark.parametrize("name", networks.TRAINED)
+def test_training_takes_the_command_that_makes_a_network(name, tmp_path):
+    """On the toy's data and base, with the toy's settings."""
+    given = vars(parser("", train.STAGES | RIVAL_STAGES).parse_args([*networks.TRAINED[name], "--device", "cpu"]))
+    stage = (train.STAGES | RIVAL_STAGES)[given["stage"]]
+    settings = settle(given | {"out": tmp_path}, stage.settings, TOY_DATA / stage.data)
+    assert settings.size == 128 and settings.steps and settings.data.parent == TOY_DATA
 
 
 def test_an_interrupted_training_is_resumed_and_a_failed_one_is_not_taken_for_done(tmp_path, monkeypatch):
