@@ -26,8 +26,8 @@ from support.datasets import (
     check_ads,
     drop_lines,
     list_folder,
+    list_of,
     parse,
-    print_next_commands,
     read_items,
     refuse_many_broken,
 )
@@ -216,44 +216,44 @@ def diffuse(mean: Tensor, std: Tensor, generator: Generator, T: int,
 # ---------------------------------------------------------------- checking a data set
 
 
-def save_sheet(samples: list[dict], items: list[Item], path: Path) -> None:
-    """Writes a sheet with one row per sample: what the networks see of it."""
+def save_sheet(ads: Ads, count: int, path: Path) -> None:
+    """Writes a sheet of eight of the first `count` ads, evenly spaced over them: what the networks see of each."""
+    samples = [ads[index] for index in range(0, count, -(-count // 8))]
     generator, rows = Generator().manual_seed(0), []
     for sample, other in zip(samples, samples[1:] + samples[:1]):
         I, M = sample["image"], sample["mask"]
         rows.append([I, M, product_hint(I, M), perturb(I, M, other["image"], generator)])
-    names = [items[sample["index"]].category for sample in samples]
+    names = [ads.items[sample["index"]].category for sample in samples]
     save_image(sheet(rows, ["image", "mask", "CG's hint", "PG's hint, perturbed"], names), path)
+    print(f"wrote {path}")
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     if args.sheet:
         check_folder(args.sheet.parent, "--sheet")  # before loading, which may take an hour
-    listed, wrote = args.dir / "metadata.jsonl", []
     if args.list:
-        print("\n".join(list_folder(args.dir)))
-        wrote.append(listed)
+        print(list_folder(args.dir))
+    file = list_of(args.dir, args.split)
     try:
         items, notes = read_items(args.dir, args.split)
         print("\n".join(notes))
         references = [replace(item, image=item.reference, mask=item.reference_mask) for item in items if item.reference]
-        blank, samples = check_ads(Ads(items + references, args.size), items, args.dir)
+        ads = Ads(items + references, args.size)
+        blank = check_ads(ads, len(items), file)
         if args.sheet:
-            save_sheet(samples, items, args.sheet)
-            wrote.append(args.sheet)
+            save_sheet(ads, len(items), args.sheet)
     except BaseException:  # also an interrupt
         if args.list:
-            listed.unlink()  # so that the same command can run again
+            file.unlink()  # so that the same command can run again
         raise
     if args.drop_blank and blank:
-        lines = listed if listed.is_file() else args.dir / f"{args.split}_info.txt"
-        kept = drop_lines(lines, {item.line for item in blank})
-        print(f"dropped from {lines}; the whole list is {kept}")
-        wrote += [lines, kept]
-    if wrote:
-        print("wrote", ", ".join(map(str, dict.fromkeys(wrote))))
-    print_next_commands(args.dir, args.split)
+        print(f"dropped them from {file}; the whole list is {drop_lines(file, blank)}")
+    if args.split == "bg60k":
+        print(f"next, train CG on it: python train.py cg --data {args.dir} --weights SD15")
+    else:
+        print(f"next, with the CG and PG that you trained: python generate.py --data {args.dir} --split {args.split} "
+              "--out results --weights SD15 --cg CG --pg PG")
 
 
 if __name__ == "__main__":
