@@ -25,16 +25,15 @@ from torch import Tensor
 from data import product_hint
 from generate import IDENTIFIER, Canvas, paint, prompts_by_category
 from model import CategoryGenerator, ControlNet, PersonalityGenerator, Prompts, UNet, predict_noise
-from programs.latents import caption_prompts, category_prompts, held_out_ads, latent_samples, prompt_table
+from programs.latents import caption_prompts, category_prompts, held_out_ads, latent_samples, prompt_table, sheet_of
 from programs.models import TOY, load_branch
 from programs.settings import Settings, begin, category_identifiers, parser, settle
 from programs.trainer import Stage, Task, Trainer
 from sampler import Painting, Schedule, seeded, timestep_weights
 from support.datasets import Item, read_items
 from support.files import BadInput, locked, one_line_errors
-from support.images import canvas_size, sheet
+from support.images import canvas_size
 from support.machine import processes
-from support.tensors import fingerprint, model_fingerprint
 from toy.stages import BASE_STAGES
 from toy.world import TOY_DATA, draw_on_first_use
 from weights import StableDiffusion, control_config, load_stable_diffusion, save_control
@@ -135,7 +134,6 @@ def branch_task(settings: Settings) -> Task:
     """
     stage, size = settings.stage, settings.size
     sd = load_stable_diffusion(settings.weights, settings.device, tokenizer=settings.tokenizer)
-    fingerprints = fingerprint([model_fingerprint(path) for path in (settings.weights, settings.cg) if path])
     canvas_size(1, 1, size, sd.multiple)  # raises BadInput if the size does not fit the base
     items, notes = read_items(settings.data)
     if processes()[0] == 0:
@@ -167,7 +165,7 @@ def branch_task(settings: Settings) -> Task:
     name = " and ".join({"cg": "CG", "pg": "PG"}.get(name, "a ControlNet") for name in trained)
     return Task(name, trained, samples, lambda batch, generator: eq1(batch),
                 partial(draw_branches, sd.unet, cg or control, pg, canvas, settings), save,
-                next_commands(settings, [*trained]), identifiers, fingerprints)
+                next_commands(settings, [*trained]), identifiers)
 
 
 def held_out_canvas(sd: StableDiffusion, items: list[Item], identifiers: dict[str, str] | None, settings: Settings,
@@ -188,8 +186,7 @@ def draw_branches(unet: UNet, cg: ControlNet, pg: ControlNet | None, canvas: Can
     canvas = canvas._replace(generators=seeded(settings.seed, len(canvas.texts)))
     painted = paint(sd, canvas, Painting(steps=25), cg, pg)
     rows = {"product": product_hint(canvas.rgb, canvas.mask)} | ({"reference": canvas.reference} if pg else {})
-    rows |= {"painted": painted, "ad": canvas.rgb}
-    return sheet([list(row) for row in rows.values()], row_labels=list(rows))
+    return sheet_of(rows | {"painted": painted, "ad": canvas.rgb})
 
 
 def next_commands(settings: Settings, trained: list[str]) -> list[list[str]]:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
@@ -18,6 +19,7 @@ from model import Prompts
 from programs.settings import Settings
 from support.datasets import Item, read_items
 from support.files import BadInput
+from support.images import sheet
 from support.tensors import compute_parts, file_fingerprint, not_finite, weights_fingerprint
 from weights import StableDiffusion
 
@@ -67,8 +69,8 @@ def encode_ads(sd: StableDiffusion, batches: Iterable[dict], amp: torch.dtype | 
             latents = {"mean": mean, "logvar": logvar, "inpainting": sd.inpainting(image.to(mean), mask)}
         encoded.append({name: x.to("cpu", torch.float16) for name, x in latents.items() if x is not None})
         if not_finite(encoded[-1]):
-            raise BadInput("the VAE's latents are not finite; its weights are broken" + (
-                ", or overflow in float16: leave out --amp" if amp == torch.float16 else "; get them again"))
+            raise BadInput("the VAE's latents are not finite; its weights are broken: get them again; or they overflow: "
+                           "leave out --amp float16")
     return {name: torch.cat([latents[name] for latents in encoded]) for name in encoded[0]}
 
 
@@ -104,11 +106,9 @@ def caption_prompts(sd: StableDiffusion, captions: list[str]) -> Callable[[Tenso
     """Eq1.prompts by caption, for a branch that reads only P. They are encoded when needed, since there are as many
     captions as pictures.
     """
-    encode = replace(sd, unet=None, vae=None).prompts  # lets the VAE's memory go
-
     @torch.no_grad()
     def prompts(index: Tensor, dropped: Tensor) -> Prompts:
-        P = encode(["" if d else captions[i] for i, d in zip(index.tolist(), dropped.tolist())])
+        P = sd.prompts(["" if d else captions[i] for i, d in zip(index.tolist(), dropped.tolist())])
         return Prompts(P, P, P)
 
     return prompts
@@ -135,3 +135,8 @@ def held_out_ads(data: Path, split: str, items: list[Item], categories: Containe
                 pictures.append((*load_ad(item, size), *load_ad(reference, size)))
                 ads.append(item)
     return ads, [torch.stack(parts) for parts in zip(*pictures)]
+
+
+def sheet_of(rows: dict[str, Tensor]) -> Image.Image:
+    """A sheet with a labelled row for each batch of pictures (n, 3, H, W)."""
+    return sheet([list(pictures) for pictures in rows.values()], row_labels=list(rows))

@@ -54,7 +54,6 @@ class Task:
     save: Callable[[Path], None]  # writes the public folders
     next: list[list[str]] = field(default_factory=list)  # commands to go on with after the training
     identifiers: dict[str, str] | None = None  # [D] of each category, which a resumed run must keep
-    frozen: str | None = None  # fingerprint of the frozen weights beside it
 
 
 class Stage(NamedTuple):
@@ -227,7 +226,7 @@ class Trainer:
         """Saves everything that a resumed run needs; random states follow from the seed and the step. Removes the
         oldest checkpoint. Raises BadInput if a weight is not finite.
         """
-        content = {"step": step + 1, "settings": self.recorded(), "identifiers": self.task.identifiers,
+        content = {"step": step + 1, "settings": self.settings.recorded(), "identifiers": self.task.identifiers,
                    "weights": self.modules.state_dict(), "averages": self.averages,
                    "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
         if broken := not_finite(content["weights"]):
@@ -249,7 +248,7 @@ class Trainer:
 
         Raises BadInput if it is broken, or from another model, or from a run whose categories had other identifiers.
         """
-        saved, now = self.settings.newest_checkpoint(), self.recorded()
+        saved, now = self.settings.newest_checkpoint(), self.settings.recorded()
         try:
             self.modules.load_state_dict(saved["weights"])
             for average, before in zip(self.averages, saved["averages"], strict=True):
@@ -267,9 +266,6 @@ class Trainer:
         if changed and self.rank == 0:
             print(f"resumed with changed settings: {', '.join(changed)}", file=sys.stderr)
         return saved["step"]
-
-    def recorded(self) -> dict:
-        return self.settings.recorded() | {"frozen weights": self.task.frozen}
 
     # ------------------------------------------------------------ what the first process writes
 
@@ -310,14 +306,12 @@ class Trainer:
 
     def draw(self, step: int) -> None:
         """Draws the loss as a curve, and a sheet that shows what the modules do now."""
-        folder, lines = self.settings.folder, read_log(self.log)
-        losses = [line["loss"] for line in lines]
-        smoothed = accumulate(losses, lambda average, loss: 0.7 * average + 0.3 * loss)
-        curves = {name: [*zip([line["step"] for line in lines], values)]
-                  for name, values in (("loss", losses), ("smoothed", smoothed))}
+        folder, points = self.settings.folder, [(line["step"], line["loss"]) for line in read_log(self.log)]
+        smoothed = [*accumulate(points, lambda before, now: (now[0], 0.7 * before[1] + 0.3 * now[1]))]
         with self.writing():
-            if lines:
-                save_image(draw_curves(curves, f"loss of {self.task.name}", "step"), folder / "loss.png")
+            if points:
+                curve = draw_curves({"loss": points, "smoothed": smoothed}, f"loss of {self.task.name}", "step")
+                save_image(curve, folder / "loss.png")
             try:
                 with self.averaged():
                     save_image(self.task.draw(), folder / f"sheet_{step + 1:06}.png")

@@ -383,14 +383,14 @@ def loader() -> None:
 
     sys.path.insert(0, str(ROOT))
     from data import Samples
-    from programs.trainer import Batches
+    from programs.trainer import batches_of_keys
     from support.datasets import read_items
     from toy.world import write_world
 
     with tempfile.TemporaryDirectory() as folder:
         write_world(Path(folder), size=512, ads=64, bg1k=8, pairs=8, parts=("ads",))
         samples = Samples(read_items(Path(folder) / "ads")[0], 512, perturbed=True)
-        batches = DataLoader(samples, num_workers=2, batch_sampler=Batches(len(samples), 4, 0, 0, 60))
+        batches = DataLoader(samples, num_workers=2, batch_sampler=batches_of_keys(len(samples), 4, 0, 0, 60))
         torch.set_num_threads(1)
         for i, _ in enumerate(batches):
             if i == 10:  # the workers have started

@@ -18,6 +18,7 @@ from generate import Canvas
 from rivals import lab, lama_training
 from rivals.lama import LAMA_FILE, LaMa, load_lama
 from rivals.lama_training import Discriminator, LaMaLoss
+from rivals.stages import RIVAL_STAGES
 from sampler import Painting
 from support.datasets import read_items
 from support.files import BadInput
@@ -240,7 +241,7 @@ def test_r1_is_the_length_of_the_gradient_at_real_pictures(ads, monkeypatch):
 
 def trained(ads: Path, out: Path, *options: str) -> Path:
     train.main(["lama", "--data", str(ads), "--size", "32", "--batch", "4", "--out", str(out), "--device", "cpu",
-                *options])
+                *options], RIVAL_STAGES)
     return out
 
 

@@ -436,18 +436,14 @@ def test_a_run_of_an_earlier_version_is_named_with_the_commit_that_finishes_it(w
             command(*branch("cg", world, base, tmp_path), "--steps", 4, *options)
 
 
-def test_a_run_does_not_go_on_with_other_categories(world, base, tmp_path, quick):
-    data = shutil.copytree(world / "ads", tmp_path / "ads")
-    run = "cg", "--data", data, *branch("cg", world, base, tmp_path / "run")[3:]
-    command(*run, "--steps", 1)
-    file = tmp_path / "run" / "training" / "cg" / "checkpoint_00000001.pt"
-    saved = content(file)
-    torch.save(saved | {"identifiers": saved["identifiers"] | {"laptop": "sks 1"}}, file)
-    command(*run, "--steps", 2, "--resume")  # what the run knows counts
-    torch.save(saved, file)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(BadInput, match="are not those that the run began with"):
-        patch.setattr(train, "category_identifiers", lambda *_: {"laptop": "sks 1"})
-        command(*run, "--steps", 3, "--resume")
+def test_a_pg_does_not_go_on_beside_a_cg_with_other_identifiers(world, base, cg, tmp_path, quick):
+    other = shutil.copytree(cg, tmp_path / "other")
+    file = other / "categories.json"
+    file.write_text(file.read_text().replace("sks", "style"))
+    run = branch("pg", world, base, tmp_path / "run")
+    command(*run, "--cg", cg, "--steps", 1)
+    with pytest.raises(BadInput, match="are not those that the run began with"):
+        command(*run, "--cg", other, "--steps", 2, "--resume")
 
 
 # ---------------------------------------------------------------- identifiers: once given, they stay

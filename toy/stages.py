@@ -25,13 +25,13 @@ from clip import CLIP, TextEncoder, clip_bpe, load_tokenizer
 from data import Ads, Samples
 from generate import IDENTIFIER, Canvas, paint
 from model import UNet
-from programs.latents import PART, latent_keys, latent_samples
+from programs.latents import PART, latent_keys, latent_samples, sheet_of
 from programs.settings import Settings
 from programs.trainer import Stage, Task
 from sampler import Painting, Schedule, seeded, timestep_weights
 from support.datasets import read_items
 from support.files import BadInput, write_atomic, write_json
-from support.images import canvas_size, resize, sheet
+from support.images import canvas_size, resize
 from support.tensors import compute_parts, weights_fingerprint
 from vae import VAE
 from weights import TEXT_FILE, UNET_FILE, StableDiffusion, load_module, save_module
@@ -53,12 +53,10 @@ TOY_UNET = {"_class_name": "UNet2DConditionModel", "in_channels": 4, "out_channe
             "flip_sin_to_cos": True, "freq_shift": 0,
             "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 3,
             "up_block_types": ["CrossAttnUpBlock2D"] * 3 + ["UpBlock2D"]}
-TOY_TEXT = {"model_type": "clip_text_model", "architectures": ["CLIPTextModel"], "hidden_size": 128,
-            "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 32,
-            "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": 128}
-TOY_VISION = {"model_type": "clip_vision_model", "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3,
-              "num_attention_heads": 4, "image_size": 128, "patch_size": 16, "num_channels": 3,
-              "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": 128}
+TOWER = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4,
+         "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": 128}
+TOY_TEXT = TOWER | {"model_type": "clip_text_model", "architectures": ["CLIPTextModel"], "max_position_embeddings": 32}
+TOY_VISION = TOWER | {"model_type": "clip_vision_model", "image_size": 128, "patch_size": 16, "num_channels": 3}
 TOY_VOCABULARY = 1024  # 512 for single bytes, the rest grown from the captions
 
 
@@ -135,7 +133,7 @@ def vae_task(settings: Settings) -> Task:
     def draw():
         x = some[:8].to(settings.device)
         decoded = vae.decode(vae.encode(2 * x - 1)[0]) / 2 + 0.5
-        return sheet([list(x), list(decoded)], row_labels=["original", "decoded"])
+        return sheet_of({"original": x, "decoded": decoded})
 
     def save(out: Path) -> None:
         if not settings.decoder_only:  # the UNet needs latents of unit variance
@@ -210,7 +208,7 @@ def clip_task(settings: Settings) -> Task:
         images = torch.stack([ads[i]["image"] for i in range(min(16, len(items)))]).to(settings.device)
         text = clip.encode_text(ids[0][: len(images)].to(settings.device))
         image = F.normalize(clip.encode_image(images), dim=-1)
-        return sheet([list(images), list(images[(text @ image.T).argmax(dim=1)])], row_labels=["captioned", "found"])
+        return sheet_of({"captioned": images, "found": images[(text @ image.T).argmax(dim=1)]})
 
     def save(out: Path) -> None:
         save_module(clip, out / "clip", TEXT_FILE, settings.save_dtype)
@@ -355,15 +353,12 @@ def unet_task(settings: Settings) -> Task:
 
 
 def draw_captions(sd: StableDiffusion, items: list, size: int):
-    """Pictures painted by the captions of sixteen items, above the items' own pictures."""
-    count, ads, device = min(16, len(items)), Ads(items, size), sd.unet.conv_in.weight.device
-    blank = torch.zeros(count, 3, size, size, device=device)
-    texts = [(", ".join(item.caption),) * 3 for item in items[:count]]
-    painted = paint(sd, Canvas(blank, blank[:, :1], texts, seeded(0, count)), Painting(steps=25))
-    rows = []
-    for start in range(0, count, 8):
-        rows += [list(painted[start : start + 8]), [ads[i]["image"] for i in range(start, min(start + 8, count))]]
-    return sheet(rows, row_labels=["painted", "captioned"] * (len(rows) // 2))
+    """Pictures painted by the captions of the first items, above the items' own pictures."""
+    ads, texts = Ads(items[:8], size), [(", ".join(item.caption),) * 3 for item in items[:8]]
+    images = torch.stack([ads[i]["image"] for i in range(len(ads))])
+    blank = torch.zeros_like(images)
+    painted = paint(sd, Canvas(blank, blank[:, :1], texts, seeded(0, len(images))), Painting(steps=25))
+    return sheet_of({"painted": painted, "captioned": images})
 
 
 def save_base(sd: StableDiffusion, dtype: torch.dtype, out: Path) -> None:
