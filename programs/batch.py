@@ -170,15 +170,8 @@ def paint_items(items: list[Item], texts: dict[str, tuple[str, str, str]],
 
 def save_data_sheet(items: list[Item], out: Path, columns: int = 8, count: int = 32) -> None:
     """Writes OUT/sheet.png: the pictures of the first items, each above its reference if it has one."""
-
-    def cell(path: Path | None):
-        try:
-            return picture_of(path)
-        except BadInput:
-            return None  # the item is broken
-
-    painted = [cell(result_path(out, i, item)) for i, item in enumerate(items[:count])]
-    references = [cell(item.reference) for item in items[:count]]
-    rows = [x[k : k + columns] for k in range(0, count, columns) for x in (painted, references)]
-    if any(painted):
+    pictures = [picture_of(result_path(out, i, item)) for i, item in enumerate(items[:count])]
+    references = [picture and picture_of(item.reference) for picture, item in zip(pictures, items)]
+    rows = [x[k : k + columns] for k in range(0, count, columns) for x in (pictures, references)]
+    if any(pictures):
         save_image(sheet([row for row in rows if any(row)]), out / "sheet.png")
