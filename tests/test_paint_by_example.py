@@ -22,13 +22,21 @@ from model import UNet
 from programs.models import TOY, ModelChoice
 from programs.settings import parser, settle
 from rivals import lab, paint_by_example_training
-from rivals.paint_by_example import GUIDANCE, PaintByExample, PaintByExampleEncoder, load_paint_by_example
+from rivals.paint_by_example import (
+    GUIDANCE,
+    PREFIXES,
+    RENAMES,
+    PaintByExample,
+    PaintByExampleEncoder,
+    encoder_config,
+    load_paint_by_example,
+)
 from rivals.paint_by_example_training import exemplars_from, paint_by_example_task
 from rivals.stages import RIVAL_STAGES
 from sampler import Painting, Schedule, draw_noise, seeded
 from support.files import BadInput, write_json
 from support.images import resize, to_image, to_tensor
-from support.layouts import EXAMPLE_PREFIXES, example_config, split_by_model, under_our_names
+from support.layouts import split_by_model, under_our_names
 from support.tensors import model_fingerprint
 from toy.world import TOY_DATA, write_world
 from vae import VAE
@@ -234,6 +242,7 @@ def test_the_batch_does_not_change_a_picture(pbe):
 def test_each_tensor_of_the_public_folder_lands_on_one_parameter_of_its_shape(vae):
     for kind, part, ignored in ((PaintByExampleEncoder, "image_encoder", 1), (UNet, "unet", 0), (VAE, vae, 0)):
         tensors = layout(f"paint_by_example_diffusers_{part}")
+        tensors = under_our_names(tensors, RENAMES) if part == "image_encoder" else under_our_names(tensors)
         settings = config("paint_by_example_diffusers", f"{part.removesuffix('_old_attn')}/config.json")
         module = build_module(kind, settings, tensors, Path(part), "meta", torch.float32)
         assert len(module.state_dict()) == len(tensors) - ignored  # position_ids
@@ -242,10 +251,10 @@ def test_each_tensor_of_the_public_folder_lands_on_one_parameter_of_its_shape(va
 @layouts
 def test_each_tensor_of_the_public_single_file_lands_on_one_parameter_of_its_shape():
     tensors = layout("paint_by_example_single_file")
-    parts = split_by_model(tensors, EXAMPLE_PREFIXES)
+    parts = split_by_model(tensors, PREFIXES)
     assert set(parts[""]) == {"learnable_vector", "proj_out.weight", "proj_out.bias"}
-    encoder = dict(under_our_names(parts["image_encoder"] | parts[""], "a PaintByExampleEncoder"))
-    settings, public = example_config(encoder), config("paint_by_example_diffusers", "image_encoder/config.json")
+    encoder = under_our_names(parts["image_encoder"] | parts[""], RENAMES)
+    settings, public = encoder_config(encoder), config("paint_by_example_diffusers", "image_encoder/config.json")
     assert {name: settings[name] for name in settings.keys() & public.keys()} == {
         name: public[name] for name in settings.keys() & public.keys()}
     assert settings["mapper_blocks"] == 5 == (public["num_hidden_layers"] + 1) // 5
@@ -479,5 +488,5 @@ class BareTower(torch.nn.Module):
 
 def test_paint_by_example_given_as_the_base_is_named_as_what_it_is(single, tmp_path):
     save_file(single[0], tmp_path / "pbe.safetensors")
-    with pytest.raises(BadInput, match="it looks like a whole Paint by Example"):
+    with pytest.raises(BadInput, match="is not a whole Stable Diffusion: .* are not part of one"):
         load_stable_diffusion(tmp_path / "pbe.safetensors")
