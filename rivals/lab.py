@@ -2,7 +2,7 @@
 
     python rivals/lab.py paint --lama FILE --product mug.png [--mask m.png]
     python rivals/lab.py paint --paint-by-example PATH --product mug.png --reference ad.png
-    python rivals/lab.py train lama             # or paint-by-example: for the toy; its options are train.py's
+    python rivals/lab.py train lama             # or paint-by-example: the toy's own; the options are train.py's
 
 Reading order: METHODS, where a new entry makes a new method; the lab of evaluate.py and study.py, which paints by the
 methods and embeds what they painted; this program. networks.py says where the networks come from.
@@ -307,23 +307,24 @@ def options() -> Parser:
     add_rival_options(add)
     add("--product", **files, required=True, help="photo, or several; its alpha channel is its mask")
     add("--mask", **files, help="the product's mask, white on the product; one for each product")
-    add("--reference", **files, help="exemplars of Paint by Example: whole pictures, without a mask")
-    add("--num", metavar="N", type=whole_number(1, 9999), default=1, help="pictures, of seeds SEED, SEED + 1, ... [1]")
+    add("--reference", **files, help="exemplar of Paint by Example, or several: whole pictures, without a mask")
+    add("--num", metavar="N", type=whole_number(1, 9999), default=1, help="pictures of each, by seeds SEED, SEED + 1, ... [1]")
     add("--seed", metavar="N", type=whole_number(0, 2**32 - 1), default=0, help="seed of the noise [0]")
     add("--steps", metavar="N", type=whole_number(1, 500), default=Painting.steps,
-        help=f"of Paint by Example [{Painting.steps}]")
+        help=f"Paint by Example's steps of denoising [{Painting.steps}]")
     add("--guidance", metavar="X", type=real_number(1, 30), default=GUIDANCE,
-        help=f"of Paint by Example by its exemplar [{GUIDANCE}, its authors']")
+        help=f"weight of the exemplar in Paint by Example [{GUIDANCE}, its authors']")
     add("--size", metavar="N", type=whole_number(8, 4096), help="longer side of the canvas in pixels [the rival's]")
     add("--device", metavar="NAME", default="auto", help="cpu, cuda, cuda:1, ... [auto: cuda where there is one]")
-    add("--dtype", choices=["auto", "float32", "float16", "bfloat16"], default="auto", help="LaMa's is float32 [auto]")
+    add("--dtype", choices=["auto", "float32", "float16", "bfloat16"], default="auto",
+        help="float32, LaMa's only one; float16 and bfloat16 are less precise [auto]")
     add("--out", metavar="DIR", type=Path, default=Path("out"), help="where the pictures go [out]")
     parser.set_defaults(category=[""], reference_mask=None, prompt=None)  # rivals read no words
     return parser
 
 
 def paint(args: argparse.Namespace) -> None:
-    """Paints every product, after every exemplar if any, --num times each, by a rival with networks of its own."""
+    """Paints every product by a rival with networks of its own, for every exemplar, if any, and for every seed."""
     check_together(args, [("lama", "paint_by_example"), ("lama", "reference")], [("paint_by_example", "reference")])
     name, path = ("lama", args.lama) if args.lama else ("paint-by-example", args.paint_by_example)
     if path is None:
