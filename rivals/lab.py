@@ -37,7 +37,7 @@ from programs.models import (
     identifiers_of,
     load_models,
 )
-from rivals.baselines import blended_diffusion, stable_diffusion
+from rivals.baselines import STRENGTH, blended_diffusion, stable_diffusion
 from rivals.lama import load_lama
 from rivals.networks import OPTIONS, Networks
 from rivals.paint_by_example import GUIDANCE, load_paint_by_example
@@ -203,7 +203,7 @@ class Lab:
             how = replace(how, hint="product")  # --hint is --controlnet's
         record = vars(how) | {
             "method": name, "size": self.size, "seed": self.seed, "dtype": self.choice.dtype, "models": used,
-            "texts": texts}
+            "texts": texts, "strength": STRENGTH if method.clip else None}
         split = self.all_items(folder) if folder in PROTOCOLS else items
         files = [[item.category, *map(file_fingerprint, (item.image, item.mask, item.reference, item.reference_mask))]
                  for item in split]
@@ -308,7 +308,7 @@ def options() -> Parser:
     add("--product", **files, required=True, help="photo, or several; its alpha channel is its mask")
     add("--mask", **files, help="the product's mask, white on the product; one for each product")
     add("--reference", **files, help="exemplar of Paint by Example, or several: whole pictures, without a mask")
-    add("--num", metavar="N", type=whole_number(1, 9999), default=1, help="pictures of each, by seeds SEED, SEED + 1, ... [1]")
+    add("--num", metavar="N", type=whole_number(1, 9999), default=1, help="pictures of each, by --seed and on [1]")
     add("--seed", metavar="N", type=whole_number(0, 2**32 - 1), default=0, help="seed of the noise [0]")
     add("--steps", metavar="N", type=whole_number(1, 500), default=Painting.steps,
         help=f"Paint by Example's steps of denoising [{Painting.steps}]")
