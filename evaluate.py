@@ -101,9 +101,9 @@ def measure(lab: Lab, name: str, protocol: str) -> Measured:
     kept = [i for i, path in enumerate(paths) if path.exists()]
     if len(kept) < 2:
         raise BadInput(f"{lab.data}: {len(kept)} pictures are too few to measure; raise --limit")
-    painted = lab.embeddings([paths[i] for i in kept])
-    originals = lab.embeddings([items[i].image for i in kept])
-    targets = originals if protocol == "bg1k" else lab.embeddings([items[i].reference for i in kept])
+    painted = lab.embeddings([(paths[i], None) for i in kept])
+    originals = lab.embeddings([(items[i].image, None) for i in kept])
+    targets = originals if protocol == "bg1k" else lab.embeddings([(items[i].reference, None) for i in kept])
     names = sorted({item.category for item in items})
     categories = F.one_hot(torch.tensor([names.index(items[i].category) for i in kept]), len(names))
     readable = (painted + originals + targets).isfinite().all(dim=1).tolist()
@@ -206,9 +206,10 @@ def figure_tsne(lab: Lab) -> None:
     save(scatter(tsne(torch.cat(points)[rows]), [kinds[i] for i in rows], largest), lab.out / "tsne.png")
 
 
-def figure_methods(lab: Lab, name: str, columns: dict[str, str], rows: int = 8) -> None:
-    """Draws a row for each of `rows` pairs: product, reference, each method's picture. columns: methods by label."""
-    draw_methods(lab, name, columns, choose(lab.items("ref"), rows))
+def figure_methods(lab: Lab, rows: int = 8) -> None:
+    """Fig. 6, of some pairs: product, reference, and the pictures by Table 2's methods."""
+    columns = {row.label: row.method for row in TABLES["table2"].rows}
+    draw_methods(lab, "fig6", columns, choose(lab.items("ref"), rows))
 
 
 def figure_perturbations(lab: Lab, each: int = 2) -> None:
@@ -227,7 +228,8 @@ def figure_perturbations(lab: Lab, each: int = 2) -> None:
             strange = replace(item, reference=other.reference, reference_mask=other.reference_mask)
             chosen.append(("other category", strange))
     labels, pairs = zip(*chosen)
-    draw_methods(lab, "fig7", FIG7_COLUMNS, [*pairs], [*labels])
+    columns = {"no perturbation": "fig7-none", "dilation": "fig7-dilation", "dilation + mixup": "fig7-mixup"}
+    draw_methods(lab, "fig7", columns, [*pairs], [*labels])
 
 
 def draw_methods(lab: Lab, name: str, columns: dict[str, str], items: list[Item],
@@ -263,15 +265,12 @@ def figure_grid(lab: Lab, name: str, count: int = 8, groups: int = 4) -> None:
     save(sheet(cells), lab.out / f"{name}.png")
 
 
-TABLE2_COLUMNS = {"Blended Diffusion": "blended-diffusion", "Paint by Example": "paint-by-example",
-                  "Stable Diffusion": "stable-diffusion", "ControlNet": "controlnet", "CG + PG": "cg+pg"}
-FIG7_COLUMNS = {"no perturbation": "fig7-none", "dilation": "fig7-dilation", "dilation + mixup": "fig7-mixup"}
 COMMANDS = {  # each with what to look at next
     "table1": (partial(table, name="table1"), "tsne draws the same pictures' backgrounds; table2 adds references"),
     "table2": (partial(table, name="table2"), "fig6 shows its methods side by side; table4 is the ablation"),
     "table4": (partial(table, name="table4"), "fig6 shows the methods of Table 2 side by side"),
     "tsne": (figure_tsne, "table1 measures the same pictures"),
-    "fig6": (partial(figure_methods, name="fig6", columns=TABLE2_COLUMNS), "table2 measures these methods"),
+    "fig6": (figure_methods, "table2 measures these methods"),
     "fig7": (figure_perturbations,
              "train.py pg --theta N --sigma LOW HIGH trains with other perturbations"),
     "swapped": (swapped, "its sheets show what each category's identifier paints around each product"),

@@ -229,9 +229,9 @@ class Lab:
         """The CLIP that measures."""
         return self.networks.load_clip("clip")
 
-    def embeddings(self, paths: list[Path], items: list[Item] | None = None) -> Tensor:
+    def embeddings(self, pictures: list[tuple[Path, Item | None]]) -> Tensor:
         """The pictures' embeddings (n, d), see embed_pictures."""
-        return embed_pictures(self.clip, paths, items, self.out / "embeddings")
+        return embed_pictures(self.clip, pictures, self.out / "embeddings")
 
     def backgrounds(self, pictures: Iterable[tuple[Path, Item]]) -> tuple[Tensor, list[Item]]:
         """Of the pictures that can be read: their backgrounds' embeddings (n, d), of length 1, and their items.
@@ -241,7 +241,7 @@ class Lab:
         there = [(path, item) for path, item in pictures if path.exists()]
         if not there:
             raise BadInput(f"{self.data}: there is no picture to measure; raise --limit")
-        x = F.normalize(self.embeddings(*map(list, zip(*there))), dim=1)
+        x = F.normalize(self.embeddings(there), dim=1)
         readable = x.isfinite().all(dim=1)
         return x[readable], [item for (_, item), r in zip(there, readable.tolist()) if r]
 
@@ -336,9 +336,8 @@ def paint(args: argparse.Namespace) -> None:
     ads = [Ad(*cutout(item.image, item.mask), ("", "", ""), seed, exemplar(item.reference)) for _, item, seed in jobs]
     how = Painting(args.steps, args.guidance)
     models, paint_all = load_rival(name, path, ModelChoice(device=args.device, dtype=args.dtype), args.size, how)
-    record = {"method": name, "size": models.size, "dtype": models.dtype, "models": models.fingerprints}
-    if name == "paint-by-example":
-        record |= {"steps": how.steps, "guidance": how.guidance}
+    record = {"method": name, "steps": how.steps, "guidance": how.guidance, "size": models.size,
+              "dtype": models.dtype, "models": models.fingerprints}
     with locked(args.out):
         paint_jobs(jobs, ads, paint_all, record, batch=4)
     print("next: evaluate.py compares it with the other methods", file=sys.stderr)

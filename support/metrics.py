@@ -22,15 +22,14 @@ PART = 64  # pictures that are embedded at once; their embeddings lie in one fil
 # ---------------------------------------------------------------- pictures
 
 
-def embed_pictures(clip: nn.Module, paths: list[Path], items: list[Item] | None, folder: Path) -> Tensor:
+def embed_pictures(clip: nn.Module, pictures: list[tuple[Path, Item | None]], folder: Path) -> Tensor:
     """CLIP embeddings of pictures, not normalised: (n, d), computed once and kept in `folder`. Processes share
     the work.
 
-    Given the items that the pictures were painted for, the backgrounds alone are embedded, I ⊗ (1 − M). A picture that
-    can't be read is reported, and its embedding is NaN.
+    With the item that it was painted for, a picture's background alone is embedded, I ⊗ (1 − M). A picture that can't
+    be read is reported, and its embedding is NaN.
     """
-    pairs = list(zip(paths, items or [None] * len(paths)))
-    parts = [pairs[start : start + PART] for start in range(0, len(pairs), PART)]
+    parts = [pictures[start : start + PART] for start in range(0, len(pictures), PART)]
     device = clip.visual_projection.weight.device
 
     def preprocessed(path: Path, item: Item | None) -> Tensor:
@@ -46,14 +45,11 @@ def embed_pictures(clip: nn.Module, paths: list[Path], items: list[Item] | None,
     @torch.no_grad()
     def compute(k: int) -> dict[str, Tensor]:
         bar.update(k + 1 - bar.n)  # other processes embed the parts between
-        return {"embeddings": clip.encode_image(torch.cat([preprocessed(*pair) for pair in parts[k]])).cpu()}
-
-    def read_by(path: Path, item: Item | None) -> list:
-        masked = [item.inverted, *map(file_fingerprint, (item.image, item.mask))] if item else []
-        return [file_fingerprint(path), *masked]
+        return {"embeddings": clip.encode_image(torch.cat([preprocessed(*picture) for picture in parts[k]])).cpu()}
 
     weights = weights_fingerprint(clip)
-    keys = [[weights, *(read_by(*pair) for pair in part)] for part in parts]
+    keys = [[weights, [[item and item.inverted, *map(file_fingerprint, (path, item and item.image, item and item.mask))]
+                       for path, item in part]] for part in parts]
     with tqdm(total=len(parts), desc="embedding", unit="batch", disable=not sys.stderr.isatty()) as bar:
         return torch.cat([part["embeddings"] for part in compute_parts(folder, keys, compute)])
 

@@ -119,7 +119,7 @@ def test_processes_embed_a_share_each(rank, share, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(clip, "encode_image", lambda x: sizes.append(len(x)) or encode(x))
     for i, path in enumerate(paths):
         save_image(random(3, 40, 40, seed=i).sigmoid(), path)
-    together = embed_pictures(clip, paths, None, tmp_path / "kept")
+    together = embed_pictures(clip, [(path, None) for path in paths], tmp_path / "kept")
     assert shares == [share] and sum(sizes) == 9
     alone = torch.cat([encode(clip.preprocess(to_tensor(open_image(path))[None])) for path in paths])
     assert torch.allclose(together, alone, atol=1e-5)
