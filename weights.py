@@ -11,7 +11,6 @@ names it. Only safetensors are read, because opening a pickle can run code; `pyt
 pickle's tensors to safetensors without running it.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +26,7 @@ from clip import CLIP, TextEncoder, Tokenizer, load_tokenizer
 from model import BRANCHES, ControlNet, UNet
 from sampler import Schedule
 from support.convert import convert
-from support.files import BadInput, one_line_errors, read_json, write_atomic
+from support.files import BadInput, one_line_errors, read_json, write_atomic, write_json
 from support.layouts import (
     IGNORED,
     IMAGE_TOWER,
@@ -284,22 +283,17 @@ def load_module(build: type[nn.Module], folder: Path, name: str, device, dtype, 
 
 
 def save_module(module: nn.Module, folder: Path, name: str, dtype=None, extra: dict[str, object] | None = None) -> None:
-    """Writes config.json, the weights and any extra JSON files, as one folder that appears whole or not at all.
+    """Writes config.json and any extra JSON files into a folder, and the weights last, so that none are without them.
 
     Raises BadInput if a tensor is not finite.
     """
-
-    def write(scratch: Path) -> None:
-        scratch.mkdir()
-        for file, content in {"config.json": module.config, **(extra or {})}.items():
-            (scratch / file).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        tensors = {n: t.detach().to("cpu", dtype or t.dtype).contiguous() for n, t in module.state_dict().items()}
-        if broken := not_finite(tensors):
-            raise BadInput(f"{folder}: {broken} is not finite, and is not saved; train with a lower --lr" +
-                           (", or save it in float32" if dtype == torch.float16 else ""))
-        save_file(tensors, scratch / name, metadata={"format": "pt"})
-
-    write_atomic(folder, write)
+    tensors = {n: t.detach().to("cpu", dtype or t.dtype).contiguous() for n, t in module.state_dict().items()}
+    if broken := not_finite(tensors):
+        raise BadInput(f"{folder}: {broken} is not finite, and is not saved; train with a lower --lr" +
+                       (", or save it in float32" if dtype == torch.float16 else ""))
+    for file, content in {"config.json": module.config, **(extra or {})}.items():
+        write_json(content, folder / file)
+    write_atomic(folder / name, lambda new: save_file(tensors, new, metadata={"format": "pt"}))
 
 
 # ---------------------------------------------------------------- python weights.py convert FILE OUT

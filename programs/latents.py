@@ -69,8 +69,8 @@ def encode_ads(sd: StableDiffusion, batches: Iterable[dict], amp: torch.dtype | 
             latents = {"mean": mean, "logvar": logvar, "inpainting": sd.inpainting(image.to(mean), mask)}
         encoded.append({name: x.to("cpu", torch.float16) for name, x in latents.items() if x is not None})
         if not_finite(encoded[-1]):
-            raise BadInput("the VAE's latents are not finite; its weights are broken: get them again; or they overflow: "
-                           "leave out --amp float16")
+            raise BadInput("the VAE's latents are not finite; its weights are broken: get them again, or, if they "
+                           "overflow with --amp float16, leave it out")
     return {name: torch.cat([latents[name] for latents in encoded]) for name in encoded[0]}
 
 

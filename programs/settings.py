@@ -178,7 +178,9 @@ def settle(given: dict, preset: dict, data: Path) -> Settings:
     device, share = pick_device(s.device), s.batch // world
     if s.batch % world:
         raise BadInput(f"--batch {s.batch}: must be a multiple of the {world} processes")
-    most = share if not s.epochs else 16 if device != "cpu" and world == 1 else 4  # the toy's whole share fits
+    most = share  # of the toy's pictures all fit
+    if s.epochs:
+        most = 16 if device.startswith("cuda") and world == 1 else 4
     micro_batch = min(s.micro_batch or max(n for n in range(1, min(share, most) + 1) if share % n == 0), share)
     if share % micro_batch:
         raise BadInput(f"--micro-batch {micro_batch}: must divide --batch {s.batch} over the processes, {share} each")
@@ -196,7 +198,7 @@ def begin(settings: Settings) -> Settings:
 
     Raises BadInput if --resume is missing, or finds no run.
     """
-    folder, device, (rank, world), amp = settings.folder, settings.device, processes(), [settings.amp]
+    folder, (rank, world), amp = settings.folder, processes(), [settings.amp]
     if [*folder.glob("checkpoint_*.safetensors")]:
         raise BadInput(f"{folder} holds a run of an earlier version: finish it with that (git checkout 09b292d), or "
                        "name another --out")
@@ -204,16 +206,17 @@ def begin(settings: Settings) -> Settings:
         raise BadInput(f"nothing to resume: {folder} holds no checkpoint; leave out --resume, or give the run's --out")
     if settings.checkpoints() and not settings.resume:
         raise BadInput(f"--out {settings.out} holds a run of this stage; add --resume to go on, or name another folder")
-    if device != "cpu":
-        torch.cuda.set_device(device)
+    cuda = settings.device.startswith("cuda")
+    if cuda:
+        torch.cuda.set_device(settings.device)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo" if device == "cpu" else "nccl")
+        dist.init_process_group("nccl" if cuda else "gloo")
     if amp != ["auto"]:
         return settings
     if settings.resume:
         amp = [settings.newest_checkpoint().get("settings", {}).get("amp")]
     elif rank == 0:
-        faster = bfloat16_is_faster() if device == "cpu" else torch.cuda.is_bf16_supported(including_emulation=False)
+        faster = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else bfloat16_is_faster()
         amp = [torch.bfloat16 if faster else None]
     if world > 1:
         dist.broadcast_object_list(amp)

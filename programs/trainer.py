@@ -22,7 +22,6 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Generator, Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
@@ -271,12 +270,12 @@ class Trainer:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """A context for writing: it does not count as training time, and a full disk raises BadInput."""
+        """A context for writing: it does not count as training time, and errors name the last good checkpoint."""
         start = time.perf_counter()
         try:
             yield
-        except (OSError, SafetensorError) as error:
-            raise BadInput(f"{self.settings.out} can't be written ({error}); make room{self.whole()}") from None
+        except BadInput as error:
+            raise BadInput(f"{error}{self.whole()}") from None
         self.clock += time.perf_counter() - start
 
     def whole(self) -> str:

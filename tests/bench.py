@@ -242,13 +242,12 @@ def sd15(folder: Path, steps: int) -> None:
     print(f"peak memory of the load          {ours['peak'] / 1e9:8.2f} GB   diffusers {theirs['peak'] / 1e9:8.2f} GB   "
           f"{ours['peak'] / size:.2f} of the weights (aim 1.1)")
 
-    from support.machine import pick_dtype, products_per_second
+    from support.machine import bfloat16_speedup, pick_dtype
 
     flops, best = flops_of_a_step(), str(pick_dtype("auto", "cuda" if cuda else "cpu")).removeprefix("torch.")
     if not cuda:
-        speed = products_per_second()
-        print(f"--dtype auto chooses {best}: bfloat16 products of small matrices are "
-              f"{speed[torch.bfloat16] / speed[torch.float32]:.2f} x as fast as float32's")
+        print(f"--dtype auto chooses {best}: bfloat16 products of small matrices are {bfloat16_speedup():.2f} x as "
+              "fast as float32's")
     ours, theirs = (measured(code, folder, best if cuda else "float32", steps) for code in (OURS, THEIRS))
     if hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) > 1 and not cuda:
         one, other = side_by_side(folder, 3)

@@ -31,7 +31,7 @@ from programs.trainer import Trainer, batches_of_keys, learning_rate, seed_of
 from sampler import Schedule, timestep_weights
 from support import tensors as cache
 from support.datasets import read_items
-from support.files import BadInput
+from support.files import BadInput, sweep
 from toy import stages
 from toy.world import write_world
 from vae import VAE
@@ -345,7 +345,7 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_good_checkpoint(error, wo
         save(content, path)
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(BadInput, match="can't be written .*make room; .*checkpoint_00000002.pt is whole"):
+    with pytest.raises(BadInput, match="checkpoint_00000002.pt is whole"):
         command(*branch("cg", world, base, tmp_path), "--steps", 8, "--save-every", 2)
     assert [path.name for path in checkpoints(tmp_path / "training" / "cg")] == ["checkpoint_00000002.pt"]
 
@@ -621,6 +621,8 @@ def test_a_finished_run_that_is_resumed_says_that_it_is_done_and_changes_nothing
     command(*run)
     said, folder = capsys.readouterr().out, tmp_path / "training" / "cg"
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    (folder / ".scratch-abc").mkdir()
+    sweep.cache_clear()
     command(*run, "--resume")
     out, err = capsys.readouterr()
     assert out == said and err.endswith(f"{folder} is done: it is at step 2; a larger --steps trains it further\n")

@@ -30,7 +30,7 @@ from programs.settings import Settings
 from programs.trainer import Stage, Task
 from sampler import Painting, Schedule, seeded, timestep_weights
 from support.datasets import read_items
-from support.files import BadInput, write_atomic, write_json
+from support.files import BadInput, write_json, write_text
 from support.images import canvas_size, resize
 from support.tensors import compute_parts, weights_fingerprint
 from vae import VAE
@@ -388,18 +388,13 @@ def train_tokenizer(texts: list[str], size: int, length: int, folder: Path) -> N
     # CLIP's order: single bytes, the same as ends of words, merges; the two special tokens get the largest ids
     tokens = [*single, *dict.fromkeys("".join(m) for m in merges), "<|startoftext|>", "<|endoftext|>"]
 
-    def write(scratch: Path) -> None:
-        scratch.mkdir()
-        vocabulary = {token: i for i, token in enumerate(tokens)}
-        (scratch / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
-        lines = ["#version: 0.2", *(f"{a} {b}" for a, b in merges)]
-        (scratch / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": length, "do_lower_case": True,
-                    "bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>",
-                    "unk_token": "<|endoftext|>"}
-        (scratch / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-
-    write_atomic(folder, write)
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    write_text(json.dumps(vocabulary, ensure_ascii=False), folder / "vocab.json")
+    write_text("\n".join(["#version: 0.2", *(f"{a} {b}" for a, b in merges)]) + "\n", folder / "merges.txt")
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": length, "do_lower_case": True,
+                "bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>",
+                "unk_token": "<|endoftext|>"}
+    write_json(settings, folder / "tokenizer_config.json")
 
 
 # ---------------------------------------------------------------- the stages
