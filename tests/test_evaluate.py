@@ -110,10 +110,16 @@ def test_similarity_is_100_times_the_cosine_of_each_pair():
 
 @pytest.mark.parametrize("rank, share", [(0, [2, 2, 1]), (1, [2, 2])])
 def test_processes_embed_a_share_each(rank, share, tiny, tmp_path, monkeypatch):
-    """Two processes have five parts: the second process embeds the second and the fourth, then waits."""
+    """Two processes have five parts: the second process embeds the second and the fourth, then waits for the first."""
+    def the_other_embeds():
+        shares.append([*sizes])
+        monkeypatch.setattr(cache, "barrier", lambda: None)
+        monkeypatch.setattr(cache, "processes", lambda: (1 - rank, 2))
+        embed_pictures(clip, [(path, None) for path in paths], tmp_path / "kept")
+
     monkeypatch.setattr(metrics, "PART", 2)
     monkeypatch.setattr(cache, "processes", lambda: (rank, 2))
-    monkeypatch.setattr(cache, "barrier", lambda: shares.append([*sizes]))
+    monkeypatch.setattr(cache, "barrier", the_other_embeds)
     clip, paths, sizes, shares = load_clip(tiny["--clip"]), [tmp_path / f"{i}.png" for i in range(9)], [], []
     encode = clip.encode_image
     monkeypatch.setattr(clip, "encode_image", lambda x: sizes.append(len(x)) or encode(x))

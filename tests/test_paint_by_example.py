@@ -464,7 +464,7 @@ def test_a_single_file_that_is_no_paint_by_example_is_refused_in_one_line(single
 @pytest.mark.parametrize("change, words", [
     (lambda f: (f / "image_encoder").rename(f / "text_encoder"), "holds no image_encoder/; it looks like Stable Diff"),
     (lambda f: shutil.rmtree(f / "image_encoder"), "is not Paint by Example: it holds no image_encoder/"),
-    (lambda f: shutil.rmtree(f / "unet"), "unet is missing"),
+    (lambda f: shutil.rmtree(f / "unet"), "unet holds no diffusion_pytorch_model.safetensors"),
     (lambda f: save_module(randomise(UNet(SD1)), f / "unet", UNET_FILE), "its UNet reads 4 channels"),
     (lambda f: save_module(randomise(UNet(NINE | {"cross_attention_dim": 32})), f / "unet", UNET_FILE),
      "tokens of width 24, its UNet reads 32"),
