@@ -6,11 +6,7 @@
     python evaluate.py tsne               # Fig. 5a: do a category's backgrounds gather around its centre?
     python evaluate.py fig6               # the methods of Table 2 side by side; fig7: PG's perturbations;
                                           # fig9: a product in many styles; fig10: many products in one
-    python evaluate.py steps              # both samplers by their steps
-    python evaluate.py swapped            # does Eq. 3 matter where it should? With another category's identifier;
-                                          # words: with its scene in words; few-ads: after training on few ads;
-                                          # duplicates --size 256: where there is room for further products
-    python evaluate.py swapped-seeds      # and duplicates-seeds: by three trainings on 100 ads per category each
+    python evaluate.py swapped            # ours: does Eq. 3 matter where it should? By another category's identifier
     python evaluate.py table1 --data BG60K --weights SD15 --cg CG --controlnet FILE --hint inpaint --clip VIT-B-32
 
 Reading order: the tables as data; the measurements; the figures. rivals/lab.py holds the methods, and the lab that
@@ -34,15 +30,15 @@ import torch.nn.functional as F
 from torch import Generator
 
 from generate import save
-from rivals import eq3
-from rivals.lab import FEW_ADS, METHODS, PROTOCOLS, Lab, add_lab_options, lab_of
+from rivals.eq3 import swapped
+from rivals.lab import METHODS, PROTOCOLS, Lab, add_lab_options, lab_of
 from support.datasets import Item
 from support.files import BadInput, locked, one_line_errors, write_json, write_text
 from support.images import load_masked, sheet
 from support.machine import processes
 from support.metrics import RESAMPLES, Measured, compare, interval, markdown_table, plus_minus, similarity
 from support.options import Parser, whole_number
-from support.plots import choose, cutout_of, draw_curves, picture_of, scatter, tsne
+from support.plots import choose, cutout_of, picture_of, scatter, tsne
 from toy.world import draw_on_first_use
 
 # ---------------------------------------------------------------- the tables as data
@@ -105,9 +101,9 @@ def measure(lab: Lab, name: str, protocol: str) -> Measured:
     kept = [i for i, path in enumerate(paths) if path.exists()]
     if len(kept) < 2:
         raise BadInput(f"{lab.data}: {len(kept)} pictures are too few to measure; raise --limit")
-    painted = lab.embeddings([paths[i] for i in kept])
-    originals = lab.embeddings([items[i].image for i in kept])
-    targets = originals if protocol == "bg1k" else lab.embeddings([items[i].reference for i in kept])
+    painted = lab.embeddings([(paths[i], None) for i in kept])
+    originals = lab.embeddings([(items[i].image, None) for i in kept])
+    targets = originals if protocol == "bg1k" else lab.embeddings([(items[i].reference, None) for i in kept])
     names = sorted({item.category for item in items})
     categories = F.one_hot(torch.tensor([names.index(items[i].category) for i in kept]), len(names))
     readable = (painted + originals + targets).isfinite().all(dim=1).tolist()
@@ -191,31 +187,29 @@ def figure_tsne(lab: Lab) -> None:
 
     items = lab.items("bg1k")
     lab.check(["cg", "controlnet"], items)
-    categories, centres = lab.category_centres
+    categories, centres = lab.centres
     points, kinds = [centres], [("centre", category) for category in categories]
     for label, method in (("original", None), ("CG", "cg"), ("ControlNet", "controlnet")):
         paths = lab.pictures(method, items, "bg1k") if method else [item.image for item in items]
-        kept = [(path, item) for path, item in zip(paths, items) if path.exists() and item.category in categories]
-        if not kept:
-            raise BadInput(f"{lab.data}: no picture of a category that has a centre; raise --centres or --limit")
-        x, category_of = lab.background_features(*map(list, zip(*kept)))
-        own = torch.tensor([categories.index(category) for category in category_of])
+        x, kept = lab.backgrounds(pair for pair in zip(paths, items) if pair[1].category in categories)
+        own = torch.tensor([categories.index(item.category) for item in kept])
         distance = torch.cdist(x, centres)  # (n, C)
         print("{}: distance to the category's centre {:.3f} ± {:.3f}, the nearest centre for {} of {} pictures".format(
             label, *interval(lambda i, d=distance, own=own: d[i, own[i]].mean(), len(x)),
             int((distance.argmin(1) == own).sum()), len(x)))
         if method:
             points.append(x)
-            kinds += [(label, category) for category in category_of]
+            kinds += [(label, item.category) for item in kept]
     counts = Counter(item.category for item in items if item.category in categories)
     largest = sorted(category for category, _ in counts.most_common(20))  # as many as the legend has room for
     rows = [i for i, (_, category) in enumerate(kinds) if category in largest]
     save(scatter(tsne(torch.cat(points)[rows]), [kinds[i] for i in rows], largest), lab.out / "tsne.png")
 
 
-def figure_methods(lab: Lab, name: str, columns: dict[str, str], rows: int = 8) -> None:
-    """Draws a row for each of `rows` pairs: product, reference, each method's picture. columns: methods by label."""
-    draw_methods(lab, name, columns, choose(lab.items("ref"), rows))
+def figure_methods(lab: Lab, rows: int = 8) -> None:
+    """Fig. 6, of some pairs: product, reference, and the pictures by Table 2's methods."""
+    columns = {row.label: row.method for row in TABLES["table2"].rows}
+    draw_methods(lab, "fig6", columns, choose(lab.items("ref"), rows))
 
 
 def figure_perturbations(lab: Lab, each: int = 2) -> None:
@@ -234,7 +228,8 @@ def figure_perturbations(lab: Lab, each: int = 2) -> None:
             strange = replace(item, reference=other.reference, reference_mask=other.reference_mask)
             chosen.append(("other category", strange))
     labels, pairs = zip(*chosen)
-    draw_methods(lab, "fig7", FIG7_COLUMNS, [*pairs], [*labels])
+    columns = {"no perturbation": "fig7-none", "dilation": "fig7-dilation", "dilation + mixup": "fig7-mixup"}
+    draw_methods(lab, "fig7", columns, [*pairs], [*labels])
 
 
 def draw_methods(lab: Lab, name: str, columns: dict[str, str], items: list[Item],
@@ -246,28 +241,6 @@ def draw_methods(lab: Lab, name: str, columns: dict[str, str], items: list[Item]
     cells = [[cutout_of(item), picture_of(item.reference), *(picture_of(paths[i]) for paths in painted)]
              for i, item in enumerate(items)]
     save(sheet(cells, ["product", "reference", *columns], labels), lab.out / f"{name}.png")
-
-
-def figure_steps(lab: Lab) -> None:
-    """CG by the number of steps and the sampler: Table 1's similarity and Fréchet distance, and how similar its
-    pictures are to those of 250 DDIM steps from the same noise, which a curve also shows.
-    """
-    items = lab.items("bg1k")
-    lab.check(["cg"], items)
-    exact = measure(lab.walking("ddim", EXACT), "cg", "bg1k")
-    lines, curves = [["sampler", "steps", f"similarity to {EXACT} steps of DDIM", *list(METRICS.values())[:2]]], {}
-    for sampler, label in SAMPLERS.items():
-        for steps in STEPS:
-            measured = measure(lab.walking(sampler, steps), "cg", "bg1k")
-            n, near = len(measured.kept), similarity(measured.painted, exact.of_items(measured.kept).painted)
-            figures = [interval(f, n) for f in (lambda i, near=near: near[i].mean(), measured.similarity,
-                                                measured.frechet)]
-            lines.append([label, str(steps), *map(plus_minus, figures)])
-            curves.setdefault(label, []).append((steps, figures[0][0]))
-    name = f"steps-refine-{lab.how.refine}"
-    save(draw_curves(curves, lines[0][2], "steps"), lab.out / f"{name}.png")
-    write_text("\n".join(markdown_table(lines)) + "\n", lab.out / f"{name}.md")
-    print(*markdown_table(lines), "", lab.out / f"{name}.md", sep="\n")
 
 
 def figure_grid(lab: Lab, name: str, count: int = 8, groups: int = 4) -> None:
@@ -292,27 +265,15 @@ def figure_grid(lab: Lab, name: str, count: int = 8, groups: int = 4) -> None:
     save(sheet(cells), lab.out / f"{name}.png")
 
 
-SAMPLERS, STEPS, EXACT = {"ddim": "DDIM", "dpm++": "DPM-Solver++ (2M)"}, (5, 10, 15, 20, 25, 50), 250
-TABLE2_COLUMNS = {"Blended Diffusion": "blended-diffusion", "Paint by Example": "paint-by-example",
-                  "Stable Diffusion": "stable-diffusion", "ControlNet": "controlnet", "CG + PG": "cg+pg"}
-FIG7_COLUMNS = {"no perturbation": "fig7-none", "dilation": "fig7-dilation", "dilation + mixup": "fig7-mixup"}
 COMMANDS = {  # each with what to look at next
     "table1": (partial(table, name="table1"), "tsne draws the same pictures' backgrounds; table2 adds references"),
     "table2": (partial(table, name="table2"), "fig6 shows its methods side by side; table4 is the ablation"),
     "table4": (partial(table, name="table4"), "fig6 shows the methods of Table 2 side by side"),
     "tsne": (figure_tsne, "table1 measures the same pictures"),
-    "fig6": (partial(figure_methods, name="fig6", columns=TABLE2_COLUMNS), "table2 measures these methods"),
+    "fig6": (figure_methods, "table2 measures these methods"),
     "fig7": (figure_perturbations,
              "train.py pg --theta N --sigma LOW HIGH trains with other perturbations"),
-    "steps": (figure_steps, "--refine 2 does the same with the second pass"),
-    "swapped": (eq3.swapped, "words asks for another scene in words"),
-    "words": (eq3.words, "swapped asks for another scene by its identifier"),
-    "few-ads": (eq3.few_ads, "swapped-seeds asks its networks for another scene than the product's"),
-    "duplicates": (eq3.duplicates, "its sheets show in red what was found; table1 measures at the trained size"),
-    "swapped-seeds": (partial(eq3.swapped, name="swapped-seeds", methods=eq3.on_few_ads(FEW_ADS[-1])),
-                      "few-ads measures the same networks"),
-    "duplicates-seeds": (partial(eq3.duplicates, name="duplicates-seeds", methods=eq3.on_few_ads(FEW_ADS[-1])),
-                         "few-ads measures the same networks"),
+    "swapped": (swapped, "its sheets show what each category's identifier paints around each product"),
     "fig9": (partial(figure_grid, name="fig9"), "fig10 shows many products in one style"),
     "fig10": (partial(figure_grid, name="fig10"), "fig9 shows one product in many styles"),
 }
@@ -326,8 +287,6 @@ def options() -> Parser:
     parser.add_argument("what", help=", ".join(COMMANDS))
     add = add_lab_options(parser)
     add("--limit", metavar="N", type=whole_number(2, 10**9), help="only the first N items of the split [all]")
-    add("--centres", metavar="N", type=whole_number(1, 10**9),
-        help="tsne: centres from the first N training ads [all]")
     add("--out", metavar="DIR", type=Path, default=Path("results"), help="folder for all results [results]")
     return parser
 
@@ -345,7 +304,7 @@ def evaluate(args: argparse.Namespace) -> None:
     rank, world = processes()
     if world > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=7))  # processes wait for one another while all paint
-    lab, (command, following) = lab_of(args, args.out, args.limit, args.centres), COMMANDS[args.what]
+    lab, (command, following) = lab_of(args, args.out, args.limit), COMMANDS[args.what]
     draw_on_first_use(lab.data)
     with redirect_stdout(io.StringIO()) if rank else nullcontext():
         command(lab)

@@ -2,7 +2,6 @@
 
     python study.py make          # paints what is missing; writes the raters' folder `study`, and key.json
     python study.py score rankings-*.json         # Table 3 from the files that the raters send back
-    python study.py power         # beforehand: how many raters does a difference need? By simulation
     python study.py make --pairs 10 --methods stable-diffusion cg cg+pg       # in class: nothing has to be trained
     python study.py make --data BG60K --weights SD15 --cg CG --pg PG --controlnet FILE ...
 
@@ -11,21 +10,17 @@ it says which method painted which picture. Each rater opens index.html (index.h
 pictures of each pair twice, and sends back the file that the page saves at the end.
 """
 
-
 import argparse
 import json
-import os
 import random
 import secrets
-import struct
 import sys
-import zlib
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from rivals.lab import METHODS, Lab, add_lab_options, lab_of
 from support.datasets import Item
@@ -44,24 +39,38 @@ from support.images import open_image, thumbnail
 from support.machine import processes
 from support.metrics import (
     RESAMPLES,
-    detected,
     half_width,
     kendalls_w,
     markdown_table,
     plus_minus,
     rank_scores,
     resampled_means,
-    similarity,
-    simulated,
     wins,
 )
-from support.options import Parser, real_number, whole_number
+from support.options import Parser, whole_number
 from support.plots import choose, cutout_of
 from toy.world import draw_on_first_use
 
+
+class Row(NamedTuple):
+    label: str
+    similarity: float  # mean rank scores, 5 for the best
+    quality: float
+
+
+PAPER = {  # Table 3
+    "controlnet": Row("ControlNet", 2.39, 2.61),
+    "blended-diffusion": Row("Blended Diffusion", 2.53, 2.77),
+    "paint-by-example": Row("Paint by Example", 2.03, 2.35),
+    "cg": Row("CG", 3.18, 3.42),
+    "cg+pg": Row("CG + PG", 4.88, 3.84),
+}
+QUESTIONS = ("similarity", "quality")
+PAIRS = 100  # from BG-pair, as in the paper, which has 20 raters
 PAGE = Path(__file__).with_name("support") / "study_page.html"
 SIDE = 1024  # pixels; larger pictures are reduced
-LONG_AGO = 946_684_800  # 1 January 2000, the time of every file, so none reveals when it was painted
+
+# ---------------------------------------------------------------- make: what raters get
 
 
 class Pair(NamedTuple):
@@ -113,68 +122,19 @@ def plan(pairs: list[Pair]) -> Handout:
 
 
 def write_handout(handout: Handout, out: Path) -> None:
-    """Writes OUT/index.html and OUT/pictures.
-
-    All candidates' files have the same size, because how well a picture compresses depends on the method. They are
-    written in the order of their names, and all files get the same time.
-    """
+    """Writes OUT/index.html and OUT/pictures, where the pictures' own text, which names the method, is left out."""
     page = PAGE.read_text(encoding="utf-8")
     page = page.replace("STUDY_DATA", json.dumps({"study": handout.study, "pairs": handout.shown}), 1)
-    candidates = sorted(name for pair in handout.shown for name in pair["candidates"])
 
     def write(new: Path) -> None:
         (new / "pictures").mkdir(parents=True)
         (new / "index.html").write_text(page, encoding="utf-8")
-        for name, source in sorted(handout.pictures.items(), key=lambda entry: entry[0]):
+        for name in sorted(handout.pictures):  # the names are random, so the order of the files in time is, too
+            source = handout.pictures[name]
             picture = cutout_of(source) if isinstance(source, Item) else open_image(source).convert("RGB")
             thumbnail(picture, SIDE).save(new / "pictures" / f"{name}.png", icc_profile=None)
-        pad([new / "pictures" / f"{name}.png" for name in candidates])
-        for path in (*new.rglob("*"), new):
-            os.utime(path, (LONG_AGO, LONG_AGO))
 
     write_atomic(out, write)
-
-
-def pad(files: list[Path]) -> None:
-    """Pads all PNGs to the size of the largest, by a private chunk that viewers skip, just before the end chunk.
-
-    It holds random bytes: zeros would vanish when the folder is compressed.
-    """
-    end = chunk(b"IEND")
-    size = max(file.stat().st_size for file in files) + len(end)
-    for file in files:
-        png = file.read_bytes().removesuffix(end)
-        filling = os.urandom(size - len(png) - 2 * len(end))
-        file.write_bytes(png + chunk(b"paDd", filling) + end)
-
-
-def chunk(kind: bytes, content: bytes = b"") -> bytes:
-    """A chunk of a PNG: length, kind, content, checksum."""
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-
-class Row(NamedTuple):
-    label: str
-    similarity: float  # mean rank scores, 5 for the best
-    quality: float
-
-
-PAPER = {  # Table 3
-    "controlnet": Row("ControlNet", 2.39, 2.61),
-    "blended-diffusion": Row("Blended Diffusion", 2.53, 2.77),
-    "paint-by-example": Row("Paint by Example", 2.03, 2.35),
-    "cg": Row("CG", 3.18, 3.42),
-    "cg+pg": Row("CG + PG", 4.88, 3.84),
-}
-QUESTIONS = ("similarity", "quality")
-PAIRS, RATERS = 100, (5, 10, 20, 40)  # the paper has 100 pairs, from BG-pair, and 20 raters
-
-
-def label_of(method: str) -> str:
-    return PAPER[method].label if method in PAPER else method
-
-
-# ---------------------------------------------------------------- make
 
 
 def make(args: argparse.Namespace) -> None:
@@ -182,6 +142,7 @@ def make(args: argparse.Namespace) -> None:
     for path, option in ((args.out, "--out"), (args.key, "--key")):
         if path.exists():
             raise BadInput(f"{option} {path} is there already, and raters may be at work on that study; name another")
+    check_methods(args.methods)
     check_folder(args.out)
     check_folder(args.key.parent, "--key")
     if args.key.resolve().is_relative_to(args.out.resolve()):
@@ -189,13 +150,13 @@ def make(args: argparse.Namespace) -> None:
     lab = lab_of(args, args.pictures)
     pairs = painted_pairs(lab, args.methods, args.pairs)
     handout = plan(pairs)
-    write_json({"study": handout.study, "methods": args.methods, "how": lab.record, "pairs": handout.key}, args.key)
+    write_json({"study": handout.study, "methods": args.methods, "how": vars(lab.how), "pairs": handout.key}, args.key)
     write_handout(handout, args.out)
     print(f"{args.out}: for the raters, who open index.html; pairs: {len(pairs)}", f"{args.key}: keep it from them",
           f"next: python study.py score --key {args.key} rankings-*.json, with the files that they send back", sep="\n")
 
 
-def painted_pairs(lab: Lab, methods: list[str], count: int, with_clip: bool = False) -> list[Pair]:
+def painted_pairs(lab: Lab, methods: list[str], count: int) -> list[Pair]:
     """Draws `count` of the data set's pairs of a product and a reference by the seed, and has the methods paint them.
 
     Pairs that can't be painted or read are left out. Raises BadInput if none is left.
@@ -204,7 +165,7 @@ def painted_pairs(lab: Lab, methods: list[str], count: int, with_clip: bool = Fa
         raise BadInput("study.py is for one process; paint the same pictures with torchrun evaluate.py table2 first")
     draw_on_first_use(lab.data)
     items = lab.items("ref")
-    lab.check(methods, items, with_clip)
+    lab.check(methods, items, with_clip=False)
     chosen = choose([*range(len(items))], count, lab.seed)
     with locked(lab.out):
         columns = [lab.pictures(method, items, "ref", chosen) for method in methods]
@@ -278,8 +239,8 @@ def read_all(paths: list[Path], key: dict) -> tuple[dict[str, dict], list[str]]:
 def scores_of(rankings: dict[str, dict], key: dict, question: str) -> Tensor:
     """Rank scores (R, P, M) of R raters, P pairs and M methods in the key's order."""
     orders = [[content["rankings"][pair["pair"]][question] for pair in key["pairs"]] for content in rankings.values()]
-    places = [[[order.index(name) for name in pair["candidates"].values()] for pair, order in zip(key["pairs"], rater)]
-              for rater in orders]
+    names = [[pair["candidates"][method] for method in key["methods"]] for pair in key["pairs"]]
+    places = [[[*map(order.index, of_pair)] for of_pair, order in zip(names, rater)] for rater in orders]
     return rank_scores(-torch.tensor(places))
 
 
@@ -320,8 +281,14 @@ def score(args: argparse.Namespace) -> None:
     lines += ["", f"The raters' agreement, Kendall's W averaged over the pairs: {agreement}; 1 where all agree, "
               f"{1 / raters:.2f} on average by chance."]
     paper = {method: PAPER[method]._asdict() for method in methods if method in PAPER}
-    publish(lines, {"methods": methods, "raters": [*rankings], "left_out": left_out, "pairs": pairs, "paper": paper}
-            | results, args.out / "table3", "power shows how many raters a smaller difference needs")
+    write_json({"methods": methods, "raters": [*rankings], "left_out": left_out, "pairs": pairs, "paper": paper}
+               | results, args.out / "table3.json")
+    write_text("\n".join(lines) + "\n", args.out / "table3.md")
+    print(*lines, "", args.out / "table3.md", args.out / "table3.json", sep="\n")
+
+
+def label_of(method: str) -> str:
+    return PAPER[method].label if method in PAPER else method
 
 
 def table3(methods: list[str], results: dict) -> list[str]:
@@ -343,57 +310,6 @@ def win_table(methods: list[str], question: str, rates: list[list[list[float]]])
     return markdown_table(rows)
 
 
-def publish(lines: list[str], content: dict, path: Path, following: str) -> None:
-    """Prints lines of Markdown, writes them to PATH.md and their content to PATH.json. following: what to do next."""
-    write_json(content, path.with_suffix(".json"))
-    write_text("\n".join(lines) + "\n", path.with_suffix(".md"))
-    print(*lines, "", path.with_suffix(".md"), path.with_suffix(".json"), f"next: study.py {following}", sep="\n")
-
-
-# ---------------------------------------------------------------- power
-
-
-def power(args: argparse.Namespace) -> None:
-    """Estimates how many raters a difference needs, by simulated raters of the real pictures."""
-    check_folder(args.out)
-    lab = lab_of(args, args.pictures)
-    pairs = painted_pairs(lab, args.methods, args.pairs, with_clip=True)
-    painted = lab.embeddings([path for pair in pairs for path in pair.candidates.values()])  # (P M, d)
-    targets = lab.embeddings([pair.item.reference for pair in pairs]).repeat_interleave(len(args.methods), dim=0)
-    similarities = similarity(painted, targets).view(len(pairs), -1)  # (P, M)
-    generator = Generator().manual_seed(args.seed)
-    means = simulated(similarities, 1001, args.noise, generator)[:-1].mean(dim=(0, 1))  # nearly exact
-    found = {raters: detected(similarities, raters, args.noise, args.studies, generator) for raters in RATERS}
-    lines = [f"Simulated: no one has looked at these pictures. The raters rank {len(pairs)} pairs by CLIP similarity "
-             f"to the reference, with {args.noise:g} times its spread within a pair as noise; one clicks at random.",
-             "", *power_tables(args.methods, similarities.mean(dim=0), means, found), "",
-             "The second table says how often a study finds that the first method's mean rank score is above the "
-             f"second's by more than half of the 95% interval ({args.studies} simulated studies for each number of "
-             "raters)."]
-    publish(lines, {"methods": args.methods, "pairs": len(pairs), "noise": args.noise, "studies": args.studies,
-                    "similarities": similarities.mean(dim=0).tolist(), "mean_rank_scores": means.tolist(),
-                    "found": {raters: share.tolist() for raters, share in found.items()}}, args.out / "power",
-            "make, for as many raters as the difference that you expect needs")
-
-
-def power_tables(methods: list[str], similarities: Tensor, means: Tensor, found: dict[int, Tensor]) -> list[str]:
-    """Two tables: the methods from best to worst, and their differences from small to large.
-
-    similarities and means (mean rank scores) are (M,); found has, by number of raters, the fraction (M, M) of studies
-    that find the first method above the second.
-    """
-    order = means.argsort(descending=True).tolist()
-    rows = [["method", "CLIP similarity", "mean rank score"]]
-    rows += [[label_of(methods[i]), f"{similarities[i]:.2f}", f"{means[i]:.2f}"] for i in order]
-    differences = sorted(((means[i] - means[j]).item(), i, j) for k, i in enumerate(order) for j in order[k + 1 :])
-    shares = [["difference", "first", "second", *(f"{raters} raters" for raters in found), "enough for 80%"]]
-    for difference, i, j in differences:
-        enough = next((f"{raters}" for raters, share in found.items() if share[i, j] >= 0.8), f"more than {max(found)}")
-        shares.append([f"{difference:.2f}", label_of(methods[i]), label_of(methods[j]),
-                       *(f"{100 * share[i, j]:.0f}%" for share in found.values()), enough])
-    return [*markdown_table(rows), "", *markdown_table(shares)]
-
-
 # ---------------------------------------------------------------- the command line
 
 
@@ -409,28 +325,20 @@ def check_methods(names: list[str]) -> None:
 def options() -> Parser:
     layout = partial(argparse.RawDescriptionHelpFormatter, max_help_position=32, width=120)
     parser = Parser(description=__doc__, formatter_class=layout)
-    commands = parser.add_subparsers(dest="what", metavar="make, score or power", required=True)
+    commands = parser.add_subparsers(dest="what", metavar="make or score", required=True)
 
     def command(name: str, text: str) -> Parser:
         return commands.add_parser(name, formatter_class=layout, description=text, help=text)
 
-    for name, text in (("make", "writes the raters' folder, and the key outside of it"),
-                       ("power", "estimates how many raters a difference needs, by simulation")):
-        add = add_lab_options(command(name, text))
-        add("--methods", metavar="NAME", nargs="+", default=[*PAPER], help="two to nine methods [the paper's five]")
-        add("--pairs", metavar="N", type=whole_number(1, 10**4), default=PAIRS,
-            help=f"pairs of a product and a reference, drawn by --seed [{PAIRS}, as the paper]")
-        add("--pictures", metavar="DIR", type=Path, default=Path("results"),
-            help="where pictures are painted, and found if painted already: evaluate.py's --out [results]")
-        if name == "make":
-            add("--out", metavar="DIR", type=Path, default=Path("study"), help="the raters' folder [study]")
-            add("--key", metavar="FILE", type=Path, default=Path("key.json"),
-                help="which method painted which picture, for `score` [key.json]")
-        else:
-            add("--out", metavar="DIR", type=Path, default=Path("results"), help="for power.md and .json [results]")
-            add("--noise", metavar="X", type=real_number(0, 1e3), default=1.0,
-                help="a rater's noise, as a multiple of the spread of similarities within a pair [1]")
-            add("--studies", metavar="N", type=whole_number(1, 10**5), default=200, help="simulated studies [200]")
+    add = add_lab_options(command("make", "writes the raters' folder, and the key outside of it"))
+    add("--methods", metavar="NAME", nargs="+", default=[*PAPER], help="two to nine methods [the paper's five]")
+    add("--pairs", metavar="N", type=whole_number(1, 10**4), default=PAIRS,
+        help=f"pairs of a product and a reference, drawn by --seed [{PAIRS}, as the paper]")
+    add("--pictures", metavar="DIR", type=Path, default=Path("results"),
+        help="where pictures are painted, and found if painted already: evaluate.py's --out [results]")
+    add("--out", metavar="DIR", type=Path, default=Path("study"), help="the raters' folder [study]")
+    add("--key", metavar="FILE", type=Path, default=Path("key.json"),
+        help="which method painted which picture, for `score` [key.json]")
     add = command("score", "makes Table 3 from the files that the raters send back").add_argument
     add("rankings", metavar="FILE", nargs="+", type=Path, help="rankings-NAME.json")
     add("--key", metavar="FILE", type=Path, default=Path("key.json"), help="from make [key.json]")
@@ -440,9 +348,7 @@ def options() -> Parser:
 
 def main(arguments: list[str] | None = None) -> None:
     args = options().parse_args(arguments)
-    if args.what != "score":
-        check_methods(args.methods)
-    {"make": make, "score": score, "power": power}[args.what](args)
+    (make if args.what == "make" else score)(args)
 
 
 if __name__ == "__main__":

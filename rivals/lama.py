@@ -19,7 +19,7 @@ from support.layouts import looks_like, split_by_model
 from support.tensors import read_weights
 from weights import build_from_shapes, load_module
 
-LAMA_FILE = "model.safetensors"  # in a folder that train.py lama wrote
+LAMA_FILE = "model.safetensors"  # in a folder that its training wrote
 
 Pair = tuple[Tensor, Tensor | None]  # local and global features, each (B, C, h, w); the first layers lack global ones
 
@@ -177,15 +177,6 @@ class LaMa(nn.Module):
         """A picture's sides must be multiples of it; `forward` pads other ones."""
         return 2 ** self.config["levels"]
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """That of its weights."""
-        return self.model[1].bn_l.weight.dtype
-
-    def steps(self, how) -> int:
-        """How often `paint` calls on_step."""
-        return 1
-
     def fill(self, rgb: Tensor, known: Tensor) -> Tensor:
         """rgb (B, 3, H, W), hidden except where `known` (B, 1, H, W) is 1 -> the network's picture (B, 3, H, W)."""
         x = torch.cat([rgb * known, 1 - known], dim=1)
@@ -204,12 +195,9 @@ class LaMa(nn.Module):
 
     @torch.inference_mode()
     def paint(self, canvas, how, on_step: Callable | None = None) -> Tensor:
-        """As generate.paint: a Canvas -> (B, 3, H, W) float32. It takes one step, whatever `how` says."""
+        """As generate.paint: a Canvas -> (B, 3, H, W) float32, in one step, whatever `how` says."""
         weight = self.model[1].bn_l.weight
-        painted = self(canvas.rgb.to(weight), canvas.mask.to(weight))
-        if on_step:
-            on_step()
-        return painted
+        return self(canvas.rgb.to(weight), canvas.mask.to(weight))
 
 
 # ---------------------------------------------------------------- loading
@@ -227,7 +215,7 @@ def lama_config(tensors: dict[str, Tensor]) -> dict:
 
 
 def load_lama(path: Path | str, device="cpu") -> LaMa:
-    """LaMa in float32, from a file with big-lama's generator or a folder of train.py lama. Raises BadInput."""
+    """LaMa in float32, from a file with big-lama's generator or a folder that its training wrote. Raises BadInput."""
     path = Path(path)
     if path.is_dir():
         return load_module(LaMa, path, LAMA_FILE, device, torch.float32)

@@ -151,10 +151,6 @@ class PaintByExample:
         z = sample(self.sd.unet, self.sd.schedule, given, canvas.generators, shape, how, on_step=on_step)
         return self.sd.decode(z)
 
-    def steps(self, how: Painting) -> int:
-        """How often `paint` calls on_step."""
-        return how.steps
-
     @property
     def size(self) -> int:
         """The side in pixels of the pictures that it is for."""
@@ -169,11 +165,6 @@ class PaintByExample:
     def exemplar(self) -> int:
         """The side in pixels to which exemplars are squashed."""
         return self.image_encoder.config["image_size"]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """That of the UNet's weights."""
-        return self.sd.unet.conv_in.weight.dtype
 
 
 # ---------------------------------------------------------------- loading

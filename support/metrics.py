@@ -1,19 +1,16 @@
-"""Support: embeddings, CLIP similarity, Fréchet distance and their intervals; not needed to understand the paper."""
-
+"""Support: embeddings, CLIP similarity, Fréchet distance, rankings, intervals; not needed to understand the paper."""
 
 import math
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
-from clip import CLIP
 from support.datasets import MASK_OF_ITEM, Item
 from support.files import BadInput
 from support.images import load_masked, open_image, to_tensor
@@ -22,14 +19,17 @@ from support.tensors import compute_parts, file_fingerprint, weights_fingerprint
 RESAMPLES = 200  # bootstrap samples
 PART = 64  # pictures that are embedded at once; their embeddings lie in one file
 
+# ---------------------------------------------------------------- pictures
 
-def embed_pictures(clip: CLIP, paths: list[Path], items: list[Item] | None, folder: Path) -> Tensor:
+
+def embed_pictures(clip: nn.Module, pictures: list[tuple[Path, Item | None]], folder: Path) -> Tensor:
     """CLIP embeddings of pictures, not normalised: (n, d), computed once and kept in `folder`. Processes share
     the work.
 
-    Given the items that the pictures were painted for, the backgrounds alone are embedded, I ⊗ (1 − M). A picture that
-    can't be read is reported, and its embedding is NaN.
+    With the item that it was painted for, a picture's background alone is embedded, I ⊗ (1 − M). A picture that can't
+    be read is reported, and its embedding is NaN.
     """
+    parts = [pictures[start : start + PART] for start in range(0, len(pictures), PART)]
     device = clip.visual_projection.weight.device
 
     def preprocessed(path: Path, item: Item | None) -> Tensor:
@@ -42,26 +42,16 @@ def embed_pictures(clip: CLIP, paths: list[Path], items: list[Item] | None, fold
             picture = torch.full((3, 8, 8), math.nan)
         return clip.preprocess(picture[None].to(device))
 
-    pairs = list(zip(paths, items or [None] * len(paths)))
-    parts = [pairs[start : start + PART] for start in range(0, len(pairs), PART)]
-
-    bar = tqdm(total=len(parts), desc="embedding", unit="batch", disable=not sys.stderr.isatty())
-
     @torch.no_grad()
     def compute(k: int) -> dict[str, Tensor]:
-        embedded = clip.encode_image(torch.cat([preprocessed(*pair) for pair in parts[k]])).cpu()
         bar.update(k + 1 - bar.n)  # other processes embed the parts between
-        return {"embeddings": embedded}
+        return {"embeddings": clip.encode_image(torch.cat([preprocessed(*picture) for picture in parts[k]])).cpu()}
 
     weights = weights_fingerprint(clip)
-    keys = [[weights, [[file_fingerprint(path), *masked_by(item)] for path, item in part]] for part in parts]
-    with bar:
+    keys = [[weights, [[item and item.inverted, *map(file_fingerprint, (path, item and item.image, item and item.mask))]
+                       for path, item in part]] for part in parts]
+    with tqdm(total=len(parts), desc="embedding", unit="batch", disable=not sys.stderr.isatty()) as bar:
         return torch.cat([part["embeddings"] for part in compute_parts(folder, keys, compute)])
-
-
-def masked_by(item: Item | None) -> list:
-    """A fingerprint of the mask that hides an item's product."""
-    return [file_fingerprint(item.image), file_fingerprint(item.mask), item.inverted] if item else []
 
 
 def similarity(x: Tensor, y: Tensor) -> Tensor:
@@ -153,12 +143,15 @@ def compare(theirs: Measured, ours: Measured, metrics: list[str]) -> dict:
     both, n = sorted({*theirs.kept} & {*ours.kept}), len(theirs.kept)
     a, b = ours.of_items(both), theirs.of_items(both)
 
-    def ahead(metric: str, rows: Tensor) -> Tensor:
-        difference = getattr(a, metric)(rows) - getattr(b, metric)(rows)
-        return difference if metric == "similarity" else -difference  # a smaller distance is better
+    def ahead(metric: str) -> tuple[float, float]:
+        sign = 1 if metric == "similarity" else -1  # a smaller distance is better
+        return interval(lambda rows: sign * (getattr(a, metric)(rows) - getattr(b, metric)(rows)), len(both))
 
     return {"n": n, **{metric: interval(getattr(theirs, metric), n) for metric in metrics},
-            "ours_ahead": {metric: interval(partial(ahead, metric), len(both)) for metric in metrics}}
+            "ours_ahead": {metric: ahead(metric) for metric in metrics}}
+
+
+# ---------------------------------------------------------------- rankings
 
 
 def rank_scores(utility: Tensor) -> Tensor:
@@ -184,7 +177,7 @@ def resampled_means(values: Tensor, resamples: int = RESAMPLES) -> Tensor:
 
 
 def half_width(means: Tensor) -> Tensor:
-    """Half of the 95% interval of resampled figures, as `interval` in support/metrics.py. (resamples, ...) -> (...)"""
+    """Half of the 95% interval of resampled figures, as in `interval`. (resamples, ...) -> (...)"""
     return 1.96 * means.std(dim=0)
 
 
@@ -203,35 +196,3 @@ def kendalls_w(scores: Tensor) -> Tensor:
     totals = scores.sum(dim=0)
     S = (totals - totals.mean(dim=1, keepdim=True)).square().sum(dim=1)
     return 12 * S / (raters**2 * (methods**3 - methods))
-
-
-# ---------------------------------------------------------------- simulated raters
-
-
-def simulated(similarities: Tensor, raters: int, noise: float, generator: Generator) -> Tensor:
-    """Rank scores of simulated people: (P, M) -> (raters, P, M). The last one clicks at random.
-
-    The others rank by the similarity of each picture to its reference, plus noise of their own. Its standard deviation
-    is `noise` times that of the similarities within a pair, averaged over the pairs.
-    """
-    spread = similarities.std(dim=1).mean()
-    errors = torch.randn(raters, *similarities.shape, generator=generator)
-    utility = similarities + noise * spread * errors
-    utility[-1] = errors[-1]
-    return rank_scores(utility)
-
-
-def detected(similarities: Tensor, raters: int, noise: float, studies: int, generator: Generator) -> Tensor:
-    """How often a study with this many raters finds a difference: (P, M) -> (M, M), the part of the simulated studies
-    in which the first method's mean rank score is above the second's by more than half of the 95% interval.
-
-    Each study draws its P pairs from the given ones, with replacement.
-    """
-    count, methods = similarities.shape
-    found = torch.zeros(methods, methods)
-    for _ in range(studies):
-        pairs = torch.randint(count, (count,), generator=generator)
-        scores = simulated(similarities[pairs], raters, noise, generator)
-        mean, means = scores.mean(dim=(0, 1)), resampled_means(scores)
-        found += mean[:, None] - mean > half_width(means[:, :, None] - means[:, None])
-    return found / studies

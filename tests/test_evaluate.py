@@ -24,22 +24,23 @@ from data import background_hint, load_ad
 from generate import Canvas, prompt_texts
 from model import CategoryGenerator, ControlNet, PersonalityGenerator, Prompts, UNet, predict_noise
 from programs.models import TOY
-from programs.settings import check_options
-from rivals import eq3, lab as methods, lab as networks
+from programs.settings import parser, settle
+from rivals import eq3, lab as methods, networks
 from rivals.baselines import blended_diffusion, stable_diffusion
-from rivals.lab import Networks
 from rivals.lama import LAMA_FILE
+from rivals.networks import Networks
 from rivals.paint_by_example import PaintByExampleEncoder
+from rivals.stages import RIVAL_STAGES
 from sampler import Painting, ddim, seeded
 from support import metrics, tensors as cache
 from support.datasets import read_items
-from support.files import BadInput, read_json, write_json
+from support.files import BadInput, read_json
 from support.images import load_masked, open_image, save_image, to_tensor
 from support.metrics import embed_pictures, frechet, interval, joint_frechet, similarity
-from support.plots import choose, neighbour_probabilities, scatter, tsne, tsne_loss
+from support.plots import COLOURS, choose, draw_curves, neighbour_probabilities, scatter, tsne, tsne_loss
 from toy.products import PRODUCTS
 from toy.stages import TOY_TEXT, TOY_UNET, TOY_VAE, train_tokenizer
-from toy.world import write_world
+from toy.world import TOY_DATA, write_world
 from vae import VAE
 from weights import (
     CLIP_FILE,
@@ -109,16 +110,22 @@ def test_similarity_is_100_times_the_cosine_of_each_pair():
 
 @pytest.mark.parametrize("rank, share", [(0, [2, 2, 1]), (1, [2, 2])])
 def test_processes_embed_a_share_each(rank, share, tiny, tmp_path, monkeypatch):
-    """Two processes have five parts: the second process embeds the second and the fourth, then waits."""
+    """Two processes have five parts: the second process embeds the second and the fourth, then waits for the first."""
+    def the_other_embeds():
+        shares.append([*sizes])
+        monkeypatch.setattr(cache, "barrier", lambda: None)
+        monkeypatch.setattr(cache, "processes", lambda: (1 - rank, 2))
+        embed_pictures(clip, [(path, None) for path in paths], tmp_path / "kept")
+
     monkeypatch.setattr(metrics, "PART", 2)
     monkeypatch.setattr(cache, "processes", lambda: (rank, 2))
-    monkeypatch.setattr(cache, "barrier", lambda: shares.append([*sizes]))
+    monkeypatch.setattr(cache, "barrier", the_other_embeds)
     clip, paths, sizes, shares = load_clip(tiny["--clip"]), [tmp_path / f"{i}.png" for i in range(9)], [], []
     encode = clip.encode_image
     monkeypatch.setattr(clip, "encode_image", lambda x: sizes.append(len(x)) or encode(x))
     for i, path in enumerate(paths):
         save_image(random(3, 40, 40, seed=i).sigmoid(), path)
-    together = embed_pictures(clip, paths, None, tmp_path / "kept")
+    together = embed_pictures(clip, [(path, None) for path in paths], tmp_path / "kept")
     assert shares == [share] and sum(sizes) == 9
     alone = torch.cat([encode(clip.preprocess(to_tensor(open_image(path))[None])) for path in paths])
     assert torch.allclose(together, alone, atol=1e-5)
@@ -333,6 +340,16 @@ def test_tsne_of_equal_points_is_a_picture_too():
     assert scatter(y, [("CG", "mug")] * 20, ["mug"]).size == (1130, 900)
 
 
+def test_a_curve_falls_with_the_loss_and_one_bad_batch_does_not_flatten_it():
+    raw, smoothed = ([(20 * i, 1e6 if i == bad else 1 / i) for i in range(1, 101)] for bad in (50, None))
+    page = draw_curves({"raw": raw, "smoothed": smoothed}, "loss", "step")
+    colour = torch.tensor([int(COLOURS[1][i : i + 2], 16) for i in (1, 3, 5)])
+    at = (255 * to_tensor(page) - colour.view(3, 1, 1)).abs().amax(0) < 40
+    top = [int(at[30:, x].nonzero().min()) for x in (120, 300, 800)]
+    assert top[0] + 100 < top[1] < top[2]
+    assert all(draw_curves({"raw": line}, "", "").size == page.size for line in (raw[:1], [(1, 0.0)]))
+
+
 def test_the_same_items_are_chosen_every_time_in_their_order():
     assert choose(list(range(100)), 8) == choose(list(range(100)), 8) == sorted(choose(list(range(100)), 8))
     assert len({*choose(list(range(100)), 8)}) == 8 and choose([1, 2], 8) == [1, 2]
@@ -421,11 +438,6 @@ def test_a_figure_is_drawn(results, ads, tiny, figure, capsys):
     assert all("nearest centre" in line for line in lines)
 
 
-def test_cg_with_plain_attention_is_trained_as_cg_is():
-    cg = train.TOY_SETTINGS["cg"]
-    assert methods.TRAINED["cg-plain"] == ["cg", "--attention", "plain", "--steps", str(cg["steps"])]
-
-
 def test_the_three_trainings_of_fig7(ads, tmp_path, monkeypatch):
     """They differ as Fig. 7 says: no perturbation, dilation alone, dilation and mixup; each runs on first use only."""
     commands = []
@@ -439,7 +451,7 @@ def test_the_three_trainings_of_fig7(ads, tmp_path, monkeypatch):
     monkeypatch.setattr(networks.subprocess, "run", stand_in)
     for _ in range(2):
         command(ads, tmp_path / "results", {"--size": 64}, "fig7", "--limit", "2")
-    options = [tuple(c[c.index("--steps") + 2 : c.index("--out")]) for c in commands]
+    options = [tuple(c[c.index("--steps") + 2 : c.index("--cg")]) for c in commands]
     assert options == [("--theta", "0", "--sigma", "1", "1"), ("--sigma", "1", "1"), ()]
     assert all(c[:3] == ["pg", "--steps", "600"] and c[c.index("--cg") + 1] == str(TOY / "cg") for c in commands)
     assert (tmp_path / "results" / "fig7.png").is_file()
@@ -477,10 +489,7 @@ def test_pg_is_trained_beside_the_controlnet_as_beside_a_cg_that_computes_the_sa
     assert read_json(as_cg / "categories.json") == read_json(tiny["--cg"] / "categories.json")
 
 
-@pytest.mark.parametrize("question, background", [("swapped", "in the background of sks {}"),
-                                                  ("words", "in the background of a beach by the sea")])
-def test_a_product_is_painted_with_its_own_words_and_another_category_s_scene(ads, tiny, tmp_path, monkeypatch,
-                                                                             question, background):
+def test_a_product_is_painted_with_its_own_words_and_another_category_s_identifier(ads, tiny, tmp_path, monkeypatch):
     """All pairs of different categories, by both attentions; every picture is counted once."""
     painted, pictures = [], methods.Lab.pictures
 
@@ -489,99 +498,22 @@ def test_a_product_is_painted_with_its_own_words_and_another_category_s_scene(ad
         return pictures(lab, name, items, folder, texts=texts, **options)
 
     monkeypatch.setattr(methods.Lab, "pictures", noted)
-    command(ads, tmp_path, tiny, question)
+    command(ads, tmp_path, tiny, "swapped")
     identifiers = read_json(tiny["--cg"] / "categories.json")
     categories = {category for _, category, *_ in painted}
     assert {(name, c, folder) for name, c, folder, *_ in painted} == {
-        (name, c, f"{question}-{other}") for name in ("cg", "cg-plain")
+        (name, c, f"swapped-{other}") for name in ("cg", "cg-plain")
         for c in categories for other in categories - {c}}
     for _, category, folder, P, P_fg, P_bg in painted:
-        other = folder.removeprefix(f"{question}-")
         assert (P, P_fg) == (f"A photo of {category}, {P_bg}", f"A photo of {category}")
-        if question == "swapped" or other == "sunscreen":
-            assert P_bg == background.format(identifiers[other].removeprefix("sks "))
-    rows = [line.split("|")[2:-1] for line in (tmp_path / f"{question}.md").read_text().splitlines()[2:]]
+        assert P_bg == f"in the background of {identifiers[folder.removeprefix('swapped-')]}"
+    rows = [line.split("|")[2:-1] for line in (tmp_path / "swapped.md").read_text().splitlines()[2:]]
     for *shares, count in rows:
         assert sum(float(share.split("±")[0]) for share in shares) == pytest.approx(100, abs=0.02)
         assert int(count) == len(painted) / 2
-    assert (tmp_path / f"{question}-cg.png").is_file() and (tmp_path / f"{question}-cg-plain.png").is_file()
-
-
-def test_steps_measures_both_samplers_beside_250_steps_of_ddim(ads, tiny, tmp_path, monkeypatch):
-    """The walk that it compares with is as near to itself as can be; the pictures are table1's of so many steps."""
-    monkeypatch.setattr(evaluate, "STEPS", (2, 3))
-    monkeypatch.setattr(evaluate, "EXACT", 3)
-    command(ads, tmp_path, tiny, "steps", "--limit", "3")
-    lines = (tmp_path / "steps-refine-1.md").read_text().splitlines()[2:]
-    rows = {tuple(cells[1:3]): cells[3:-1] for line in lines if (cells := [x.strip() for x in line.split("|")])}
-    assert [*rows] == [(sampler, steps) for sampler in ("DDIM", "DPM-Solver++ (2M)") for steps in "23"]
-    assert rows["DDIM", "3"][0] == "100.00 ± 0.00" and float(rows["DDIM", "2"][0].split()[0]) < 100
-    folders = {*(tmp_path / "pictures" / "bg1k").iterdir()}
-    assert len(folders) == 4 and (tmp_path / "steps-refine-1.png").is_file()
-    command(ads, tmp_path, tiny, "table1", "--limit", "3")  # of 2 steps
-    assert len([path for path in (tmp_path / "pictures" / "bg1k").glob("cg-*") if "plain" not in path.name]) == 4
-
-
-def test_what_can_t_be_asked_is_one_line(ads, tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(eq3, "PRODUCTS", {})
-    with pytest.raises(BadInput, match="knows only the toy's scenes, not [a-z ]+'s; try swapped"):
-        command(ads, tmp_path, tiny, "words")
+    assert (tmp_path / "swapped-cg.png").is_file() and (tmp_path / "swapped-cg-plain.png").is_file()
     with pytest.raises(BadInput, match="swapped needs products of two categories; raise --limit"):
-        lab = SimpleNamespace(data=ads, items=lambda _: read_items(ads, "bg1k")[0][:1])
-        eq3.whose_scene(lab, "swapped", eq3.COMPARED, {}, "the identifier's")
-
-
-@pytest.fixture
-def trainings(tmp_path, monkeypatch):
-    """The commands of the trainings on few ads, each of which ends at once with the toy's CG."""
-    commands = []
-
-    def stand_in(command, **_):
-        commands.append(command[2:])
-        plain = shutil.copytree(TOY / "cg", Path(command[command.index("--out") + 1], "cg"))
-        write_json(read_json(plain / "config.json") | {"attention": command[command.index("--attention") + 1]},
-                   plain / "config.json")
-        return subprocess.CompletedProcess(command, 0)
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(networks.subprocess, "run", stand_in)
-    monkeypatch.setattr(eq3, "write_world", lambda *_, **__: None)
-    return commands
-
-
-def test_few_ads_are_learnt_with_the_settings_of_the_shipped_cg(tmp_path):
-    """On other data than the toy's own, train.py would otherwise take the paper's: 512 px, a learning rate of 1e-5."""
-    def settings(*arguments):
-        args = train.options().parse_args([*arguments, "--out", str(tmp_path)])
-        return train.settle(args, train.PAPER if args.data else train.TOY_SETTINGS["cg"], tmp_path)
-
-    few = settings(*methods.TRAINED["cg-10-2"])
-    assert few == replace(settings("cg"), data=few.data, steps=600, seed=2, epochs=few.epochs)  # steps go before epochs
-
-
-def options_of(commands):
-    return [[c[c.index(option) + 1] for option in ("--attention", "--seed", "--steps", "--data")] for c in commands]
-
-
-def test_both_attentions_are_trained_on_the_same_few_ads_by_the_same_seeds(ads, tmp_path, monkeypatch, trainings):
-    monkeypatch.setattr(eq3, "FEW_ADS", (10,))
-    command(ads, tmp_path / "results", {"--size": 64}, "few-ads", "--limit", "2")
-    assert options_of(trainings) == [[attention, str(seed), "600", "runs/evaluate/ads-10/ads"]
-                                     for attention in ("mask-guided", "plain") for seed in range(3)]
-    row, = read_json(tmp_path / "results" / "few-ads.json")["rows"]
-    assert row["ads"] == 10 and [len(seeds) for seeds in row["similarity"]] == [3, 3]
-
-
-def test_another_category_s_scene_is_asked_of_each_training(ads, tmp_path, trainings):
-    """Three of each attention, on 100 ads: each one's share beside their mean, and a sheet of each."""
-    command(ads, tmp_path / "results", {"--size": 64}, "swapped-seeds", "--limit", "3")
-    assert options_of(trainings) == [[attention, str(seed), "600", "runs/evaluate/ads-100/ads"]
-                                     for attention in ("mask-guided", "plain") for seed in range(3)]
-    for line in (tmp_path / "results" / "swapped-seeds.md").read_text().splitlines()[2:]:
-        for cell in line.split("|")[2:5]:
-            mean, each = cell.split(" ± ")[0], cell.split("(")[1].split(")")[0].split(", ")
-            assert len(each) == 3 and float(mean) == pytest.approx(sum(map(float, each)) / 3, abs=0.06)
-    assert len([*(tmp_path / "results").glob("swapped-seeds-cg-*.png")]) == 6
+        eq3.swapped(SimpleNamespace(data=ads, items=lambda _: read_items(ads, "bg1k")[0][:1]))
 
 
 def test_pictures_are_kept_for_what_they_were_painted_of(ads, tiny, tmp_path, monkeypatch):
@@ -596,13 +528,12 @@ def test_pictures_are_kept_for_what_they_were_painted_of(ads, tiny, tmp_path, mo
         return lab.pictures(method, lab.items("ref"), "ref")[0].parent
 
     first, info = folder(), data / "bgpair_info.txt"
-    for harmless in ("--limit 2", "--batch 3", "--centres 5", "--strength 3", f"--clip {tiny['--guide-clip']}",
+    for harmless in ("--limit 2", "--batch 3", f"--clip {tiny['--guide-clip']}",
                      f"--pg {tiny['--cg']}"):
         assert folder(*harmless.split()) == first, harmless
     others = ["--steps 7", "--guidance 3", "--size 32", "--seed 5", "--dtype float32", "--sampler dpm++", "--refine 2",
               "--refine 2 --refine-from 400", f"--cg {tiny['--cg-plain']}"]
     assert len({first, *(folder(*other.split()) for other in others)}) == 1 + len(others)
-    assert folder("--strength", "3", method="blended-diffusion") != folder(method="blended-diffusion")
     rows = [line.split("\t") for line in info.read_text().splitlines()]
     rows[0][1], rows[1][1] = rows[1][1], rows[0][1]
     info.write_text("".join("\t".join(row) + "\n" for row in rows))
@@ -621,10 +552,10 @@ def test_under_torchrun_one_process_trains_and_the_others_wait(tmp_path):
     (tmp_path / "both.py").write_text(
         "import pathlib\n"
         "import torch.distributed as dist\n"
-        "from rivals import lab as networks\n"
-        f"networks.TRAIN = {str(tmp_path / 'train.py')!r}\n"
+        "from rivals import networks\n"
+        f"networks.ROOT = pathlib.Path({str(tmp_path)!r})\n"
         "dist.init_process_group('gloo')\n"
-        "path = networks.Networks({'weights': None}, {'guide-clip': ['clip']}, 'cpu').path('guide-clip')\n"
+        "path = networks.Networks({'weights': None}, 'cpu').path('guide-clip')\n"
         "pathlib.Path(f'found_{dist.get_rank()}').write_text(f'{path} {path.is_dir()}')\n")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     run = subprocess.run([*torchrun, "both.py"], cwd=tmp_path, text=True, capture_output=True,
@@ -634,11 +565,13 @@ def test_under_torchrun_one_process_trains_and_the_others_wait(tmp_path):
     assert one == other and one.endswith("clip True") and run.stderr.count("training, once") == 1
 
 
-@pytest.mark.parametrize("name", methods.TRAINED)
-def test_train_takes_the_command_that_makes_a_network(name):
-    args = train.options().parse_args([*methods.TRAINED[name], "--device", "cpu", "--amp"])
-    check_options(args)
-    assert args.stage in methods.TRAINED[name] and args.steps
+@pytest.mark.parametrize("name", networks.TRAINED)
+def test_training_takes_the_command_that_makes_a_network(name, tmp_path):
+    """On the toy's data and base, with the toy's settings."""
+    given = vars(parser("", train.STAGES | RIVAL_STAGES).parse_args([*networks.TRAINED[name], "--device", "cpu"]))
+    stage = (train.STAGES | RIVAL_STAGES)[given["stage"]]
+    settings = settle(given | {"out": tmp_path}, stage.settings, TOY_DATA / stage.data)
+    assert settings.size == 128 and settings.steps and settings.data.parent == TOY_DATA
 
 
 def test_an_interrupted_training_is_resumed_and_a_failed_one_is_not_taken_for_done(tmp_path, monkeypatch):
@@ -653,7 +586,7 @@ def test_an_interrupted_training_is_resumed_and_a_failed_one_is_not_taken_for_do
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(networks.subprocess, "run", stand_in)
-    lab = Networks({"weights": None}, {"guide-clip": ["clip", "--steps", "1"]}, "cpu")
+    lab = Networks({"weights": None}, "cpu")
     with pytest.raises(BadInput, match="the training failed, as it says above"):
         lab.path("guide-clip")
     assert lab.path("guide-clip").parent.is_dir() and lab.path("guide-clip").name == "clip"
@@ -676,7 +609,6 @@ OPTIONS = ("--controlnet", "--cg-plain", "--guide-clip", "--lama", "--paint-by-e
     ("table2 --pg nowhere", "nowhere is missing"),
     ("table1 --weights nowhere --cg {toy}/cg --clip {toy}/clip", "nowhere is missing"),
     ("fig7 --weights {toy}/base --cg {toy}/cg", "this command works with the toy only"),
-    ("few-ads --weights {toy}/base --cg {toy}/cg --clip {toy}/clip", "this command works with the toy only"),
     ("table1 --cg-plain {toy}/cg", "--cg-plain .*cg is a CG with mask-guided attention; give one with plain"),
     ("table1 --hint inpaint --controlnet", "--hint goes with --controlnet"),
     ("table1 --out {toy}/README.md", "README.md"),

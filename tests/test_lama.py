@@ -15,14 +15,14 @@ import generate
 import train
 from data import load_ad
 from generate import Canvas
-from rivals import lama_training
+from rivals import lab, lama_training
 from rivals.lama import LAMA_FILE, LaMa, lama_config, load_lama
 from rivals.lama_training import Discriminator, LaMaLoss
 from rivals.stages import RIVAL_STAGES
 from sampler import Painting
 from support.datasets import read_items
 from support.files import BadInput
-from support.images import open_image, to_tensor
+from support.images import load_cutout, open_image, to_tensor
 from toy.world import write_world
 from weights import main as weights_main, save_module
 
@@ -144,7 +144,7 @@ def test_every_form_that_circulates_is_read(lama, tmp_path, prefix, counters):
 
 def test_weights_in_half_precision_are_read_as_float32(lama, tmp_path):
     save_file({name: tensor.half() for name, tensor in lama.state_dict().items()}, tmp_path / "lama.safetensors")
-    assert load_lama(tmp_path / "lama.safetensors").dtype == torch.float32
+    assert {x.dtype for x in load_lama(tmp_path / "lama.safetensors").parameters()} == {torch.float32}
 
 
 def test_the_public_pickle_is_converted(lama, tmp_path, capsys):
@@ -290,35 +290,36 @@ def test_a_canvas_is_painted_as_by_generate_paint(lama):
     assert torch.equal(lama.paint(Canvas(rgb, mask, [], []), Painting()), lama(rgb, mask))
 
 
-def test_generate_paints_a_product_by_lama_alone(folder, ads, tmp_path, capsys):
-    """The product's frame and pixels are kept, the PNG says how it was painted, and --how's command paints it again."""
+def test_lama_paints_products_in_their_frames(folder, ads, tmp_path, capsys):
+    """The product's pixels are kept, a picture's PNG says how it was painted, and each seed gets a picture."""
     item = read_items(ads, "bg1k")[0][0]
-    words = ["--product", str(item.image), "--mask", str(item.mask), "--lama", str(folder)]
-    generate.main([*words, "--out", str(tmp_path / "one")])
-    picture = tmp_path / "one" / f"{item.image.stem}_0.png"
-    generate.main(["--how", str(picture)])
-    command = capsys.readouterr().out.splitlines()[-1].split()
-    assert command[:2] == ["python", "generate.py"] and "--lama" in command and "--category" not in command
-    generate.main([*command[2:], "--out", str(tmp_path / "two")])
-    one, two = (to_tensor(open_image(path)) for path in (picture, tmp_path / "two" / picture.name))
-    assert torch.equal(one, two)
+    lab.main(["paint", "--lama", str(folder), "--product", str(item.image), "--mask", str(item.mask), "--seed", "3",
+              "--num", "2", "--out", str(tmp_path)])
+    paths = [tmp_path / f"{item.image.stem}_{seed}.png" for seed in (3, 4)]
+    assert capsys.readouterr().out.splitlines() == [*map(str, paths)]
+    picture = open_image(paths[0])
+    line = json.loads(picture.text["how"])
+    assert (line["image"], line["seed"], line["how"]["method"]) == (str(item.image), 3, "lama")
+    rgb, mask = load_cutout(item.image, item.mask)
+    assert ((to_tensor(picture) - rgb) * (mask == 1)).abs().max() < 1 / 255
+    with pytest.raises(BadInput, match="painted by another program"):
+        generate.main(["--how", str(paths[0])])
 
 
 @pytest.mark.parametrize("options, message", [
-    ("", "--lama goes with --product; add that one"),
-    ("--product {product} --category mug", "--lama and --category exclude each other"),
+    ("", "required: --product"),
+    ("--product {product} --category mug", "unrecognized arguments: --category mug"),
     ("--product {product} --reference {product}", "--lama and --reference exclude each other"),
-    ("--product {product} --weights sd", "--lama and --weights exclude each other"),
-    ("--data {product}", "--lama and --data exclude each other"),
-    ("--product {product} --refine 2", "--refine is a second pass of the base, and this rival has none"),
+    ("--product {product} --paint-by-example x", "--lama and --paint-by-example exclude each other"),
+    ("--product nowhere.png", "nowhere.png: no such file"),
+    ("--product {product} {product}", "two pictures would be named"),
     ("--product {product} --dtype float16", "--dtype float16: LaMa's Fourier transforms need float32"),
-    ("--product {product} --refine 2", "--refine is a second pass of the base"),
     ("--product {product} --size 100", "--size 100: must be a multiple of 8, such as 96"),
 ])
 def test_bad_use_of_lama_is_one_line(folder, ads, tmp_path, options, message):
-    product = read_items(ads, "bg1k")[0][0].image
-    words = options.format(product=product).split()
-    masks = ["--mask", str(read_items(ads, "bg1k")[0][0].mask)] if "--product" in words else []
+    item = read_items(ads, "bg1k")[0][0]
+    words = options.format(product=item.image).split()
+    masks = ["--mask", *[str(item.mask)] * words.count(str(item.image))] if str(item.image) in words[:2] else []
     with pytest.raises(BadInput, match=message) as error:
-        generate.main([*words, *masks, "--lama", str(folder), "--out", str(tmp_path)])
-    assert "\n" not in str(error.value)
+        lab.main(["paint", *words, *masks, "--lama", str(folder), "--out", str(tmp_path / "out")])
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()

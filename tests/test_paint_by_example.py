@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,15 +14,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_public import WIDE, WIDE_VAE, Mover, config, layout, layouts, original_unet, original_vae
 
-import generate
 import train
 from clip import CLIP
 from data import Ad
 from generate import Canvas
 from model import UNet
-from programs.models import TOY
+from programs.models import TOY, ModelChoice
 from programs.settings import parser, settle
-from rivals import paint_by_example_training
+from rivals import lab, paint_by_example_training
 from rivals.paint_by_example import (
     GUIDANCE,
     PREFIXES,
@@ -400,46 +398,41 @@ def photos(tmp_path_factory) -> Path:
     return root
 
 
-def test_the_exemplar_is_the_whole_reference_where_other_methods_cut_it_to_the_canvas():
+def test_the_exemplar_is_the_whole_reference_squashed(folder, photos, monkeypatch):
     rgb, mask = scene()
-    wide = random(3, 40, 120, seed=9).sigmoid()
-    ads = [Ad(rgb[0], mask[0], ("",) * 3, 0, (wide, wide[:1]))]
-    whole, cut = (generate.canvas_of(ads, 64, 64, [], exemplar)[0].reference for exemplar in (32, None))
-    assert torch.equal(whole[0], resize(wide, 32, 32))
-    torch.testing.assert_close(cut[0], resize(wide[:, :, 40:80], 64, 64))
+    wide, seen = random(3, 40, 120, seed=9).sigmoid(), []
+    monkeypatch.setattr(PaintByExample, "paint", lambda self, canvas, **_: seen.append(canvas) or canvas.rgb)
+    _, paint_all = lab.load_rival("paint-by-example", folder, ModelChoice(dtype="float32"), 64, Painting())
+    paint_all([Ad(rgb[0], mask[0], ("",) * 3, 0, (wide, wide[:1]))])
+    side = VISION_CONFIG["image_size"]
+    assert torch.equal(seen[0].reference[0], resize(wide, side, side)) and seen[0].reference_mask is None
 
 
-def test_generate_paints_a_product_by_an_exemplar_without_a_mask(folder, photos, tmp_path, capsys):
-    """It uses its authors' guidance by default; the PNG says how it was painted, --how's command paints it again."""
-    words = [f"--product={photos / 'mug.png'}", f"--reference={photos / 'ad.png'}", f"--paint-by-example={folder}",
-             "--size=64", "--steps=2", "--dtype=float32"]
+def test_an_exemplar_needs_no_mask(folder, photos, tmp_path, capsys):
+    """The authors' guidance is the default, and the PNG says how it was painted."""
+    words = ["paint", f"--product={photos / 'mug.png'}", f"--reference={photos / 'ad.png'}",
+             f"--paint-by-example={folder}", "--size=64", "--steps=2", "--dtype=float32"]
     pictures = []
-    for more in ([], ["--guidance=1"]):
-        generate.main([*words, *more, f"--out={tmp_path / str(len(pictures))}"])
+    for more in ([], ["--guidance=5"], ["--guidance=1"]):
+        lab.main([*words, *more, f"--out={tmp_path / str(len(pictures))}"])
         pictures.append(Path(capsys.readouterr().out.splitlines()[0]))
-    with_five, with_one = (to_tensor(Image.open(picture)) for picture in pictures)
-    assert not torch.equal(with_five, with_one)
-    generate.main(["--how", str(pictures[0])])
-    command = shlex.split(capsys.readouterr().out)
-    assert "--guidance 5.0" in " ".join(command) and "--category" not in command
-    generate.main([*command[2:], f"--out={tmp_path / 'again'}"])
-    assert torch.equal(to_tensor(Image.open(tmp_path / "again" / pictures[0].name)), with_five)
+    own, with_five, with_one = (to_tensor(Image.open(picture)) for picture in pictures)
+    assert torch.equal(own, with_five) and not torch.equal(own, with_one)
+    line = json.loads(Image.open(pictures[0]).text["how"])
+    assert line["reference"] == str(photos / "ad.png") and line["how"]["guidance"] == GUIDANCE
 
 
 @pytest.mark.parametrize("words, message", [
-    ("", "--paint-by-example goes with --reference"),
+    ("", "required: --product"),
     ("--product mug.png", "--paint-by-example goes with --reference"),
     ("--product mug.png --reference nowhere.png", "nowhere.png: no such file"),
-    ("--product mug.png --reference notes.png", "notes.png: not a readable image: it is a text file"),
-    ("--product mug.png --reference ad.png --reference-mask ad.png", "--paint-by-example and --reference-mask exclude"),
-    ("--product mug.png --reference ad.png --category mug", "--paint-by-example and --category exclude each other"),
-    ("--product mug.png --lama x", "--lama and --paint-by-example exclude each other"),
+    ("--product mug.png --reference notes.png", "notes.png: not a readable image"),
     ("--product mug.png --reference ad.png --size 100", "--size 100: must be a multiple of 64"),
 ])
 def test_bad_use_is_one_line(folder, photos, monkeypatch, words, message):
     monkeypatch.chdir(photos)
     with pytest.raises(BadInput, match=message) as error:
-        generate.main([*words.split(), "--paint-by-example", str(folder)])
+        lab.main(["paint", *words.split(), "--paint-by-example", str(folder)])
     assert "\n" not in str(error.value) and not Path("out").exists()
 
 
@@ -471,7 +464,7 @@ def test_a_single_file_that_is_no_paint_by_example_is_refused_in_one_line(single
 @pytest.mark.parametrize("change, words", [
     (lambda f: (f / "image_encoder").rename(f / "text_encoder"), "holds no image_encoder/; it looks like Stable Diff"),
     (lambda f: shutil.rmtree(f / "image_encoder"), "is not Paint by Example: it holds no image_encoder/"),
-    (lambda f: shutil.rmtree(f / "unet"), "unet is missing"),
+    (lambda f: shutil.rmtree(f / "unet"), "unet holds no diffusion_pytorch_model.safetensors"),
     (lambda f: save_module(randomise(UNet(SD1)), f / "unet", UNET_FILE), "its UNet reads 4 channels"),
     (lambda f: save_module(randomise(UNet(NINE | {"cross_attention_dim": 32})), f / "unet", UNET_FILE),
      "tokens of width 24, its UNet reads 32"),

@@ -17,7 +17,6 @@ from test_paint_by_example import (
 )
 
 from rivals.lama import LAMA_FILE
-from support.files import read_json, write_json
 from support.images import open_image, to_tensor
 from weights import save_module
 
@@ -37,8 +36,8 @@ COMMANDS.sort(key=lambda command: "toy/world.py" not in command)  # first the da
 # Options that make each program's run short, added at the end of its command: the last one counts
 SHORT = {"generate.py": "--steps 2", "train.py": "--steps 2 --batch 4",
          "toy/world.py": "--base 8 --ads 8 --bg1k 8 --pairs 9",
-         "evaluate.py": "--steps 1 --controlnet toy/cg --pg-controlnet toy/pg --cg-plain toy/cg-plain "
-                        "--guide-clip toy/clip --lama toy/lama --paint-by-example toy/example",
+         "evaluate.py": "--steps 1 --controlnet toy/cg --pg-controlnet toy/pg --guide-clip toy/clip "
+                        "--lama toy/lama --paint-by-example toy/example",
          "study.py": "--steps 1"}
 
 
@@ -49,8 +48,6 @@ def test_every_command_of_the_pages_runs(example, tmp_path):  # noqa: F811
     for folder in ("support", "programs", "rivals", "toy"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("data", "__pycache__"))
     # stand-ins for networks that are trained on first use
-    plain = shutil.copytree(ROOT / "toy" / "cg", tmp_path / "toy" / "cg-plain")
-    write_json(read_json(plain / "config.json") | {"attention": "plain"}, plain / "config.json")
     shutil.copytree(example, tmp_path / "toy" / "example")
     save_module(random_lama(), tmp_path / "toy" / "lama", LAMA_FILE)
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
