@@ -13,13 +13,12 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from support.cutouts import SOLID
+from support.cutouts import SOLID, covers_border
 from support.files import BadInput, is_hidden, is_unicode, nfc, one_line, read_json, write_text
 from support.images import FORMATS, AnyPath, load_mask
 from support.machine import cores
@@ -247,10 +246,9 @@ def masks_inverted(items: list[Item], sample: int = 32) -> bool:
     votes = []
     for item in items[:: -(-len(items) // sample) or 1]:  # evenly spaced over the list
         try:
-            mask = load_mask(item.mask)[0]  # (H, W)
+            votes.append(covers_border(load_mask(item.mask)))
         except BadInput:
             continue  # reported when it is loaded as part of the data set
-        votes.append(torch.cat([mask[0], mask[-1], mask[:, 0], mask[:, -1]]).mean() > 0.5)
     return bool(sum(votes) > len(votes) / 2)
 
 
