@@ -1,5 +1,6 @@
 """Support: what masks mean, and the product's own colours at soft edges; not needed to understand the paper."""
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,17 +17,19 @@ STRAIGHT, PREMULTIPLIED, STORED = "the product's colours", "those times M", "tho
 # ---------------------------------------------------------------- masks
 
 
-def black_and_white(histogram: list[int]) -> tuple[int, int]:
-    """The levels that mean 0 and 1 in an 8-bit mask: 0 and 255, unless its black is raised or its white is grey.
+def black_and_white(histogram: np.ndarray) -> tuple[int, int]:
+    """The levels that mean 0 and 1 in an 8-bit mask: 0 and 255, unless its black is raised or its white is grey."""
+    white = 255 - plateau(histogram[:127:-1])
+    return plateau(histogram[:128]), white if white >= FAINTEST_WHITE else 255
 
-    Such a level is shared by over a tenth of the pixels on its side of the middle; a gradient has none.
+
+def plateau(pixels: np.ndarray) -> int:
+    """The commonest of the first levels that occur, if over a tenth of the pixels have it, else 0: a gradient has no
+    such level. pixels (128,): how many pixels each level has.
     """
-    used = [level for level, pixels in enumerate(histogram) if pixels]
-    black = max(range(used[0], min(used[0] + NOISE, 127) + 1), key=histogram.__getitem__, default=0)
-    white = max(range(max(used[-1] - NOISE, 128), used[-1] + 1), key=histogram.__getitem__, default=255)
-    raised = histogram[black] > sum(histogram[:128]) / 10
-    grey = histogram[white] > sum(histogram[128:]) / 10 and white >= FAINTEST_WHITE
-    return black if raised else 0, white if grey else 255
+    first = pixels.nonzero()[0][0]
+    level = first + pixels[first : first + NOISE + 1].argmax()
+    return int(level) if pixels[level] > pixels.sum() / 10 else 0
 
 
 def covers_border(mask: Tensor) -> bool:
@@ -71,11 +74,17 @@ def unmix_edges(rgb: Tensor, mask: Tensor) -> Tensor:
     return torch.cat([pure(channel) for channel in rgb.split(1)])  # one by one, because photos may have 100 megapixels
 
 
-def divide(rgb: Tensor, mask: Tensor) -> Tensor:
-    """Premultiplied colours C = M F (3, H, W) -> F; mask (1, H, W). Where M is near 0, 8 bits hold no colour: there F
-    is continued from the other pixels.
+def pure_colours(rgb: Tensor, mask: Tensor, holds: str) -> Tensor:
+    """The product's pure colours F, (3, H, W), from those of a picture whose soft edges hold what `edge_holds` says.
+
+    F is continued from the other pixels where M = 0, and, if premultiplied, where M is so near 0 that 8 bits hold no
+    colour.
     """
-    return extend((rgb / mask.clamp(min=0.01)).clamp(0, 1), mask > 0.05)
+    if holds == STORED:
+        return unmix_edges(rgb, mask)
+    if holds == PREMULTIPLIED:
+        return extend((rgb / mask.clamp(min=0.01)).clamp(0, 1), mask > 0.05)
+    return extend(rgb, mask > 0)
 
 
 def edge_holds(rgb: Tensor, mask: Tensor) -> str:

@@ -2,7 +2,6 @@
 
 import sys
 import warnings
-import zlib
 from functools import cache
 from io import BytesIO
 from pathlib import Path
@@ -15,17 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm import tqdm
 
-from support.cutouts import (
-    PREMULTIPLIED,
-    SOLID,
-    STORED,
-    black_and_white,
-    covers_border,
-    divide,
-    edge_holds,
-    extend,
-    unmix_edges,
-)
+from support.cutouts import SOLID, STORED, black_and_white, covers_border, edge_holds, pure_colours
 from support.files import BadInput, write_atomic
 
 AnyPath = Path | str
@@ -60,10 +49,8 @@ def decode(path: AnyPath) -> Image.Image:
             ImageOps.exif_transpose(image, in_place=True)
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise BadInput(f"{path}: not a readable image: it is a folder; give a picture") from None
-    except PermissionError:
-        raise BadInput(f"{path}: can't be read; change its permissions") from None
+    except (IsADirectoryError, PermissionError) as error:
+        raise BadInput(f"{path}: not a readable image ({error.strerror}); give a picture that can be read") from None
     except Image.DecompressionBombError:
         raise BadInput(f"{path}: over {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller") from None
     except Exception as error:  # Pillow's decoders raise many kinds of errors on damaged files
@@ -105,12 +92,11 @@ def in_srgb(image: Image.Image, path: AnyPath) -> Image.Image:
     plain, profile = image.convert("RGB"), image.info.get("icc_profile")
     if profile:
         try:
-            opened = ImageCms.ImageCmsProfile(BytesIO(profile))
-            grey_as_rgb = image.mode == "L" and opened.profile.xcolor_space == "RGB "
-            managed = ImageCms.profileToProfile(plain if grey_as_rgb else image, opened, SRGB, outputMode="RGB")
+            source = plain if image.mode == "L" and profile[16:20] == b"RGB " else image  # grey may have RGB's profile
+            managed = ImageCms.profileToProfile(source, BytesIO(profile), SRGB, outputMode="RGB")
             change = max(high for _, high in ImageChops.difference(plain, managed).getextrema())
             return managed if change > 1 else plain
-        except (ImageCms.PyCMSError, OSError, ValueError):
+        except ImageCms.PyCMSError:
             note(f"{path}: its colour profile is broken, or for another kind of picture; the colours are taken as sRGB")
     if image.mode == "CMYK":
         note(f"{path}: CMYK without a profile, so its colours are a guess; for the right ones save it as sRGB")
@@ -136,7 +122,7 @@ def open_image(path: AnyPath) -> Image.Image:
 
 def to_tensor(image: Image.Image) -> Tensor:
     """An 8-bit image of C channels -> (C, H, W) float32 in [0, 1]."""
-    x = torch.from_numpy(np.array(image)).view(image.height, image.width, -1)
+    x = torch.tensor(np.atleast_3d(image))  # (H, W, C)
     return x.permute(2, 0, 1).contiguous().float().div_(255)
 
 
@@ -162,9 +148,8 @@ def save_image(image: Tensor | Image.Image, path: AnyPath, text: dict[str, str] 
     chunks.add(b"sRGB", b"\0")  # perceptual, as for photos
     for key, value in (text or {}).items():
         chunks.add_itxt(key, value.encode("utf-8", "backslashreplace").decode())  # file names may not be UTF-8
-    large = image.width * image.height >= LARGE
-    how = dict(compress_level=1, compress_type=zlib.Z_RLE) if large else {}
-    write_atomic(path, lambda new: image.save(new, format="PNG", pnginfo=chunks, icc_profile=None, **how))
+    level = 1 if image.width * image.height >= LARGE else 6  # of compression
+    write_atomic(path, lambda new: image.save(new, "PNG", pnginfo=chunks, icc_profile=None, compress_level=level))
 
 
 # ---------------------------------------------------------------- products and their masks
@@ -200,9 +185,9 @@ def load_masked(
     else:
         raise BadInput(f"{what} {image_path} has no alpha channel: give its mask (white on the product) by {option}")
     if mask.size != image.size:
-        raise BadInput("{} is {} x {} pixels, but {} {} is {} x {}: give one of the same size by {}".format(
-            source, *mask.size, what, image_path, *image.size, option))
-    histogram = mask.histogram()
+        raise BadInput(f"{source} is {mask.width} x {mask.height} pixels, but {what} {image_path} is {image.width} x "
+                       f"{image.height}: give one of the same size by {option}")
+    histogram = np.array(mask.histogram())  # pixels of each level
     if fault := mask_fault(histogram):
         raise BadInput(f"{source} {fault}; or give another by {option}")
     black, white = black_and_white(histogram)
@@ -210,21 +195,18 @@ def load_masked(
     if covers_border(mask):
         note(f"{source} covers the picture's border on all sides; is it white on the background? It must be white on "
              "the product")
-    if (black, white) != (0, 255):
-        mask.sub_(black / 255).div_((white - black) / 255).clamp_(0, 1)
-    return rgb, mask
+    return rgb, mask.sub_(black / 255).div_((white - black) / 255).clamp_(0, 1)
 
 
-def mask_fault(histogram: list[int]) -> str | None:
+def mask_fault(histogram: np.ndarray) -> str | None:
     """What is wrong with a mask, and the remedy; None if nothing is."""
-    levels = [level for level, pixels in enumerate(histogram) if pixels]
-    if levels[-1] < 128 and 1 < len(levels) <= 64:
+    levels = histogram.nonzero()[0].tolist()
+    if levels[0] < 128 <= levels[-1]:
+        return None
+    if 0 < levels[-1] < 128 and len(levels) <= 64:
         return f"looks like a label map (levels {str(levels)[1:-1]} of 255): make the product's label 255, the others 0"
-    if levels[-1] < 128:
-        return "is empty: make it white (opaque) on the product"
-    if levels[0] >= 128:
-        return "covers the whole picture: make it black (transparent) on the background"
-    return None
+    fault = "covers the whole picture" if levels[0] >= 128 else "is empty"
+    return f"{fault}: it must be white (opaque) on the product alone"
 
 
 def load_cutout(
@@ -237,12 +219,7 @@ def load_cutout(
     Where M = 0 the product's colours are continued, so resizing mixes in nothing else.
     """
     rgb, mask = load_masked(image_path, mask_path, what, option, inverted)
-    holds = STORED if mask_path else edge_holds(rgb, mask)
-    if holds == STORED:
-        return unmix_edges(rgb, mask), mask
-    if holds == PREMULTIPLIED:
-        return divide(rgb, mask), mask
-    return extend(rgb, mask > 0), mask
+    return pure_colours(rgb, mask, STORED if mask_path else edge_holds(rgb, mask)), mask
 
 
 # ---------------------------------------------------------------- fitting
@@ -272,14 +249,12 @@ def fit(
         pad = (left, width - w - left, top, height - h - top)
         x = F.pad(resize(x, h, w), pad, mode="constant" if len(x) == 1 else "replicate")
         return x, (top, left, h, w)
-    if mode == "cover":
-        scale = max(height / h, width / w)
-        kept_h, kept_w = max(1, round(height / scale)), max(1, round(width / scale))
-        cy, cx = centre or (h / 2, w / 2)
-        top = min(max(round(cy - kept_h / 2), 0), h - kept_h)
-        left = min(max(round(cx - kept_w / 2), 0), w - kept_w)
-        return resize(x[:, top : top + kept_h, left : left + kept_w], height, width), (top, left, kept_h, kept_w)
-    raise ValueError(f"mode must be 'contain' or 'cover', not {mode!r}")
+    scale = max(height / h, width / w)
+    kept_h, kept_w = max(1, round(height / scale)), max(1, round(width / scale))
+    cy, cx = centre or (h / 2, w / 2)
+    top = min(max(round(cy - kept_h / 2), 0), h - kept_h)
+    left = min(max(round(cx - kept_w / 2), 0), w - kept_w)
+    return resize(x[:, top : top + kept_h, left : left + kept_w], height, width), (top, left, kept_h, kept_w)
 
 
 def canvas_size(height: int, width: int, size: int, multiple: int) -> tuple[int, int]:
@@ -288,8 +263,8 @@ def canvas_size(height: int, width: int, size: int, multiple: int) -> tuple[int,
     So fewer than `multiple` pixels are padding. Raises BadInput unless size is itself a multiple.
     """
     if size < multiple or size % multiple:
-        nearest = max(1, round(size / multiple)) * multiple
-        raise BadInput(f"--size {size}: must be a multiple of {multiple}, such as {nearest}")
+        raise BadInput(f"--size {size}: must be a multiple of {multiple}, such as "
+                       f"{max(1, round(size / multiple)) * multiple}")
     longer = max(height, width) * multiple
     return -(-height * size // longer) * multiple, -(-width * size // longer) * multiple  # -(-a // b): a / b rounded up
 
@@ -300,10 +275,7 @@ def canvas_size(height: int, width: int, size: int, multiple: int) -> tuple[int,
 def thumbnail(picture: Tensor | Image.Image, side: int = 256, mask: Tensor | None = None) -> Image.Image:
     """A picture as an image, reduced if it is larger than `side` pixels; white outside the mask (1, H, W)."""
     if mask is not None:
-        scale = min(1, side / max(mask.shape))
-        h, w = (max(1, round(scale * length)) for length in mask.shape[1:])
-        mask = resize(mask, h, w)
-        picture = resize(picture, h, w) * mask + 1 - mask
+        picture = picture * mask + 1 - mask
     image = to_image(picture) if isinstance(picture, Tensor) else picture
     return ImageOps.contain(image, (side, side)) if max(image.size) > side else image
 
@@ -329,7 +301,7 @@ def sheet(
         if row_labels:
             draw.text((left - gap, top + (h + gap) * i + h // 2), row_labels[i], "black", font, anchor="rm")
         for column, cell in enumerate(row):
-            if cell:
-                centred = (w - cell.width) // 2, (h - cell.height) // 2
-                page.paste(cell, (left + (w + gap) * column + centred[0], top + (h + gap) * i + centred[1]))
+            if cell:  # in the middle
+                x, y = left + (w + gap) * column + (w - cell.width) // 2, top + (h + gap) * i + (h - cell.height) // 2
+                page.paste(cell, (x, y))
     return page
