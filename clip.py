@@ -152,7 +152,10 @@ class CLIP(nn.Module):
     def __init__(self, config: dict):
         super().__init__()
         self.config = config
-        text, vision, n = config["text_config"], config["vision_config"], config["projection_dim"]
+        # Older files repeat a tower's fields, and transformers follows the second
+        text, vision = (config[f"{tower}_config"] | (config.get(f"{tower}_config_dict") or {})
+                        for tower in ("text", "vision"))
+        n = config["projection_dim"]
         self.text_model, self.vision_model = TextTransformer(text), VisionTransformer(vision)
         self.text_projection = nn.Linear(text["hidden_size"], n, bias=False)
         self.visual_projection = nn.Linear(vision["hidden_size"], n, bias=False)
@@ -250,12 +253,9 @@ def read_bpe(folder: Path) -> BPETokenizer:
                        "that holds them by --tokenizer")
     try:
         if pair:
-            lines = merges.read_text(encoding="utf-8-sig").split("\n")
-            pairs = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
-            return clip_bpe(models.BPE(read_json(vocabulary), pairs, unk_token=END, end_of_word_suffix="</w>"))
-        bpe = BPETokenizer.from_str(whole.read_text(encoding="utf-8-sig"))
-    except BadInput:
-        raise
+            files = str(vocabulary), str(merges)
+            return clip_bpe(models.BPE.from_file(*files, unk_token=END, end_of_word_suffix="</w>"))
+        bpe = BPETokenizer.from_file(str(whole))
     except Exception as error:  # the library raises bare Exceptions
         raise BadInput(f"{folder}: the tokenizer can't be read ({error}); download its files again") from None
     bpe.no_padding()  # transformers may have stored padding and truncation there; Tokenizer does both itself
@@ -271,12 +271,10 @@ def add_trained_tokens(bpe: BPETokenizer, folder: Path, settings: dict) -> None:
     file = folder / "added_tokens.json"
     older = read_json(file) if file.is_file() else {}
     try:
-        tokens = {id: AddedToken(text, normalized=True) for text, id in older.items()}
-        for id, token in settings.get("added_tokens_decoder", {}).items():
-            flags = {name: token[name] for name in ("lstrip", "normalized", "rstrip", "single_word") if name in token}
-            tokens[int(id)] = AddedToken(token["content"], **flags)
-        tokens = {id: token for id, token in sorted(tokens.items()) if token.content not in (START, END)}
-        bpe.add_tokens([*tokens.values()])
+        listed = {id: {"content": text, "normalized": True} for text, id in older.items()}
+        listed |= settings.get("added_tokens_decoder", {})
+        tokens = {int(id): AddedToken(**token) for id, token in listed.items() if token["content"] not in (START, END)}
+        bpe.add_tokens([tokens[id] for id in sorted(tokens)])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise BadInput(f"{folder}: its added tokens can't be read ({error}); download its files again") from None
     for id, token in tokens.items():
@@ -297,9 +295,8 @@ def load_tokenizer(folder: Path | str, pad: str | None = None) -> Tokenizer:
     for name in ("tokenizer_config.json", "special_tokens_map.json"):  # in SD 2.x they differ, and the second is right
         if (folder / name).is_file():
             settings |= {field: value for field, value in read_json(folder / name).items() if value is not None}
-    for field, value in settings.items():
-        if isinstance(value, dict) and "content" in value:  # a special token with its flags
-            settings[field] = value["content"]
+    settings = {field: value.get("content", value) if isinstance(value, dict) else value  # a special token with flags
+                for field, value in settings.items()}
     supported = {"bos_token": START, "eos_token": END, "padding_side": "right", "truncation_side": "right"}
     for field, value in supported.items():
         if settings.get(field, value) != value:

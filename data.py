@@ -26,8 +26,8 @@ from support.datasets import (
     check_ads,
     drop_lines,
     list_folder,
+    list_of,
     parse,
-    print_next_commands,
     read_items,
     refuse_many_broken,
 )
@@ -164,14 +164,17 @@ class Samples(Dataset):
     """Training samples by (index, seed). The seed decides all that is random in a sample, whichever worker makes it.
 
     Each has "index". `pictures` adds "image" and "mask". `perturbed` adds PG's hint, "background" (Eq. 5, 6), with
-    `theta` and `sigma` as in `perturb`. `latents`, from programs/latents.py, adds what one step of Eq. 1 draws: "z_0",
-    "eps" and "t" (see `diffuse`), and "drop" in [0, 1), which decides whether the prompt is dropped; for an inpainting
-    UNet also "inpainting" (5, h, w).
+    `theta` and `sigma` as in `perturb`. `latents` adds what one step of Eq. 1 draws: "z_0", "eps" and "t" (see
+    `diffuse`), and "drop" in [0, 1), which decides whether the prompt is dropped; for an inpainting UNet also
+    "inpainting" (5, h, w). They come from programs/latents.py, in parts of equally many pictures; `scale` makes them
+    the UNet's z.
     """
 
-    def __init__(self, items: list[Item], size: int, latents=None, pictures: bool = True, perturbed: bool = False,
-                 theta: int = THETA, sigma: tuple[float, float] = SIGMA, noise_offset: float = 0.0):
-        self.ads, self.latents, self.pictures, self.perturbed = Ads(items, size), latents, pictures, perturbed
+    def __init__(self, items: list[Item], size: int, latents: list[dict[str, Tensor]] | None = None, scale: float = 1.0,
+                 T: int = 1000, pictures: bool = True, perturbed: bool = False, theta: int = THETA,
+                 sigma: tuple[float, float] = SIGMA, noise_offset: float = 0.0):
+        self.ads, self.latents, self.scale, self.T = Ads(items, size), latents, scale, T
+        self.pictures, self.perturbed = pictures, perturbed
         self.theta, self.sigma, self.noise_offset = theta, sigma, noise_offset
 
     def __len__(self) -> int:
@@ -186,12 +189,12 @@ class Samples(Dataset):
             other = self.ads[(sample["index"] + away) % len(self)]["image"]
             sample["background"] = perturb(sample["image"], sample["mask"], other, generator, self.theta, self.sigma)
         if self.latents:
-            mean, std, inpainting = self.latents[sample["index"]]
-            z_0, eps, t = diffuse(mean, std, generator, self.latents.T, self.noise_offset)
-            sample |= {"z_0": z_0, "eps": eps, "t": t}
-            sample["drop"] = torch.rand((), generator=generator)
-            if inpainting is not None:
-                sample["inpainting"] = inpainting
+            part, row = divmod(sample["index"], len(self.latents[0]["mean"]))
+            stored = {name: x[row].float() for name, x in self.latents[part].items()}
+            mean, std = stored.pop("mean") * self.scale, (stored.pop("logvar") / 2).exp() * self.scale
+            z_0, eps, t = diffuse(mean, std, generator, self.T, self.noise_offset)
+            drop = torch.rand((), generator=generator)
+            sample |= {"z_0": z_0, "eps": eps, "t": t, "drop": drop, **stored}
         return sample
 
 
@@ -213,44 +216,44 @@ def diffuse(mean: Tensor, std: Tensor, generator: Generator, T: int,
 # ---------------------------------------------------------------- checking a data set
 
 
-def save_sheet(samples: list[dict], items: list[Item], path: Path) -> None:
-    """Writes a sheet with one row per sample: what the networks see of it."""
+def save_sheet(ads: Ads, count: int, path: Path) -> None:
+    """Writes a sheet of eight of the first `count` ads, evenly spaced over them: what the networks see of each."""
+    samples = [ads[index] for index in range(0, count, -(-count // 8))]
     generator, rows = Generator().manual_seed(0), []
     for sample, other in zip(samples, samples[1:] + samples[:1]):
         I, M = sample["image"], sample["mask"]
         rows.append([I, M, product_hint(I, M), perturb(I, M, other["image"], generator)])
-    names = [items[sample["index"]].category for sample in samples]
+    names = [ads.items[sample["index"]].category for sample in samples]
     save_image(sheet(rows, ["image", "mask", "CG's hint", "PG's hint, perturbed"], names), path)
+    print(f"wrote {path}")
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     if args.sheet:
         check_folder(args.sheet.parent, "--sheet")  # before loading, which may take an hour
-    listed, wrote = args.dir / "metadata.jsonl", []
     if args.list:
-        print("\n".join(list_folder(args.dir)))
-        wrote.append(listed)
+        print(list_folder(args.dir))
+    file = list_of(args.dir, args.split)
     try:
         items, notes = read_items(args.dir, args.split)
         print("\n".join(notes))
         references = [replace(item, image=item.reference, mask=item.reference_mask) for item in items if item.reference]
-        blank, samples = check_ads(Ads(items + references, args.size), items, args.dir)
+        ads = Ads(items + references, args.size)
+        blank = check_ads(ads, len(items), file)
         if args.sheet:
-            save_sheet(samples, items, args.sheet)
-            wrote.append(args.sheet)
+            save_sheet(ads, len(items), args.sheet)
     except BaseException:  # also an interrupt
         if args.list:
-            listed.unlink()  # so that the same command can run again
+            file.unlink()  # so that the same command can run again
         raise
     if args.drop_blank and blank:
-        lines = listed if listed.is_file() else args.dir / f"{args.split}_info.txt"
-        kept = drop_lines(lines, {item.line for item in blank})
-        print(f"dropped from {lines}; the whole list is {kept}")
-        wrote += [lines, kept]
-    if wrote:
-        print("wrote", ", ".join(map(str, dict.fromkeys(wrote))))
-    print_next_commands(args.dir, args.split)
+        print(f"dropped them from {file}; the whole list is {drop_lines(file, blank)}")
+    if args.split == "bg60k":
+        print(f"next, train CG on it: python train.py cg --data {args.dir} --weights SD15")
+    else:
+        print(f"next, with the CG and PG that you trained: python generate.py --data {args.dir} --split {args.split} "
+              "--out results --weights SD15 --cg CG --pg PG")
 
 
 if __name__ == "__main__":

@@ -5,51 +5,49 @@
     python generate.py --product mug.png --category mug --reference ad.png    # CG + PG: the style of that ad
     python generate.py --data BG60K --split bgpair --out results              # every item of a data set
     python generate.py --prompt "a photo of a mug"                            # the base alone
-    python generate.py --product mug.png --lama FILE                          # a rival; or --paint-by-example
 
 A product needs a mask: its image's alpha channel, or --mask FILE, white on the product. The result keeps the photo's
 size and framing, and the product's own pixels where the mask is 1.
 """
 
-import json
 import sys
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from clip import Tokenizer
 from data import Ad, background_hint, dilate, inpaint_hint, product_hint
 from model import ControlNet, Prompts
-from programs.batch import check_finite, kept_files, line_of, paint_items, save_data_sheet, steps_bar
+from programs.batch import paint_items, save_data_sheet
 from programs.gallery import (
+    LARGEST,
     SHEET,
-    Gallery,
     check,
     command_of,
     count_steps,
+    draw_sheet,
+    jobs_of,
+    load_ads,
     options,
-    own_defaults,
+    paint_jobs,
     painting_of,
     record_of,
-    settled,
 )
-from programs.models import TOY, Models, choice_of, load_models
+from programs.models import ModelChoice, Models, load_models
 from sampler import Conditions, Painting, sample, seeded
 from support.cutouts import SOLID, extend
 from support.datasets import BROKEN, Item, read_items
 from support.files import BadInput, locked, one_line_errors
 from support.images import canvas_size, fit, resize, save_image, to_bytes
-from support.options import one_for_each
 from weights import StableDiffusion
 
-SAMPLE = "perfume"  # from toy/samples, painted if no product is given
 IDENTIFIER = "sks {}"  # [D], section 5.1: 'sks' and the category's id
 
 # ---------------------------------------------------------------- a batch on its canvas
@@ -139,19 +137,20 @@ def paste_back(painted: Tensor, painted_mask: Tensor, box: tuple[int, int, int, 
     return to_bytes(torch.lerp(resize(painted[:, top : top + h, left : left + w], *rgb.shape[1:]), rgb, M))
 
 
-def canvas_of(ads: list[Ad], h: int, w: int, generators: list[torch.Generator],
-              exemplar: int | None = None) -> tuple[Canvas, list[tuple]]:
+def canvas_of(ads: list[Ad], h: int, w: int, generators: list[torch.Generator]) -> tuple[Canvas, list[tuple]]:
     """Fits ads to a canvas of h x w pixels; also returns where their frames lie on it. References fill the canvas, but
-    with `exemplar`, for a rival, each is squashed whole to a square of that side.
+    those without a mask, all of one size, are taken as they are.
     """
     rgb, boxes = zip(*(fit(ad.rgb, h, w, "contain") for ad in ads))
     mask = torch.stack([fit(ad.mask, h, w, "contain")[0] for ad in ads])
     canvas = Canvas(torch.stack(rgb), mask, [ad.texts for ad in ads], generators)
     if ads[0].reference is None:
         return canvas, boxes
-    references = [torch.stack([resize(ad.reference[0], exemplar, exemplar) for ad in ads])] if exemplar else [
-        torch.stack([fit(ad.reference[k], h, w, "cover")[0] for ad in ads]) for k in (0, 1)]
-    return Canvas(*canvas[:4], *references), boxes
+    references, masks = zip(*(ad.reference for ad in ads))
+    if masks[0] is None:
+        return canvas._replace(reference=torch.stack(references)), boxes
+    references, masks = (torch.stack([fit(x, h, w, "cover")[0] for x in xs]) for xs in (references, masks))
+    return canvas._replace(reference=references, reference_mask=masks), boxes
 
 
 def paint_ads(ads: list[Ad], models: Models, how: Painting, painter: Callable | None = None,
@@ -159,23 +158,23 @@ def paint_ads(ads: list[Ad], models: Models, how: Painting, painter: Callable | 
     """Paints ads -> for each a picture (3, H, W) uint8 in its product's frame; with keep_first also the first pass's.
 
     Ads with the same canvas size, and all with or all without a reference, are painted as one batch.
-    painter(canvas, on_step=...) -> (B, 3, h, w) paints a rival's first pass.
+    painter(canvas, on_step=...) -> (B, 3, h, w) paints the first pass in place of our networks.
     """
-    ours = models.rival.paint if models.rival else partial(paint, models.sd, cg=models.cg, pg=models.pg)
-    ours, steps = partial(ours, how=how), count_steps(models, how)
-    batches = defaultdict(list)
+    batches, results = defaultdict(list), [[] for _ in ads]
     for i, ad in enumerate(ads):
         size = canvas_size(*ad.mask.shape[1:], models.size, models.multiple)
         batches[size, ad.reference is not None].append(i)
-    results = [[] for _ in ads]
+    steps = count_steps(models.sd.schedule, how) if models.sd else how.steps
     for ((h, w), with_reference), batch in batches.items():
         chosen, painted = [ads[i] for i in batch], None
         generators = [seeded(ad.seed)[0] for ad in chosen]
-        with steps_bar(steps, f"{len(batch)} at once{', with references' if with_reference else ''}") as bar:
+        text = f"{len(batch)} at once{', with references' if with_reference else ''}"
+        with tqdm(total=steps, desc=text, unit="step", leave=False, disable=not sys.stderr.isatty()) as bar:
             for n in dict.fromkeys((1, how.refine)):  # the canvas of the second pass is n times larger
-                canvas, boxes = canvas_of(chosen, n * h, n * w, generators, models.exemplar)
-                painter_of_pass = partial(ours, first=painted) if n > 1 else painter or ours
-                painted = painter_of_pass(canvas, on_step=lambda *_: bar.update()).cpu()
+                canvas, boxes = canvas_of(chosen, n * h, n * w, generators)
+                paint_pass = painter if painter and n == 1 else partial(
+                    paint, models.sd, how=how, cg=models.cg, pg=models.pg, first=painted)
+                painted = paint_pass(canvas, on_step=lambda *_: bar.update()).cpu()
                 check_finite(painted)
                 if n == how.refine or keep_first:
                     for i, ad, picture, mask, box in zip(batch, chosen, painted, canvas.mask, boxes):
@@ -183,83 +182,75 @@ def paint_ads(ads: list[Ad], models: Models, how: Painting, painter: Callable | 
     return results
 
 
+def check_finite(painted: Tensor) -> None:
+    """Raises BadInput if the model produced NaN or infinite pixels."""
+    if not painted.isfinite().all():
+        raise BadInput("--dtype: the painted pixels are not finite; add --dtype float32; if they still are not, the "
+                       "weights are broken")
+
+
 # ---------------------------------------------------------------- the three commands
 
 
-def load(args, categories: set[str] = frozenset(), with_pg: bool = False) -> tuple[Models, Callable, dict]:
-    """Loads the models -> the models, `paint_ads` with them and the options filled in, and the record of both."""
-    how = painting_of(args, eta=args.eta, from_reference=args.start == "reference", **own_defaults(args))
-    models = load_models(choice_of(args), args.size, categories, with_pg, args.plain_prompt)
-    count_steps(models, how)  # raises BadInput if the second pass can't be painted
+def load(args, paint_ads: Callable, items: list[Item]) -> tuple[dict, Callable, dict]:
+    """Loads the models that paint items -> the prompts of each category, `paint_ads` with the models and the settings,
+    and the record of both.
+    """
+    how = painting_of(args, eta=args.eta, from_reference=args.start == "reference")
+    choice = ModelChoice(args.weights, args.tokenizer, args.cg, args.pg, args.controlnet, args.device, args.dtype)
+    models = load_models(choice, args.size, {item.category for item in items}, any(item.reference for item in items),
+                         args.plain_prompt)
+    if (side := how.refine * models.size) > LARGEST:
+        raise BadInput(f"--refine {how.refine}: paints {side} pixels, more than {LARGEST}; lower it, or --size")
+    count_steps(models.sd.schedule, how)  # raises BadInput for impossible ones
     paint_all = partial(paint_ads, models=models, how=how, keep_first=args.keep_first)
-    return models, paint_all, record_of(args, size=models.size, models=models.fingerprints, **settled(how))
+    return prompts_by_category(models.identifiers, models.sd.tokenizer), paint_all, record_of(args, how, models)
 
 
-def generate_text(args) -> None:
+def generate_text(args, paint_ads: Callable) -> None:
     """--prompt: the base paints alone, without a product."""
-    models, paint_all, record = load(args)
-    Gallery.remove_sheet(args.out)
-    blank = torch.zeros(3, *[models.size * record["refine"]] * 2)
-    ads = [Ad(blank, blank[:1], (args.prompt,) * 3, seed) for seed in range(args.seed, args.seed + args.num)]
-    for start in range(0, len(ads), args.batch):
-        chunk = ads[start : start + args.batch]
-        for ad, pictures in zip(chunk, paint_all(chunk)):
-            line = line_of(Item(None, None, None), ad.seed, models.dtype, record) | {"prompt": args.prompt}
-            for kept in kept_files(pictures, args.out / f"prompt_{ad.seed}.png", line):
-                save(*kept)
+    jobs = jobs_of(args)
+    _, paint_all, record = load(args, paint_ads, [])
+    blank = torch.zeros(3, *[record["size"] * record["refine"]] * 2)
+    ads = [Ad(blank, blank[:1], (args.prompt,) * 3, job.seed) for job in jobs]
+    paint_jobs(jobs, ads, paint_all, record, args.batch)
     say_next("--product CUTOUT --category NAME paints around a product")
 
 
-def generate_product(args) -> None:
+def generate_product(args, paint_ads: Callable) -> None:
     """--product: paints every product, in the style of every reference if any, --num times each, and a sheet of all.
 
     A single product is painted in the scene of each category given. Without --product: a sample, by CG and by CG + PG.
     """
-    demo, sample_file = args.product is None, TOY / "samples" / f"{SAMPLE}.png"
-    files = args.product or [sample_file]
-    references = [sample_file.with_stem(f"{SAMPLE}_reference")] if demo else args.reference or []
-    gallery = Gallery(
-        [Item(*pair, "") for pair in zip(files, one_for_each(args.mask, files, "--mask", "--product"))],
-        [*zip(references, one_for_each(args.reference_mask, references, "--reference-mask", "--reference"))],
-        [list(dict.fromkeys(args.category or [SAMPLE if demo else None]))] if len(files) == 1 else
-        [[category] for category in one_for_each(args.category, files, "--category", "--product")],
-        seeds=range(args.seed, args.seed + args.num), with_and_without=demo, exemplars=bool(args.paint_by_example))
-    models, paint_all, record = load(args, set(chain(*gallery.categories)), bool(references))
-    jobs, small = gallery.jobs(prompts_by_category(models.identifiers, models.tokenizer)), []
-    gallery.remove_sheet(args.out)
-    for start in range(0, len(jobs), args.batch):
-        chunk = jobs[start : start + args.batch]
-        for job, pictures in zip(chunk, paint_all([job.ad for job in chunk])):
-            line = line_of(job.item, job.ad.seed, models.dtype, record)
-            for kept in kept_files(pictures, args.out / job.name, line):
-                save(*kept)
-            small.append(gallery.small(pictures[0]))
-    if len(small) > 1:
-        save(gallery.sheet(small, "ControlNet" if args.controlnet else "CG"), args.out / SHEET)
-    say_next("--product CUTOUT --category NAME paints around a product of your own" if demo else
-             "--num 4 paints more of them; --how FILE prints the command that paints one again" if references else
-             "evaluate.py measures it" if args.lama else "--reference AD paints in its style")
+    jobs = jobs_of(args)
+    texts, paint_all, record = load(args, paint_ads, [job.item for job in jobs])
+    ads = load_ads(jobs, texts)
+    painted = paint_jobs(jobs, ads, paint_all, record, args.batch)
+    if len(jobs) > 1:
+        save(draw_sheet(jobs, ads, painted, "ControlNet" if args.controlnet else "CG"), args.out / SHEET)
+    say_next("--product CUTOUT --category NAME paints around a product of your own" if args.product is None else
+             "--num 4 paints more of them; --how FILE prints the command that paints one again" if args.reference else
+             "--reference AD paints in its style")
 
 
-def generate_data(args) -> None:
+def generate_data(args, paint_ads: Callable) -> None:
     """--data: paints every item that has no picture yet, with PG where the item has a reference."""
     items, notes = read_items(args.data, args.split or "bg1k")
     items = items[: args.limit]
-    models, paint_all, record = load(args, {item.category for item in items}, any(item.reference for item in items))
-    texts = prompts_by_category(models.identifiers, models.sd.tokenizer)
+    texts, paint_all, record = load(args, paint_ads, items)
     print("\n".join(notes), file=sys.stderr)
-    painted, there, broken = paint_items(items, texts, paint_all, args.out, record, models.dtype, args.seed, args.batch,
+    painted, there, broken = paint_items(items, texts, paint_all, args.out, record, args.seed, args.batch,
                                          args.keep_first)
     save_data_sheet(items, args.out)  # the last of several processes has all pictures
     print(f"{args.out}: {painted:,} painted, {there:,} were there, {broken:,} broken")
     if broken > BROKEN * (painted + there + broken):
         raise BadInput(f"{args.data}: {broken:,} items can't be used, more than {BROKEN:.0%}; they are named above")
-    say_next(f"look at {args.out / 'sheet.png'}; {args.out / 'manifest.jsonl'} says what each was painted from")
+    say_next(f"look at {args.out / SHEET}; {args.out / 'manifest.jsonl'} says what each was painted from")
 
 
-def save(image, path: Path, line: dict | None = None) -> None:
-    """Writes a PNG and prints its path. line: what it was painted from and how, stored in the PNG."""
-    save_image(image, path, {"how": json.dumps(line)} if line else None)
+def save(image, path: Path) -> None:
+    """Writes a PNG and prints its path."""
+    save_image(image, path)
     print(path)
 
 
@@ -275,8 +266,9 @@ def main(arguments: list[str] | None = None) -> None:
         print(command_of(args.how, parser))
         return
     check(args)
+    command = generate_text if args.prompt is not None else generate_data if args.data else generate_product
     with locked(args.out):
-        (generate_text if args.prompt is not None else generate_data if args.data else generate_product)(args)
+        command(args, paint_ads)
 
 
 if __name__ == "__main__":

@@ -185,7 +185,8 @@ class UpBlock(nn.Module):
 def _level_options(config: dict) -> tuple[dict, list[dict]]:
     """From a config.json: the options that all residual blocks share, and those of each level's attention."""
     levels = len(config["block_out_channels"])
-    heads = config["attention_head_dim"]  # despite its name, the number of heads: one for all levels, or a list
+    # Despite its name, attention_head_dim is the number of heads: one for all levels, or a list
+    heads = config.get("num_attention_heads") or config["attention_head_dim"]
     heads = heads if isinstance(heads, list) else [heads] * levels
     groups = config.get("norm_num_groups", 32)
     norm = dict(groups=groups, eps=config.get("norm_eps", 1e-5))

@@ -13,44 +13,28 @@ captions. One loop serves all. A sample depends only on the run's seed and its p
 changes nothing. For the paper's branches, the number of processes and --micro-batch change only the order of summation.
 """
 
-import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from math import ceil
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from clip import Tokenizer
-from data import SIGMA, THETA, Samples, product_hint
+from data import product_hint
 from generate import IDENTIFIER, Canvas, paint, prompts_by_category
 from model import CategoryGenerator, ControlNet, PersonalityGenerator, Prompts, UNet, predict_noise
-from programs.latents import CaptionPrompts, CategoryPrompts, Latents, held_out_ads, prompt_table
-from programs.models import load_branch
-from programs.settings import (
-    ALL_STAGES,
-    BRANCH_STAGES,
-    Settings,
-    add_training_options,
-    category_identifiers,
-    fastest_amp,
-    next_commands,
-    settle,
-    start_processes,
-)
-from programs.trainer import Task, Trainer
-from rivals.stages import RIVAL_SETTINGS, RIVAL_STAGES
+from programs.latents import caption_prompts, category_prompts, held_out_ads, latent_samples, prompt_table, sheet_of
+from programs.models import TOY, load_branch
+from programs.settings import Settings, begin, category_identifiers, parser, settle
+from programs.trainer import Stage, Task, Trainer
 from sampler import Painting, Schedule, seeded, timestep_weights
 from support.datasets import Item, read_items
 from support.files import BadInput, locked, one_line_errors
-from support.images import canvas_size, sheet
+from support.images import canvas_size
 from support.machine import processes
-from support.options import Parser, real_number, whole_number
-from support.tensors import fingerprint, model_fingerprint
-from toy.stages import STAGES
+from toy.stages import BASE_STAGES
 from toy.world import TOY_DATA, draw_on_first_use
 from weights import StableDiffusion, control_config, load_stable_diffusion, save_control
 
@@ -60,14 +44,6 @@ PAPER = dict(lr=1e-5, batch=128, epochs=300, size=512, ema=0.0, warmup=0, decay=
 # The toy's own settings, found by trial. CG must rely on the prompt to choose the scene, so only a tenth is dropped.
 TOY_BRANCH = dict(lr=1e-3, batch=16, steps=2600, size=128, ema=0.99, warmup=50, decay=0.3, clip_gradient=1.0,
                   noise_offset=0.1, weighting="debias", prompt_dropout=0.5)
-TOY_SETTINGS = {
-    "vae": dict(lr=2e-3, batch=12, steps=4800, size=128, ema=0.995, warmup=50, decay=0.5, clip_gradient=1.0),
-    "clip": dict(lr=1e-3, batch=64, steps=800, size=128, ema=0.0, warmup=100, decay=0.5, clip_gradient=1.0),
-    "unet": dict(lr=1e-3, batch=32, steps=10400, size=128, ema=0.999, warmup=100, decay=0.3, clip_gradient=1.0,
-                 noise_offset=0.1, weighting="min-snr"),
-    "cg": TOY_BRANCH | dict(steps=4500, prompt_dropout=0.1), "pg": TOY_BRANCH,
-    "joint": TOY_BRANCH | dict(prompt_dropout=0.1), "controlnet": TOY_BRANCH, **RIVAL_SETTINGS,
-}  # fmt: skip
 
 # ---------------------------------------------------------------- Eq. 1 and the loop
 
@@ -144,12 +120,12 @@ def build_branches(sd: StableDiffusion, settings: Settings) -> dict[str, Control
 def batch_prompts(sd: StableDiffusion, items: list[Item], identifiers: dict[str, str] | None,
                   settings: Settings) -> Callable[[Tensor, Tensor], Prompts]:
     """Eq1.prompts: each category's, with its identifier, encoded here once; without identifiers, the captions."""
-    if identifiers is None:  # captions are many, so each is encoded when needed; None frees unet and vae
-        return CaptionPrompts(replace(sd, unet=None, vae=None).prompts, [", ".join(item.caption) for item in items])
+    if identifiers is None:
+        return caption_prompts(sd, [", ".join(item.caption) for item in items])
     texts = [*prompts_by_category(identifiers, sd.tokenizer).values(), ("", "", "")]
     rows = {name: row for row, name in enumerate(identifiers)}
-    return CategoryPrompts(prompt_table(sd, texts, settings.cache, settings.amp),
-                           [rows[item.category] for item in items], settings.device)
+    return category_prompts(prompt_table(sd, texts, settings.cache, settings.amp),
+                            [rows[item.category] for item in items], settings.device)
 
 
 def branch_task(settings: Settings) -> Task:
@@ -158,7 +134,6 @@ def branch_task(settings: Settings) -> Task:
     """
     stage, size = settings.stage, settings.size
     sd = load_stable_diffusion(settings.weights, settings.device, tokenizer=settings.tokenizer)
-    fingerprints = fingerprint([model_fingerprint(path) for path in (settings.weights, settings.cg) if path])
     canvas_size(1, 1, size, sd.multiple)  # raises BadInput if the size does not fit the base
     items, notes = read_items(settings.data)
     if processes()[0] == 0:
@@ -176,29 +151,29 @@ def branch_task(settings: Settings) -> Task:
     if settings.checkpointing:
         sd.unet.recompute_activations()
 
-    latents = Latents(sd, items, size, settings.cache, min(8, settings.micro_batch), settings.amp, settings.workers)
-    samples = Samples(items, size, latents, perturbed=pg is not None, theta=settings.theta, sigma=settings.sigma,
-                      noise_offset=settings.noise_offset)
+    samples = latent_samples(sd, items, size, settings, perturbed=pg is not None, theta=settings.theta,
+                             sigma=settings.sigma, noise_offset=settings.noise_offset)
     branches = [(branch, shows) for branch, shows in ((cg or control, "product"), (pg, "background")) if branch]
     eq1 = Eq1(sd.unet, sd.schedule, branches, batch_prompts(sd, items, identifiers, settings), settings.prompt_dropout,
               timestep_weights(sd.schedule, settings.weighting).to(settings.device))
-    canvas = held_out_canvas(items, identifiers, sd.tokenizer, settings, with_references=pg is not None)
+    canvas = held_out_canvas(sd, items, identifiers, settings, with_references=pg is not None)
 
     def save(out: Path) -> None:
         for folder, branch in trained.items():
             save_control(branch, out / folder, settings.save_dtype, identifiers)
 
-    return Task(settings.what, trained, samples, lambda batch, generator: eq1(batch),
+    name = " and ".join({"cg": "CG", "pg": "PG"}.get(name, "a ControlNet") for name in trained)
+    return Task(name, trained, samples, lambda batch, generator: eq1(batch),
                 partial(draw_branches, sd.unet, cg or control, pg, canvas, settings), save,
-                next_commands(settings, toy=settings.data == TOY_DATA / "ads"), identifiers, fingerprints)
+                next_commands(settings, [*trained]), identifiers)
 
 
-def held_out_canvas(items: list[Item], identifiers: dict[str, str] | None, tokenizer: Tokenizer, settings: Settings,
+def held_out_canvas(sd: StableDiffusion, items: list[Item], identifiers: dict[str, str] | None, settings: Settings,
                     with_references: bool) -> Canvas:
     """The ads that sheets are painted from, with their categories' prompts or, without identifiers, their captions."""
     split = "bgpair" if with_references else "bg1k"
     ads, (rgb, mask, *references) = held_out_ads(settings.data, split, items, identifiers, settings.size)
-    texts = prompts_by_category(identifiers, tokenizer) if identifiers else None
+    texts = prompts_by_category(identifiers, sd.tokenizer) if identifiers else None
     texts = [texts[ad.category] if texts else (", ".join(ad.caption),) * 3 for ad in ads]
     return Canvas(rgb, mask, texts, [], *(references if with_references else ()))  # draw_branches adds generators
 
@@ -211,58 +186,43 @@ def draw_branches(unet: UNet, cg: ControlNet, pg: ControlNet | None, canvas: Can
     canvas = canvas._replace(generators=seeded(settings.seed, len(canvas.texts)))
     painted = paint(sd, canvas, Painting(steps=25), cg, pg)
     rows = {"product": product_hint(canvas.rgb, canvas.mask)} | ({"reference": canvas.reference} if pg else {})
-    rows |= {"painted": painted, "ad": canvas.rgb}
-    return sheet([list(row) for row in rows.values()], row_labels=list(rows))
+    return sheet_of(rows | {"painted": painted, "ad": canvas.rgb})
+
+
+def next_commands(settings: Settings, trained: list[str]) -> list[list[str]]:
+    """Commands to go on with: after CG train PG, and paint."""
+    paths = {name: getattr(settings, name) for name in ("weights", "tokenizer", "cg")}
+    paths |= {name: settings.out / name for name in trained}
+
+    def command(*program: str, **paths: Path) -> list[str]:
+        given = {name: path for name, path in paths.items() if path and TOY not in path.absolute().parents}
+        return ["python", *program, *(word for name, path in given.items() for word in (f"--{name}", str(path)))]
+
+    paint = [*command("generate.py", **paths), "--product", "PHOTO.png", "--category", "NAME"]
+    return [command("train.py", "pg", **paths, data=settings.data), paint] if settings.stage == "cg" else [paint]
 
 
 # ---------------------------------------------------------------- the command line
 
-
-def options() -> Parser:
-    parser = Parser(description=__doc__, formatter_class=partial(
-        argparse.RawDescriptionHelpFormatter, max_help_position=24, width=120))
-    parser.add_argument("stage", help=", ".join(ALL_STAGES))
-    add = parser.add_argument_group("data and weights").add_argument
-    path = dict(metavar="PATH", type=Path)
-    add("--data", **path, help="BG60k as released, or a folder with metadata.jsonl [the toy's]")
-    add("--weights", **path, help="frozen Stable Diffusion, folder or single file [toy/base; the paper's: SD 1.5]")
-    add("--tokenizer", **path, help="folder with its vocab.json and merges.txt [in --weights; beside a single file]")
-    add("--cg", **path, help="stage pg: the trained CG [toy/cg]")
-    add("--init", **path, help="stages vae and unet: start from these weights [random]")
-    add("--decoder-only", action="store_true", help="stage vae: keep the encoder, and so all latents, as they are")
-    add("--init-control", **path, help="branches: start from a ControlNet, CG or PG [SD's encoder, zero convolutions]")
-    add = parser.add_argument_group("the method [defaults: the toy's on its data, else the paper's]").add_argument
-    add("--size", metavar="N", type=whole_number(32, 4096), help="side of the pictures in pixels [toy 128; paper 512]")
-    add("--refine", metavar="N", type=whole_number(1, 16), help="stage unet: also learn the second pass, at N x --size")
-    add("--attention", choices=["mask-guided", "plain"],
-        help="in CG: Eq. 3, or (ours) Eq. 2 on P, as in an ordinary ControlNet [mask-guided, the paper's]")
-    add("--prompt-dropout", metavar="X", type=real_number(0, 1),
-        help="branches: fraction of the prompts replaced by '' [0.5, as ControlNet; toy's CG 0.1]")
-    add("--theta", metavar="N", type=whole_number(0, 512),
-        help=f"PG's dilation in pixels of a 512-px image; 0: masks stay as they are [{THETA}, Eq. 5, section 5.1]")
-    add("--sigma", metavar=("LOW", "HIGH"), type=real_number(0, 1), nargs=2,
-        help=f"PG's mixup: range of σ, the ad's share; 1 1: no mixup [{SIGMA[0]} {SIGMA[1]}, Eq. 6, section 5.1]")
-    add("--noise-offset", metavar="X", type=real_number(0, 10), help="spread of the mean of ε [toy 0.1; paper 0]")
-    add("--weighting", choices=["uniform", "min-snr", "debias"],
-        help="weight of the error at each timestep [toy min-snr or debias; paper uniform, Eq. 1]")
-    add("--identifier", metavar="TEXT",
-        help=f"[D] of a category, with {{}} for its number [{IDENTIFIER!r}, section 5.1; known categories keep theirs]")
-    add_training_options(parser)
-    return parser
+STAGES = BASE_STAGES | {
+    "cg": Stage(branch_task, TOY_BRANCH | dict(steps=4500, prompt_dropout=0.1), PAPER),
+    "pg": Stage(branch_task, TOY_BRANCH, PAPER),
+    "joint": Stage(branch_task, TOY_BRANCH | dict(prompt_dropout=0.1), PAPER),
+    "controlnet": Stage(branch_task, TOY_BRANCH, PAPER),
+}
 
 
-def main(arguments: list[str] | None = None) -> None:
-    args = options().parse_args(arguments)
-    toy = args.data is None or args.data.absolute().parent == TOY_DATA or args.stage not in BRANCH_STAGES
-    settings = settle(args, TOY_SETTINGS.get(args.stage, {}) if toy else PAPER, TOY_DATA)
-    start_processes(settings.device)
+def main(arguments: list[str] | None = None, stages: dict[str, Stage] = STAGES) -> None:
+    given = vars(parser(__doc__, stages).parse_args(arguments))
+    if given["stage"] not in stages:
+        raise BadInput(f"stage {given['stage']} does not exist; the stages are {', '.join(stages)}")
+    stage = stages[given["stage"]]
+    data = TOY_DATA / stage.data
+    on_toy = "weights" not in given or given.get("data", data).absolute().parent == TOY_DATA
+    settings = begin(settle(given, stage.settings if on_toy else stage.paper or stage.settings, data))
     draw_on_first_use(settings.data)
-    if args.amp == "auto":
-        settings = replace(settings, amp=fastest_amp(settings))
-    if not settings.steps:
-        settings = replace(settings, steps=ceil(settings.epochs * len(read_items(settings.data)[0]) / settings.batch))
     with locked(settings.out):
-        fit((STAGES | RIVAL_STAGES).get(settings.stage, branch_task)(settings), settings)
+        fit(stage.task(settings), settings)
 
 
 if __name__ == "__main__":

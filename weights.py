@@ -2,8 +2,8 @@
 
 A Stable Diffusion folder holds unet/, vae/, text_encoder/, tokenizer/ and scheduler/. A ControlNet folder, such as CG's
 or PG's, holds config.json and one file of weights, or several with an index; so does a CLIP folder. Stable Diffusion
-and ControlNet also come as a single file with the names of the original code: support/layouts.py maps them to ours, and
-infers the configuration from the tensors' shapes. support/configs.py lists what a config.json may say.
+and ControlNet also come as a single file with the names of the original code: support/layouts.py maps them to ours,
+infers the configuration from the tensors' shapes, and lists what a config.json may say.
 
 Models are built on the meta device and filled from memory-mapped tensors: nothing is initialised only to be
 overwritten, and nothing is in memory twice. Loading is strict: a missing, extra or misshapen tensor is an error that
@@ -11,7 +11,6 @@ names it. Only safetensors are read, because opening a pickle can run code; `pyt
 pickle's tensors to safetensors without running it.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -27,11 +26,11 @@ from clip import CLIP, TextEncoder, Tokenizer, load_tokenizer
 from model import BRANCHES, ControlNet, UNet
 from sampler import Schedule
 from support.convert import convert
-from support.files import BadInput, one_line_errors, read_json, write_atomic
+from support.files import BadInput, one_line_errors, read_json, write_atomic, write_json
 from support.layouts import (
-    EXAMPLE_FILE,
     IGNORED,
     IMAGE_TOWER,
+    RENAMES,
     SINGLE_FILE,
     check_config,
     looks_like,
@@ -144,15 +143,12 @@ def check_together(sd: StableDiffusion, path: Path, tokenizer: Path) -> None:
 
 def read_schedule(file: Path, unet: UNet) -> Schedule:
     """Reads a scheduler_config.json, which SD 1.x may lack. Raises BadInput if it is missing or of another kind."""
-    if not file.is_file() and not unet.config.get("use_linear_projection"):
-        return Schedule()
-    if not file.is_file():
+    if file.is_file():
+        return Schedule(read_scheduler_config(file))
+    if unet.config.get("use_linear_projection"):
         # Tensors don't distinguish an SD 2.x that predicts v (2.1, 768 px) from one that predicts ε (2.1-base, 512 px)
         raise BadInput(f"{file} is missing: an SD 2.x may predict ε or v; put the one from its public folder there")
-    try:
-        return Schedule(read_scheduler_config(file))
-    except (LookupError, TypeError, RuntimeError) as error:
-        raise BadInput(f"{file} is not a scheduler's configuration ({error}); download it again") from None
+    return Schedule()
 
 
 def load_single_file(path: Path, device, dtype) -> tuple[TextEncoder, UNet, VAE, Schedule]:
@@ -191,7 +187,7 @@ def load_control(path: Path | str, kind: str = "controlnet", device="cpu", dtype
         return load_module(BRANCHES[kind], path, CONTROL_FILE, device, dtype)
     tensors, config = read_weights(path), path.parent / "config.json"
     if path.name.startswith("diffusion_pytorch_model.") and config.is_file():  # a folder's file
-        return build_module(BRANCHES[kind], read_json(config), tensors, path, device, dtype, config)
+        return build_module(BRANCHES[kind], read_json(config), under_our_names(tensors), path, device, dtype, config)
     parts = split_by_model(tensors)
     own = parts["control"] or parts[""]
     if not own:
@@ -222,13 +218,6 @@ def load_clip(path: Path | str, device="cpu", dtype=torch.float32) -> CLIP:
 # ---------------------------------------------------------------- one network: from tensors, from a folder, to a folder
 
 
-def file_kind(build: type[nn.Module]) -> str:
-    """How messages and the tables of support/ name the files of a network."""
-    kinds = {UNet: "a UNet", ControlNet: "a ControlNet", VAE: "a VAE", TextEncoder: "a text encoder",
-             CLIP: "a CLIP model"}
-    return next((kind for network, kind in kinds.items() if issubclass(build, network)), f"a {build.__name__}")
-
-
 class NoInit(TorchFunctionMode):
     """Turns torch.nn.init off: on the meta device, nn.Embedding's initialisation imports a compiler (1.5 s)."""
 
@@ -238,86 +227,76 @@ class NoInit(TorchFunctionMode):
 
 def build_module(build: type[nn.Module], config: dict, tensors: dict[str, Tensor], source: Path, device, dtype,
                  config_source: Path | None = None) -> nn.Module:
-    """Builds a network from its configuration and tensors. Raises BadInput if either does not fit."""
-    check_config(file_kind(build), config, config_source or source)
+    """Builds a network from its configuration and tensors, under our names. Raises BadInput if either does not fit."""
+    config_source = config_source or source
+    check_config(config, config_source)
     try:
         with torch.device("meta"), NoInit():
             module = build(config)
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
-        raise BadInput(f"{config_source or source} is not the configuration of such a model "
+    except Exception as error:  # a field is missing, or of any type
+        raise BadInput(f"{config_source} is not the configuration of such a model "
                        f"({type(error).__name__}: {error})") from None
     return assign_weights(module, tensors, source, device, dtype)
 
 
 def build_from_shapes(build: type[nn.Module], configure: Callable[[dict], dict], tensors: dict[str, Tensor],
-                      source: Path, device, dtype) -> nn.Module:
+                      source: Path, device, dtype, renames: list = RENAMES) -> nn.Module:
     """Builds a network whose configuration is inferred from the shapes of its tensors. Raises BadInput."""
-    named = dict(under_our_names(tensors, file_kind(build)))
+    named = under_our_names(tensors, renames)
     try:
         config = configure(named)
     except (KeyError, IndexError) as error:
         raise BadInput(f"{source} does not hold a whole {build.__name__} ({error})"
-                       f"{looks_like(tensors, file_kind(build))}") from None
+                       f"{looks_like(tensors, f'a {build.__name__}')}") from None
     return build_module(build, config, named, source, device, dtype)
 
 
 def assign_weights(module: nn.Module, tensors: dict[str, Tensor], source: Path, device, dtype) -> nn.Module:
     """Fills a module on the meta device with tensors, by name. Raises BadInput, which names what does not fit."""
-    wanted, named, problems = module.state_dict(), {}, []
-    for name, tensor in under_our_names(tensors, file_kind(type(module))):
-        if name not in wanted and (IGNORED.fullmatch(name)
-                                   or isinstance(module, TextEncoder) and IMAGE_TOWER.fullmatch(name)):
-            continue
-        if name in named:
-            problems.append(f"{name} is there twice, by an older and a newer name")
+    wanted, named = module.state_dict(), {}
+    for name, tensor in tensors.items():
         if name in wanted and tensor.shape == (*wanted[name].shape, 1, 1):
             tensor = tensor[:, :, 0, 0]  # from a 1x1 convolution to a linear layer: the VAE's attention in single files
-        named[name] = tensor
-    problems += [f"{n} is missing" for n in wanted if n not in named]
+        ignored = IGNORED.fullmatch(name) or isinstance(module, TextEncoder) and IMAGE_TOWER.fullmatch(name)
+        if name in wanted or not ignored:
+            named[name] = tensor
+    problems = [f"{n} is missing" for n in wanted if n not in named]
     problems += [f"{n} is not part of this model" for n in named if n not in wanted]
     problems += [f"{n} has shape {list(named[n].shape)}, expected {list(wanted[n].shape)}"
                  for n in wanted if n in named and named[n].shape != wanted[n].shape]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise BadInput(f"{source} does not fit a {type(module).__name__}: {'; '.join(problems[:3])}{more}"
-                       f"{looks_like(tensors, file_kind(type(module)))}")
+        kind = type(module).__name__
+        raise BadInput(f"{source} does not fit a {kind}: {'; '.join(problems[:3])}{more}"
+                       f"{looks_like(tensors, f'a {kind}')}")
     module.load_state_dict({n: t.to(device=device, dtype=dtype) for n, t in named.items()}, assign=True)
     if dtype in (torch.float16, torch.bfloat16):
         module.to(memory_format=torch.channels_last)  # where convolutions in half precision are fastest
     return module.eval().requires_grad_(False)
 
 
-def load_module(build: type[nn.Module], folder: Path, name: str, device, dtype) -> nn.Module:
+def load_module(build: type[nn.Module], folder: Path, name: str, device, dtype, renames: list = RENAMES) -> nn.Module:
     """Loads a network from a folder's config.json and weights, whose public name is `name`. Raises BadInput."""
     path, config = find_weights(folder, name), folder / "config.json"
-    return build_module(build, read_json(config), read_weights(path), path, device, dtype, config)
+    tensors = under_our_names(read_weights(path), renames)
+    return build_module(build, read_json(config), tensors, path, device, dtype, config)
 
 
 def save_module(module: nn.Module, folder: Path, name: str, dtype=None, extra: dict[str, object] | None = None) -> None:
-    """Writes config.json, the weights and any extra JSON files, as one folder that appears whole or not at all.
+    """Writes config.json and any extra JSON files into a folder, and the weights last, so that none are without them.
 
     Raises BadInput if a tensor is not finite.
     """
-
-    def write(scratch: Path) -> None:
-        scratch.mkdir()
-        for file, content in {"config.json": module.config, **(extra or {})}.items():
-            (scratch / file).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        tensors = {n: t.detach().to("cpu", dtype or t.dtype).contiguous() for n, t in module.state_dict().items()}
-        if broken := not_finite(tensors):
-            raise BadInput(f"{folder}: {broken} is not finite, and is not saved; train with a lower --lr" +
-                           (", or save it in float32" if dtype == torch.float16 else ""))
-        save_file(tensors, scratch / name, metadata={"format": "pt"})
-
-    write_atomic(folder, write)
+    tensors = {n: t.detach().to("cpu", dtype or t.dtype).contiguous() for n, t in module.state_dict().items()}
+    if broken := not_finite(tensors):
+        raise BadInput(f"{folder}: {broken} is not finite, and is not saved; train with a lower --lr" +
+                       (", or save it in float32" if dtype == torch.float16 else ""))
+    for file, content in {"config.json": module.config, **(extra or {})}.items():
+        write_json(content, folder / file)
+    write_atomic(folder / name, lambda new: save_file(tensors, new, metadata={"format": "pt"}))
 
 
 # ---------------------------------------------------------------- python weights.py convert FILE OUT
-
-NEXT = {SINGLE_FILE: '--weights {} --tokenizer DIR --prompt "a photo of a mug"',
-        "a ControlNet": "--weights SD --controlnet {} --product mug.png --category mug",
-        "a LaMa": "--lama {} --product mug.png",
-        EXAMPLE_FILE: "--paint-by-example {} --product mug.png --reference ad.png"}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -327,14 +306,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("out", metavar="OUT", type=Path, help="the .safetensors to write; an existing one is replaced")
     args = parser.parse_args(argv)
     names, left_out = convert(args.file, args.out)
-    kind = looks_like(names, "")
-    print(f"{args.out}: {len(names):,} tensors, {args.out.stat().st_size / 1e6:,.1f} MB{kind}")
+    print(f"{args.out}: {len(names):,} tensors, {args.out.stat().st_size / 1e6:,.1f} MB{looks_like(names)}")
     if left_out:
         more = f" and {len(left_out) - 10:,} more" if len(left_out) > 10 else ""
         print(f"left out: {', '.join(left_out[:10])}{more}")
-    use = next((f"python generate.py {options}" for what, options in NEXT.items() if kind.endswith(what)),
-               "give {} where these weights are asked for")
-    print("next:", use.format(args.out))
+    print(f"next: give {args.out} where these weights are asked for, as by generate.py --weights or --controlnet")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,11 @@
 """Programs: paints a whole data set, with a manifest and prefetching; not needed to understand the paper."""
 
-
 import json
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import NoneType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +14,19 @@ from tqdm import tqdm
 from data import Ad
 from support.datasets import MASK_OF_ITEM, Item
 from support.files import BadInput, append_line, read_log, result_name
-from support.images import load_cutout, load_masked, open_image, save_image, sheet, thumbnail
+from support.images import load_cutout, load_masked, save_image, sheet
 from support.machine import processes
+from support.plots import picture_of
+
+# ---------------------------------------------------------------- a picture, and the line that says how it was painted
+
+
+class Job(NamedTuple):
+    """One picture to paint."""
+
+    path: Path
+    item: Item  # the files it is painted from; a prompt alone has none
+    seed: int
 
 
 def result_path(out: Path, index: int, item: Item) -> Path:
@@ -25,172 +34,144 @@ def result_path(out: Path, index: int, item: Item) -> Path:
     return out / result_name(f"{index:06}_{item.image.stem}", ".png")
 
 
-def read_ad(item: Item, texts: tuple[str, str, str], seed: int) -> Ad:
-    """Loads what an item is painted from. Raises BadInput if one of its files can't be used."""
-    rgb, mask = load_cutout(item.image, item.mask, "image", MASK_OF_ITEM, item.inverted)
-    if item.reference is None:
-        return Ad(rgb, mask, texts, seed)
-    reference = load_masked(item.reference, item.reference_mask, "reference", MASK_OF_ITEM, item.inverted)
-    return Ad(rgb, mask, texts, seed, reference)
-
-
-def line_of(item: Item, seed: int, dtype: str, record: dict) -> dict:
-    """A picture's line in the manifest: what it was painted from, and how. Its PNG holds the same line as text."""
-    files = {name: getattr(item, name) for name in ("image", "mask", "reference", "reference_mask")}
-    return {**{name: str(file) if file else None for name, file in files.items()}, "inverted": item.inverted,
-            "category": item.category, "seed": seed, "dtype": dtype, "how": record}
-
-
 def first_path(path: Path) -> Path:
     """Where --keep-first saves the first pass's picture, beside the finished one. No other name ends in _first."""
     return path.with_name(result_name(f"{path.stem}_first", ".png"))
 
 
-def kept_files(pictures: list[Tensor], path: Path, line: dict) -> list[tuple[Tensor, Path, dict]]:
-    """What is saved for an ad, as (picture, path, line): its picture and, if it was kept, the first pass's, whose line
-    is that of a picture painted without a second pass.
+def line_of(job: Job, record: dict) -> dict:
+    """A picture's line in the manifest: what it was painted from, and how. Its PNG holds the same line as text."""
+    item, names = job.item, ("image", "mask", "reference", "reference_mask")
+    files = {name: str(file) if (file := getattr(item, name)) else None for name in names}
+    return files | {"inverted": item.inverted, "category": item.category, "seed": job.seed, "dtype": record["dtype"],
+                    "how": record}
+
+
+def save_pictures(pictures: list[Tensor], job: Job, record: dict) -> list[Path]:
+    """Saves a job's picture and, if it was kept, the first pass's, whose line is that of a picture painted without a
+    second pass. Returns their paths.
     """
-    first = line | {"how": {n: v for n, v in line["how"].items() if not n.startswith("refine")} | {"refine": 1}}
-    return [*zip(pictures, (path, first_path(path)), (line, first))]
+    alone = record | {"refine": 1, "refine_from": None, "refine_alone": False}
+    records = {job.path: record, first_path(job.path): alone}
+    saved = dict(zip(records, pictures))
+    for path, picture in saved.items():
+        save_image(picture, path, {"how": json.dumps(line_of(job, records[path]))})
+    return [*saved]
 
 
-class Manifest:
-    """manifest.jsonl, one line per picture in a folder. Files are compared by name only, since data sets get moved."""
-
-    FIELDS = {"file": str, "image": str, "reference": (str, NoneType), "category": str, "seed": int, "how": dict}
-
-    def __init__(self, out: Path):
-        self.file = out / "manifest.jsonl"
-        self.lines = {}
-        for number, line in enumerate(read_log(self.file), 1):
-            if not all(isinstance(line.get(name), kind) for name, kind in self.FIELDS.items()):
-                raise BadInput(f"{self.file}:{number} does not say how a picture was painted; remove that line")
-            self.lines[line["file"]] = line
-
-    def check(self, file: str, line: dict) -> None:
-        """Raises BadInput if the folder holds a picture of this name that was painted from other files or settings."""
-        if file not in self.lines:
-            return
-        there = self.lines[file]
-        for name in ("image", "reference"):
-            if (there[name] and Path(there[name]).name) != (line[name] and Path(line[name]).name):
-                self.refuse(file, f"from another {name}: {there[name]}")
-        for name in ("category", "seed"):
-            if there[name] != line[name]:
-                self.refuse(file, f"with {name} {there[name]}")
-        old, new = there["how"], line["how"]
-        for name in old | new:
-            if old.get(name) != new.get(name):
-                option, value = f"--{name.replace('_', '-')}", old.get(name)
-                given = f"without {option}" if value is None or value is False else f"with {option} {value}"
-                self.refuse(file, "with other weights" if name == "models" else given)
-
-    def refuse(self, file: str, how: str) -> None:
-        """Raises the BadInput of `check`."""
-        raise BadInput(f"--out {self.file.parent} holds {file}, which was painted {how}; name another folder, or give "
-                       "the options it was painted with")
-
-    def append(self, line: dict) -> None:
-        """Adds a picture's line to the file."""
-        append_line(line, self.file)
+# ---------------------------------------------------------------- the manifest: the lines of a folder's pictures
 
 
-def one_ahead(read: Callable, chunks: list[list]) -> Iterator[dict]:
-    """Yields {i: read(i)} for each chunk of indices, while threads already read the next chunk.
+def settings_of(line: dict) -> dict:
+    """What must be equal in the lines of equal pictures, under the names that messages use.
 
-    Each reader computes on one core; torch's teams of threads would take the cores away from the painting.
+    Of files only the names count, since data sets get moved.
     """
-    with ThreadPoolExecutor(4, initializer=torch.set_num_threads, initargs=(1,)) as readers:
-        following = None
-        for chunk in [*chunks, []]:
-            current, following = following, [(i, readers.submit(read, i)) for i in chunk]
-            if current is not None:
-                yield {i: future.result() for i, future in current}
+    files = {name: line[name] and Path(line[name]).name for name in ("image", "reference")}
+    options = {f"--{name.replace('_', '-')}": value for name, value in line["how"].items()}
+    return files | {"category": line["category"], "seed": line["seed"]} | options | {"--dtype": line["dtype"]}
+
+
+def read_manifest(file: Path) -> dict[str, dict]:
+    """The settings of each picture in a manifest, by its file's name. Raises BadInput for a line that lacks some."""
+    settings = {}
+    for number, line in enumerate(read_log(file), 1):
+        try:
+            settings[line["file"]] = settings_of(line)
+        except (AttributeError, KeyError, TypeError):
+            raise BadInput(f"{file}:{number} does not say how a picture was painted; remove that line") from None
+    return settings
+
+
+def check_same(path: Path, there: dict, wanted: dict) -> None:
+    """Raises BadInput, which names the first difference, if the picture at `path` was painted with other settings."""
+    for name in there | wanted:
+        value = there.get(name)
+        if value != wanted.get(name):
+            how = f"without {name}" if value is None or value is False else f"with {name} {value}"
+            raise BadInput(f"--out {path.parent} holds {path.name}, which was painted "
+                           f"{'with other weights' if name == '--models' else how}; name another folder, or give the "
+                           "options it was painted with")
+
+
+# ---------------------------------------------------------------- painting
+
+
+def read_ad(job: Job, texts: dict[str, tuple[str, str, str]]) -> Ad:
+    """Loads what an item is painted from. Raises BadInput if one of its files can't be used."""
+    item = job.item
+    cutout = load_cutout(item.image, item.mask, "image", MASK_OF_ITEM, item.inverted)
+    return Ad(*cutout, texts[item.category], job.seed, item.reference and load_masked(
+        item.reference, item.reference_mask, "reference", MASK_OF_ITEM, item.inverted))
+
+
+def one_ahead(threads: ThreadPoolExecutor, read: Callable, chunks: list[list[Job]]) -> Iterator[dict]:
+    """Yields {job: read(job)} for each chunk, while threads already read the next chunk."""
+    ahead = threads.map(read, chunks[0] if chunks else [])
+    for chunk, following in zip(chunks, [*chunks[1:], []]):
+        ready, ahead = ahead, threads.map(read, following)
+        yield dict(zip(chunk, ready))
 
 
 def paint_items(items: list[Item], texts: dict[str, tuple[str, str, str]],
-                paint_ads: Callable[[list[Ad]], list[list[Tensor]]], out: Path, record: dict, dtype: str, seed: int,
-                batch: int, keep_first: bool = False, chosen: list[int] | None = None) -> tuple[int, int, int]:
+                paint_all: Callable[[list[Ad]], list[list[Tensor]]], out: Path, record: dict, seed: int, batch: int,
+                keep_first: bool = False, chosen: list[int] | None = None) -> tuple[int, int, int]:
     """Paints the items of a data set, or those `chosen` by index, that are not in `out` yet. Returns how many were
     painted, how many were there, and how many are broken; broken ones are reported and skipped.
 
-    texts: the prompts by category. Item i is painted with seed + i. record: how pictures are painted, see record.py;
-    keep_first: save the first pass's pictures too. Under torchrun each process paints its share. If one picture of a
-    batch is missing, the whole batch is painted again: rounding may depend on the batch, and an interruption must not
-    change a byte. Raises BadInput if `out` holds pictures of these names that were painted from other items or with
-    other settings.
+    texts: the prompts by category. Item i is painted with seed + i. record: how pictures are painted, see
+    gallery.record_of; keep_first: save the first pass's pictures too. Under torchrun each process paints its share. If
+    one picture of a batch is missing, the whole batch is painted again: rounding may depend on the batch, and an
+    interruption must not change a byte. Raises BadInput if `out` holds pictures of these names that were painted from
+    other items or with other settings.
     """
-    manifest, paths = Manifest(out), [result_path(out, i, item) for i, item in enumerate(items)]
-    lines = [line_of(item, seed + i, dtype, record) for i, item in enumerate(items)]
-    for path, line in zip(paths, lines):
-        manifest.check(path.name, line)
+    manifest, there = out / "manifest.jsonl", read_manifest(out / "manifest.jsonl")
+    record = json.loads(json.dumps(record))  # as it comes back from the manifest
+    jobs = [Job(result_path(out, i, item), item, seed + i) for i, item in enumerate(items)]
+    for job in jobs:
+        if job.path.name in there:
+            check_same(job.path, there[job.path.name], settings_of(line_of(job, record)))
     rank, world = processes()
-    share = (range(len(items)) if chosen is None else chosen)[rank::world]
-    wanted = [[path, first_path(path)] if keep_first else [path] for path in paths]
-    todo = {i for i in share if paths[i].name not in manifest.lines or not all(map(Path.exists, wanted[i]))}
+    share = (jobs if chosen is None else [jobs[i] for i in chosen])[rank::world]
+    todo = {job for job in share if job.path.name not in there or not job.path.exists()
+            or keep_first and not first_path(job.path).exists()}
     chunks = [share[k : k + batch] for k in range(0, len(share), batch) if todo.intersection(share[k : k + batch])]
+    broken, written = 0, None
 
-    def read(i: int) -> Ad | BadInput:
+    def read(job: Job) -> Ad | BadInput:
         try:
-            return read_ad(items[i], texts[items[i].category], seed + i)
+            return read_ad(job, texts)
         except BadInput as error:
             return error
 
-    def write(indices: Iterable[int], pictures: list[list[Tensor]], seconds: float) -> None:
-        for i, of_ad in zip(indices, pictures):
-            if i not in todo:
-                continue
-            for picture, path, line in kept_files(of_ad, paths[i], lines[i]):
-                save_image(picture, path, text={"how": json.dumps(line)})
-            manifest.append({"item": i, "file": paths[i].name} | lines[i] | {"seconds": round(seconds, 3)})
+    def write(painted: dict[Job, list[Tensor]]) -> None:
+        for job in [job for job in painted if job in todo]:
+            save_pictures(painted[job], job, record)
+            append_line({"item": job.seed - seed, "file": job.path.name, **line_of(job, record)}, manifest)
 
-    broken, written = 0, None
-    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as writer:
-        bar = tqdm(one_ahead(read, chunks), total=len(chunks), unit="batch", disable=not sys.stderr.isatty())
+    # Each thread computes on one core: torch's teams of threads would take the cores away from the painting
+    with ThreadPoolExecutor(4, initializer=torch.set_num_threads, initargs=(1,)) as threads:
+        bar = tqdm(one_ahead(threads, read, chunks), total=len(chunks), unit="batch", disable=not sys.stderr.isatty())
         for results in bar:
-            ads = {i: result for i, result in results.items() if isinstance(result, Ad)}
-            for i in todo.intersection(results) - ads.keys():
-                broken += 1
-                tqdm.write(f"skipped: {results[i]}", file=sys.stderr)
-            if not todo.intersection(ads):
-                continue
-            clock = time.perf_counter()
-            pictures = paint_ads(list(ads.values()))
-            seconds = (time.perf_counter() - clock) / max(1, len(ads))
-            if written:
-                written.result()  # raises the writer's error
-            written = writer.submit(write, list(ads), pictures, seconds)
+            ads = {job: result for job, result in results.items() if isinstance(result, Ad)}
+            for job in results:
+                if job in todo and job not in ads:
+                    broken += 1
+                    tqdm.write(f"skipped: {results[job]}", file=sys.stderr)
+            if todo.intersection(ads):
+                painted = dict(zip(ads, paint_all([*ads.values()])))
+                if written:
+                    written.result()  # raises the writing's error
+                written = threads.submit(write, painted)
         if written:
             written.result()
     return len(todo) - broken, len(share) - len(todo), broken
 
 
-def steps_bar(steps: int, text: str) -> tqdm:
-    """A bar over the denoising steps on stderr, where that is a terminal."""
-    return tqdm(total=steps, desc=text, unit="step", leave=False, disable=not sys.stderr.isatty())
-
-
-def check_finite(painted: Tensor) -> None:
-    """Raises BadInput if the model produced NaN or infinite pixels."""
-    if not painted.isfinite().all():
-        raise BadInput("--dtype: the painted pixels are not finite; add --dtype float32; if they still are not, the "
-                       "weights are broken")
-
-
-def save_data_sheet(items: list[Item], out: Path, columns: int = 8, cells: int = 32) -> None:
+def save_data_sheet(items: list[Item], out: Path, columns: int = 8, count: int = 32) -> None:
     """Writes OUT/sheet.png: the pictures of the first items, each above its reference if it has one."""
-
-    def cell(path: Path | None):
-        try:
-            return path and thumbnail(open_image(path).convert("RGB"))
-        except BadInput:
-            return None  # the item is broken
-
-    rows = []
-    for start in range(0, min(len(items), cells), columns):
-        row = list(enumerate(items))[start : start + columns]
-        rows.append([cell(result_path(out, i, item)) for i, item in row])
-        if any(item.reference for _, item in row):
-            rows.append([cell(item.reference) for _, item in row])
-    if any(picture for row in rows for picture in row):
-        save_image(sheet(rows), out / "sheet.png")
+    pictures = [picture_of(result_path(out, i, item)) for i, item in enumerate(items[:count])]
+    references = [picture and picture_of(item.reference) for picture, item in zip(pictures, items)]
+    rows = [x[k : k + columns] for k in range(0, count, columns) for x in (pictures, references)]
+    if any(pictures):
+        save_image(sheet([row for row in rows if any(row)]), out / "sheet.png")

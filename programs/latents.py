@@ -1,88 +1,77 @@
-"""Programs: latents and prompts of a data set, encoded once; not needed to understand the paper."""
-
+"""Programs: what a training run reads of its data, encoded once: latents and prompts; and the ads on its sheets; not
+needed to understand the paper.
+"""
 
 import sys
 from collections.abc import Callable, Container, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from data import Ads, load_ad
+from data import Ads, Samples, load_ad
 from model import Prompts
+from programs.settings import Settings
 from support.datasets import Item, read_items
 from support.files import BadInput
-from support.machine import barrier, processes
-from support.tensors import compute_once, compute_parts, file_fingerprint, not_finite, weights_fingerprint
+from support.images import sheet
+from support.tensors import compute_parts, file_fingerprint, not_finite, weights_fingerprint
 from weights import StableDiffusion
 
+PART = 1024  # items in a file of latents
 
-def autocast(device: torch.device | str, dtype: torch.dtype | None, cache: bool = True) -> torch.autocast:
-    """A context in which matrix products and convolutions are computed in `dtype`; None changes nothing.
 
-    With `cache` it keeps half-precision copies of the weights until it ends.
+def latent_samples(sd: StableDiffusion, items: list[Item], size: int, settings: Settings, **others) -> Samples:
+    """Training samples with latents, which are encoded first if settings.cache lacks them; others: see Samples."""
+    latents = encode_items(sd, items, size, settings.cache, min(8, settings.micro_batch), settings.amp,
+                           settings.workers)
+    return Samples(items, size, latents, sd.vae.scaling_factor, sd.schedule.T, **others)
+
+
+def encode_items(sd: StableDiffusion, items: list[Item], size: int, folder: Path, batch: int = 8,
+                 amp: torch.dtype | None = None, workers: int = 0) -> list[dict[str, Tensor]]:
+    """The frozen VAE's encodings of a data set's pictures, cut to squares of `size` pixels: a dict for PART items each.
+
+    It holds the posterior's "mean" and "logvar", unscaled, (n, 4, h, w), and "inpainting" (n, 5, h, w), what an
+    inpainting UNet reads beside z_t. All are float16, memory-mapped from files in `folder`. Processes share the work,
+    and existing files are reused. Raises BadInput if a file is broken.
     """
-    return torch.autocast(torch.device(device).type, dtype, enabled=dtype is not None, cache_enabled=cache)
+    ads, keys = Ads(items, size), latent_keys(sd, items, size, amp)
+
+    def encode(k: int) -> dict[str, Tensor]:
+        part = Subset(ads, range(k * PART, min((k + 1) * PART, len(items))))
+        return encode_ads(sd, tqdm(DataLoader(part, batch, num_workers=workers), f"encoding {k + 1} of {len(keys)}",
+                                   unit="batch", disable=not sys.stderr.isatty()), amp)
+
+    return compute_parts(folder, keys, encode)
 
 
-class Latents:
-    """The frozen VAE's encodings of a data set's pictures, cut to squares of `size` pixels; in files of PART items.
-
-    latents[i] -> mean and standard deviation, both (4, h, w) float32, scaled as the UNet's z; and what an inpainting
-    UNet reads beside z_t, (5, h, w), or None for other UNets. Processes share the work, and existing files are reused.
-    Raises BadInput if a file is broken.
-    """
-
-    PART = 1024
-
-    def __init__(self, sd: StableDiffusion, items: list[Item], size: int, folder: Path, batch: int = 8,
-                 amp: torch.dtype | None = None, workers: int = 0):
-        rank, world = processes()
-        self.scale, self.T, self.folder, ads = sd.vae.scaling_factor, sd.schedule.T, folder, Ads(items, size)
-        network = [weights_fingerprint(sd.vae), size, str(amp), sd.unet.config["in_channels"]]
-        files = [[file_fingerprint(item.image), file_fingerprint(item.mask), item.inverted] for item in items]
-        self.keys = [network + files[start : start + self.PART] for start in range(0, len(items), self.PART)]
-        bar = tqdm(total=len(items), desc="encoding", unit="image", disable=rank > 0 or not sys.stderr.isatty())
-
-        def encode(k: int) -> dict[str, Tensor]:
-            part = Subset(ads, range(k * self.PART, min((k + 1) * self.PART, len(items))))
-            return encode_ads(sd, DataLoader(part, batch, num_workers=workers), amp, lambda n: bar.update(n * world))
-
-        self.parts = compute_parts(folder, self.keys, encode)
-        bar.close()
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        part, row = self.parts[index // self.PART], index % self.PART
-        mean, std = part["mean"][row].float(), (part["logvar"][row].float() / 2).exp()
-        if not (mean + std).isfinite().all():
-            raise BadInput(f"--cache {self.folder}: a file of latents is broken; remove the folder; it is made again")
-        return mean * self.scale, std * self.scale, part["inpainting"][row].float() if "inpainting" in part else None
+def latent_keys(sd: StableDiffusion, items: list[Item], size: int, amp: torch.dtype | None) -> list:
+    """What the latents of each part depend on."""
+    network = [weights_fingerprint(sd.vae), size, str(amp), sd.unet.config["in_channels"]]
+    files = [[file_fingerprint(item.image), file_fingerprint(item.mask), item.inverted] for item in items]
+    return [network + files[start : start + PART] for start in range(0, len(items), PART)]
 
 
 @torch.no_grad()
-def encode_ads(sd: StableDiffusion, batches: Iterable[dict], amp: torch.dtype | None,
-               on_batch: Callable[[int], None]) -> dict[str, Tensor]:
-    """What `Latents` keeps for batches of Ads, (n, ...) float16 each. Calls on_batch(B) after a batch of B pictures.
-
-    Raises BadInput if a latent is not finite.
-    """
-    weight, rows = sd.vae.quant_conv.weight, {}
+def encode_ads(sd: StableDiffusion, batches: Iterable[dict], amp: torch.dtype | None) -> dict[str, Tensor]:
+    """A part of `encode_items`, from batches of Ads. Raises BadInput if a latent is not finite."""
+    weight, encoded = sd.vae.quant_conv.weight, []
     for batch in batches:
         image, mask = batch["image"].to(weight.device), batch["mask"].to(weight.device)
-        with autocast(weight.device, amp):
+        with torch.autocast(weight.device.type, amp, amp is not None):
             mean, logvar = sd.vae.encode(2 * image.to(weight) - 1)
-            encoded = {"mean": mean, "logvar": logvar, "inpainting": sd.inpainting(image.to(mean), mask)}
-        encoded = {name: x.to("cpu", torch.float16) for name, x in encoded.items() if x is not None}
-        if not_finite(encoded):
-            raise BadInput("the VAE's latents are not finite; its weights are broken" + (
-                ", or overflow in float16: leave out --amp" if amp == torch.float16 else "; get them again"))
-        for name, x in encoded.items():
-            rows.setdefault(name, []).append(x)
-        on_batch(len(image))
-    return {name: torch.cat(x) for name, x in rows.items()}
+            latents = {"mean": mean, "logvar": logvar, "inpainting": sd.inpainting(image.to(mean), mask)}
+        encoded.append({name: x.to("cpu", torch.float16) for name, x in latents.items() if x is not None})
+        if not_finite(encoded[-1]):
+            raise BadInput("the VAE's latents are not finite; its weights are broken: get them again, or, if they "
+                           "overflow with --amp float16, leave it out")
+    return {name: torch.cat([latents[name] for latents in encoded]) for name in encoded[0]}
 
 
 def prompt_table(sd: StableDiffusion, texts: list[tuple[str, str, str]], folder: Path,
@@ -91,44 +80,38 @@ def prompt_table(sd: StableDiffusion, texts: list[tuple[str, str, str]], folder:
     device = sd.text_encoder.text_model.final_layer_norm.weight.device
 
     @torch.no_grad()
-    def encode() -> dict[str, Tensor]:
-        with autocast(device, amp):
+    def encode(_) -> dict[str, Tensor]:
+        with torch.autocast(device.type, amp, amp is not None):
             return {"prompts": torch.stack([sd.prompts(list(triple)).cpu() for triple in texts])}
 
     key = [weights_fingerprint(sd.text_encoder), sd.tokenizer.bpe.to_str(), texts, str(amp)]
-    if processes()[0] == 0:
-        compute_once(folder, key, encode)
-    barrier()
-    return compute_once(folder, key, encode)["prompts"]
+    return compute_parts(folder, [key], encode)[0]["prompts"]
 
 
-class CategoryPrompts:
-    """A batch's prompts by category (section 3.2), from the rows of a prompt table, whose last row encodes ''.
+def category_prompts(table: Tensor, row_of_item: list[int], device: str) -> Callable[[Tensor, Tensor], Prompts]:
+    """Eq1.prompts by category (section 3.2), from the rows of a prompt table, whose last row encodes ''.
 
     row_of_item (n,): the row of each item of the data set.
     """
+    rows = torch.tensor(row_of_item)
 
-    def __init__(self, table: Tensor, row_of_item: list[int], device: str):
-        self.table, self.row_of_item, self.device = table, torch.tensor(row_of_item), device
+    def prompts(index: Tensor, dropped: Tensor) -> Prompts:
+        chosen = torch.where(dropped.cpu(), len(table) - 1, rows[index.cpu()])
+        return Prompts(*table[chosen].to(device).unbind(1))
 
-    def __call__(self, index: Tensor, dropped: Tensor) -> Prompts:
-        """index (B,): positions in the data set; dropped (B,) bool: where '' replaces the prompt."""
-        rows = torch.where(dropped.cpu(), len(self.table) - 1, self.row_of_item[index.cpu()])
-        return Prompts(*self.table[rows].to(self.device).unbind(1))
+    return prompts
 
 
-class CaptionPrompts:
-    """A batch's prompts by caption, for a branch that reads only P. They are encoded when needed, since there are as
-    many captions as pictures.
+def caption_prompts(sd: StableDiffusion, captions: list[str]) -> Callable[[Tensor, Tensor], Prompts]:
+    """Eq1.prompts by caption, for a branch that reads only P. They are encoded when needed, since there are as many
+    captions as pictures.
     """
-
-    def __init__(self, encode: Callable[[list[str]], Tensor], captions: list[str]):
-        self.encode, self.captions = encode, captions
-
     @torch.no_grad()
-    def __call__(self, index: Tensor, dropped: Tensor) -> Prompts:
-        P = self.encode(["" if d else self.captions[i] for i, d in zip(index.tolist(), dropped.tolist())])
+    def prompts(index: Tensor, dropped: Tensor) -> Prompts:
+        P = sd.prompts(["" if d else captions[i] for i, d in zip(index.tolist(), dropped.tolist())])
         return Prompts(P, P, P)
+
+    return prompts
 
 
 def held_out_ads(data: Path, split: str, items: list[Item], categories: Container[str] | None, size: int,
@@ -139,22 +122,21 @@ def held_out_ads(data: Path, split: str, items: list[Item], categories: Containe
     Returns the ads; and their images, masks, references and references' masks, all (n, 3 or 1, size, size). An ad
     without a reference is its own reference.
     """
-    test = []
+    test, ads, pictures = [], [], []
     if (data / f"{split}_info.txt").is_file():
-        try:
+        with suppress(BadInput):  # its folders may not be there
             test = read_items(data, split)[0]
-        except BadInput:
-            pass  # its folders may not be there
-    ads, pictures = [], []
     for item in (*test, *items[::-1]):
         if len(ads) == count:
             break
-        if categories is not None and item.category not in categories:
-            continue
-        reference = replace(item, image=item.reference, mask=item.reference_mask) if item.reference else item
-        try:
-            pictures.append((*load_ad(item, size), *load_ad(reference, size)))
-        except BadInput:
-            continue  # reported when it is read as part of the data set
-        ads.append(item)
+        if categories is None or item.category in categories:
+            reference = replace(item, image=item.reference, mask=item.reference_mask) if item.reference else item
+            with suppress(BadInput):  # reported when it is read as part of the data set
+                pictures.append((*load_ad(item, size), *load_ad(reference, size)))
+                ads.append(item)
     return ads, [torch.stack(parts) for parts in zip(*pictures)]
+
+
+def sheet_of(rows: dict[str, Tensor]) -> Image.Image:
+    """A sheet with a labelled row for each batch of pictures (n, 3, H, W)."""
+    return sheet([list(pictures) for pictures in rows.values()], row_labels=list(rows))

@@ -1,16 +1,11 @@
 """Programs: loads a base, CG and PG that belong together, and their identifiers; not needed to understand the paper."""
 
-
-import argparse
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from clip import Tokenizer
 from model import ControlNet
-from rivals.lama import LaMa, load_lama
-from rivals.paint_by_example import PaintByExample, load_paint_by_example
 from support.datasets import read_identifiers
 from support.files import BadInput
 from support.images import canvas_size
@@ -30,50 +25,21 @@ class ModelChoice:
     cg: Path | None = None
     pg: Path | None = None
     controlnet: Path | None = None  # in CG's place
-    lama: Path | None = None  # a rival, in place of all the others
-    paint_by_example: Path | None = None  # likewise
     device: str = "auto"
     dtype: str = "auto"
 
 
-def choice_of(args: argparse.Namespace) -> ModelChoice:
-    """The models that a command line names."""
-    return ModelChoice(**{field.name: getattr(args, field.name) for field in fields(ModelChoice)})
-
-
 class Models(NamedTuple):
-    """What a command paints with: the base and its branches, or a rival with networks of its own."""
+    """What pictures are painted with."""
 
-    sd: StableDiffusion | None
+    sd: StableDiffusion | None  # None only where another painter needs none
     cg: ControlNet | None  # or the plain ControlNet in its place
     pg: ControlNet | None
     identifiers: dict[str, str | None]  # [D] of each category, None for the plain prompt
     size: int  # the canvas's longer side in pixels
-    fingerprints: list  # of the weights
-    rival: LaMa | PaintByExample | None = None
-
-    @property
-    def dtype(self) -> str:
-        """The dtype of the weights, such as "float32"."""
-        dtype = self.rival.dtype if self.rival else self.sd.unet.conv_in.weight.dtype
-        return str(dtype).removeprefix("torch.")
-
-    @property
-    def multiple(self) -> int:
-        """The canvas's sides are multiples of this number."""
-        return (self.rival or self.sd).multiple
-
-    @property
-    def exemplar(self) -> int | None:
-        """The side in pixels to which a rival squashes references, whole and without a mask; None if references fill
-        the canvas.
-        """
-        return self.rival.exemplar if self.rival else None
-
-    @property
-    def tokenizer(self) -> Tokenizer | None:
-        """The base's; None for a rival with networks of its own."""
-        return self.sd.tokenizer if self.sd else None
+    multiple: int  # the canvas's sides are multiples of this number of pixels
+    dtype: str  # of the weights, such as "float32"
+    fingerprints: list  # of the weights' files
 
 
 def load_models(choice: ModelChoice, size: int | None, categories: set[str] = frozenset(), with_pg: bool = False,
@@ -83,38 +49,22 @@ def load_models(choice: ModelChoice, size: int | None, categories: set[str] = fr
     size: the canvas's longer side in pixels, by default the base's. Raises BadInput if weights are missing, broken or
     do not belong together, or if CG does not know a category.
     """
-    if choice.lama or choice.paint_by_example:
-        return load_rival(choice, size, categories)
-    paths = {"base": choice.weights or TOY / "base"}
+    base, cg, pg = choice.weights or TOY / "base", None, None
     if categories:
-        paths["cg"] = choice.controlnet or branch_path("cg", choice.cg, choice.weights)
+        cg = choice.controlnet or branch_path("cg", choice.cg, choice.weights)
     if with_pg:
-        paths["pg"] = branch_path("pg", choice.pg, choice.weights)
-    identifiers = identifiers_of(categories, None if choice.controlnet else paths.get("cg"), plain_prompt,
-                                 "; or add --plain-prompt")
-    if with_pg and not choice.controlnet and not plain_prompt:
-        check_identifiers(paths["cg"], paths["pg"])
+        pg = branch_path("pg", choice.pg, choice.weights)
+    identifiers = identifiers_of(categories, None if choice.controlnet else cg, plain_prompt)
+    if pg and not choice.controlnet and not plain_prompt:
+        check_identifiers(cg, pg)
     device = pick_device(choice.device)
-    sd = load_stable_diffusion(paths["base"], device, pick_dtype(choice.dtype, device), choice.tokenizer)
+    dtype = pick_dtype(choice.dtype, device)
+    sd = load_stable_diffusion(base, device, dtype, choice.tokenizer)
     size = size or sd.size
     canvas_size(1, 1, size, sd.multiple)  # refuses a size that does not fit the base
-    cg = load_branch("controlnet" if choice.controlnet else "category", paths["cg"], sd) if categories else None
-    pg = load_branch("personality", paths["pg"], sd) if with_pg else None
-    return Models(sd, cg, pg, identifiers, size, [model_fingerprint(path) for path in paths.values()])
-
-
-def load_rival(choice: ModelChoice, size: int | None, categories: set[str]) -> Models:
-    """Loads a rival with networks of its own. It has the attributes that Models reads, and paint(canvas, how, on_step),
-    which paints as generate.paint does. Raises BadInput for wrong weights, --dtype or size.
-    """
-    device, path = pick_device(choice.device), choice.lama or choice.paint_by_example
-    if choice.lama and choice.dtype not in ("auto", "float32"):
-        raise BadInput(f"--dtype {choice.dtype}: LaMa's Fourier transforms need float32; leave it out")
-    rival = load_lama(path, device) if choice.lama else load_paint_by_example(
-        path, device, pick_dtype(choice.dtype, device))
-    size = size or rival.size
-    canvas_size(1, 1, size, rival.multiple)  # refuses a size that does not fit
-    return Models(None, None, None, dict.fromkeys(categories), size, [model_fingerprint(path)], rival)
+    return Models(sd, cg and load_branch("controlnet" if choice.controlnet else "category", cg, sd),
+                  pg and load_branch("personality", pg, sd), identifiers, size, sd.multiple,
+                  str(dtype).removeprefix("torch."), [model_fingerprint(path) for path in (base, cg, pg) if path])
 
 
 def branch_path(option: str, given: Path | None, weights: Path | None) -> Path:
@@ -157,38 +107,34 @@ def check_identifiers(cg: Path, other: Path) -> None:
                        "give branches that belong together")
 
 
-def identifiers_of(names: set[str], cg: Path | None, plain_prompt: bool = False,
-                   remedy: str = "") -> dict[str, str | None]:
-    """The identifier [D] of each category, as saved with CG; None stands for the plain prompt. Without a CG all
-    categories get the plain prompt. Those that CG does not know get it with `plain_prompt`, else they raise BadInput,
-    whose message ends with `remedy`.
+def identifiers_of(names: set[str], cg: Path | None, plain_prompt: bool = False) -> dict[str, str | None]:
+    """The identifier [D] of each category, as saved with CG; None stands for the plain prompt.
+
+    Without a CG all categories get the plain prompt. Those that CG does not know get it with `plain_prompt`, else they
+    raise BadInput.
     """
     if cg is None:
         return dict.fromkeys(names)
     file = categories_file(cg)
     known = {} if plain_prompt and not file.exists() else read_identifiers(file)
-    if (unknown := sorted(names - set(known))) and not plain_prompt:
-        some = ", ".join([*known][:20]) + (f", ... ({len(known):,} in all, see {file})" if len(known) > 20 else "")
-        raise BadInput(f"CG was not trained on category {unknown[0]!r}; choose one of {some}{remedy}")
+    if (unknown := sorted(names - known.keys())) and not plain_prompt:
+        raise BadInput(f"CG was not trained on category {unknown[0]!r}; choose one from {file}, such as "
+                       f"{', '.join([*known][:20])}; generate.py --plain-prompt paints others too")
     return {name: known.get(name) for name in names}
 
 
 def add_model_options(add: Callable) -> None:
     """Adds the options of ModelChoice, and --hint. add: a parser's add_argument."""
-    add("--weights", metavar="PATH", type=Path,
-        help="Stable Diffusion, a folder or a single file [toy/base; the paper's: SD 1.5]")
+    path = dict(metavar="PATH", type=Path)
+    add("--weights", **path, help="Stable Diffusion, a folder or a single file [toy/base; the paper's: SD 1.5]")
     add("--tokenizer", metavar="DIR", type=Path,
         help="folder with vocab.json and merges.txt [tokenizer/ in --weights; beside a single file]")
-    add("--cg", metavar="PATH", type=Path, help="Category-Wise Generator, trained on the base [toy/cg]")
-    add("--pg", metavar="PATH", type=Path,
-        help="Personality-Wise Generator, trained on the base; used if there is a reference [toy/pg]")
-    add("--controlnet", metavar="PATH", type=Path,
+    add("--cg", **path, help="Category-Wise Generator, trained on the base [toy/cg]")
+    add("--pg", **path, help="Personality-Wise Generator, trained on the base; used if there is a reference [toy/pg]")
+    add("--controlnet", **path,
         help="a plain ControlNet in place of CG, with the plain prompt 'A photo of NAME': the paper's baseline")
     add("--hint", choices=["product", "inpaint"], default="product",
         help="what --controlnet sees around the product: black, or -1, as ControlNet 1.1 inpaint expects [product]")
-    add("--lama", metavar="PATH", type=Path, help="LaMa, the paper's baseline: big-lama.safetensors or the like")
-    add("--paint-by-example", metavar="PATH", type=Path,
-        help="Paint by Example, the paper's baseline: its public folder or single file; --reference is its exemplar")
     add("--device", metavar="NAME", default="auto", help="cpu, cuda, cuda:1, ... [auto: cuda where there is one]")
     add("--dtype", metavar="NAME", choices=["auto", "float32", "float16", "bfloat16"], default="auto",
         help="float32; float16 and bfloat16 are less precise [auto: float16 on CUDA, bfloat16 where it is faster]")

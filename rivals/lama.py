@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from support.cutouts import SOLID
 from support.files import BadInput
-from support.layouts import lama_config, looks_like, split_by_model
+from support.layouts import looks_like, split_by_model
 from support.tensors import read_weights
 from weights import build_from_shapes, load_module
 
@@ -212,14 +212,28 @@ class LaMa(nn.Module):
         return painted
 
 
+# ---------------------------------------------------------------- loading
+
+PREFIXES = {"generator.": "generator", "model.generator.": "generator"}  # before the names in public files, if any
+
+
+def lama_config(tensors: dict[str, Tensor]) -> dict:
+    """The configuration of a LaMa, from its tensors' shapes. Raises KeyError for other tensors."""
+    layers = [name for name in tensors if name.endswith(".ffc.convl2l.weight")]
+    blocks = sum(".conv1." in name for name in layers)
+    levels = len(layers) - 2 * blocks - 1
+    return {"_class_name": "LaMa", "width": tensors["model.1.ffc.convl2l.weight"].shape[0], "levels": levels,
+            "blocks": blocks, "global_channels": tensors[f"model.{levels + 1}.bn_g.weight"].shape[0]}
+
+
 def load_lama(path: Path | str, device="cpu") -> LaMa:
     """LaMa in float32, from a file with big-lama's generator or a folder of train.py lama. Raises BadInput."""
     path = Path(path)
     if path.is_dir():
         return load_module(LaMa, path, LAMA_FILE, device, torch.float32)
     tensors = read_weights(path)
-    parts = split_by_model(tensors)
-    own = parts["lama"] or parts[""]
+    parts = split_by_model(tensors, PREFIXES)
+    own = parts["generator"] or parts[""]
     if not any(".ffc." in name for name in own):
-        raise BadInput(f"{path} holds no generator of LaMa{looks_like(tensors, 'a LaMa')}; give big-lama's weights")
+        raise BadInput(f"{path} holds no generator of LaMa{looks_like(tensors)}; give big-lama's weights")
     return build_from_shapes(LaMa, lama_config, own, path, device, torch.float32)

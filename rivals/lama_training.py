@@ -1,6 +1,6 @@
 """Rivals: trains the toy's LaMa, by reconstruction and against a discriminator of patches, as its paper does.
 
-    python train.py lama
+    python rivals/lab.py train lama
 
 The public LaMa fills holes in photos; this one learns to paint the surroundings of products, which is its task here, on
 the ads that CG learns from. It lacks LaMa's perceptual loss, which needs a network that segments.
@@ -15,18 +15,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from data import Samples, product_hint
-from programs.latents import held_out_ads
+from programs.latents import held_out_ads, sheet_of
 from programs.settings import Settings
 from programs.trainer import Task
 from rivals.lama import LAMA_FILE, LaMa
 from support.cutouts import SOLID
 from support.datasets import read_items
 from support.files import BadInput
-from support.images import sheet
 from weights import save_module
 
 TOY_LAMA = {"_class_name": "LaMa", "width": 16, "levels": 3, "blocks": 6, "global_channels": 96}
-LAMA_SETTINGS = dict(lr=1e-3, batch=8, steps=2400, size=128, ema=0.0, warmup=50, decay=0.3, clip_gradient=0.0)
 
 # Weights of the loss's terms. Those of matching and R1, relative to the adversarial one, are LaMa's. LaMa reconstructs
 # the known pixels; here the whole picture is reconstructed, in the perceptual loss's place: this keeps a short training
@@ -105,14 +103,11 @@ def lama_task(settings: Settings) -> Task:
         lama.eval()
         painted = lama(rgb.to(settings.device), mask.to(settings.device))
         lama.train()
-        rows = {"product": product_hint(rgb, mask), "painted": painted, "ad": rgb}
-        return sheet([list(row) for row in rows.values()], row_labels=list(rows))
+        return sheet_of({"product": product_hint(rgb, mask), "painted": painted, "ad": rgb})
 
     def save(out: Path) -> None:
         save_module(lama, out / "lama", LAMA_FILE, settings.save_dtype)
 
-    folder = str(settings.out / "lama")
     return Task("LaMa and its discriminator", {"lama": nn.ModuleList([lama, discriminator])},
                 Samples(items, settings.size), LaMaLoss(lama, discriminator), draw, save,
-                [["python", "generate.py", "--lama", folder, "--product", "PHOTO.png"],
-                 ["python", "evaluate.py", "table1", "--lama", folder]])
+                [["python", "evaluate.py", "table1", "--lama", str(settings.out / "lama")]])

@@ -8,6 +8,8 @@ paints; loading.
 In Table 2 "we encode the reference image as the condition" (section 5.3.2): the exemplar is the whole reference.
 """
 
+import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +23,7 @@ from clip import CLIP, VisionTransformer
 from model import Prompts, UNet
 from sampler import Conditions, Painting, Schedule, sample
 from support.files import BadInput
-from support.layouts import (
-    EXAMPLE_FILE,
-    EXAMPLE_PREFIXES,
-    example_config,
-    looks_like,
-    split_by_model,
-    unet_config,
-    vae_config,
-)
+from support.layouts import looks_like, modules_under, split_by_model, unet_config, vae_config
 from support.tensors import read_weights
 from vae import VAE
 from weights import CLIP_FILE, UNET_FILE, VAE_FILE, StableDiffusion, build_from_shapes, load_module, read_schedule
@@ -184,6 +178,37 @@ class PaintByExample:
 
 # ---------------------------------------------------------------- loading
 
+# As in support/layouts.py: prefixes in the single file, where the last layers and learnable_vector have none; and the
+# rules from public names to ours, for the image encoder
+PREFIXES = {"model.diffusion_model.": "unet", "first_stage_model.": "vae", "cond_stage_model.": "image_encoder"}
+RENAMES = [(re.compile(pattern), name) for pattern, name in (
+    (r"^transformer\.", "model."),
+    (r"^model\.(?=(?:embeddings|pre_layrnorm|encoder|post_layernorm)\.)", "model.vision_model."),  # recent folders
+    (r"^mapper\.resblocks\.", "mapper.blocks."),
+    (r"\.ln_1\.", ".norm1."),
+    (r"\.attn\.c_qkv\.", ".attn1.to_{}."),
+    (r"\.attn\.c_proj\.", ".attn1.to_out.0."),
+    (r"\.ln_2\.", ".norm3."),
+    (r"\.mlp\.c_fc\.", ".ff.net.0.proj."),
+    (r"\.mlp\.c_proj\.", ".ff.net.2."),
+    (r"^final_ln\.", "final_layer_norm."),
+    (r"^learnable_vector$", "uncond_vector"),
+)]
+
+
+def encoder_config(tensors: dict[str, Tensor]) -> dict:
+    """The config.json of the image encoder, from its tensors' shapes. Raises KeyError for other tensors."""
+    tower = "model.vision_model."
+    width, _, patch, _ = tensors[f"{tower}embeddings.patch_embedding.weight"].shape
+    patches = len(tensors[f"{tower}embeddings.position_embedding.weight"]) - 1
+    return {"model_type": "clip_vision_model", "architectures": ["PaintByExampleImageEncoder"], "hidden_size": width,
+            "num_attention_heads": width // 64, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
+            "num_hidden_layers": modules_under(f"{tower}encoder.layers.", tensors),
+            "intermediate_size": tensors[f"{tower}encoder.layers.0.mlp.fc1.weight"].shape[0],
+            "image_size": math.isqrt(patches) * patch, "patch_size": patch, "num_channels": 3,
+            "projection_dim": tensors["proj_out.weight"].shape[0],
+            "mapper_blocks": modules_under("mapper.blocks.", tensors)}
+
 
 def load_paint_by_example(path: Path | str, device="cpu", dtype=torch.float32) -> PaintByExample:
     """The public folder, with image_encoder/, unet/, vae/ and scheduler/, or the original's single file.
@@ -196,7 +221,7 @@ def load_paint_by_example(path: Path | str, device="cpu", dtype=torch.float32) -
         if not (path / "image_encoder").is_dir():
             raise BadInput(f"{path} is not Paint by Example: it holds no image_encoder/"
                            + ("; it looks like Stable Diffusion" if (path / "text_encoder").is_dir() else ""))
-        encoder = load_module(PaintByExampleEncoder, path / "image_encoder", CLIP_FILE, device, dtype)
+        encoder = load_module(PaintByExampleEncoder, path / "image_encoder", CLIP_FILE, device, dtype, RENAMES)
         unet = load_module(UNet, path / "unet", UNET_FILE, device, dtype)
         vae = load_module(VAE, path / "vae", VAE_FILE, device, dtype)
         schedule = read_schedule(path / "scheduler" / "scheduler_config.json", unet)
@@ -216,14 +241,15 @@ def load_paint_by_example(path: Path | str, device="cpu", dtype=torch.float32) -
 def load_single_file(path: Path, device, dtype) -> tuple[PaintByExampleEncoder, UNet, VAE]:
     """Paint by Example from one file in the original layout. Raises BadInput."""
     tensors = read_weights(path)
-    parts = split_by_model(tensors, EXAMPLE_PREFIXES)
-    parts["image_encoder"] |= parts[""]  # its last layer and the unconditional vector
-    if missing := [name for name, found in {"learnable_vector": "learnable_vector" in tensors, **parts}.items()
-                   if name and not found]:
-        raise BadInput(f"{path} is not {EXAMPLE_FILE}: it holds no {missing[0]}{looks_like(tensors, EXAMPLE_FILE)}")
-    encoder, unet, vae = (
-        build_from_shapes(build, configure, parts[part], path, device, dtype) for build, configure, part in (
-            (PaintByExampleEncoder, example_config, "image_encoder"), (UNet, unet_config, "unet"),
-            (VAE, vae_config, "vae")))
+    parts = split_by_model(tensors, PREFIXES)
+    parts["image_encoder"] |= parts.pop("")  # its last layers and the unconditional vector
+    if "learnable_vector" not in tensors:
+        raise BadInput(f"{path} is not Paint by Example: it holds no learnable_vector{looks_like(tensors)}")
+    if missing := [part for part in parts if not parts[part]]:
+        raise BadInput(f"{path} is not a whole Paint by Example: it holds no {missing[0]}; download it again")
+    encoder = build_from_shapes(PaintByExampleEncoder, encoder_config, parts["image_encoder"], path, device, dtype,
+                                RENAMES)
+    unet = build_from_shapes(UNet, unet_config, parts["unet"], path, device, dtype)
+    vae = build_from_shapes(VAE, vae_config, parts["vae"], path, device, dtype)
     unet.config["sample_size"] = 64
     return encoder, unet, vae

@@ -1,6 +1,6 @@
-"""Rivals: trains the toy's Paint by Example, stage paint-by-example of train.py, self-supervised as in its paper.
+"""Rivals: trains the toy's Paint by Example, self-supervised as in its paper.
 
-    python train.py paint-by-example
+    python rivals/lab.py train paint-by-example
 
 The UNet is the base's with five more input channels. The image encoder is the toy's CLIP, frozen, with a mapper on top.
 Each ad that CG and PG learn from is its own target: its product is kept, the background is to be painted, and the
@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from data import Samples, product_hint
+from data import product_hint
 from generate import Canvas
 from model import UNet
-from programs.latents import Latents, held_out_ads
+from programs.latents import held_out_ads, latent_samples, sheet_of
 from programs.models import TOY
 from programs.settings import Settings
 from programs.trainer import Task
@@ -27,12 +27,9 @@ from rivals.paint_by_example import GUIDANCE, PaintByExample, PaintByExampleEnco
 from sampler import Painting, seeded, timestep_weights
 from support.datasets import read_items
 from support.files import write_json
-from support.images import canvas_size, sheet
-from support.tensors import fingerprint, model_fingerprint
+from support.images import canvas_size
 from weights import CLIP_FILE, UNET_FILE, VAE_FILE, load_clip, load_stable_diffusion, save_module
 
-PAINT_BY_EXAMPLE_SETTINGS = dict(lr=1e-3, batch=16, steps=2600, size=128, ema=0.99, warmup=50, decay=0.3,
-                                 clip_gradient=1.0, noise_offset=0.1, weighting="debias", prompt_dropout=0.2)
 FOLDER = "paint-by-example"  # in --out
 MAPPER_BLOCKS = 2  # the toy's CLIP has 3 layers; the mapper of the original, on 24 layers, has 5
 CROP = (0.5, 1.0)  # range of an exemplar's height and width, in parts of the picture's; our choice
@@ -97,8 +94,8 @@ def paint_by_example_task(settings: Settings) -> Task:
     sd = pbe.sd
     canvas_size(1, 1, size, sd.multiple)  # refuses a size that does not fit the base
     sd.vae.to(memory_format=settings.memory_format)
-    # The masked ad's latent is the same as for an inpainting Stable Diffusion, for which Latents keeps it
-    latents = Latents(sd, items, size, settings.cache, min(8, settings.micro_batch), settings.amp, settings.workers)
+    # The masked ad's latent is the same as for an inpainting Stable Diffusion, for which latent_samples keeps it
+    samples = latent_samples(sd, items, size, settings, noise_offset=settings.noise_offset)
     loss = ExampleLoss(pbe, settings.prompt_dropout,
                        timestep_weights(sd.schedule, settings.weighting).to(settings.device))
     _, (rgb, mask, reference, _) = held_out_ads(settings.data, "bgpair", items, None, size)
@@ -106,17 +103,13 @@ def paint_by_example_task(settings: Settings) -> Task:
     def draw():
         """A sheet with a column for each ad: product, exemplar, the painted picture, and the original ad."""
         canvas = Canvas(rgb, mask, [], seeded(settings.seed, len(rgb)), reference)
-        rows = {"product": product_hint(rgb, mask), "exemplar": reference,
-                "painted": pbe.paint(canvas, Painting(25, GUIDANCE)), "ad": rgb}
-        return sheet([list(row) for row in rows.values()], row_labels=list(rows))
+        painted = pbe.paint(canvas, Painting(25, GUIDANCE))
+        return sheet_of({"product": product_hint(rgb, mask), "exemplar": reference, "painted": painted, "ad": rgb})
 
     trained = nn.ModuleDict({"unet": sd.unet, "image_encoder": pbe.image_encoder})
-    folder, samples = settings.out / FOLDER, Samples(items, size, latents, noise_offset=settings.noise_offset)
     return Task("Paint by Example", {FOLDER: trained}, samples, loss, draw,
                 lambda out: save(pbe, out / FOLDER, settings.save_dtype),
-                [["python", "generate.py", "--paint-by-example", str(folder), "--product", "PHOTO.png", "--reference",
-                  "AD.png"], ["python", "evaluate.py", "table2", "--paint-by-example", str(folder)]],
-                frozen=fingerprint([model_fingerprint(path) for path in (settings.weights, TOY / "clip")]))
+                [["python", "evaluate.py", "table2", "--paint-by-example", str(settings.out / FOLDER)]])
 
 
 def save(pbe: PaintByExample, folder: Path, dtype: torch.dtype) -> None:

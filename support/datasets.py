@@ -1,16 +1,12 @@
 """Support: lists of ads: BG60k as released, imagefolders, folders of categories; not needed to understand the paper."""
 
-
 import argparse
-import io
 import json
 import os
-import re
-import sys
+import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from PIL import Image
@@ -20,14 +16,12 @@ from tqdm import tqdm
 
 from support.cutouts import SOLID, covers_border
 from support.files import BadInput, is_hidden, is_unicode, nfc, one_line, read_json, write_text
-from support.images import FORMATS, AnyPath, load_mask
+from support.images import FORMATS, load_mask
 from support.machine import cores
 from support.options import Parser, whole_number
 
 MASK_OF_ITEM = "'mask' in metadata.jsonl, or in the folders of masks"  # where messages say that a mask belongs
-
 BROKEN = 0.01  # so large a part may be missing or unreadable, and is skipped; more is an error
-
 SPLITS = {"bg60k": "bg60k", "bg1k": "bg1k", "bgpair": "bg1k"}  # split: the prefix of its image and mask folders
 
 
@@ -52,204 +46,64 @@ class Item:
         return (f"A photo of {self.product}", f"in the background of {self.scene}") if words else None
 
 
-def read_items(root: AnyPath, split: str = "bg60k") -> tuple[list[Item], list[str]]:
+def read_items(root: Path | str, split: str = "bg60k") -> tuple[list[Item], list[str]]:
     """The items of a folder, and notes for people: how many, the long tail, what was assumed, what was skipped.
 
     A folder with metadata.jsonl is read by the imagefolder convention and has no splits; any other is read as BG60k
     was released. Raises BadInput if the folder is neither, if a line can't be read, or if over 1% is missing.
     """
     root = Path(root)
-    own_format = (root / "metadata.jsonl").is_file()
     if split not in SPLITS:
         raise BadInput(f"--split {split}: must be one of {', '.join(SPLITS)}")
-    if own_format:
-        items, missing, listed = _read_imagefolder(root)
-    elif (root / f"{split}_info.txt").is_file():
-        items, missing, listed = _read_bg60k(root, split)
-    else:
+    file = list_of(root, split)
+    own_format = file.suffix == ".jsonl"
+    if not file.is_file():
         raise BadInput(f"{root}: no such data set; expected a folder with metadata.jsonl or with {split}_info.txt and "
                        f"{SPLITS[split]}_imgs_0, {SPLITS[split]}_masks_0, ...")
+    items, missing = read_imagefolder(file) if own_format else read_bg60k(file, split)
     refuse_many_broken(missing, len(items) + len(missing), root)
     if not items:
         raise BadInput(f"{root}: the data set is empty; add lines to its list")
+    for item in items:
+        if not is_unicode(f"{item.category}{item.product}{item.scene}"):
+            raise BadInput(f"{file}:{item.line}: not UTF-8 text; convert the list, or rename {item.image.parent}")
+
     counts = Counter(item.category for item in items)
-    category, largest = counts.most_common(1)[0]
     masks, covered = "masks taken as 1 on the product", masks_inverted(items)
     if covered and own_format:  # our own format defines white = product; BG60k's release does not say
         masks += ", though most cover the border: are they white on the background?"
     elif covered:
         masks = "masks taken as 1 on the background: inverted, since most cover the border"
         items = [replace(item, inverted=True) for item in items]
-    notes = [
-        f"{len(items):,} images in {len(counts):,} categories, {listed}",
+    return items, [
+        f"{len(items):,} images in {len(counts):,} categories; {len(missing):,} skipped",
         f"long tail: {sum(n < 10 for n in counts.values()):,} categories with fewer than 10 images, "
-        f"{sum(n > 100 for n in counts.values()):,} with more than 100; the largest, {category}, with {largest:,}",
+        f"{sum(n > 100 for n in counts.values()):,} with more than 100",
         masks,
         *(f"skipped: {line}" for line in missing),
     ]
-    if missing:
-        notes.append(f"skipped in all: {len(missing):,}")
-    return items, notes
 
 
-def refuse_many_broken(broken: list[str], total: int, where: AnyPath) -> None:
+def list_of(root: Path, split: str) -> Path:
+    """The file that lists a data set's ads."""
+    own = root / "metadata.jsonl"
+    return own if own.is_file() else root / f"{split}_info.txt"
+
+
+def refuse_many_broken(broken: list[str], total: int, where: Path | str) -> None:
     """Raises BadInput, naming the first, if more than 1% is broken."""
     if len(broken) > BROKEN * total:
         raise BadInput(f"{where}: {len(broken):,} of {total:,} images can't be used, more than {BROKEN:.0%}; fix them "
                        f"or take them out of the list; the first: {broken[0]}")
 
 
-# ---------------------------------------------------------------- the two formats
-
-
-def _read_imagefolder(root: Path) -> tuple[list[Item], list[str], str]:
-    """Items, missing files and a note, from metadata.jsonl: one JSON object a line, its paths relative to root."""
-    file, folders = root / "metadata.jsonl", {}
-    items, missing = [], []
-    for number, line in _lines(_read_list(file)):
-        try:
-            entry = json.loads(line)
-            texts = {key: nfc(entry[key]).strip() for key in ("category", "product", "scene") if entry.get(key)}
-            names = {key: entry[key] for key in ("file_name", "mask", "reference", "reference_mask") if entry.get(key)}
-            faults = [f"{key} {name} {fault}" for key, name in names.items() if (fault := fault_of_name(name))]
-        except (ValueError, AttributeError, TypeError, RecursionError) as error:
-            raise BadInput(f"{file}:{number}: not a JSON object of strings ({error}); fix the line") from None
-        if "file_name" not in names or not texts.get("category"):
-            raise BadInput(f"{file}:{number}: needs a file_name and a category; add them")
-        if faults:
-            raise BadInput(f"{file}:{number}: {faults[0]}")
-        if not all(map(is_unicode, texts.values())):
-            raise BadInput(f"{file}:{number}: not UTF-8 text; convert it")
-        paths = {key: find_file(root.absolute(), name, folders) for key, name in names.items()}
-        if absent := [names[key] for key, path in paths.items() if path is None]:
-            missing.append(f"{file}:{number}: no file {absent[0]}")
-        else:
-            image, mask = paths.pop("file_name"), paths.pop("mask", None)
-            items.append(Item(image, mask, **paths, **texts, line=number))
-    return items, missing, "listed in metadata.jsonl"
-
-
-def fault_of_name(name: str) -> str | None:
-    """Why a list may not name a file like this, or None. Links are allowed and followed, wherever they lead."""
-    if PureWindowsPath(name).anchor or ".." in PurePosixPath(name).parts:  # C:, C:\\, \\ and / too
-        return "leaves the folder; move the file into it and name it relative to the folder"
-    if "\\" in name:
-        return "holds a backslash; write / between folders"
-    return None
-
-
-def find_file(root: Path, name: str, folders: dict[Path, dict[str, str]]) -> Path | None:
-    """The file `name` in root, or the one of the same name in another Unicode spelling; None if there is neither.
-
-    `folders` caches the entries of folders from call to call, by their names in NFC.
-    """
-    if os.path.isfile(path := root / name):
-        return path
-    path = root
-    for part in PurePosixPath(name).parts:
-        if path not in folders:
-            folders[path] = {nfc(entry): entry for entry in os.listdir(path)} if os.path.isdir(path) else {}
-        path = path / (part if os.path.exists(path / part) else folders[path].get(nfc(part), part))
-    return path if os.path.isfile(path) else None
-
-
-def _read_bg60k(root: Path, split: str) -> tuple[list[Item], list[str], str]:
-    """Items, missing files and a note on the delimiter, from the text file and the numbered folders of BG60k."""
-    file = root / f"{split}_info.txt"
-    columns = 3 if split == "bgpair" else 2  # image, (reference,) category; the category may contain delimiters
-    images, masks = (_index(root, f"{SPLITS[split]}_{kind}") for kind in ("imgs", "masks"))
-    text = _read_list(file)
-    lines = list(_lines(text))
-
-    def fields(line: str, delimiter: str | None) -> list[str]:
-        row = [cell.strip() for cell in line.split(delimiter, columns - 1)]
-        return row if len(row) == columns and all(row) else []
-
-    def find(name: str) -> tuple[Path | None, Path | None]:
-        """The image listed as name, which may hold its folder and lack its suffix; and its mask, matched by stem."""
-        path = PurePosixPath(nfc(name))
-        image = images.get("/".join(path.parts[-2:])) or images.get(path.name)
-        if image is None:
-            return None, None
-        stem, folder = nfc(image.stem), image.parent.name.replace("_imgs_", "_masks_")
-        # The mask from the folder of the same number, or else from any
-        return image, masks.get(f"{folder}/{stem}") or masks.get(stem)
-
-    # The release does not state its delimiter: we take the first that splits (nearly) every line.
-    names_of_delimiters = {"\t": "tabs", ",": "commas", None: "white space"}
-    for delimiter in names_of_delimiters:
-        if sum(not fields(line, delimiter) for _, line in lines) <= BROKEN * len(lines):
-            break
-    else:
-        what = (f"expected {columns} columns on each line, separated by tab, comma or white space" if is_unicode(text)
-                else "not UTF-8 text; convert it")
-        raise BadInput(f"{file}: {what}")
-
-    items, missing = [], []
-    for number, line in lines:
-        if not (row := fields(line, delimiter)):
-            missing.append(f"{file}:{number}: not {columns} columns")
-            continue
-        *names, category = row
-        if not is_unicode(category):
-            raise BadInput(f"{file}:{number}: not UTF-8 text; convert it")
-        if faults := [f"{name} {fault}" for name in names if (fault := fault_of_name(name))]:
-            raise BadInput(f"{file}:{number}: {faults[0]}")
-        paths = [path for name in names for path in find(name)]  # image, mask, (reference, its mask)
-        if None in paths:
-            i = paths.index(None)
-            missing.append(f"{file}:{number}: no single {('image', 'mask for')[i % 2]} {names[i // 2]}")
-        else:
-            items.append(Item(*paths[:2], nfc(category), *paths[2:], line=number))
-    return items, missing, f"columns separated by {names_of_delimiters[delimiter]}"
-
-
-def _read_list(file: Path) -> str:
-    """A list as text, from UTF-8 or Windows programs' UTF-16. Bytes in names that are not UTF-8 become surrogates."""
-    content = file.read_bytes()
-    try:
-        text = content.decode(json.detect_encoding(content), "surrogateescape")
-    except UnicodeError:
-        text = "\0"
-    if "\0" in text:
-        raise BadInput(f"{file}: not UTF-8 text; convert it")
-    return text
-
-
-def _lines(text: str) -> Iterator[tuple[int, str]]:
-    """The lines that aren't blank, with their numbers."""
-    return ((number, line.strip()) for number, line in enumerate(io.StringIO(text, newline=None), 1) if line.strip())
-
-
-def _index(root: Path, prefix: str) -> dict[str, Path | None]:
-    """Every file in the folders prefix_0, prefix_1, ..., by its name in NFC, with and without its folder; pictures also
-    by their stem. A key that two files share maps to None: a wrong image would be worse than none.
-    """
-    index: dict[str, Path | None] = {}
-    for folder in os.scandir(root):
-        if folder.is_dir() and re.fullmatch(prefix + r"_\d+", folder.name):
-            for file in _visible(folder.path):
-                if not file.is_file():
-                    continue
-                path, name = Path(file.path), nfc(file.name)
-                names = {name, PurePosixPath(name).stem} if is_picture(name) else {name}
-                for key in names | {f"{folder.name}/{name}" for name in names}:
-                    index[key] = None if key in index else path
-    if not index:
-        raise BadInput(f"{root}: no files in folders {prefix}_0, {prefix}_1, ...; name the folder that holds these")
-    return index
-
-
 def masks_inverted(items: list[Item], sample: int = 32) -> bool:
     """Whether mask files are 1 on the background: most in a sample cover the border, which few products touch."""
-    items = [item for item in items if item.mask]
-    votes = []
-    for item in items[:: -(-len(items) // sample) or 1]:  # evenly spaced over the list
-        try:
+    items, votes = [item for item in items if item.mask], []
+    for item in items[:: len(items) // sample + 1]:  # evenly spaced over the list
+        with suppress(BadInput):  # reported when it is loaded as part of the data set
             votes.append(covers_border(load_mask(item.mask)))
-        except BadInput:
-            continue  # reported when it is loaded as part of the data set
-    return bool(sum(votes) > len(votes) / 2)
+    return sum(votes) > len(votes) / 2
 
 
 def categories_of(items: list[Item]) -> list[str]:
@@ -262,107 +116,146 @@ def read_identifiers(file: Path) -> dict[str, str]:
     return {nfc(name): identifier for name, identifier in read_json(file).items()}
 
 
+# ---------------------------------------------------------------- the two formats
+
+
+def read_lines(file: Path) -> list[tuple[int, str]]:
+    """The lines that aren't blank, with their numbers. Bytes in names that are not UTF-8 become surrogates."""
+    text = file.read_text("utf-8-sig", "surrogateescape")
+    if "\0" in text:  # UTF-16
+        raise BadInput(f"{file}: not UTF-8 text; convert it")
+    return [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+
+
+def check_name(name: str, where: str) -> None:
+    """Raises BadInput for a path that leaves the data set's folder. Links are followed, wherever they lead."""
+    if PureWindowsPath(name).anchor or ".." in PurePosixPath(name).parts or "\\" in name:
+        raise BadInput(f"{where}: {name} leaves the folder or has a backslash; move the file into the folder, and name "
+                       "it relative to that, with / between folders")
+
+
+def read_imagefolder(file: Path) -> tuple[list[Item], list[str]]:
+    """Items and missing files, from metadata.jsonl: one JSON object a line, its paths relative to the folder."""
+    items, missing = [], []
+    for number, line in read_lines(file):
+        where = f"{file}:{number}"
+        try:
+            entry = json.loads(line)
+            category, *words = (nfc(entry.get(key) or "").strip() or None for key in ("category", "product", "scene"))
+            names = [entry.get(key) or None for key in ("file_name", "mask", "reference", "reference_mask")]
+            paths = [name and find_file(file.parent, name, where) for name in names]
+        except BadInput:
+            raise
+        except (ValueError, AttributeError, TypeError, RecursionError) as error:
+            raise BadInput(f"{where}: not a JSON object of strings ({error}); fix the line") from None
+        if not names[0] or not category:
+            raise BadInput(f"{where}: needs a file_name and a category; add them")
+        if absent := [name for name, path in zip(names, paths) if name and not path]:
+            missing.append(f"{where}: no file {absent[0]}")
+        else:
+            items.append(Item(*paths[:2], category, *paths[2:], *words, line=number))
+    return items, missing
+
+
+def find_file(root: Path, name: str, where: str) -> Path | None:
+    """The file `name` in root, or the one of the same name in Unicode's other spelling; None if there is neither."""
+    check_name(name, where)
+    spellings = name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))
+    return next((path for spelling in spellings if os.path.isfile(path := root.absolute() / spelling)), None)
+
+
+def read_bg60k(file: Path, split: str) -> tuple[list[Item], list[str]]:
+    """Items and missing files, from the text file and the numbered folders of BG60k."""
+    columns = 3 if split == "bgpair" else 2  # image, (reference,) category; the category may contain delimiters
+    images, masks = (index_folders(file.parent, f"{SPLITS[split]}_{kind}") for kind in ("imgs", "masks"))
+
+    # The release does not state its delimiter: we take the first that splits (nearly) every line
+    lines = read_lines(file)
+    for delimiter in ("\t", ",", None):
+        rows = [(number, [cell.strip() for cell in line.split(delimiter, columns - 1)]) for number, line in lines]
+        if sum(len(row) < columns or not all(row) for _, row in rows) <= BROKEN * len(rows):
+            break
+    else:
+        raise BadInput(f"{file}: expected {columns} columns on each line of UTF-8 text, separated by tab, comma or "
+                       "white space")
+
+    items, missing = [], []
+    for number, row in rows:
+        *names, category = row
+        where, paths = f"{file}:{number}", []  # image, mask, (reference, its mask)
+        for name in names:
+            check_name(name, where)
+            image = find_one(images, name)
+            # Its mask has the same stem, and lies in the masks' folder of the same number, or else in any
+            folder = image and image.parent.name.replace("_imgs_", "_masks_")
+            paths += [image, image and find_one(masks, f"{folder}/{image.stem}")]
+        if len(row) < columns or not all(row) or None in paths:
+            missing.append(f"{where}: not {columns} columns, or no single image and mask of that name: {' '.join(row)}")
+        else:
+            items.append(Item(*paths[:2], nfc(category), *paths[2:], line=number))
+    return items, missing
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a file is one of the pictures that we read, by its suffix."""
+    return Image.registered_extensions().get(path.suffix.lower()) in (*FORMATS, "MPO")  # MPO: many phones' JPEG
+
+
+def index_folders(root: Path, prefix: str) -> dict[str, list[Path]]:
+    """The pictures in the folders prefix_0, prefix_1, ..., by name and by stem, both in NFC."""
+    index = defaultdict(list)
+    for path in root.glob(f"{prefix}_[0-9]*/*"):
+        if is_picture(path) and not is_hidden(path.name):
+            for key in (path.name, path.stem):
+                index[nfc(key)].append(path)
+    if not index:
+        raise BadInput(f"{root}: no pictures in folders {prefix}_0, {prefix}_1, ...; name the folder that holds these")
+    return index
+
+
+def find_one(index: dict[str, list[Path]], name: str) -> Path | None:
+    """The file listed as name, which may hold its folder and lack its suffix. None if two files share a name without a
+    folder: a wrong image would be worse than none.
+    """
+    name = PurePosixPath(nfc(name))
+    files = index.get(name.name, [])
+    files = [path for path in files if path.parent.name == name.parent.name] or files
+    return files[0] if len(files) == 1 else None
+
+
 # ---------------------------------------------------------------- a folder of categories
 
 
-@cache
-def _suffixes() -> set[str]:
-    """The suffixes of all picture files that we read."""
-    formats = (*FORMATS, "MPO")  # the JPEG of many phones
-    return {suffix for suffix, name in Image.registered_extensions().items() if name in formats}
-
-
-def is_picture(name: str) -> bool:
-    """Whether a file is one of the pictures that we read, by its suffix."""
-    return PurePosixPath(name).suffix.lower() in _suffixes()
-
-
-def _visible(folder: AnyPath) -> list[os.DirEntry]:
-    """A folder's entries, sorted by name, without hidden files and those of operating systems."""
-    return sorted((entry for entry in os.scandir(folder) if not is_hidden(entry.name)), key=lambda entry: entry.name)
-
-
-def list_folder(root: Path) -> list[str]:
+def list_folder(root: Path) -> str:
     """Writes metadata.jsonl for pictures in files CATEGORY/NAME.*, each with its mask in CATEGORY/NAME_mask.* or in its
-    alpha channel. Returns notes for people: how many, and what was left out. Raises BadInput if there are no pictures,
-    or if there is a list already.
+    alpha channel. Returns what was listed and what was left out. Raises BadInput if there are no pictures, or if there
+    is a list already.
     """
-    file, expected = root / "metadata.jsonl", f"expected {root / 'mug' / 'any_name.png'} and others"
-    if not root.is_dir():
-        raise BadInput(f"{root}: no such folder; {expected}")
+    file = root / "metadata.jsonl"
     if file.exists():
         raise BadInput(f"{file} is there already; remove it to list the folder again")
-    lines: list[dict] = []
-    left_out: dict[str, list[str]] = defaultdict(list)  # files by reason
-    for folder in _visible(root):
-        if folder.is_dir():
-            lines += _list_category(folder, left_out)
-        else:
-            left_out["not in the folder of a category"].append(folder.name)
-    notes = []
-    if any(left_out.values()):
-        reasons = (f"{len(names):,} {reason}, such as {names[0]}" for reason, names in left_out.items() if names)
-        notes.append(one_line(f"left out: {sum(map(len, left_out.values())):,} files: {'; '.join(reasons)}"))
-    if not lines:
-        raise BadInput("; ".join([f"{root}: no pictures in folders of categories", expected, *notes]))
-    write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), file)
-    return [f"{len(lines):,} pictures listed in {file}", *notes]
-
-
-def _list_category(folder: os.DirEntry, left_out: dict[str, list[str]]) -> list[dict]:
-    """The lines of metadata.jsonl for a category's folder; adds the files that it does not list to left_out."""
-    stems = {}  # picture: its name without the suffix
-    for entry in _visible(folder):
-        name = f"{folder.name}/{entry.name}"
-        if entry.is_dir():
-            left_out["in deeper folders"] += [f"{name}/{file}" for file in _files_below(entry)]
-        elif not entry.is_file():
-            left_out["that are links to nothing"].append(name)
-        elif not is_picture(name):
-            left_out[f"of other formats than {', '.join(FORMATS)}"].append(name)
-        elif fault_of_name(name) or not is_unicode(folder.name):
-            left_out["to be renamed: they have a backslash, or a folder whose name is no UTF-8"].append(name)
-        else:
-            stems[name] = nfc(PurePosixPath(entry.name).stem)
+    names = [path.relative_to(root) for path in sorted(root.glob("*/*"))]
+    names = [name for name in names if not any(map(is_hidden, name.parts))]
+    stems = {name: nfc(str(name.with_suffix(""))) for name in names if is_picture(name) and (root / name).is_file()}
+    by_stem = {stem: name for name, stem in stems.items()}
     # NAME_mask.* is a mask if NAME.* lies beside it, else a product of that name
-    beside = {*stems.values()}
-    masks = {stem: name for name, stem in stems.items()
-             if stem.endswith("_mask") and stem.removesuffix("_mask") in beside}
-    lines = []
-    for name, stem in stems.items():
-        if stem not in masks:
-            mask = {"mask": masks[f"{stem}_mask"]} if f"{stem}_mask" in masks else {}
-            lines.append({"file_name": name} | mask | {"category": nfc(folder.name)})
-    listed = {line.get(key) for line in lines for key in ("file_name", "mask")}
-    left_out["that are a second mask"] += [name for name in stems if name not in listed]
-    return lines
+    masks = {name: by_stem.get(f"{stem}_mask") for name, stem in stems.items()}
+    used = {*masks.values()}
+    lines = [{"file_name": name, "mask": mask, "category": nfc(name.parent.name)} for name, mask in masks.items()
+             if name not in used]
+    left_out = [one_line(str(name)) for name in names if name not in stems]
+    note = "; ".join([
+        f"{len(lines):,} pictures in folders of categories",
+        f"left out {len(left_out):,} that are links to nothing, deeper folders or not {', '.join(FORMATS)}",
+        *left_out[:5]])
+    if not lines:
+        raise BadInput(f"{root}: {note}; expected {root / 'mug' / 'any_name.png'} and others")
+    texts = [json.dumps(line, ensure_ascii=False, default=Path.as_posix) + "\n" for line in lines]
+    write_text("".join(texts), file)
+    return f"{file}: {note}"
 
 
-def _files_below(folder: AnyPath) -> Iterator[str]:
-    """The paths of all files in a folder and below, relative to it. Links to folders are not followed: they may lead
-    round in a circle.
-    """
-    for entry in _visible(folder):
-        if entry.is_dir(follow_symlinks=False):
-            yield from (f"{entry.name}/{file}" for file in _files_below(entry))
-        else:
-            yield entry.name
-
-
-def drop_lines(file: Path, numbers: set[int]) -> Path:
-    """Takes lines (counted from 1) out of a data set's list. Returns FILE.all, which keeps all lines it ever had."""
-    kept = file.with_name(file.name + ".all")
-    lines, before = [*io.StringIO(_read_list(file), newline="")], ""  # with their line ends
-    if kept.exists():
-        before = _read_list(kept)
-        before += "" if before.endswith("\n") else "\n"
-    known = {line.rstrip("\r\n") for line in io.StringIO(before, newline="")}
-    ever = before + "".join(line for line in lines if line.rstrip("\r\n") not in known)
-    left = "".join(line for number, line in enumerate(lines, 1) if number not in numbers)
-    write_text(ever, kept, "surrogateescape")
-    write_text(left, file, "surrogateescape")
-    return kept
-
+# ---------------------------------------------------------------- checking a data set
 
 BLANK_DISTANCE, BLANK_PART = 0.04, 0.98  # blank: 98% of the background is within 0.04 of its median colour
 
@@ -376,43 +269,32 @@ def is_blank(image: Tensor, mask: Tensor) -> bool:
     return bool((distance <= BLANK_DISTANCE).float().mean() >= BLANK_PART)
 
 
-def check_ads(ads: Dataset, items: list[Item], where: Path) -> tuple[list[Item], list[dict]]:
-    """Loads every ad of data.Ads (the items, then their references) and prints a report. Returns the items with a blank
-    background, and the samples of eight items for a sheet. Raises BadInput if more than 1% can't be used.
+def check_ads(ads: Dataset, count: int, where: Path) -> list[Item]:
+    """Loads every one of data.Ads and prints a report. Returns those of the first `count`, the items without their
+    references, whose background is blank. Raises BadInput if more than 1% can't be used.
     """
-    on_sheet = range(0, len(items), -(-len(items) // 8))  # evenly spaced over the list
-    samples, broken, blank = [], [], []
+    broken, blank = [], []
     loader = DataLoader(ads, batch_size=None, num_workers=min(8, cores()))
-    for i, sample in enumerate(tqdm(loader, desc="loading", disable=not sys.stderr.isatty())):
+    for i, sample in enumerate(tqdm(loader, desc="loading", disable=None)):
         if sample["index"] != i:  # another was taken in its place
             broken.append(str(ads.items[i].image))
-            continue
-        if i < len(items) and is_blank(sample["image"], sample["mask"]):
-            blank.append(items[i])
-        if i in on_sheet:
-            samples.append(sample)
+        elif i < count and is_blank(sample["image"], sample["mask"]):
+            blank.append(ads.items[i])
     refuse_many_broken(broken, len(ads), where)
-    print(f"{len(ads) - len(broken):,} images load, {len(broken):,} are broken")
-    print(f"{len(blank):,} have a blank background")
+    print(f"{len(ads) - len(broken):,} images load, {len(broken):,} are broken; {len(blank):,} have a blank background")
     for item in blank[:10]:
         print(f"  {one_line(str(item.image))}")
-    if len(blank) > 10:
-        print(f"  ... and {len(blank) - 10:,} more")
-    return blank, samples
+    return blank
 
 
-def print_next_commands(root: Path, split: str) -> None:
-    """Prints what to do next with a checked data set: the user's own list, or a split of BG60k as released."""
-    own = (root / "metadata.jsonl").is_file()
-    if own or split == "bg60k":
-        print(f"next, train CG on it: python train.py cg --data {root} --weights SD15")
-    if own or split != "bg60k":
-        of_split = "" if own else f" --split {split}"
-        print(f"next, with the CG and PG that you trained: python generate.py --data {root}{of_split} --out results "
-              "--weights SD15 --cg CG --pg PG")
-
-
-# ---------------------------------------------------------------- the command line
+def drop_lines(file: Path, items: list[Item]) -> Path:
+    """Takes items out of a data set's list. Returns FILE.all, which keeps every line that the list ever had."""
+    kept, lines = file.with_name(file.name + ".all"), read_lines(file)
+    ever = dict.fromkeys(line for _, line in (read_lines(kept) if kept.exists() else []) + lines)
+    dropped = {item.line for item in items}
+    for path, texts in (kept, ever), (file, [line for number, line in lines if number not in dropped]):
+        write_text("".join(f"{text}\n" for text in texts), path, "surrogateescape")
+    return kept
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -1,6 +1,5 @@
 """Support: types of command-line options, and checks of options; not needed to understand the paper."""
 
-
 import argparse
 from collections.abc import Callable
 from functools import partial
@@ -18,12 +17,11 @@ class Parser(argparse.ArgumentParser):
 def _number(kind: type, what: str, low: float, high: float, text: str) -> float:
     """An option's value within [low, high]."""
     try:
-        value = kind(text)
+        if low <= (value := kind(text)) <= high:
+            return value
     except ValueError:
-        value = None
-    if value is None or not low <= value <= high:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a {what} from {low} to {high}")
-    return value
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} must be a {what} from {low} to {high}")
 
 
 def whole_number(low: int, high: int) -> Callable[[str], int]:
@@ -43,8 +41,6 @@ def unicode_text(text: str) -> str:
     return nfc(text)
 
 
-
-
 def one_for_each(values: list | None, others: list | None, option: str, other: str) -> list:
     """One value of an option for each value of another. Raises BadInput unless the option was given zero times, once,
     or once for each.
@@ -55,16 +51,15 @@ def one_for_each(values: list | None, others: list | None, option: str, other: s
     return values * count if len(values) == 1 else values
 
 
-def check_together(args, exclusive: list[tuple[str, ...]] = (), needed: list[tuple[str, str]] = ()) -> None:
+def check_together(args: argparse.Namespace, exclusive: list[tuple[str, ...]] = (),
+                   needed: list[tuple[str, str]] = ()) -> None:
     """Raises BadInput if two options of a group in `exclusive` are given, or the first of a pair in `needed`
     without the second.
     """
-    def given(option: str) -> bool:
-        return getattr(args, option) not in (None, False)
-
+    given = {name: f"--{name.replace('_', '-')}" for name, value in vars(args).items() if value not in (None, False)}
     for group in exclusive:
-        if len(some := [f"--{option.replace('_', '-')}" for option in group if given(option)]) > 1:
+        if len(some := [given[option] for option in group if option in given]) > 1:
             raise BadInput(f"{some[0]} and {some[1]} exclude each other; leave one out")
     for option, other in needed:
-        if given(option) and not given(other):
-            raise BadInput(f"--{option.replace('_', '-')} goes with --{other}; add that one")
+        if option in given and other not in given:
+            raise BadInput(f"{given[option]} goes with --{other}; add that one")

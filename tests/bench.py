@@ -242,13 +242,12 @@ def sd15(folder: Path, steps: int) -> None:
     print(f"peak memory of the load          {ours['peak'] / 1e9:8.2f} GB   diffusers {theirs['peak'] / 1e9:8.2f} GB   "
           f"{ours['peak'] / size:.2f} of the weights (aim 1.1)")
 
-    from support.machine import pick_dtype, products_per_second
+    from support.machine import bfloat16_speedup, pick_dtype
 
     flops, best = flops_of_a_step(), str(pick_dtype("auto", "cuda" if cuda else "cpu")).removeprefix("torch.")
     if not cuda:
-        speed = products_per_second()
-        print(f"--dtype auto chooses {best}: bfloat16 products of small matrices are "
-              f"{speed[torch.bfloat16] / speed[torch.float32]:.2f} x as fast as float32's")
+        print(f"--dtype auto chooses {best}: bfloat16 products of small matrices are {bfloat16_speedup():.2f} x as "
+              "fast as float32's")
     ours, theirs = (measured(code, folder, best if cuda else "float32", steps) for code in (OURS, THEIRS))
     if hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) > 1 and not cuda:
         one, other = side_by_side(folder, 3)
@@ -383,14 +382,14 @@ def loader() -> None:
 
     sys.path.insert(0, str(ROOT))
     from data import Samples
-    from programs.trainer import Batches
+    from programs.trainer import batches_of_keys
     from support.datasets import read_items
     from toy.world import write_world
 
     with tempfile.TemporaryDirectory() as folder:
         write_world(Path(folder), size=512, ads=64, bg1k=8, pairs=8, parts=("ads",))
         samples = Samples(read_items(Path(folder) / "ads")[0], 512, perturbed=True)
-        batches = DataLoader(samples, num_workers=2, batch_sampler=Batches(len(samples), 4, 0, 0, 60))
+        batches = DataLoader(samples, num_workers=2, batch_sampler=batches_of_keys(len(samples), 4, 0, 0, 60))
         torch.set_num_threads(1)
         for i, _ in enumerate(batches):
             if i == 10:  # the workers have started

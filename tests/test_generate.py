@@ -18,7 +18,7 @@ from PIL import Image
 import generate
 from data import Ad, background_hint, product_hint
 from model import CategoryGenerator
-from programs import models
+from programs import gallery, models
 from programs.gallery import HARMLESS, painting_of, record_of
 from sampler import Painting
 from support.files import one_line_errors, write_json
@@ -42,7 +42,7 @@ def toy(tmp_path_factory):
 @pytest.fixture
 def run(toy, tmp_path, monkeypatch, capsys):
     """Runs a command line in an empty folder on the tiny model -> (the paths it printed, stderr)."""
-    for module in (generate, models):
+    for module in (gallery, models):
         monkeypatch.setattr(module, "TOY", toy)
     monkeypatch.chdir(tmp_path)
 
@@ -409,10 +409,10 @@ def test_a_new_option_is_part_of_the_record_unless_it_is_listed_as_harmless():
     """Otherwise a forgotten name would let pictures painted with another value count as done."""
     args = generate.options("").parse_args([])
     args.sparkle = 3
-    assert record_of(args)["sparkle"] == 3
-    assert not set(record_of(args)) & HARMLESS
+    record = record_of(args, Painting(), models.Models(*[None] * 8))
+    assert record["sparkle"] == 3 and not set(record) & HARMLESS
     recorded = {"steps", "sampler", "guidance", "eta", "size", "refine", "refine_from", "start", "plain_prompt",
-                "weights", "tokenizer", "cg", "pg", "controlnet", "lama", "paint_by_example", "hint", "dtype"}
+                "weights", "tokenizer", "cg", "pg", "controlnet", "hint", "dtype", "prompt"}
     assert {*vars(args)} - HARMLESS - {"sparkle"} == recorded
 
 
@@ -504,13 +504,14 @@ def test_two_processes_share_a_data_set(run, items, monkeypatch):
     assert lines[0] == lines[1] and len(lines[0]) == 5
 
 
-def test_data_with_an_unknown_category_stops_before_painting(run, items, capsys):
+def test_data_with_an_unknown_category_stops_before_painting(run, items, toy, capsys):
     text = (items / "metadata.jsonl").read_text().replace("watch", "teapot")
     (items / "metadata.jsonl").write_text(text)
     with pytest.raises(SystemExit):
         run("--data", items)
-    assert capsys.readouterr().err == ("error: CG was not trained on category 'teapot'; choose one of mug, running "
-                                       "shoe, watch; or add --plain-prompt\n")
+    known = toy / "cg" / "categories.json"
+    assert capsys.readouterr().err == (f"error: CG was not trained on category 'teapot'; choose one from {known}, such "
+                                       "as mug, running shoe, watch; generate.py --plain-prompt paints others too\n")
     assert not Path("out").exists()
     assert str(run("--data", items, "--plain-prompt")[0][-1]).startswith("out: 5 painted")
 
@@ -528,7 +529,7 @@ def test_no_arguments_paint_the_sample(run, toy):
     if not (toy / "samples").exists():
         (toy / "samples").symlink_to(ROOT / "toy" / "samples")
     for branch in ("cg", "pg"):
-        (toy / branch / "categories.json").write_text(json.dumps(CATEGORIES | {generate.SAMPLE: "sks 3"}))
+        (toy / branch / "categories.json").write_text(json.dumps(CATEGORIES | {gallery.SAMPLE: "sks 3"}))
     paths, _ = run(*refined())
     assert [str(p) for p in paths] == ["out/perfume_0.png", "out/perfume_like_perfume_reference_0.png", "out/sheet.png"]
     product = pixels(ROOT / "toy" / "samples" / "perfume.png")
@@ -582,14 +583,14 @@ BAD = {  # options: what the line says
     "--product rgb.png --category mug --mask small.png": "small.png is 48 x 40",
     "--product rgb.png --category mug --mask black.png": "black.png is empty",
     "--product rgb.png --category mug --mask white.png": "white.png covers the whole picture",
-    "--product mug.png --category teapot": "choose one of mug, running shoe, watch; or add --plain-prompt",
-    "--product mug.png": "--product goes with --category; add the product's category",
+    "--product mug.png --category teapot": "such as mug, running shoe, watch; generate.py --plain-prompt",
+    "--product mug.png": "--product goes with --category; add that one",
     "--category mug": "--category goes with --product",
     "--mask mask.png": "--mask goes with --product",
     "--product mug.png --category rice cooker": "not trained on category 'cooker'",
     "--product mug.png mug2.png --category rice cooker mug": "--category: 3 given for 2 of --product",
     "--product mug.png mug2.png --category mug --mask mask.png": "--mask: 1 given for 2 of --product",
-    "--product mug.png folder/mug.png --category mug": "two files are named mug",
+    "--product mug.png folder/mug.png --category mug": "two pictures would be named mug_0.png; rename a file",
     "--reference mug.png": "--reference goes with --product",
     "--product mug.png --category mug --reference rgb.png": "by --reference-mask",
     "--product mug.png --category mug --reference text.png": "text.png: not a readable image",
@@ -645,7 +646,7 @@ BAD = {  # options: what the line says
     "--cg folder --product mug.png --category mug": "categories.json is missing",
     "--cg other --product mug.png --category mug": "belong together",
     "--pg renamed --product mug.png --category mug --reference mug.png": "trained on other categories",
-    "--product mug.png --category rice-cooker rice_cooker": "--category: two of rice-cooker, rice_cooker would",
+    "--product mug.png --category rice-cooker rice_cooker": "would be named mug_rice_cooker_0.png",
     "--prompt mug --out " + "o" * 300: "File name too long",
     "--pg garbage --product mug.png --category mug --reference mug.png": "is not a whole safetensors file",
     "--pg pickled --product mug.png --category mug --reference mug.png": "is a pickle",

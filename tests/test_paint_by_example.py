@@ -22,14 +22,23 @@ from data import Ad
 from generate import Canvas
 from model import UNet
 from programs.models import TOY
-from programs.settings import settle
+from programs.settings import parser, settle
 from rivals import paint_by_example_training
-from rivals.paint_by_example import GUIDANCE, PaintByExample, PaintByExampleEncoder, load_paint_by_example
-from rivals.paint_by_example_training import PAINT_BY_EXAMPLE_SETTINGS, exemplars_from, paint_by_example_task
+from rivals.paint_by_example import (
+    GUIDANCE,
+    PREFIXES,
+    RENAMES,
+    PaintByExample,
+    PaintByExampleEncoder,
+    encoder_config,
+    load_paint_by_example,
+)
+from rivals.paint_by_example_training import exemplars_from, paint_by_example_task
+from rivals.stages import RIVAL_STAGES
 from sampler import Painting, Schedule, draw_noise, seeded
 from support.files import BadInput, write_json
 from support.images import resize, to_image, to_tensor
-from support.layouts import EXAMPLE_PREFIXES, example_config, split_by_model, under_our_names
+from support.layouts import split_by_model, under_our_names
 from support.tensors import model_fingerprint
 from toy.world import TOY_DATA, write_world
 from vae import VAE
@@ -235,6 +244,7 @@ def test_the_batch_does_not_change_a_picture(pbe):
 def test_each_tensor_of_the_public_folder_lands_on_one_parameter_of_its_shape(vae):
     for kind, part, ignored in ((PaintByExampleEncoder, "image_encoder", 1), (UNet, "unet", 0), (VAE, vae, 0)):
         tensors = layout(f"paint_by_example_diffusers_{part}")
+        tensors = under_our_names(tensors, RENAMES) if part == "image_encoder" else under_our_names(tensors)
         settings = config("paint_by_example_diffusers", f"{part.removesuffix('_old_attn')}/config.json")
         module = build_module(kind, settings, tensors, Path(part), "meta", torch.float32)
         assert len(module.state_dict()) == len(tensors) - ignored  # position_ids
@@ -243,10 +253,10 @@ def test_each_tensor_of_the_public_folder_lands_on_one_parameter_of_its_shape(va
 @layouts
 def test_each_tensor_of_the_public_single_file_lands_on_one_parameter_of_its_shape():
     tensors = layout("paint_by_example_single_file")
-    parts = split_by_model(tensors, EXAMPLE_PREFIXES)
+    parts = split_by_model(tensors, PREFIXES)
     assert set(parts[""]) == {"learnable_vector", "proj_out.weight", "proj_out.bias"}
-    encoder = dict(under_our_names(parts["image_encoder"] | parts[""], "a PaintByExampleEncoder"))
-    settings, public = example_config(encoder), config("paint_by_example_diffusers", "image_encoder/config.json")
+    encoder = under_our_names(parts["image_encoder"] | parts[""], RENAMES)
+    settings, public = encoder_config(encoder), config("paint_by_example_diffusers", "image_encoder/config.json")
     assert {name: settings[name] for name in settings.keys() & public.keys()} == {
         name: public[name] for name in settings.keys() & public.keys()}
     assert settings["mapper_blocks"] == 5 == (public["num_hidden_layers"] + 1) // 5
@@ -338,9 +348,9 @@ def test_an_exemplar_is_a_large_crop_of_the_picture_squashed_flipped_and_turned(
 
 
 def settings_for(ads: Path, out: Path, *options: str):
-    args = train.options().parse_args(["paint-by-example", "--data", str(ads), "--size", "32", "--batch", "4", "--out",
-                                       str(out), "--device", "cpu", *options])
-    return settle(args, PAINT_BY_EXAMPLE_SETTINGS, TOY_DATA)
+    args = parser("", RIVAL_STAGES).parse_args(["paint-by-example", "--data", str(ads), "--size", "32", "--batch", "4",
+                                                "--out", str(out), "--device", "cpu", *options])
+    return settle(vars(args), RIVAL_STAGES["paint-by-example"].settings, TOY_DATA)
 
 
 def test_training_starts_from_the_base_and_reads_the_five_channels_that_painting_reads(ads, tmp_path):
@@ -366,13 +376,12 @@ def test_training_starts_from_the_base_and_reads_the_five_channels_that_painting
 def test_the_training_lowers_its_loss_draws_a_sheet_and_can_be_resumed(ads, tmp_path):
     out = tmp_path / "run"
     options = ("--data", ads, "--size", 32, "--batch", 4, "--out", out, "--device", "cpu", "--log-every", 4)
-    train.main(["paint-by-example", *map(str, (*options, "--steps", 16))])
+    train.main(["paint-by-example", *map(str, (*options, "--steps", 16))], RIVAL_STAGES)
     log = [json.loads(line) for line in (out / "training" / "paint-by-example" / "log.jsonl").read_text().splitlines()]
-    assert log[-1]["raw"] < log[0]["raw"]
+    assert log[-1]["loss"] < log[0]["loss"]
     assert (out / "training" / "paint-by-example" / "sheet_000016.png").is_file()
     trained, clip = load_paint_by_example(out / "paint-by-example"), load_clip(TOY / "clip")
     assert equal_weights(trained.image_encoder.model["vision_model"], clip.vision_model)
-    assert settings_for(ads, out, "--resume").resume  # its own folder is not in the way
 
 
 # ---------------------------------------------------------------- its commands
@@ -421,7 +430,7 @@ def test_generate_paints_a_product_by_an_exemplar_without_a_mask(folder, photos,
     ("", "--paint-by-example goes with --reference"),
     ("--product mug.png", "--paint-by-example goes with --reference"),
     ("--product mug.png --reference nowhere.png", "nowhere.png: no such file"),
-    ("--product mug.png --reference notes.png", "notes.png: not a readable image: it is a text file"),
+    ("--product mug.png --reference notes.png", "notes.png: not a readable image"),
     ("--product mug.png --reference ad.png --reference-mask ad.png", "--paint-by-example and --reference-mask exclude"),
     ("--product mug.png --reference ad.png --category mug", "--paint-by-example and --category exclude each other"),
     ("--product mug.png --lama x", "--lama and --paint-by-example exclude each other"),
@@ -486,5 +495,5 @@ class BareTower(torch.nn.Module):
 
 def test_paint_by_example_given_as_the_base_is_named_as_what_it_is(single, tmp_path):
     save_file(single[0], tmp_path / "pbe.safetensors")
-    with pytest.raises(BadInput, match="it looks like a whole Paint by Example"):
+    with pytest.raises(BadInput, match="is not a whole Stable Diffusion: .* are not part of one"):
         load_stable_diffusion(tmp_path / "pbe.safetensors")

@@ -68,7 +68,7 @@ def test_each_tensor_of_a_single_file_lands_on_one_parameter_of_its_shape(name):
     folder = "sd15_inpainting" if "inpainting" in name else "sd15"
     for kind, part in ((UNet, "unet"), (VAE, "vae"), (TextEncoder, "text_encoder")):
         settings = public_config(folder, f"{part}/config.json")
-        module = build_module(kind, settings, parts[part], Path(name), "meta", torch.float32)
+        module = build_module(kind, settings, under_our_names(parts[part]), Path(name), "meta", torch.float32)
         assert len(parts[part]) == len(module.state_dict())  # `build_module` is strict about names and shapes
 
     ignored = set(tensors) - {prefix + key for prefix, part in (("model.diffusion_model.", "unet"),
@@ -111,7 +111,8 @@ def public_config(name: str, file: str) -> dict:
 @pytest.mark.parametrize("name, kind, configs, file, ignored", FOLDERS, ids=[f[0] for f in FOLDERS])
 def test_each_tensor_of_a_folder_lands_on_one_parameter_of_its_shape(name, kind, configs, file, ignored):
     tensors = layout(name)
-    module = build_module(kind, public_config(configs, file), tensors, Path(name), "meta", torch.float32)
+    settings = public_config(configs, file)
+    module = build_module(kind, settings, under_our_names(tensors), Path(name), "meta", torch.float32)
     assert {our_name(key) for key in tensors} - set(module.state_dict()) <= ignored
     assert len(module.state_dict()) == len(set(tensors) - ignored)
 
@@ -120,7 +121,7 @@ def test_each_tensor_of_a_folder_lands_on_one_parameter_of_its_shape(name, kind,
 def test_each_tensor_of_a_controlnets_single_file_lands_on_one_parameter_of_its_shape():
     parts = split_by_model(layout("controlnet_v11p_sd15_inpaint_single_file"))
     settings = config("controlnet_diffusers", "config.json")
-    module = build_module(CategoryGenerator, settings, parts["control"], Path("c"), "meta", None)
+    module = build_module(CategoryGenerator, settings, under_our_names(parts["control"]), Path("c"), "meta", None)
     assert len(parts["control"]) == len(module.state_dict()) == 340
 
 
@@ -128,7 +129,7 @@ def test_each_tensor_of_a_controlnets_single_file_lands_on_one_parameter_of_its_
 @pytest.mark.parametrize("name", ["clip_vit_b32", "clip_vit_l14"])
 def test_each_tensor_of_clip_lands_on_one_parameter_of_its_shape(name):
     configs = json.loads((LAYOUTS / f"{name}_configs.json").read_text())
-    module = build_module(CLIP, configs["config.json"], layout(name), Path(name), "meta", torch.float32)
+    module = build_module(CLIP, configs["config.json"], under_our_names(layout(name)), Path(name), "meta", None)
     ignored = {f"{tower}_model.embeddings.position_ids" for tower in ("text", "vision")}
     assert len(module.state_dict()) == len(set(layout(name)) - ignored)
 
@@ -141,13 +142,13 @@ def test_shapes_imply_the_public_configurations():
             k: theirs[k] for k in ours if k in theirs and k not in unknown}
 
     for name, folder in (("sd15_single_file", "sd15"), ("sd15_inpainting_single_file", "sd15_inpainting")):
-        parts = {part: dict(under_our_names(tensors)) for part, tensors in split_by_model(layout(name)).items()}
+        parts = {part: under_our_names(tensors) for part, tensors in split_by_model(layout(name)).items()}
         agrees(unet_config(parts["unet"]), folder, "unet/config.json")
         agrees(vae_config(parts["vae"]), folder, "vae/config.json")
         agrees(text_config(parts["text_encoder"], "quick_gelu"), folder, "text_encoder/config.json")
     agrees(unet_config(layout("sd21_diffusers_unet")), "sd21_diffusers", "unet/config.json")
     agrees(text_config(layout("sd21_text_encoder"), "gelu"), "sd21_diffusers", "text_encoder/config.json")
-    control = dict(under_our_names(split_by_model(layout("controlnet_v11p_sd15_inpaint_single_file"))["control"]))
+    control = under_our_names(split_by_model(layout("controlnet_v11p_sd15_inpaint_single_file"))["control"])
     agrees(unet_config(control), "controlnet_diffusers", "config.json")
 
 
@@ -372,7 +373,7 @@ def test_diffusers_converts_a_single_file_to_the_same_weights(single, version):
         converted = utils.convert_open_clip_checkpoint(their_text, {k: v for k, v in tensors.items() if "23" not in k})
         pairs.append((converted, text, "text_encoder"))
     for theirs, _, part in pairs:
-        ours = dict(under_our_names(split_by_model(tensors)[part]))
+        ours = under_our_names(split_by_model(tensors)[part])
         for name in ours.keys() & theirs.keys():
             assert torch.equal(ours[name].squeeze(), theirs[name].squeeze()), name
         assert not [name for name in theirs if name not in ours and "projection" not in name]
@@ -424,7 +425,7 @@ OTHERS = {
     "a LoRA": {"lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight": (4, 4)},
     "a ControlNet": {"control_model.input_blocks.0.0.weight": (32, 4, 3, 3)},
     "a VAE": {"encoder.conv_in.weight": (3, 3), "decoder.conv_in.weight": (3, 3)},
-    "a text encoder": {"text_model.final_layer_norm.weight": (3,)},
+    "a TextEncoder": {"text_model.final_layer_norm.weight": (3,)},
     "SD 3 or Flux": {"model.diffusion_model.joint_blocks.0.x": (2,)},
     "a textual inversion": {"emb_params": (2, 768)},
 }

@@ -42,18 +42,11 @@ def test_an_error_beside_an_edge_counts_more_in_the_decoders_loss(distance, weig
 
 
 def test_two_sizes_noises_the_enlarged_picture_no_further_than_the_second_pass_goes():
-    class Latents:
-        T = 1000
-
-        def __init__(self, side):
-            self.side = side
-
-        def __getitem__(self, index):
-            return torch.zeros(4, self.side, self.side), torch.ones(4, self.side, self.side), None
-
     items = [Item(Path(f"{i}.png"), None, "mug") for i in range(5)]
+    small, large = ({name: torch.zeros(5, 4, side, side) for name in ("mean", "logvar")} for side in (16, 32))
     first = torch.arange(len(items)).view(-1, 1, 1, 1).expand(-1, 4, 32, 32)
-    samples = TwoSizes(*(Samples(items, 64, Latents(side), pictures=False) for side in (16, 32)), first)
+    samples = TwoSizes(*(Samples(items, 64, [latents], pictures=False)
+                         for latents in (small, large | {"z_first": first})))
     drawn = [samples[3, seed] for seed in range(64)]
     assert len(samples) == len(items)
     assert {s["z_0"].shape[1] for s in drawn} == {16} and {s["large_z_0"].shape[1] for s in drawn} == {32}

@@ -87,20 +87,18 @@ def test_a_bases_fingerprint_changes_with_its_files_and_not_with_what_is_trained
     assert model_fingerprint(tmp_path) != before
 
 
-def test_saving_again_replaces_the_whole_folder(tmp_path, cg):
+def test_saving_again_replaces_the_files(tmp_path, cg):
     for categories in ({"perfume": "sks 0", "sneaker": "sks 1"}, {"手机": "sks 0"}):
         save_control(cg, tmp_path / "cg", categories=categories)
         assert json.loads((tmp_path / "cg" / "categories.json").read_text(encoding="utf-8")) == categories
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cg"]
 
 
-def test_a_folder_that_holds_other_things_is_not_replaced(tmp_path, cg):
-    save_control(cg, tmp_path / "cg")
-    save_control(cg, tmp_path / "cg")
-    (tmp_path / "cg" / "training").mkdir()  # as in a run's own folder, runs/cg
-    with pytest.raises(BadInput, match="cg would be replaced, and holds training too"):
-        save_control(cg, tmp_path / "cg")
-    assert len(list(tmp_path.rglob("*"))) == 4
+def test_no_weights_are_without_their_configuration_and_categories(tmp_path, cg, monkeypatch):
+    written, rename = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda old, new: (written.append(Path(new).name), rename(old, new)))
+    save_control(cg, tmp_path / "cg", categories={"mug": "sks 0"})
+    assert written == ["config.json", "categories.json", CONTROL_FILE]
 
 
 def test_a_branch_loads_as_the_kind_that_is_asked_for(tmp_path, cg):
@@ -183,7 +181,7 @@ def test_two_names_for_one_tensor_are_an_error(vae, tmp_path):
     save_module(vae, tmp_path / "vae", UNET_FILE)
     new = "decoder.mid_block.attentions.0.to_q.weight"
     rewrite(tmp_path / "vae", lambda t: t.update({new.replace("to_q", "query"): t[new] + 1}))
-    with pytest.raises(BadInput, match="twice"):
+    with pytest.raises(BadInput, match="a second decoder.mid_block.attentions.0.to_q.weight is not part"):
         load_module(VAE, tmp_path / "vae", UNET_FILE, "cpu", torch.float32)
 
 
@@ -199,7 +197,7 @@ def truncate(folder):
     (lambda f: (f / UNET_FILE).rename(f / "diffusion_pytorch_model.bin"),
      "python weights.py convert .*model.bin .*diffusion_pytorch_model.safetensors"),
     (lambda f: (f / UNET_FILE).unlink(), "holds no diffusion_pytorch_model.safetensors"),
-    (lambda f: shutil.rmtree(f), "is missing"),
+    (lambda f: shutil.rmtree(f), "holds no"),
     (lambda f: (f / "config.json").unlink(), "config.json is missing"),
     (lambda f: (f / "config.json").write_text("{"), "can't be read as JSON"),
     (lambda f: (f / "config.json").write_text("{}"), "not the configuration"),
@@ -395,73 +393,42 @@ def test_written_files_have_the_users_usual_mode(tmp_path, cg):
 
 # ---------------------------------------------------------------- configurations
 
-REFUSED = {
-    "a UNet": dict(
-        act_fn="gelu", addition_embed_type="text_time", attention_type="gated", center_input_sample=True,
-        class_embed_type="timestep", conv_in_kernel=1, cross_attention_dim=[24, 24], downsample_padding=0,
-        down_block_types=["AttnDownBlock2D"] * 4, dual_cross_attention=True, encoder_hid_dim=8, flip_sin_to_cos=False,
-        freq_shift=1, layers_per_block=[2, 2], mid_block_scale_factor=2, mid_block_type="UNetMidBlock2DSimpleCrossAttn",
-        norm_eps=None, num_class_embeds=10, only_cross_attention=[True, False], resnet_time_scale_shift="scale_shift",
-        sample_size="64", time_cond_proj_dim=256, transformer_layers_per_block=[1, 2],
-        _class_name="UNet3DConditionModel", another="x"),
-    "a ControlNet": dict(
-        global_pool_conditions=True, controlnet_conditioning_channel_order="bgr", num_attention_heads=8,
-        conditioning_channels=1, mid_block_type="MidBlock2D", encoder_hid_dim=8, freq_shift=1, attention="other"),
-    "a VAE": dict(
-        mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1,
-        latents_mean=[0.1], latents_std=[1], scaling_factor=None, act_fn="relu", in_channels=1,
-        down_block_types=["AttnDownEncoderBlock2D"], _class_name="AutoencoderTiny"),
-    "a text encoder": dict(hidden_act="gelu_new", model_type="t5", is_decoder=True, quantization_config={"bits": 8}),
-    "a CLIP model": dict(model_type="siglip", text_config=None, text_config_dict={"hidden_size": 99},
-                         vision_config={"num_channels": 4}),
-    "a scheduler": dict(
-        beta_schedule="linear", prediction_type="sample", rescale_betas_zero_snr=True, trained_betas=[0.1] * 1000,
-        thresholding=True, clip_sample=True, timestep_spacing="other", use_karras_sigmas=True, steps_offset=0.5,
-        timestep_type="continuous", variance_type="learned_range", _class_name="LCMScheduler")}
-HARMLESS = {
-    "a UNet": dict(
-        upcast_attention=True, sample_size=[64, 64], dropout=0.1, act_fn="swish", decay=0.999, _name_or_path="x",
-        another=None, yet_another=False, only_cross_attention=[False] * 4, mid_block_only_cross_attention=None,
-        transformer_layers_per_block=[1, 1, 1, 1], attention_head_dim=[2, 2, 2, 2], resnet_out_scale_factor=1.0),
-    "a ControlNet": dict(upcast_attention=True, attention="plain", num_attention_heads=None, class_embed_type=None),
-    "a VAE": dict(force_upcast=False, sample_size=[256, 256], shift_factor=None, latents_mean=None),
-    "a text encoder": dict(attention_dropout=0.1, eos_token_id=2, torch_dtype="float16", top_k=50, id2label={"0": "x"}),
-    "a CLIP model": dict(text_config={"hidden_size": 24, "bos_token_id": 0},
-                         text_config_dict={"hidden_size": 24, "bos_token_id": 1}),
-    "a scheduler": dict(
-        thresholding=False, skip_prk_steps=True, solver_order=3, sample_max_value=2, timestep_type="discrete",
-        lambda_min_clipped=float("-inf"), steps_offset=0, timestep_spacing="trailing",
-        _class_name="EulerDiscreteScheduler")}
+REFUSED = dict(
+    act_fn="gelu", attention="other", beta_schedule="linear", center_input_sample=True, class_embed_type="timestep",
+    clip_sample=True, controlnet_conditioning_channel_order="bgr", downsample_padding=0, flip_sin_to_cos=False,
+    freq_shift=1, global_pool_conditions=True, hidden_act="gelu_new", latents_mean=[0.1], latents_std=[1],
+    mid_block_only_cross_attention=True, mid_block_scale_factor=2, model_type="t5", norm_eps=None,
+    only_cross_attention=[True, False], prediction_type="sample", rescale_betas_zero_snr=True, sample_size="64",
+    scaling_factor=None, shift_factor=0.1, steps_offset=0.5, thresholding=True, timestep_spacing="other",
+    timestep_type="continuous", trained_betas=[0.1] * 1000, use_karras_sigmas=True)
+HARMLESS = dict(
+    act_fn="swish", another="x", attention="plain", attention_head_dim=[2, 2, 2, 2], class_embed_type=None,
+    dropout=0.1, id2label={"0": "x"}, lambda_min_clipped=float("-inf"), latents_mean=None,
+    mid_block_only_cross_attention=None, num_attention_heads=None, only_cross_attention=[False] * 4,
+    resnet_out_scale_factor=1.0, sample_size=[64, 64], shift_factor=None, solver_order=3, steps_offset=0,
+    text_config={"hidden_size": 24, "hidden_act": "gelu"}, thresholding=False, torch_dtype="float16",
+    upcast_attention=True)
 
 
-@pytest.mark.parametrize("kind", REFUSED)
-def test_each_field_that_asks_for_another_computation_is_refused_by_name(kind, tmp_path):
-    for field, value in REFUSED[kind].items():
-        with pytest.raises(BadInput, match=f"c.json: {field}") as error:
-            check_config(kind, {field: value}, tmp_path / "c.json")
+@pytest.mark.parametrize("field", REFUSED)
+def test_each_field_that_asks_for_another_computation_is_refused_by_name(field, tmp_path):
+    for config in ({field: REFUSED[field]}, {"text_config": {field: REFUSED[field]}}):  # or in a CLIP's tower
+        with pytest.raises(BadInput, match=f"c.json: {field} .* is not supported") as error:
+            check_config(config, tmp_path / "c.json")
         assert "\n" not in str(error.value) and len(str(error.value)) < 400
 
 
-@pytest.mark.parametrize("kind, field, value", [
-    ("a UNet", "layers_per_block", 2**40), ("a UNet", "block_out_channels", [8] * 1000), ("a UNet", "in_channels", -4),
-    ("a UNet", "block_out_channels", [-8, 8]), ("a UNet", "sample_size", 2**40), ("a UNet", "norm_eps", float("nan")),
-    ("a VAE", "scaling_factor", 10**400), ("a VAE", "norm_num_groups", 0),
-    ("a text encoder", "num_hidden_layers", 10**9),
-    ("a scheduler", "num_train_timesteps", 2**40), ("a ControlNet", "conditioning_embedding_out_channels", [0])])
-def test_numbers_that_no_model_has_are_refused_before_it_is_built(kind, field, value, tmp_path):
+@pytest.mark.parametrize("field, value", [
+    ("attention_head_dim", "x"), ("beta_start", -0.1), ("block_out_channels", [8] * 1000),
+    ("block_out_channels", [-8, 8]), ("layers_per_block", 2**40), ("norm_eps", float("nan")), ("norm_num_groups", 0),
+    ("num_hidden_layers", 10**9), ("num_train_timesteps", 2**40), ("sample_size", 2**40), ("scaling_factor", 10**400)])
+def test_numbers_that_no_model_has_are_refused_before_it_is_built(field, value, tmp_path):
     with pytest.raises(BadInput, match=f"c.json: {field} .* is not supported"):
-        check_config(kind, {field: value}, tmp_path / "c.json")
+        check_config({field: value}, tmp_path / "c.json")
 
 
-def test_a_schedule_whose_noise_is_no_part_of_one_is_refused(tmp_path):
-    write_json({"beta_start": -0.1}, tmp_path / "c.json")
-    with pytest.raises(BadInput, match="c.json: beta_start -0.1 must lie between 0 and 1"):
-        read_scheduler_config(tmp_path / "c.json")
-
-
-@pytest.mark.parametrize("kind", HARMLESS)
-def test_fields_that_change_nothing_are_let_pass(kind, tmp_path):
-    check_config(kind, HARMLESS[kind], tmp_path / "c.json")
+def test_fields_that_change_nothing_are_let_pass(tmp_path):
+    check_config(HARMLESS, tmp_path / "c.json")
 
 
 def test_a_schedulers_null_is_the_default(tmp_path):
@@ -469,8 +436,14 @@ def test_a_schedulers_null_is_the_default(tmp_path):
     assert read_scheduler_config(tmp_path / "c.json") == {"steps_offset": 0}
 
 
+def test_a_schedulers_class_must_be_for_models_of_this_kind(tmp_path):
+    write_json({"_class_name": "LCMScheduler"}, tmp_path / "c.json")
+    with pytest.raises(BadInput, match="c.json: _class_name \"LCMScheduler\" is not supported"):
+        read_scheduler_config(tmp_path / "c.json")
+
+
 @pytest.mark.parametrize("part, fields", [
-    ("unet", {"center_input_sample": True}), ("vae", {"mid_block_add_attention": False}),
+    ("unet", {"center_input_sample": True}), ("vae", {"latents_mean": [0.1]}),
     ("text_encoder", {"hidden_act": "relu"}), ("scheduler", {"thresholding": True})])
 def test_a_folder_whose_configuration_is_not_ours_is_refused(part, fields, sd_folder):
     name = "scheduler_config.json" if part == "scheduler" else "config.json"
@@ -483,7 +456,7 @@ def test_a_branch_with_a_field_of_another_kind_of_controlnet_is_refused(tmp_path
     save_control(cg, tmp_path / "cg")
     change_json(tmp_path / "cg" / "config.json", {"global_pool_conditions": True})
     for path in (tmp_path / "cg", tmp_path / "cg" / CONTROL_FILE):
-        with pytest.raises(BadInput, match=r"global_pool_conditions true is not supported \(false is\)"):
+        with pytest.raises(BadInput, match="global_pool_conditions true is not supported"):
             load_control(path, "category")
 
 
@@ -498,14 +471,6 @@ def test_json_files_are_read_with_the_mark_that_editors_put_in_front(folder):
     for encoding in ("utf-8-sig", "utf-16"):
         (folder / "config.json").write_text(text, encoding=encoding)
         assert load(folder).config == json.loads(text)
-
-
-def test_a_tokenizers_files_are_read_with_that_mark_too(tmp_path):
-    train_tokenizer(["a photo"], 560, 12, tmp_path / "t")
-    plain = load_tokenizer(tmp_path / "t")(["a photo of it"])
-    for file in (tmp_path / "t").iterdir():
-        file.write_text(file.read_text(encoding="utf-8"), encoding="utf-8-sig")
-    assert torch.equal(load_tokenizer(tmp_path / "t")(["a photo of it"]), plain)
 
 
 # ---------------------------------------------------------------- shards, wrappers, what lies beside the weights
@@ -533,10 +498,10 @@ def test_weights_in_shards_are_read_by_their_index(names, index, folder, unet):
 
 @pytest.mark.parametrize("damage, words", [
     (lambda f: (f / "b.safetensors").unlink(), "b.safetensors is missing"),
-    (lambda f: save_file({"x": torch.zeros(1)}, f / "b.safetensors"), r"b.safetensors lacks \S+, which \S+ names"),
-    (lambda f: write_json({"weight_map": ["a"]}, f / f"{UNET_FILE}.index.json"), "is not an index of weights"),
+    (lambda f: save_file({"x": torch.zeros(1)}, f / "b.safetensors"), r"not an index of the files beside it \(Key"),
+    (lambda f: write_json({"weight_map": ["a"]}, f / f"{UNET_FILE}.index.json"), "is not an index of the files"),
     (lambda f: write_json({"weight_map": {"x": "../a.safetensors"}}, f / f"{UNET_FILE}.index.json"), "is not an index"),
-    (lambda f: (f / f"{UNET_FILE}.index.json").unlink(), "holds a.safetensors, but no .* and no .*index.json")])
+    (lambda f: (f / f"{UNET_FILE}.index.json").unlink(), "holds no .* and no .*index.json")])
 def test_what_is_missing_from_shards_is_named(damage, words, folder):
     shard(folder, ("a.safetensors", "b.safetensors"), f"{UNET_FILE}.index.json")
     damage(folder)

@@ -38,9 +38,18 @@ def shade(colour: tuple, k: float) -> tuple:
     return tuple(min(255, round(c * k)) for c in colour)
 
 
-def barrel(colour: tuple) -> list:
+def shades(colour: tuple, *factors: float) -> list:
+    """A fill: a gradient of the colour, darker or lighter by these factors."""
+    return [shade(colour, k) for k in factors]
+
+
+class Across(list):
+    """A fill: a gradient from left to right."""
+
+
+def barrel(colour: tuple) -> Across:
     """A fill: the gradient across an upright cylinder that is lit from the left."""
-    return [shade(colour, k) for k in (0.62, 1.0, 1.22, 1.05, 0.95, 0.62)]
+    return Across(shades(colour, 0.62, 1.0, 1.22, 1.05, 0.95, 0.62))
 
 
 def another_colour(colour: tuple, names: tuple, rng: random.Random) -> tuple:
@@ -48,8 +57,9 @@ def another_colour(colour: tuple, names: tuple, rng: random.Random) -> tuple:
     return rng.choice([COLOURS[name] for name in names if COLOURS[name] != colour])
 
 
-def gradient(colours: list, size: tuple, across: bool) -> Image.Image:
-    """Evenly spaced colours blended from top to bottom, or from left to right if `across`."""
+def gradient(colours: list, size: tuple) -> Image.Image:
+    """Evenly spaced colours blended from top to bottom, or, if the list is Across, from left to right."""
+    across = isinstance(colours, Across)
     at = np.linspace(0, len(colours) - 1, size[0 if across else 1])
     ramp = np.stack([np.interp(at, range(len(colours)), channel) for channel in zip(*colours)], axis=-1)
     ramp = ramp.round().astype(np.uint8)
@@ -88,7 +98,7 @@ class Canvas:
     """A picture drawn in unit coordinates: x and y run from 0 to 1 over its width and height, y downwards.
 
     Lengths (line widths, radii, blurs) are in canvas widths. A fill is a colour, or a list of colours: a gradient down
-    the shape, or across it. Each shape takes _paint's options, and returns its patch, which can clip later shapes.
+    the shape, or Across it. Each shape takes _paint's options, and returns its patch, which can clip later shapes.
     `cover` is 255 where anything has been painted: a product's cut-out.
     """
 
@@ -97,11 +107,11 @@ class Canvas:
         self.image = Image.new("RGB", (width, height))
         self.cover = Image.new("L", (width, height))
 
-    def _paint(self, points, stencil, fill, across=False, alpha=1.0, blur=0.0, spread=0.0, clip=None):
+    def _paint(self, points, stencil, fill, alpha=1.0, blur=0.0, spread=0.0, clip=None):
         """Fill what `stencil(draw, points)` draws in white, points in pixels -> its patch: (mask, top left corner).
 
-        across: a gradient runs from left to right. alpha: opacity. blur: of the edge. spread: how far the stencil
-        reaches beyond the points. clip: a patch that bounds this one. Only the bounding box is touched.
+        alpha: opacity. blur: of the edge. spread: how far the stencil reaches beyond the points. clip: a patch that
+        bounds this one. Only the bounding box is touched.
         """
         points = [((x + self.pan[0]) * self.width, (y + self.pan[1]) * self.height) for x, y in points]
         margin = 2 + (spread + 3 * blur) * self.width
@@ -123,7 +133,7 @@ class Canvas:
             return mask, (left, top)
         mask, left, top = mask.crop(box), left + box[0], top + box[1]
         if isinstance(fill, list):
-            fill = gradient(fill, mask.size, across)
+            fill = gradient(fill, mask.size)
         corners = (left, top, left + mask.width, top + mask.height)
         self.image.paste(fill, corners, mask)
         self.cover.paste(255, corners, mask)
@@ -140,6 +150,10 @@ class Canvas:
         r = radius * self.width
         return self._paint([(x0, y0), (x1, y1)], lambda draw, p: draw.rounded_rectangle(p, r, fill=255), fill, **how)
 
+    def band(self, y0, y1, fill):
+        """A rectangle from edge to edge, and beyond the frame."""
+        return self.rectangle(-0.1, y0, 1.1, y1, fill)
+
     def ellipse(self, x0, y0, x1, y1, fill, **how):
         return self._paint([(x0, y0), (x1, y1)], lambda draw, p: draw.ellipse(p, fill=255), fill, **how)
 
@@ -152,8 +166,15 @@ class Canvas:
         corners = [(x - radius, y - tall), (x + radius, y + tall)]
         return self._paint(corners, lambda draw, p: draw.ellipse(p, outline=255, width=pen), fill, **how)
 
-    def line(self, points, fill, width, **how):
-        """A pen stroke with round ends."""
+    def line(self, x0, y0, x1, y1, fill, width, **how):
+        return self.stroke([(x0, y0), (x1, y1)], fill, width, **how)
+
+    def level(self, y, fill, width):
+        """A level line from edge to edge, and beyond the frame."""
+        self.line(-0.1, y, 1.1, y, fill, width)
+
+    def stroke(self, points, fill, width, **how):
+        """A pen stroke through the points with round ends."""
         pen = max(1, round(width * self.width))
 
         def stencil(draw, p):
@@ -182,5 +203,5 @@ class Canvas:
         edge = round((horizon + self.pan[1]) * self.height)
         mirror = self.image.crop((0, 2 * edge - self.height, self.width, edge))
         mirror = soften(mirror.transpose(Image.Transpose.FLIP_TOP_BOTTOM), 0.02)
-        fade = gradient([(255 * strength,) * 3, (0, 0, 0)], mirror.size, across=False).getchannel(0)
+        fade = gradient([(255 * strength,) * 3, (0, 0, 0)], mirror.size).getchannel(0)
         self.image.paste(mirror, (0, edge), fade)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from toy.canvas import COLOURS, HUES, SHADOW, WHITE, Canvas, arched, barrel, mix, shade, tint
+from toy.canvas import COLOURS, HUES, SHADOW, WHITE, Across, Canvas, arched, barrel, mix, shade, shades, tint
 
 
 class Brand:
@@ -50,7 +50,7 @@ def plant(canvas, x, foot, size, pot, green=(70, 150, 90)):
     for i, angle in enumerate((-1.1, 1.1, -0.55, 0.55, 0.0)):
         leaf(canvas, x, foot - 0.35 * size, 0.7 * size, angle, shade(green, (0.8, 0.9, 1.0, 1.1, 1.2)[i]))
     top, rim, base = foot - 0.42 * size, 0.24 * size, 0.17 * size
-    canvas.polygon([(x - rim, top), (x + rim, top), (x + base, foot), (x - base, foot)], barrel(pot), across=True)
+    canvas.polygon([(x - rim, top), (x + rim, top), (x + base, foot), (x - base, foot)], barrel(pot))
 
 
 def shadow(canvas, x0, x1, foot):
@@ -61,7 +61,7 @@ def shadow(canvas, x0, x1, foot):
 
 def ball(canvas, x, foot, radius, colour):
     shadow(canvas, x - radius, x + radius, foot)
-    body = canvas.circle(x, foot - radius, radius, [shade(colour, 1.1), colour, shade(colour, 0.68)])
+    body = canvas.circle(x, foot - radius, radius, shades(colour, 1.1, 1, 0.68))
     canvas.circle(x - 0.35 * radius, foot - 1.4 * radius, 0.28 * radius, WHITE, alpha=0.5, blur=0.008, clip=body)
 
 
@@ -70,24 +70,24 @@ def cube(canvas, x, foot, side, colour):
     left, right, top, d = x - side / 2, x + side / 2, foot - side, 0.24 * side
     canvas.polygon([(left, top), (left + d, top - d), (right + d, top - d), (right, top)], mix(colour, WHITE, 0.4))
     canvas.polygon([(right, top), (right + d, top - d), (right + d, foot - d), (right, foot)], shade(colour, 0.62))
-    canvas.rectangle(left, top, right, foot, [shade(colour, 1.05), shade(colour, 0.85)])
+    canvas.rectangle(left, top, right, foot, shades(colour, 1.05, 0.85))
 
 
 def lamp(canvas, x, drop, colour):
     """A lamp hanging from the ceiling."""
-    canvas.line([(x, -0.1), (x, drop)], (60, 60, 66), 0.008)
+    canvas.line(x, -0.1, x, drop, (60, 60, 66), 0.008)
     canvas.ellipse(x - 0.075, drop + 0.06, x + 0.075, drop + 0.12, (255, 246, 205))
     rim = drop + 0.095
-    canvas.polygon([(x - 0.03, drop), (x + 0.03, drop), (x + 0.1, rim), (x - 0.1, rim)], barrel(colour), across=True)
+    canvas.polygon([(x - 0.03, drop), (x + 0.03, drop), (x + 0.1, rim), (x - 0.1, rim)], barrel(colour))
     canvas.light(x, drop + 0.12, 0.2, 0.18, (255, 246, 205), 0.3)
 
 
 def curtains(canvas, bottom, colour):
     """A pair of curtains drawn aside."""
-    folds = [shade(colour, k) for k in (0.85, 1.1, 0.8, 1.1, 0.85)]
+    folds = Across(shades(colour, 0.85, 1.1, 0.8, 1.1, 0.85))
     for edge, side in ((-0.1, 1), (1.1, -1)):
         hem = [(edge + side * reach, y) for reach, y in ((0.32, -0.1), (0.27, 0.2), (0.2, bottom))]
-        canvas.polygon([(edge, -0.1), *hem, (edge, bottom)], folds, across=True)
+        canvas.polygon([(edge, -0.1), *hem, (edge, bottom)], folds)
 
 
 def cloud(canvas, x, y, size, colour=WHITE):
@@ -106,13 +106,13 @@ def flags(canvas, colours):
     for i in range(5):
         x, y = 0.02 + 0.2 * i, 0.05 + 0.05 * math.sin(math.pi * (i + 0.5) / 5)
         canvas.polygon([(x, y), (x + 0.16, y), (x + 0.08, y + 0.14)], colours[i % len(colours)])
-    canvas.line([(i / 10, 0.045 + 0.05 * math.sin(math.pi * i / 10)) for i in range(-1, 12)], WHITE, 0.012)
+    canvas.stroke([(i / 10, 0.045 + 0.05 * math.sin(math.pi * i / 10)) for i in range(-1, 12)], WHITE, 0.012)
 
 
 def balloons(canvas, x, colours):
     for dx, y, colour in zip((-0.075, 0.075, 0.0), (0.27, 0.25, 0.16), colours):
-        canvas.line([(x + dx, y), (x, 0.58)], WHITE, 0.006)
-        rubber = [shade(colour, 1.1), shade(colour, 0.85)]
+        canvas.line(x + dx, y, x, 0.58, WHITE, 0.006)
+        rubber = shades(colour, 1.1, 0.85)
         canvas.ellipse(x + dx - 0.075, y - 0.095, x + dx + 0.075, y + 0.095, rubber)
         canvas.circle(x + dx - 0.03, y - 0.04, 0.018, WHITE, alpha=0.6)
 
@@ -120,33 +120,33 @@ def balloons(canvas, x, colours):
 # ---------------------------------------------------------------- scenes
 
 
-def neon_room(canvas: Canvas, brand: Brand, layout: str, elements: str) -> Floor:
+def neon_room(canvas, brand, layout, elements):
     horizon, hue, accent = brand.horizon, brand.hue, brand.accent
-    canvas.rectangle(-0.1, -0.1, 1.1, horizon, [tint(hue, 0.85, 0.12), tint(hue, 0.8, 0.36)])
-    canvas.rectangle(-0.1, horizon, 1.1, 1.1, [tint(hue, 0.8, 0.2), tint(hue, 0.85, 0.08)])
+    canvas.band(-0.1, horizon, [tint(hue, 0.85, 0.12), tint(hue, 0.8, 0.36)])
+    canvas.band(horizon, 1.1, [tint(hue, 0.8, 0.2), tint(hue, 0.85, 0.08)])
     canvas.light(0.5, 0.36, 0.8, 0.6, tint(hue, 0.8, 0.62), 0.6)
     first, second = tint(accent, 0.85, 1.0), tint(hue, 0.55, 1.0)
     tubes = Canvas(canvas.width, canvas.height, canvas.pan)
     if layout == "bars":
         for i in range(5):
             x, y, colour = 0.1 + 0.2 * i, 0.08 + 0.1 * (i % 2), (first, second)[i % 2]
-            tubes.line([(x, y), (x, horizon - 0.06)], colour, 0.018)
+            tubes.line(x, y, x, horizon - 0.06, colour, 0.018)
     elif layout == "frames":
         for inset, colour in ((0.1, first), (0.19, second)):
             x, y, bottom = inset, inset - 0.03, horizon + 0.03 - inset
-            tubes.line([(0.5, y), (x, y), (x, bottom), (1 - x, bottom), (1 - x, y), (0.5, y)], colour, 0.018)
+            tubes.stroke([(0.5, y), (x, y), (x, bottom), (1 - x, bottom), (1 - x, y), (0.5, y)], colour, 0.018)
     elif layout == "stripes":
         for i in range(4):
             x, colour = 0.14 + 0.26 * i, (first, second)[i % 2]
-            tubes.line([(x, horizon - 0.06), (x - 0.12, 0.05)], colour, 0.018)
+            tubes.line(x, horizon - 0.06, x - 0.12, 0.05, colour, 0.018)
     elif layout == "rings":
         tubes.ring(0.5, 0.32, 0.3, first, 0.018)
         tubes.ring(0.5, 0.32, 0.2, second, 0.018)
     if elements == "tiles":
         for x in (-0.9, -0.25, 0.25, 0.9):
-            tubes.line([(0.5 + 0.45 * x, horizon), (0.5 + 1.1 * x, 1.1)], shade(second, 0.6), 0.008)
+            tubes.line(0.5 + 0.45 * x, horizon, 0.5 + 1.1 * x, 1.1, shade(second, 0.6), 0.008)
         for y in (0.0, 0.09, 0.24):
-            tubes.line([(-0.1, horizon + y), (1.1, horizon + y)], shade(second, 0.6), 0.008)
+            tubes.level(horizon + y, shade(second, 0.6), 0.008)
     canvas.glow(tubes)
     canvas.reflect(horizon, 0.5)
     if elements == "cubes":
@@ -161,9 +161,9 @@ def neon_room(canvas: Canvas, brand: Brand, layout: str, elements: str) -> Floor
     return Floor(horizon + 0.13, 0.93)
 
 
-def wooden_table(canvas: Canvas, brand: Brand, layout: str, elements: str) -> Floor:
+def wooden_table(canvas, brand, layout, elements):
     horizon, wall, accent = brand.horizon, tint(brand.hue, 0.42, 0.88), tint(brand.accent, 0.6, 0.85)
-    canvas.rectangle(-0.1, -0.1, 1.1, horizon + 0.1, [shade(wall, 1.05), shade(wall, 0.88)])
+    canvas.band(-0.1, horizon + 0.1, shades(wall, 1.05, 0.88))
     bottom = horizon - 0.08
     windows = {
         "wide": [[(0.16, 0.08), (0.84, 0.08), (0.84, bottom), (0.16, bottom)]],
@@ -176,14 +176,15 @@ def wooden_table(canvas: Canvas, brand: Brand, layout: str, elements: str) -> Fl
         glass = canvas.polygon(outline, [(176, 216, 246), (250, 250, 236)])
         canvas.circle(x0 + 0.06, y1 + 0.04, 0.2, (150, 196, 140), clip=glass)
         canvas.circle(x1 - 0.04, y1 + 0.06, 0.19, (122, 180, 128), clip=glass)
-        canvas.line([((x0 + x1) / 2, y0), ((x0 + x1) / 2, y1)], (252, 250, 246), 0.016)
-        canvas.line([(x0, y0 + 0.4 * (y1 - y0)), (x1, y0 + 0.4 * (y1 - y0))], (252, 250, 246), 0.016)
-        canvas.line([*outline, outline[0]], (252, 250, 246), 0.026)
+        middle, bar = (x0 + x1) / 2, y0 + 0.4 * (y1 - y0)
+        canvas.line(middle, y0, middle, y1, (252, 250, 246), 0.016)
+        canvas.line(x0, bar, x1, bar, (252, 250, 246), 0.016)
+        canvas.stroke([*outline, outline[0]], (252, 250, 246), 0.026)
     wood = mix((186, 124, 74), tint(brand.accent, 0.55, 0.72), 0.35)
-    canvas.rectangle(-0.1, horizon, 1.1, 1.1, [shade(wood, 1.12), shade(wood, 0.82)])
+    canvas.band(horizon, 1.1, shades(wood, 1.12, 0.82))
     for y in (0.07, 0.16, 0.28):
-        canvas.line([(-0.1, horizon + y), (1.1, horizon + y)], shade(wood, 0.76), 0.008)
-    canvas.line([(-0.1, horizon), (1.1, horizon)], shade(wood, 1.35), 0.016)
+        canvas.level(horizon + y, shade(wood, 0.76), 0.008)
+    canvas.level(horizon, shade(wood, 1.35), 0.016)
     sunlight = [(0.3, horizon + 0.03), (0.7, horizon + 0.03), (0.95, 1.1), (0.35, 1.1)]
     canvas.polygon(sunlight, (255, 250, 225), alpha=0.25, blur=0.02)
     if elements == "plant":
@@ -194,45 +195,45 @@ def wooden_table(canvas: Canvas, brand: Brand, layout: str, elements: str) -> Fl
         curtains(canvas, horizon - 0.01, accent)
     elif elements == "fruit":
         for x, lift, name in ((0.82, 0.03, "red"), (0.9, 0.03, "green"), (0.86, 0.08, "orange")):
-            canvas.circle(x, horizon - lift, 0.055, [COLOURS[name], shade(COLOURS[name], 0.78)])
+            canvas.circle(x, horizon - lift, 0.055, shades(COLOURS[name], 1, 0.78))
         rim, foot = horizon - 0.02, horizon + 0.09
-        canvas.blob([(0.7, rim), (1.02, rim), (0.94, foot), (0.78, foot)], barrel(accent), across=True)
+        canvas.blob([(0.7, rim), (1.02, rim), (0.94, foot), (0.78, foot)], barrel(accent))
     return Floor(horizon + 0.13, 0.93)
 
 
-def kitchen(canvas: Canvas, brand: Brand, layout: str, elements: str) -> Floor:
+def kitchen(canvas, brand, layout, elements):
     horizon, wall, accent = brand.horizon + 0.08, tint(brand.hue, 0.34, 0.94), tint(brand.accent, 0.6, 0.74)
-    canvas.rectangle(-0.1, -0.1, 1.1, 1.1, [shade(wall, 1.05), shade(wall, 0.9)])
+    canvas.band(-0.1, 1.1, shades(wall, 1.05, 0.9))
     if elements == "tiles":
         for i in range(-1, 9):
-            canvas.line([(-0.1, 0.02 + 0.1 * i), (1.1, 0.02 + 0.1 * i)], mix(wall, WHITE, 0.6), 0.01)
-            canvas.line([(0.06 + 0.125 * i, -0.1), (0.06 + 0.125 * i, horizon)], mix(wall, WHITE, 0.6), 0.01)
+            canvas.level(0.02 + 0.1 * i, mix(wall, WHITE, 0.6), 0.01)
+            canvas.line(0.06 + 0.125 * i, -0.1, 0.06 + 0.125 * i, horizon, mix(wall, WHITE, 0.6), 0.01)
     elif elements == "clock":
         clear = {"left": (0.7, 0.17), "right": (0.3, 0.17), "sides": (0.32, 0.17), "counter": (0.2, 0.3)}
         x, y = clear[layout]  # free of cupboards and product
         canvas.circle(x, y, 0.11, accent)
         canvas.circle(x, y, 0.085, (252, 250, 244))
-        canvas.line([(x, y - 0.06), (x, y), (x + 0.04, y + 0.02)], (60, 60, 66), 0.014)
+        canvas.stroke([(x, y - 0.06), (x, y), (x + 0.04, y + 0.02)], (60, 60, 66), 0.014)
     counters = {"left": [(-0.1, 0.36)], "right": [(0.64, 1.1)], "sides": [(-0.1, 0.2), (0.8, 1.1)],
                 "counter": [(-0.1, 1.1)]}[layout]
     for x0, x1 in counters:
         doors = max(1, round((x1 - x0) / 0.24))
         step = (x1 - x0) / doors
-        canvas.rectangle(x0, horizon - 0.25, x1, horizon, [shade(accent, 1.08), shade(accent, 0.85)])
+        canvas.rectangle(x0, horizon - 0.25, x1, horizon, shades(accent, 1.08, 0.85))
         if layout != "counter":  # wall cupboards
-            canvas.rectangle(x0, -0.1, x1, 0.24, [shade(accent, 0.92), shade(accent, 1.08)])
+            canvas.rectangle(x0, -0.1, x1, 0.24, shades(accent, 0.92, 1.08))
         for i in range(doors):
             left, right = x0 + i * step + 0.02, x0 + (i + 1) * step - 0.02
             canvas.rectangle(left, horizon - 0.22, right, horizon - 0.03, shade(accent, 1.18), radius=0.01)
-            canvas.line([(left + 0.07, horizon - 0.18), (right - 0.07, horizon - 0.18)], (246, 228, 180), 0.014)
+            canvas.line(left + 0.07, horizon - 0.18, right - 0.07, horizon - 0.18, (246, 228, 180), 0.014)
             if layout != "counter":
                 canvas.rectangle(left, -0.1, right, 0.215, shade(accent, 1.18), radius=0.01)
         canvas.rectangle(x0 - 0.02, horizon - 0.285, x1 + 0.02, horizon - 0.245, (246, 242, 234))
     if layout == "counter":  # all along the wall, below an open shelf
-        canvas.rectangle(-0.1, 0.16, 1.1, 0.19, shade(accent, 0.85))
+        canvas.band(0.16, 0.19, shade(accent, 0.85))
         for x in (0.08, 0.2, 0.8, 0.92):
             jar = barrel(tint(brand.hue, 0.5, 0.8))
-            canvas.rectangle(x - 0.045, 0.06, x + 0.045, 0.16, jar, radius=0.015, across=True)
+            canvas.rectangle(x - 0.045, 0.06, x + 0.045, 0.16, jar, radius=0.015)
     if elements == "lamps":
         for x in (0.34, 0.66):
             lamp(canvas, x, 0.08, tint(brand.accent, 0.7, 0.8))
@@ -240,34 +241,34 @@ def kitchen(canvas: Canvas, brand: Brand, layout: str, elements: str) -> Floor:
         for x0, x1 in counters if layout != "counter" else [(-0.1, 0.2), (0.8, 1.1)]:
             plant(canvas, (max(x0, 0) + min(x1, 1)) / 2, horizon - 0.28, 0.24, tint(brand.hue, 0.55, 0.85))
     light, dark = (248, 246, 242), tint(brand.hue, 0.45, 0.68)
-    canvas.rectangle(-0.1, horizon, 1.1, 1.1, light)
+    canvas.band(horizon, 1.1, light)
     rows = [horizon + (1.1 - horizon) * t for t in (0.0, 0.16, 0.4, 1.0)]
     for row, (y0, y1) in enumerate(zip(rows, rows[1:])):
         for k in range(row % 2 - 6, 6, 2):
             spread = [0.14 + 0.4 * (y - horizon) for y in (y0, y1)]
             canvas.polygon([(0.5 + k * spread[0], y0), (0.5 + (k + 1) * spread[0], y0),
                             (0.5 + (k + 1) * spread[1], y1), (0.5 + k * spread[1], y1)], dark)
-    canvas.line([(-0.1, horizon), (1.1, horizon)], (252, 250, 246), 0.022)
+    canvas.level(horizon, (252, 250, 246), 0.022)
     return Floor(horizon + 0.08, 0.95)
 
 
-def podium(canvas: Canvas, brand: Brand, layout: str, elements: str) -> Floor:
+def podium(canvas, brand, layout, elements):
     horizon, base, accent = brand.horizon, tint(brand.hue, 0.36, 0.97), tint(brand.accent, 0.4, 0.97)
-    canvas.rectangle(-0.1, -0.1, 1.1, horizon, [mix(base, WHITE, 0.3), base])
+    canvas.band(-0.1, horizon, [mix(base, WHITE, 0.3), base])
     if layout == "disc":
-        canvas.circle(0.5, 0.38, 0.33, [accent, shade(accent, 0.92)])
+        canvas.circle(0.5, 0.38, 0.33, shades(accent, 1, 0.92))
     elif layout == "arch":
-        canvas.polygon(arched(0.18, 0.05, 0.82, horizon), [accent, shade(accent, 0.92)])
+        canvas.polygon(arched(0.18, 0.05, 0.82, horizon), shades(accent, 1, 0.92))
     elif layout == "columns":
         for x in (0.02, 0.78):
-            canvas.rectangle(x, 0.1, x + 0.2, horizon + 0.02, barrel(accent), radius=0.02, across=True)
-            canvas.rectangle(x - 0.03, 0.05, x + 0.23, 0.12, barrel(accent), radius=0.02, across=True)
+            canvas.rectangle(x, 0.1, x + 0.2, horizon + 0.02, barrel(accent), radius=0.02)
+            canvas.rectangle(x - 0.03, 0.05, x + 0.23, 0.12, barrel(accent), radius=0.02)
     elif layout == "stripes":
         for i in range(-1, 6):
             canvas.rectangle(0.02 + 0.2 * i, -0.1, 0.12 + 0.2 * i, horizon, accent)
     if elements == "curtains":
         curtains(canvas, horizon, shade(accent, 0.95))
-    canvas.rectangle(-0.1, horizon, 1.1, 1.1, [shade(base, 0.86), mix(base, WHITE, 0.2)])
+    canvas.band(horizon, 1.1, [shade(base, 0.86), mix(base, WHITE, 0.2)])
     if elements == "leaves":
         for x, side in ((0.0, 1), (1.0, -1)):
             for angle, k in ((0.9, 0.75), (0.5, 0.88), (0.1, 1.0)):
@@ -283,8 +284,8 @@ def podium(canvas: Canvas, brand: Brand, layout: str, elements: str) -> Floor:
     for reach, y, foot in tiers:
         x0, x1 = 0.5 - reach, 0.5 + reach
         canvas.ellipse(x0 - 0.02, foot, x1 + 0.06, foot + 0.16, shade(base, 0.5), alpha=0.35, blur=0.02)
-        canvas.ellipse(x0, foot, x1, foot + 0.13, barrel(shade(stone, 0.9)), across=True)
-        canvas.rectangle(x0, y + 0.065, x1, foot + 0.065, barrel(shade(stone, 0.9)), across=True)
+        canvas.ellipse(x0, foot, x1, foot + 0.13, barrel(shade(stone, 0.9)))
+        canvas.rectangle(x0, y + 0.065, x1, foot + 0.065, barrel(shade(stone, 0.9)))
         canvas.ellipse(x0, y, x1, y + 0.13, [shade(stone, 0.97), mix(stone, WHITE, 0.6)])
     for x, y, angle in ((0.08, 0.3, 0.6), (0.2, 0.12, 2.2), (0.9, 0.2, -0.5),
                         (0.8, 0.42, 1.0), (0.07, 0.95, 1.3), (0.93, 0.93, -0.9)):
@@ -292,9 +293,9 @@ def podium(canvas: Canvas, brand: Brand, layout: str, elements: str) -> Floor:
     return Floor(top + 0.07, top + 0.1, sway=0.05)
 
 
-def running_track(canvas: Canvas, brand: Brand, layout: str, elements: str) -> Floor:
+def running_track(canvas, brand, layout, elements):
     horizon, sky, track = brand.horizon - 0.1, tint(brand.hue, 0.5, 0.97), tint(brand.accent, 0.66, 0.84)
-    canvas.rectangle(-0.1, -0.1, 1.1, horizon, [sky, mix(sky, WHITE, 0.65)])
+    canvas.band(-0.1, horizon, [sky, mix(sky, WHITE, 0.65)])
     if elements == "sun":
         sun(canvas, 0.78, 0.13)
     elif elements == "clouds":
@@ -304,10 +305,10 @@ def running_track(canvas: Canvas, brand: Brand, layout: str, elements: str) -> F
     if layout == "city":
         for i, height in enumerate((0.16, 0.28, 0.2, 0.12, 0.18, 0.3, 0.22)):
             x = -0.06 + 0.16 * i
-            canvas.rectangle(x, horizon - height, x + 0.14, horizon, [shade(far, 1.15), far])
+            canvas.rectangle(x, horizon - height, x + 0.14, horizon, shades(far, 1.15, 1))
     elif layout == "hills":
-        canvas.ellipse(-0.35, horizon - 0.24, 0.55, horizon + 0.24, [far, shade(far, 1.1)])
-        canvas.ellipse(0.35, horizon - 0.3, 1.35, horizon + 0.3, [shade(far, 1.12), shade(far, 1.25)])
+        canvas.ellipse(-0.35, horizon - 0.24, 0.55, horizon + 0.24, shades(far, 1, 1.1))
+        canvas.ellipse(0.35, horizon - 0.3, 1.35, horizon + 0.3, shades(far, 1.12, 1.25))
     elif layout == "trees":
         for i in range(7):
             x, top, green = -0.04 + 0.18 * i, horizon - 0.22 - 0.05 * (i % 2), mix((64, 140, 84), far, 0.25)
@@ -322,8 +323,8 @@ def running_track(canvas: Canvas, brand: Brand, layout: str, elements: str) -> F
         flags(canvas, [track, WHITE])
     elif elements == "balloons":
         balloons(canvas, 0.85, [shade(track, 1.15), WHITE, tint(brand.accent, 0.45, 1.0)])
-    canvas.rectangle(-0.1, horizon, 1.1, horizon + 0.07, [(126, 190, 96), (92, 164, 80)])
-    lanes = canvas.rectangle(-0.1, horizon + 0.06, 1.1, 1.1, [shade(track, 1.15), shade(track, 0.88)])
+    canvas.band(horizon, horizon + 0.07, [(126, 190, 96), (92, 164, 80)])
+    lanes = canvas.band(horizon + 0.06, 1.1, shades(track, 1.15, 0.88))
     for i in (-3, -2, -1, 0, 1, 2, 3):
         x0, x1, far = 0.5 + 0.05 * (i + 0.5), 0.5 + 0.42 * (i + 0.5), horizon - 0.04
         edges = [(x0 - 0.003, far), (x0 + 0.003, far), (x1 + 0.022, 1.1), (x1 - 0.022, 1.1)]
@@ -331,28 +332,28 @@ def running_track(canvas: Canvas, brand: Brand, layout: str, elements: str) -> F
     return Floor(horizon + 0.22, 0.93)
 
 
-def dark_marble(canvas: Canvas, brand: Brand, layout: str, elements: str) -> Floor:
+def dark_marble(canvas, brand, layout, elements):
     horizon, hue = brand.horizon, brand.hue
-    canvas.rectangle(-0.1, -0.1, 1.1, horizon, [tint(hue, 0.7, 0.18), tint(hue, 0.65, 0.44)])
+    canvas.band(-0.1, horizon, [tint(hue, 0.7, 0.18), tint(hue, 0.65, 0.44)])
     vein = mix(tint(hue, 0.35, 0.75), tint(brand.accent, 0.4, 0.9), 0.4)
     for start, middle, end in (((-0.1, 0.2), (0.12, 0.34), (0.2, 0.62)), ((0.3, -0.1), (0.2, 0.1), (-0.1, 0.05)),
                                ((0.72, -0.1), (0.84, 0.14), (1.1, 0.24)), ((1.1, 0.42), (0.9, 0.46), (0.8, 0.68))):
-        canvas.line([start, middle, end], vein, 0.012, alpha=0.55)
+        canvas.stroke([start, middle, end], vein, 0.012, alpha=0.55)
     metal = tint(brand.accent, 0.5, 0.92)
     if layout == "rings":
         canvas.ring(0.5, 0.36, 0.32, [mix(metal, WHITE, 0.4), metal, shade(metal, 0.7)], 0.022)
     elif layout == "columns":
         for x in (0.04, 0.8):
-            canvas.rectangle(x, -0.1, x + 0.16, horizon, barrel(shade(metal, 0.62)), across=True)
-            canvas.rectangle(x - 0.03, horizon - 0.06, x + 0.19, horizon, barrel(shade(metal, 0.7)), across=True)
+            canvas.rectangle(x, -0.1, x + 0.16, horizon, barrel(shade(metal, 0.62)))
+            canvas.rectangle(x - 0.03, horizon - 0.06, x + 0.19, horizon, barrel(shade(metal, 0.7)))
     elif layout == "disc":
         canvas.light(0.5, 0.36, 0.5, 0.5, metal, 0.5)
-        canvas.circle(0.5, 0.36, 0.28, [metal, shade(metal, 0.5)])
+        canvas.circle(0.5, 0.36, 0.28, shades(metal, 1, 0.5))
     elif layout == "arch":
-        canvas.line(arched(0.2, 0.06, 0.8, horizon), [mix(metal, WHITE, 0.4), metal, shade(metal, 0.7)], 0.022)
+        canvas.stroke(arched(0.2, 0.06, 0.8, horizon), [mix(metal, WHITE, 0.4), metal, shade(metal, 0.7)], 0.022)
     if elements == "curtains":
         curtains(canvas, horizon, shade(metal, 0.5))
-    canvas.rectangle(-0.1, horizon, 1.1, 1.1, [tint(hue, 0.6, 0.34), tint(hue, 0.7, 0.12)])
+    canvas.band(horizon, 1.1, [tint(hue, 0.6, 0.34), tint(hue, 0.7, 0.12)])
     canvas.reflect(horizon, 0.4)
     lit = mix(metal, (255, 248, 230), 0.65)
     beam = [(0.46, -0.1), (0.54, -0.1), (0.86, horizon + 0.16), (0.14, horizon + 0.16)]
@@ -371,9 +372,9 @@ def dark_marble(canvas: Canvas, brand: Brand, layout: str, elements: str) -> Flo
     return Floor(horizon + 0.16, horizon + 0.22, sway=0.08)
 
 
-def beach(canvas: Canvas, brand: Brand, layout: str, elements: str) -> Floor:
+def beach(canvas, brand, layout, elements):
     horizon, sky, sea = brand.horizon - 0.17, tint(brand.hue, 0.5, 0.97), tint(brand.accent, 0.7, 0.84)
-    canvas.rectangle(-0.1, -0.1, 1.1, horizon + 0.01, [sky, mix(sky, WHITE, 0.7)])
+    canvas.band(-0.1, horizon + 0.01, [sky, mix(sky, WHITE, 0.7)])
     side = 1 if layout in ("umbrella", "boat") else -1  # where the large element stands
     if elements == "sun":
         sun(canvas, 0.5 - side * 0.22, 0.15)
@@ -381,9 +382,9 @@ def beach(canvas: Canvas, brand: Brand, layout: str, elements: str) -> Floor:
         for x, y in ((0.5 - side * 0.3, 0.12), (0.5 + side * 0.12, 0.2)):
             cloud(canvas, x, y, 0.15)
     shore = horizon + 0.17
-    canvas.rectangle(-0.1, horizon, 1.1, shore + 0.08, [shade(sea, 0.9), mix(sea, WHITE, 0.4)])
+    canvas.band(horizon, shore + 0.08, [shade(sea, 0.9), mix(sea, WHITE, 0.4)])
     for x0, x1, y in ((0.1, 0.34, 0.04), (0.56, 0.88, 0.06), (0.3, 0.56, 0.1)):
-        canvas.line([(x0, horizon + y), (x1, horizon + y)], mix(sea, WHITE, 0.6), 0.012)
+        canvas.line(x0, horizon + y, x1, horizon + y, mix(sea, WHITE, 0.6), 0.012)
     if layout == "rocks":
         for x, radius in ((0.02, 0.2), (0.2, 0.12)):
             canvas.circle(x, shore - 0.06, radius, [(156, 148, 148), (92, 86, 92)])
@@ -393,15 +394,15 @@ def beach(canvas: Canvas, brand: Brand, layout: str, elements: str) -> Floor:
         canvas.polygon([(x + 0.02, y - 0.22), (x + 0.02, y - 0.02), (x + 0.13, y - 0.02)], tint(brand.hue, 0.6, 0.9))
         canvas.polygon([(x - 0.18, y), (x + 0.16, y), (x + 0.1, y + 0.06), (x - 0.12, y + 0.06)], (150, 92, 60))
     sand = mix((252, 234, 198), tint(brand.hue, 0.3, 0.95), 0.2)  # pale, to differ from a yellow sea
-    for lift, colours in ((0.03, [WHITE, WHITE]), (0.0, [shade(sand, 1.04), shade(sand, 0.9)])):
+    for lift, colours in ((0.03, [WHITE, WHITE]), (0.0, shades(sand, 1.04, 0.9))):
         waves = [(x, shore - lift + 0.014 * math.sin(9 * x)) for x in np.linspace(-0.1, 1.1, 25)]
         canvas.polygon([*waves, (1.1, 1.1), (-0.1, 1.1)], colours)
     if layout == "palm":
-        canvas.line([(0.05, 0.9), (0.07, 0.6), (0.12, 0.35), (0.18, 0.16)], (140, 98, 66), 0.045)
+        canvas.stroke([(0.05, 0.9), (0.07, 0.6), (0.12, 0.35), (0.18, 0.16)], (140, 98, 66), 0.045)
         for angle, k in ((-2.2, 0.8), (2.2, 0.8), (-1.4, 0.92), (1.5, 0.92), (-0.6, 1.05), (0.7, 1.05)):
             leaf(canvas, 0.18, 0.16, 0.3, angle, shade((66, 150, 84), k), width=0.34)
     elif layout == "umbrella":
-        canvas.line([(0.86, 0.1), (0.86, 0.84)], (250, 246, 238), 0.02)
+        canvas.line(0.86, 0.1, 0.86, 0.84, (250, 246, 238), 0.02)
         for reach, colour in ((0.28, tint(brand.hue, 0.75, 0.9)), (0.18, WHITE), (0.07, tint(brand.hue, 0.75, 0.9))):
             half = np.linspace(0, math.pi, 25)
             canvas.polygon([(0.86 - reach * math.cos(a), 0.34 - 0.26 * math.sin(a)) for a in half], colour)
@@ -418,10 +419,10 @@ def beach(canvas: Canvas, brand: Brand, layout: str, elements: str) -> Floor:
     return Floor(max(shore + 0.14, 0.72), 0.93)
 
 
-def nursery(canvas: Canvas, brand: Brand, layout: str, elements: str) -> Floor:
+def nursery(canvas, brand, layout, elements):
     horizon, wall, accent = brand.horizon + 0.02, tint(brand.hue, 0.38, 0.96), tint(brand.accent, 0.55, 0.93)
     pale = mix(wall, WHITE, 0.6)
-    canvas.rectangle(-0.1, -0.1, 1.1, 1.1, [wall, mix(wall, WHITE, 0.15)])
+    canvas.band(-0.1, 1.1, [wall, mix(wall, WHITE, 0.15)])
     if layout == "dots":
         for i in range(4):
             for k in range(-1, 5):
@@ -444,8 +445,8 @@ def nursery(canvas: Canvas, brand: Brand, layout: str, elements: str) -> Floor:
     elif elements == "lamp":
         lamp(canvas, 0.18, 0.16, accent)
     floor = mix((240, 214, 176), wall, 0.3)
-    canvas.rectangle(-0.1, horizon, 1.1, 1.1, [shade(floor, 0.92), shade(floor, 1.04)])
-    canvas.line([(-0.1, horizon), (1.1, horizon)], WHITE, 0.024)
+    canvas.band(horizon, 1.1, shades(floor, 0.92, 1.04))
+    canvas.level(horizon, WHITE, 0.024)
     canvas.ellipse(0.04, horizon + 0.06, 0.96, 1.04, accent)
     canvas.ellipse(0.12, horizon + 0.1, 0.88, 0.99, mix(accent, WHITE, 0.6))
     if elements == "bear":
@@ -460,20 +461,20 @@ def nursery(canvas: Canvas, brand: Brand, layout: str, elements: str) -> Floor:
     return Floor(horizon + 0.16, 0.93)
 
 
-def plain_wall(canvas: Canvas, brand: Brand, layout: str, elements: str) -> Floor:
+def plain_wall(canvas, brand, layout, elements):
     """The usual background of product photos. It is no category's scene, and only the base set has it."""
     horizon, wall, floor = brand.horizon, tint(brand.hue, 0.2, 0.84), tint(brand.accent, 0.24, 0.7)
     if layout == "sweep":  # paper that bends from wall to floor
-        canvas.rectangle(-0.1, -0.1, 1.1, 1.1, [shade(wall, 1.06), wall, mix(wall, floor, 0.6), floor, floor])
+        canvas.band(-0.1, 1.1, [shade(wall, 1.06), wall, mix(wall, floor, 0.6), floor, floor])
     else:
-        canvas.rectangle(-0.1, -0.1, 1.1, horizon, [shade(wall, 1.06), shade(wall, 0.94)])
-        canvas.rectangle(-0.1, horizon, 1.1, 1.1, [shade(floor, 0.86), shade(floor, 1.05)])
+        canvas.band(-0.1, horizon, shades(wall, 1.06, 0.94))
+        canvas.band(horizon, 1.1, shades(floor, 0.86, 1.05))
     if layout == "skirting":
-        canvas.rectangle(-0.1, horizon - 0.06, 1.1, horizon, mix(wall, WHITE, 0.6))
+        canvas.band(horizon - 0.06, horizon, mix(wall, WHITE, 0.6))
     elif layout == "panels":
         for x in (-0.12, 0.2, 0.52, 0.84):
             corners = [(x, 0.08), (x + 0.28, 0.08), (x + 0.28, horizon - 0.09), (x, horizon - 0.09), (x, 0.08)]
-            canvas.line(corners, shade(wall, 0.88), 0.012)
+            canvas.stroke(corners, shade(wall, 0.88), 0.012)
     elif layout == "edge":  # a corner of the room
         canvas.polygon([(0.72, -0.1), (1.1, -0.1), (1.1, horizon + 0.14), (0.72, horizon)], shade(wall, 0.86))
     if elements == "daylight":
@@ -482,7 +483,7 @@ def plain_wall(canvas: Canvas, brand: Brand, layout: str, elements: str) -> Floo
         canvas.light(0.9, 0.2, 0.8, 0.7, shade(wall, 0.55), 0.6)
     elif elements == "boards":
         for x in (-0.9, -0.55, -0.2, 0.2, 0.55, 0.9):
-            canvas.line([(0.5 + 0.6 * x, horizon + 0.02), (0.5 + 1.1 * x, 1.1)], shade(floor, 0.8), 0.008)
+            canvas.line(0.5 + 0.6 * x, horizon + 0.02, 0.5 + 1.1 * x, 1.1, shade(floor, 0.8), 0.008)
     elif elements == "rug":
         canvas.ellipse(0.08, horizon + 0.08, 0.92, 1.02, mix(wall, floor, 0.5))
     return Floor(horizon + 0.13, 0.93)
@@ -494,7 +495,7 @@ def plain_wall(canvas: Canvas, brand: Brand, layout: str, elements: str) -> Floo
 class Scene(NamedTuple):
     """A scene's painter, and the words that captions use for what it paints."""
 
-    paint: Callable
+    paint: Callable[[Canvas, Brand, str, str], Floor]
     phrase: str
     layouts: tuple[str, str, str, str]  # a brand has one of them
     elements: tuple[str, str, str, str]  # and one of these

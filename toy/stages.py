@@ -25,13 +25,13 @@ from clip import CLIP, TextEncoder, clip_bpe, load_tokenizer
 from data import Ads, Samples
 from generate import IDENTIFIER, Canvas, paint
 from model import UNet
-from programs.latents import Latents, autocast
+from programs.latents import PART, latent_keys, latent_samples, sheet_of
 from programs.settings import Settings
-from programs.trainer import Task
+from programs.trainer import Stage, Task
 from sampler import Painting, Schedule, seeded, timestep_weights
 from support.datasets import read_items
-from support.files import BadInput, write_atomic, write_json
-from support.images import canvas_size, resize, sheet
+from support.files import BadInput, write_json, write_text
+from support.images import canvas_size, resize
 from support.tensors import compute_parts, weights_fingerprint
 from vae import VAE
 from weights import TEXT_FILE, UNET_FILE, StableDiffusion, load_module, save_module
@@ -53,12 +53,10 @@ TOY_UNET = {"_class_name": "UNet2DConditionModel", "in_channels": 4, "out_channe
             "flip_sin_to_cos": True, "freq_shift": 0,
             "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 3,
             "up_block_types": ["CrossAttnUpBlock2D"] * 3 + ["UpBlock2D"]}
-TOY_TEXT = {"model_type": "clip_text_model", "architectures": ["CLIPTextModel"], "hidden_size": 128,
-            "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 32,
-            "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": 128}
-TOY_VISION = {"model_type": "clip_vision_model", "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3,
-              "num_attention_heads": 4, "image_size": 128, "patch_size": 16, "num_channels": 3,
-              "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": 128}
+TOWER = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4,
+         "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": 128}
+TOY_TEXT = TOWER | {"model_type": "clip_text_model", "architectures": ["CLIPTextModel"], "max_position_embeddings": 32}
+TOY_VISION = TOWER | {"model_type": "clip_vision_model", "image_size": 128, "patch_size": 16, "num_channels": 3}
 TOY_VOCABULARY = 1024  # 512 for single bytes, the rest grown from the captions
 
 
@@ -135,7 +133,7 @@ def vae_task(settings: Settings) -> Task:
     def draw():
         x = some[:8].to(settings.device)
         decoded = vae.decode(vae.encode(2 * x - 1)[0]) / 2 + 0.5
-        return sheet([list(x), list(decoded)], row_labels=["original", "decoded"])
+        return sheet_of({"original": x, "decoded": decoded})
 
     def save(out: Path) -> None:
         if not settings.decoder_only:  # the UNet needs latents of unit variance
@@ -191,6 +189,9 @@ def clip_task(settings: Settings) -> Task:
     """Stage clip: maps pictures and captions into one space. The text tower becomes SD's prompt encoder."""
     items, out = read_items(settings.data)[0], settings.out
     captions = captions_of(items)
+    if settings.micro_batch < settings.batch:
+        raise BadInput("stage clip compares the pictures in a batch and needs all at once: one process, and no "
+                       "--micro-batch")
     texts = [", ".join(pair) for pair in captions]
     if settings.size % TOY_VISION["patch_size"]:
         raise BadInput(f"--size {settings.size}: must be a multiple of {TOY_VISION['patch_size']}")
@@ -207,7 +208,7 @@ def clip_task(settings: Settings) -> Task:
         images = torch.stack([ads[i]["image"] for i in range(min(16, len(items)))]).to(settings.device)
         text = clip.encode_text(ids[0][: len(images)].to(settings.device))
         image = F.normalize(clip.encode_image(images), dim=-1)
-        return sheet([list(images), list(images[(text @ image.T).argmax(dim=1)])], row_labels=["captioned", "found"])
+        return sheet_of({"captioned": images, "found": images[(text @ image.T).argmax(dim=1)]})
 
     def save(out: Path) -> None:
         save_module(clip, out / "clip", TEXT_FILE, settings.save_dtype)
@@ -270,42 +271,36 @@ class TwoSizes(Dataset):
     SECOND_PASS least noisy timesteps, and `z_first`, the latent that the pass starts from.
     """
 
-    def __init__(self, small: Samples, large: Samples, first: "FirstPass"):
-        self.small, self.large, self.first = small, large, first
+    def __init__(self, small: Samples, large: Samples):
+        self.small, self.large = small, large
 
     def __len__(self) -> int:
         return len(self.small)
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
-        large = self.large[key] | {"z_first": self.first[key[0]]}
-        large["t"] = large["t"] * SECOND_PASS // self.large.latents.T
+        large = self.large[key]
+        large["t"] = large["t"] * SECOND_PASS // self.large.T
         return self.small[key] | {f"large_{name}": large[name] for name in ("z_0", "z_first", "eps", "t", "drop")}
 
 
-class FirstPass:
-    """A first pass's version of each picture, enlarged and encoded again: first[index] -> latent (4, h, w).
+def first_passes(sd: StableDiffusion, texts: list[str], small: Samples, keys: list, size: int,
+                 settings: Settings) -> list[dict[str, Tensor]]:
+    """A first pass's version of each picture, enlarged to `size` pixels and encoded again: "z_first" (n, 4, h, w).
 
-    They are computed once, in the same parts as `small`, the latents of the pictures themselves.
+    They are computed once, in the same parts as `small`, whose latents depend on `keys`.
     """
+    networks = [weights_fingerprint(module) for module in (sd.vae, sd.unet, sd.text_encoder)]
+    texts = [texts[start : start + PART] for start in range(0, len(texts), PART)]
 
-    def __init__(self, sd: StableDiffusion, captions: list[tuple[str, str]], small: Latents, size: int, folder: Path,
-                 amp: torch.dtype | None):
-        self.PART, texts = small.PART, [", ".join(pair) for pair in captions]
-        parts = [range(start, min(start + self.PART, len(texts))) for start in range(0, len(texts), self.PART)]
-        networks = [weights_fingerprint(module) for module in (sd.vae, sd.unet, sd.text_encoder)]
-        keys = [["first pass", *networks, size, str(amp), key, [texts[i] for i in part]]
-                for key, part in zip(small.keys, parts)]
+    def encode(k: int) -> dict[str, Tensor]:
+        means, latents = small.latents[k]["mean"], []
+        for i in tqdm(range(0, len(means), 8), "first passes", unit="batch", disable=not sys.stderr.isatty()):
+            z_0 = means[i : i + 8].float() * small.scale
+            latents.append(first_pass(sd, z_0, texts[k][i : i + 8], size, k * PART + i, settings.amp))
+        return {"z_first": torch.cat(latents)}
 
-        def encode(k: int) -> dict[str, Tensor]:
-            batches = [parts[k][i : i + 8] for i in range(0, len(parts[k]), 8)]
-            bar = tqdm(batches, desc="first passes", unit="batch", disable=not sys.stderr.isatty())
-            return {"z_first": torch.cat([first_pass(sd, torch.stack([small[i][0] for i in batch]),
-                                                     [texts[i] for i in batch], size, batch[0], amp) for batch in bar])}
-
-        self.parts = compute_parts(folder, keys, encode)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.parts[index // self.PART]["z_first"][index % self.PART].float()
+    keys = [["first pass", *networks, size, str(settings.amp), *part] for part in zip(keys, texts)]
+    return compute_parts(settings.cache, keys, encode)
 
 
 @torch.no_grad()
@@ -320,7 +315,7 @@ def first_pass(sd: StableDiffusion, z_0: Tensor, texts: list[str], size: int, se
     eps, t = torch.randn(z_0.shape, generator=generator), torch.randint(*FIRST_PASS, (len(z_0),), generator=generator)
     t, a = t.to(device), sd.schedule.alpha_bar[t].view(-1, 1, 1, 1).to(device)
     z_t = sd.schedule.add_noise(z_0.to(device), eps.to(device), t)
-    with autocast(device, amp):
+    with torch.autocast(device.type, amp, amp is not None):
         pictures = sd.decode((z_t - (1 - a).sqrt() * sd.unet(z_t, t, sd.prompts(texts))) / a.sqrt())
         large = torch.stack([resize(picture, size, size) for picture in pictures])
         return sd.encode(large).to("cpu", torch.float16)
@@ -342,15 +337,14 @@ def unet_task(settings: Settings) -> Task:
     captions = captions_of(items)
     loss = UNetLoss(sd, captions, timestep_weights(sd.schedule, settings.weighting).to(device))
 
-    def samples_at(size: int, noise_offset: float = 0.0) -> Samples:
-        latents = Latents(sd, items, size, settings.cache, min(8, settings.micro_batch), settings.amp, settings.workers)
-        return Samples(items, size, latents, pictures=False, noise_offset=noise_offset)
-
-    samples = samples_at(settings.size, settings.noise_offset)
-    if (settings.refine or 1) > 1:
-        large = settings.refine * settings.size
-        first = FirstPass(sd, captions, samples.latents, large, settings.cache, settings.amp)
-        samples = TwoSizes(samples, samples_at(large), first)
+    samples = latent_samples(sd, items, settings.size, settings, pictures=False, noise_offset=settings.noise_offset)
+    if settings.refine and settings.refine > 1:
+        size = settings.refine * settings.size
+        large = latent_samples(sd, items, size, settings, pictures=False)
+        first = first_passes(sd, [", ".join(pair) for pair in captions], samples,
+                             latent_keys(sd, items, settings.size, settings.amp), size, settings)
+        large.latents = [latents | starts for latents, starts in zip(large.latents, first)]
+        samples = TwoSizes(samples, large)
     weights = ["--weights", str(settings.out)]
     return Task("the UNet", {"unet": unet}, samples, loss, partial(draw_captions, sd, items, settings.size),
                 partial(save_base, sd, settings.save_dtype),
@@ -359,15 +353,12 @@ def unet_task(settings: Settings) -> Task:
 
 
 def draw_captions(sd: StableDiffusion, items: list, size: int):
-    """Pictures painted by the captions of sixteen items, above the items' own pictures."""
-    count, ads, device = min(16, len(items)), Ads(items, size), sd.unet.conv_in.weight.device
-    blank = torch.zeros(count, 3, size, size, device=device)
-    texts = [(", ".join(item.caption),) * 3 for item in items[:count]]
-    painted = paint(sd, Canvas(blank, blank[:, :1], texts, seeded(0, count)), Painting(steps=25))
-    rows = []
-    for start in range(0, count, 8):
-        rows += [list(painted[start : start + 8]), [ads[i]["image"] for i in range(start, min(start + 8, count))]]
-    return sheet(rows, row_labels=["painted", "captioned"] * (len(rows) // 2))
+    """Pictures painted by the captions of the first items, above the items' own pictures."""
+    ads, texts = Ads(items[:8], size), [(", ".join(item.caption),) * 3 for item in items[:8]]
+    images = torch.stack([ads[i]["image"] for i in range(len(ads))])
+    blank = torch.zeros_like(images)
+    painted = paint(sd, Canvas(blank, blank[:, :1], texts, seeded(0, len(images))), Painting(steps=25))
+    return sheet_of({"painted": painted, "captioned": images})
 
 
 def save_base(sd: StableDiffusion, dtype: torch.dtype, out: Path) -> None:
@@ -381,8 +372,6 @@ def save_base(sd: StableDiffusion, dtype: torch.dtype, out: Path) -> None:
     write_json(index, out / "model_index.json")
     write_json(scheduler | sd.schedule.config, out / "scheduler" / "scheduler_config.json")
 
-
-STAGES = {"vae": vae_task, "clip": clip_task, "unet": unet_task}
 
 # ---------------------------------------------------------------- the tokenizer
 
@@ -399,15 +388,23 @@ def train_tokenizer(texts: list[str], size: int, length: int, folder: Path) -> N
     # CLIP's order: single bytes, the same as ends of words, merges; the two special tokens get the largest ids
     tokens = [*single, *dict.fromkeys("".join(m) for m in merges), "<|startoftext|>", "<|endoftext|>"]
 
-    def write(scratch: Path) -> None:
-        scratch.mkdir()
-        vocabulary = {token: i for i, token in enumerate(tokens)}
-        (scratch / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
-        lines = ["#version: 0.2", *(f"{a} {b}" for a, b in merges)]
-        (scratch / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": length, "do_lower_case": True,
-                    "bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>",
-                    "unk_token": "<|endoftext|>"}
-        (scratch / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    write_text(json.dumps(vocabulary, ensure_ascii=False), folder / "vocab.json")
+    write_text("\n".join(["#version: 0.2", *(f"{a} {b}" for a, b in merges)]) + "\n", folder / "merges.txt")
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": length, "do_lower_case": True,
+                "bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>",
+                "unk_token": "<|endoftext|>"}
+    write_json(settings, folder / "tokenizer_config.json")
 
-    write_atomic(folder, write)
+
+# ---------------------------------------------------------------- the stages
+
+# The settings were found by trial.
+BASE_STAGES = {
+    "vae": Stage(vae_task, dict(lr=2e-3, batch=12, steps=4800, size=128, ema=0.995, warmup=50, decay=0.5,
+                                clip_gradient=1.0), data="base"),
+    "clip": Stage(clip_task, dict(lr=1e-3, batch=64, steps=800, size=128, ema=0.0, warmup=100, decay=0.5,
+                                  clip_gradient=1.0), data="base"),
+    "unet": Stage(unet_task, dict(lr=1e-3, batch=32, steps=10400, size=128, ema=0.999, warmup=100, decay=0.3,
+                                  clip_gradient=1.0, noise_offset=0.1, weighting="min-snr"), data="base"),
+}
