@@ -45,7 +45,7 @@ from sampler import Conditions, Painting, sample, seeded
 from support.cutouts import SOLID, extend
 from support.datasets import BROKEN, Item, read_items
 from support.files import BadInput, locked, one_line_errors
-from support.images import canvas_size, fit, resize, resized_strips, save_image, to_bytes
+from support.images import canvas_size, fit, resize, save_image, to_bytes
 from weights import StableDiffusion
 
 IDENTIFIER = "sks {}"  # [D], section 5.1: 'sks' and the category's id
@@ -133,11 +133,8 @@ def paste_back(painted: Tensor, painted_mask: Tensor, box: tuple[int, int, int, 
     """
     painted = extend(painted, dilate(painted_mask, 1 + 2 * spread) <= 1 - SOLID)
     top, left, h, w = box
-    result = torch.empty(rgb.shape, dtype=torch.uint8)
-    for rows, scene in resized_strips(painted[:, top : top + h, left : left + w], *rgb.shape[1:]):
-        M = mask[:, rows].masked_fill(mask[:, rows] >= SOLID, 1)
-        result[:, rows] = to_bytes(rgb[:, rows] * M + scene * (1 - M))
-    return result
+    M = mask.masked_fill(mask >= SOLID, 1)
+    return to_bytes(torch.lerp(resize(painted[:, top : top + h, left : left + w], *rgb.shape[1:]), rgb, M))
 
 
 def canvas_of(ads: list[Ad], h: int, w: int, generators: list[torch.Generator]) -> tuple[Canvas, list[tuple]]:

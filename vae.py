@@ -5,26 +5,13 @@ public vae/config.json, and uses the public names. Shapes: pictures (B, 3, H, W)
 f = 8 for SD 1.5.
 """
 
-from collections.abc import Callable
-from functools import partial
-from itertools import chain
-
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention import attend
 from model import Downsample, ResnetBlock, Upsample
-from support.strips import in_strips, norm_silu_conv
 
-
-class VAEResnet(ResnetBlock):
-    """The UNet's residual block without a timestep. (B, C_in, h, w) -> (B, C, h, w)."""
-
-    def __init__(self, in_channels: int, out_channels: int, groups: int):
-        super().__init__(in_channels, out_channels, groups, eps=1e-6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = norm_silu_conv(self.norm2, self.conv2, norm_silu_conv(self.norm1, self.conv1, x))
-        return h.add_(self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)  # in place: at the peak of memory
+EPS = 1e-6  # of every normalisation
 
 
 class VAEAttention(nn.Module):
@@ -32,7 +19,7 @@ class VAEAttention(nn.Module):
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
-        self.group_norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.group_norm = nn.GroupNorm(groups, channels, EPS)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
@@ -49,7 +36,7 @@ class VAEMidBlock(nn.Module):
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
-        self.resnets = nn.ModuleList(VAEResnet(channels, channels, groups) for _ in range(2))
+        self.resnets = nn.ModuleList(ResnetBlock(channels, channels, groups, EPS) for _ in range(2))
         self.attentions = nn.ModuleList([VAEAttention(channels, groups)])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,16 +51,13 @@ class VAELevel(nn.Module):
     def __init__(self, layers: int, in_channels: int, out_channels: int, groups: int, resample: str | None):
         super().__init__()
         self.resnets = nn.ModuleList(
-            VAEResnet(in_channels if i == 0 else out_channels, out_channels, groups) for i in range(layers))
-        if resample == "down":
-            self.downsamplers = nn.ModuleList([Downsample(out_channels, asymmetric=True)])
-        if resample == "up":
-            self.upsamplers = nn.ModuleList([Upsample(out_channels)])
+            ResnetBlock(in_channels if i == 0 else out_channels, out_channels, groups, EPS) for i in range(layers))
+        self.downsamplers = nn.ModuleList([Downsample(out_channels, asymmetric=True)] if resample == "down" else [])
+        self.upsamplers = nn.ModuleList([Upsample(out_channels)] if resample == "up" else [])
 
-    def layers(self) -> list[Callable[[Tensor], Tensor]]:
+    def layers(self) -> list[nn.Module]:
         """The layers in order. Calling them one by one frees a level's input, up to 1 GB, after its first layer."""
-        up = [partial(in_strips, upsampler) for upsampler in getattr(self, "upsamplers", ())]
-        return [*self.resnets, *getattr(self, "downsamplers", ()), *up]
+        return [*self.resnets, *self.downsamplers, *self.upsamplers]
 
 
 class VAEEncoder(nn.Module):
@@ -88,14 +72,15 @@ class VAEEncoder(nn.Module):
             VAELevel(config["layers_per_block"], channels[max(i - 1, 0)], c, groups, "down" if i < last else None)
             for i, c in enumerate(channels))
         self.mid_block = VAEMidBlock(channels[-1], groups)
-        self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=1e-6)
+        self.conv_norm_out = nn.GroupNorm(groups, channels[-1], EPS)
         self.conv_out = nn.Conv2d(channels[-1], 2 * config["latent_channels"], 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
-        for layer in chain(*(block.layers() for block in self.down_blocks), [self.mid_block]):
-            x = layer(x)
-        return norm_silu_conv(self.conv_norm_out, self.conv_out, x)
+        for level in self.down_blocks:
+            for layer in level.layers():
+                x = layer(x)
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
 
 
 class VAEDecoder(nn.Module):
@@ -110,14 +95,15 @@ class VAEDecoder(nn.Module):
         self.up_blocks = nn.ModuleList(
             VAELevel(config["layers_per_block"] + 1, channels[max(i - 1, 0)], c, groups, "up" if i < last else None)
             for i, c in enumerate(channels))
-        self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=1e-6)
+        self.conv_norm_out = nn.GroupNorm(groups, channels[-1], EPS)
         self.conv_out = nn.Conv2d(channels[-1], config["out_channels"], 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(z))
-        for layer in chain(*(block.layers() for block in self.up_blocks)):
-            x = layer(x)
-        return norm_silu_conv(self.conv_norm_out, self.conv_out, x)
+        for level in self.up_blocks:
+            for layer in level.layers():
+                x = layer(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
 class VAE(nn.Module):

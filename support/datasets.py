@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from support.cutouts import SOLID, covers_border
 from support.files import BadInput, is_hidden, is_unicode, nfc, one_line, read_json, write_text
-from support.images import FORMATS, load_mask, to_image
+from support.images import FORMATS, load_mask
 from support.machine import cores
 from support.options import Parser, whole_number
 
@@ -102,7 +102,7 @@ def masks_inverted(items: list[Item], sample: int = 32) -> bool:
     items, votes = [item for item in items if item.mask], []
     for item in items[:: len(items) // sample + 1]:  # evenly spaced over the list
         with suppress(BadInput):  # reported when it is loaded as part of the data set
-            votes.append(covers_border(to_image(load_mask(item.mask))))
+            votes.append(covers_border(load_mask(item.mask)))
     return sum(votes) > len(votes) / 2
 
 

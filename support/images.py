@@ -1,12 +1,8 @@
 """Support: images to tensors, cut-outs, fitting to a canvas, contact sheets; not needed to understand the paper."""
 
-
-import struct
 import sys
 import warnings
-import zlib
-from collections.abc import Iterator
-from functools import cache, lru_cache
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 
@@ -18,31 +14,19 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm import tqdm
 
-from support.cutouts import (
-    PREMULTIPLIED,
-    SOLID,
-    STORED,
-    black_and_white,
-    covers_border,
-    divide,
-    edge_holds,
-    extend,
-    strips,
-    unmix_edges,
-)
+from support.cutouts import SOLID, STORED, black_and_white, covers_border, edge_holds, pure_colours
 from support.files import BadInput, write_atomic
 
 AnyPath = Path | str
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")  # if Pillow opens them; JPEG: phones' MPO too
+HEIC = b"heic", b"heix", b"hevc", b"mif1", b"msf1"  # bytes 8 to 11 of its files
 
-Image.MAX_IMAGE_PIXELS = 120_000_000  # admits a phone's 108 megapixels, at 27 bytes a pixel until saved
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # open_image refuses them
+Image.MAX_IMAGE_PIXELS = 120_000_000  # admits a phone's 108 megapixels
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # decode refuses them
 
 SRGB = ImageCms.createProfile("sRGB")
-SRGB_XY = np.array([[0.3127, 0.3290], [0.64, 0.33], [0.30, 0.60], [0.15, 0.06]])  # xy of its white, red, green, blue
-D50 = np.array([0.9642, 1, 0.8249])  # XYZ
-BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])  # XYZ to cones
+LARGE = 4_000_000  # pixels; larger PNGs are compressed a little less, in a third of the time
 
 
 @cache
@@ -53,40 +37,6 @@ def note(text: str) -> None:
 
 # ---------------------------------------------------------------- opening
 
-STARTS = {  # how files start that people mistake for pictures
-    b"<svg": "an SVG drawing", b"<?xml": "an SVG drawing or another XML file", b"<": "a web page", b"{": "a JSON file",
-    b"version https://git-lfs": "a pointer of Git LFS (git lfs pull fetches the picture)", b"%pdf": "a PDF document",
-    b"%!ps": "a PostScript file", b"8bps": "a Photoshop document", b"gimp xcf": "a GIMP document",
-    b"pk\3\4": "a ZIP archive", b"\xff\x0a": "a JPEG XL picture", b"\0\0\0\x0cjxl": "a JPEG XL picture",
-    b"\0\0\0\x0cjp": "a JPEG 2000 picture",
-    b"\xff\x4f\xff\x51": "a JPEG 2000 picture", b"fujifilm": "a camera's raw file", b"\0\0\1\0": "an icon",
-    b"#?radiance": "a Radiance HDR picture", b"v/1\1": "an OpenEXR picture"}
-BRANDS = {b"heic": "HEIC", b"heix": "HEIC", b"heim": "HEIC", b"heis": "HEIC", b"hevc": "HEIC", b"mif1": "HEIC",
-          b"msf1": "HEIC", b"avif": "AVIF", b"avis": "AVIF"}  # of ISO media files
-RAW = ".dng", ".nef", ".cr2", ".cr3", ".arw", ".orf", ".rw2", ".pef", ".srw"  # many are TIFFs that hold a small preview
-
-
-def unreadable(path: AnyPath) -> str:
-    """What a file is that Pillow can't read, judged by its first bytes."""
-    with open(path, "rb") as file:
-        head = file.read(256)
-    if not head:
-        return "an empty file"
-    if Path(path).suffix.lower() in RAW:
-        return "a camera's raw file"
-    if head[4:8] == b"ftyp":
-        brand = BRANDS.get(head[8:12])
-        return f"a picture in {brand} format" if brand else "a video"
-    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    for start, kind in STARTS.items():
-        if text.startswith(start) or head.lower().startswith(start):
-            return kind
-    if head[:2] in (b"II", b"MM") and b"*" in head[2:4]:
-        return "a damaged TIFF, or one with numbers that are not read here (32-bit or floating point)"
-    if head.startswith((b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM")):
-        return "damaged or cut short"
-    return "a text file" if text and all(byte >= 32 or byte in b"\t\r\n" for byte in head) else "of an unknown format"
-
 
 def decode(path: AnyPath) -> Image.Image:
     """The image in a file as it is stored, wholly decoded and upright; 16-bit grey becomes 8-bit. See open_image."""
@@ -95,42 +45,30 @@ def decode(path: AnyPath) -> Image.Image:
         with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise Image.DecompressionBombError
-            if Path(path).suffix.lower() in RAW:
-                raise Image.UnidentifiedImageError
-            sixteen = image.format == "PNG" and ";16" in str(image.tile[0][3])
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise BadInput(f"{path}: not a readable image: it is a folder; give a picture") from None
-    except PermissionError:
-        raise BadInput(f"{path}: can't be read; change its permissions") from None
+    except (IsADirectoryError, PermissionError) as error:
+        raise BadInput(f"{path}: not a readable image ({error.strerror}); give a picture that can be read") from None
     except Image.DecompressionBombError:
         raise BadInput(f"{path}: over {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller") from None
     except Exception as error:  # Pillow's decoders raise many kinds of errors on damaged files
-        raise BadInput(f"{path}: not a readable image: it is {unreadable(path)}; "
-                       "save the picture as PNG or JPEG") from error
-    clear = image.info.get("transparency")
-    if image.mode == "F":
-        raise BadInput(f"{path}: holds 32-bit floating-point numbers, whose white is unknown; save it as PNG or JPEG")
-    if image.mode.startswith("I"):
-        image = eight_bits(np.asarray(image), clear, image.info, path)
-    elif sixteen and isinstance(clear, tuple):  # Pillow halves the pixels' bits, not those of the clear colour
-        image.info["transparency"] = tuple(value >> 8 for value in clear)
-    return image
+        with open(path, "rb") as file:
+            fault = "HEIC, as phones write it" if file.read(12)[8:] in HEIC else error
+        raise BadInput(f"{path}: not a readable image ({fault}); save it as PNG or JPEG") from error
+    return eight_bits(image, path) if image.mode.startswith(("I", "F")) else image
 
 
-def eight_bits(grey: np.ndarray, clear: int | None, info: dict, path: AnyPath) -> Image.Image:
-    """16-bit grey -> an L or LA image. `clear` is its transparent level. Masks and label maps that some program widened
-    from 8 bits keep their numbers.
-    """
-    if grey.min() < 0 or grey.max() > 65535:
+def eight_bits(image: Image.Image, path: AnyPath) -> Image.Image:
+    """16-bit grey -> an L or LA image. Masks and label maps that a program widened from 8 bits keep their numbers."""
+    grey, info = np.asarray(image), image.info
+    if image.mode == "F" or grey.min() < 0 or grey.max() > 65535:
         raise BadInput(f"{path}: holds 32-bit numbers, whose white is unknown; save it as PNG or JPEG")
     image = Image.fromarray((grey if grey.max() <= 255 else (grey / 257).round()).astype(np.uint8))
-    if clear is not None:
-        image.putalpha(Image.fromarray(np.where(grey == clear, 0, 255).astype(np.uint8)))
-    image.info = {key: value for key, value in info.items() if key != "transparency"}
+    if (clear := info.pop("transparency", None)) is not None:  # the level that is transparent
+        image.putalpha(Image.fromarray(grey != clear).convert("L"))
+    image.info = info
     return image
 
 
@@ -138,9 +76,31 @@ def take_alpha(image: Image.Image) -> Image.Image | None:
     """An image's transparency as a channel, or None if it is opaque. Its transparent colour, if any, is removed."""
     if not image.has_transparency_data:
         return None
-    alpha = (image if "A" in image.getbands() else image.convert("RGBA")).getchannel("A")
+    alpha = image.convert("RGBA").getchannel("A")
     image.info.pop("transparency", None)
     return alpha if alpha.getextrema()[0] < SOLID * 255 else None
+
+
+def in_srgb(image: Image.Image, path: AnyPath) -> Image.Image:
+    """An image of any mode -> RGB in sRGB, converted by its embedded profile.
+
+    A profile that moves no colour by more than a level, as sRGB's own, changes nothing. A broken profile, or one for
+    another kind of picture, is ignored with a note.
+    """
+    if image.mode not in ("RGB", "CMYK", "LAB", "L"):
+        image = image.convert("L" if image.mode in ("1", "LA") else "RGB")
+    plain, profile = image.convert("RGB"), image.info.get("icc_profile")
+    if profile:
+        try:
+            source = plain if image.mode == "L" and profile[16:20] == b"RGB " else image  # grey may have RGB's profile
+            managed = ImageCms.profileToProfile(source, BytesIO(profile), SRGB, outputMode="RGB")
+            change = max(high for _, high in ImageChops.difference(plain, managed).getextrema())
+            return managed if change > 1 else plain
+        except ImageCms.PyCMSError:
+            note(f"{path}: its colour profile is broken, or for another kind of picture; the colours are taken as sRGB")
+    if image.mode == "CMYK":
+        note(f"{path}: CMYK without a profile, so its colours are a guess; for the right ones save it as sRGB")
+    return plain
 
 
 def open_image(path: AnyPath) -> Image.Image:
@@ -157,110 +117,25 @@ def open_image(path: AnyPath) -> Image.Image:
     return image
 
 
-# ---------------------------------------------------------------- colours
-
-
-def as_mode(image: Image.Image, mode: str) -> Image.Image:
-    """The image in a mode, converted if it has another."""
-    return image if image.mode == mode else image.convert(mode)
-
-
-def in_srgb(image: Image.Image, path: AnyPath) -> Image.Image:
-    """An image of any mode -> RGB in sRGB, converted by its embedded profile.
-
-    sRGB's own profiles change nothing. A broken profile, or one for another kind of picture, is ignored with a note.
-    """
-    if image.mode not in ("RGB", "CMYK", "LAB", "L"):
-        image = image.convert("L" if image.mode in ("1", "LA") else "RGB")
-    try:
-        if profile := image.info.get("icc_profile") or chunks_profile(image.info):
-            mode, transform = transform_of(profile)
-            if mode != image.mode and (image.mode, mode) != ("L", "RGB"):
-                raise ImageCms.PyCMSError
-            image = as_mode(image, mode)
-            return ImageCms.applyTransform(image, transform) if transform else as_mode(image, "RGB")
-    except (ImageCms.PyCMSError, OSError, KeyError, ValueError, ArithmeticError, struct.error):
-        note(f"{path}: its colour profile is broken, or for another kind of picture; the colours are taken as sRGB")
-    if image.mode == "CMYK":
-        note(f"{path}: CMYK without a profile, so its colours are a guess; for the right ones save it as sRGB")
-    return as_mode(image, "RGB")
-
-
-@lru_cache(maxsize=16)
-def transform_of(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform | None]:
-    """The mode of the pictures that a profile is for, and the transform to sRGB; None if that changes nothing.
-
-    Raises ImageCms's errors for broken profiles.
-    """
-    opened = ImageCms.ImageCmsProfile(BytesIO(profile))
-    mode = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}[opened.profile.xcolor_space.strip()]
-    transform = ImageCms.buildTransform(opened, SRGB, mode, "RGB")
-    if mode in ("RGB", "L"):
-        ramp = Image.linear_gradient("L")
-        probe = Image.merge("RGB", (ramp, ramp.rotate(90), Image.radial_gradient("L"))) if mode == "RGB" else ramp
-        change = ImageChops.difference(ImageCms.applyTransform(probe, transform), probe.convert("RGB"))
-        if max(high for _, high in change.getextrema()) <= 1:
-            return mode, None
-    return mode, transform
-
-
-def chunks_profile(info: dict) -> bytes | None:
-    """A PNG's gAMA and cHRM as an ICC profile, as browsers read them: only if both are there without an sRGB chunk.
-
-    None otherwise, and for sRGB's own values: many programs write these without the sRGB chunk.
-    """
-    if "srgb" in info or "gamma" not in info or "chromaticity" not in info:
-        return None
-    exponent, xy = 1 / info["gamma"], np.array(info["chromaticity"]).reshape(4, 2)  # of white, red, green, blue
-    if abs(exponent - 2.2) < 0.02 and np.abs(xy - SRGB_XY).max() < 0.01:
-        return None
-    white, *primaries = (np.array([x / y, 1, (1 - x - y) / y]) for x, y in xy.tolist())  # XYZ
-    primaries = np.stack(primaries, axis=1)
-    primaries = primaries * np.linalg.solve(primaries, white)  # their sum is white
-    cones = BRADFORD @ primaries
-    primaries = np.linalg.solve(BRADFORD, cones * (BRADFORD @ D50 / (BRADFORD @ white))[:, None])  # ICC's white is D50
-
-    fixed = struct.Struct(">3i")  # fixed-point numbers, in units of 1/65536
-    parts = [b"XYZ \0\0\0\0" + fixed.pack(*(round(v * 65536) for v in column)) for column in primaries.T]
-    parts.append(b"curv\0\0\0\0" + struct.pack(">IHxx", 1, round(exponent * 256)))
-    names, start, table = (b"rXYZ", b"gXYZ", b"bXYZ", b"rTRC", b"gTRC", b"bTRC"), 128 + 4 + 6 * 12, b""
-    for i, name in enumerate(names):
-        part = parts[min(i, 3)]  # one curve for all three channels
-        table += name + struct.pack(">II", start + 20 * min(i, 3), len(part))
-    body = struct.pack(">I", len(names)) + table + b"".join(parts)
-    head = struct.pack(">I4sI4s4s4s12x4s", 128 + len(body), b"", 0x02100000, b"mntr", b"RGB ", b"XYZ ", b"acsp")
-    return head.ljust(68, b"\0") + fixed.pack(*(round(v * 65536) for v in D50)) + bytes(48) + body
-
-
-LARGE = 4_000_000  # pixels; larger PNGs are compressed a little less, in a third of the time
-
-
 # ---------------------------------------------------------------- tensors and back
 
 
 def to_tensor(image: Image.Image) -> Tensor:
     """An 8-bit image of C channels -> (C, H, W) float32 in [0, 1]."""
-    w, h = image.size
-    x = torch.empty(len(image.getbands()), h, w)
-    for rows in strips(h, w):
-        strip = np.array(image.crop((0, rows.start, w, rows.stop)))  # (rows, W) or (rows, W, C)
-        x[:, rows] = torch.from_numpy(strip).view(*strip.shape[:2], -1).permute(2, 0, 1) / 255
-    return x
+    x = torch.tensor(np.atleast_3d(image))  # (H, W, C)
+    return x.permute(2, 0, 1).contiguous().float().div_(255)
 
 
 def to_bytes(x: Tensor) -> Tensor:
     """[0, 1] -> uint8 from 0 to 255."""
-    return (x.float().clamp(0, 1) * 255).round().byte()
+    return x.float().clamp(0, 1).mul_(255).round_().byte()
 
 
 def to_image(x: Tensor) -> Image.Image:
     """(3, H, W) or (1, H, W), float in [0, 1] or uint8, -> an RGB or grey image; the inverse of to_tensor."""
-    image = Image.new("L" if len(x) == 1 else "RGB", (x.shape[2], x.shape[1]))
-    for rows in strips(*x.shape[1:]):
-        strip = x[:, rows].detach().cpu()
-        strip = strip if strip.dtype == torch.uint8 else to_bytes(strip)
-        image.paste(Image.fromarray(strip.permute(1, 2, 0).squeeze(2).numpy()), (0, rows.start))
-    return image
+    x = x.detach().cpu()
+    x = x if x.dtype == torch.uint8 else to_bytes(x)
+    return Image.fromarray(x.permute(1, 2, 0).squeeze(2).contiguous().numpy())
 
 
 def save_image(image: Tensor | Image.Image, path: AnyPath, text: dict[str, str] | None = None) -> None:
@@ -273,24 +148,22 @@ def save_image(image: Tensor | Image.Image, path: AnyPath, text: dict[str, str] 
     chunks.add(b"sRGB", b"\0")  # perceptual, as for photos
     for key, value in (text or {}).items():
         chunks.add_itxt(key, value.encode("utf-8", "backslashreplace").decode())  # file names may not be UTF-8
-    large = image.width * image.height >= LARGE
-    how = dict(compress_level=1, compress_type=zlib.Z_RLE) if large else {}
-    write_atomic(path, lambda new: image.save(new, format="PNG", pnginfo=chunks, icc_profile=None, **how))
+    level = 1 if image.width * image.height >= LARGE else 6  # of compression
+    write_atomic(path, lambda new: image.save(new, "PNG", pnginfo=chunks, icc_profile=None, compress_level=level))
 
 
 # ---------------------------------------------------------------- products and their masks
 
 
-def open_mask(path: AnyPath) -> tuple[Image.Image, str]:
-    """The mask in a file as an 8-bit grey image, its values as stored, and its name for messages."""
+def open_mask(path: AnyPath) -> Image.Image:
+    """The mask in a file as an 8-bit grey image, its values as stored: its alpha channel if any, else its luminance."""
     image = decode(path)
-    alpha = take_alpha(image)
-    return (alpha, f"alpha channel of mask {path}") if alpha else (as_mode(image, "L"), f"mask {path}")
+    return take_alpha(image) or image.convert("L")
 
 
 def load_mask(path: AnyPath) -> Tensor:
     """The mask in a file, (1, H, W) in [0, 1]: its alpha channel where it has one, else its luminance."""
-    return to_tensor(open_mask(path)[0])
+    return to_tensor(open_mask(path))
 
 
 def load_masked(
@@ -304,39 +177,36 @@ def load_masked(
     The message calls the picture `what` and names the `option` that gives a mask.
     """
     image = open_image(image_path)
-    if mask_path is None and image.mode == "RGB":
+    if mask_path:
+        mask, source = open_mask(mask_path), f"mask {mask_path}"
+        mask = ImageOps.invert(mask) if inverted else mask
+    elif image.mode == "RGBA":
+        mask, source = image.getchannel("A"), f"alpha channel of {what} {image_path}"
+    else:
         raise BadInput(f"{what} {image_path} has no alpha channel: give its mask (white on the product) by {option}")
-    mask, source = open_mask(mask_path) if mask_path else (
-        image.getchannel("A"), f"alpha channel of {what} {image_path}")
     if mask.size != image.size:
-        (w, h), (mask_w, mask_h) = image.size, mask.size
-        raise BadInput(f"{source} is {mask_w} x {mask_h} pixels, but {what} {image_path} is {w} x {h}: "
-                       f"give one of the same size by {option}")
-    mask = ImageOps.invert(mask) if inverted and mask_path else mask
-    check_mask(mask, source, option)
-    black, white = black_and_white(mask)
-    rgb, mask = to_tensor(as_mode(image, "RGB")), to_tensor(mask)
-    if (black, white) != (0, 255):
-        mask.sub_(black / 255).div_((white - black) / 255).clamp_(0, 1)
-    return rgb, mask
-
-
-def check_mask(mask: Image.Image, source: str, option: str) -> None:
-    """Raises BadInput for a mask that is empty, covers all or is a label map; prints a note if it seems inverted."""
-    low, high = mask.getextrema()
-    labels = mask.getcolors(maxcolors=64)  # [(pixels, level), ...], or None where there are more
-    if 0 < high < 128 and labels:
-        some = ", ".join(str(level) for _, level in sorted(labels, key=lambda label: label[1])[:4])
-        raise BadInput(f"{source} looks like a label map (levels {some}{', ...' if len(labels) > 4 else ''} of 255): "
-                       f"make the product's label 255 and the others 0, or give another by {option}")
-    if high < 128:
-        raise BadInput(f"{source} is empty: it must be white (opaque) on the product; give another by {option}")
-    if low >= 128:
-        raise BadInput(f"{source} covers the whole picture: it must be black (transparent) on the background; "
-                       f"give another by {option}")
+        raise BadInput(f"{source} is {mask.width} x {mask.height} pixels, but {what} {image_path} is {image.width} x "
+                       f"{image.height}: give one of the same size by {option}")
+    histogram = np.array(mask.histogram())  # pixels of each level
+    if fault := mask_fault(histogram):
+        raise BadInput(f"{source} {fault}; or give another by {option}")
+    black, white = black_and_white(histogram)
+    rgb, mask = to_tensor(image.convert("RGB")), to_tensor(mask)
     if covers_border(mask):
         note(f"{source} covers the picture's border on all sides; is it white on the background? It must be white on "
              "the product")
+    return rgb, mask.sub_(black / 255).div_((white - black) / 255).clamp_(0, 1)
+
+
+def mask_fault(histogram: np.ndarray) -> str | None:
+    """What is wrong with a mask, and the remedy; None if nothing is."""
+    levels = histogram.nonzero()[0].tolist()
+    if levels[0] < 128 <= levels[-1]:
+        return None
+    if 0 < levels[-1] < 128 and len(levels) <= 64:
+        return f"looks like a label map (levels {str(levels)[1:-1]} of 255): make the product's label 255, the others 0"
+    fault = "covers the whole picture" if levels[0] >= 128 else "is empty"
+    return f"{fault}: it must be white (opaque) on the product alone"
 
 
 def load_cutout(
@@ -349,14 +219,7 @@ def load_cutout(
     Where M = 0 the product's colours are continued, so resizing mixes in nothing else.
     """
     rgb, mask = load_masked(image_path, mask_path, what, option, inverted)
-    holds = STORED if mask_path else edge_holds(rgb, mask)
-    if holds == STORED:
-        unmix_edges(rgb, mask, out=rgb)
-    elif holds == PREMULTIPLIED:
-        divide(rgb, mask)
-    else:
-        extend(rgb, mask > 0, out=rgb)
-    return rgb, mask
+    return pure_colours(rgb, mask, STORED if mask_path else edge_holds(rgb, mask)), mask
 
 
 # ---------------------------------------------------------------- fitting
@@ -366,19 +229,7 @@ def resize(x: Tensor, height: int, width: int) -> Tensor:
     """(C, H, W) -> (C, height, width), antialiased bicubic, kept within [0, 1]."""
     if x.shape[1:] == (height, width):
         return x
-    return F.interpolate(x[None], size=(height, width), mode="bicubic", antialias=True)[0].clamp(0, 1)
-
-
-def resized_strips(x: Tensor, height: int, width: int) -> Iterator[tuple[slice, Tensor]]:
-    """Yields resize(x, height, width) in strips of n rows, to save memory: (slice of rows, (C, n, width))."""
-    h = x.shape[1]
-    wide = F.interpolate(x[None], size=(h, width), mode="bicubic", antialias=True)[0]
-    identity = torch.eye(h)[None, None]
-    weights = F.interpolate(identity, size=(height, h), mode="bicubic", antialias=True)[0, 0]  # (height, h)
-    for rows in strips(height, width):
-        used = weights[rows].any(dim=0).nonzero()
-        used = slice(int(used[0]), int(used[-1]) + 1)  # rows of x
-        yield rows, torch.einsum("yh,chx->cyx", weights[rows, used], wide[:, used]).clamp(0, 1)
+    return F.interpolate(x[None], size=(height, width), mode="bicubic", antialias=True)[0].clamp_(0, 1)
 
 
 def fit(
@@ -398,14 +249,12 @@ def fit(
         pad = (left, width - w - left, top, height - h - top)
         x = F.pad(resize(x, h, w), pad, mode="constant" if len(x) == 1 else "replicate")
         return x, (top, left, h, w)
-    if mode == "cover":
-        scale = max(height / h, width / w)
-        kept_h, kept_w = max(1, round(height / scale)), max(1, round(width / scale))
-        cy, cx = centre or (h / 2, w / 2)
-        top = min(max(round(cy - kept_h / 2), 0), h - kept_h)
-        left = min(max(round(cx - kept_w / 2), 0), w - kept_w)
-        return resize(x[:, top : top + kept_h, left : left + kept_w], height, width), (top, left, kept_h, kept_w)
-    raise ValueError(f"mode must be 'contain' or 'cover', not {mode!r}")
+    scale = max(height / h, width / w)
+    kept_h, kept_w = max(1, round(height / scale)), max(1, round(width / scale))
+    cy, cx = centre or (h / 2, w / 2)
+    top = min(max(round(cy - kept_h / 2), 0), h - kept_h)
+    left = min(max(round(cx - kept_w / 2), 0), w - kept_w)
+    return resize(x[:, top : top + kept_h, left : left + kept_w], height, width), (top, left, kept_h, kept_w)
 
 
 def canvas_size(height: int, width: int, size: int, multiple: int) -> tuple[int, int]:
@@ -414,8 +263,8 @@ def canvas_size(height: int, width: int, size: int, multiple: int) -> tuple[int,
     So fewer than `multiple` pixels are padding. Raises BadInput unless size is itself a multiple.
     """
     if size < multiple or size % multiple:
-        nearest = max(1, round(size / multiple)) * multiple
-        raise BadInput(f"--size {size}: must be a multiple of {multiple}, such as {nearest}")
+        raise BadInput(f"--size {size}: must be a multiple of {multiple}, such as "
+                       f"{max(1, round(size / multiple)) * multiple}")
     longer = max(height, width) * multiple
     return -(-height * size // longer) * multiple, -(-width * size // longer) * multiple  # -(-a // b): a / b rounded up
 
@@ -426,10 +275,7 @@ def canvas_size(height: int, width: int, size: int, multiple: int) -> tuple[int,
 def thumbnail(picture: Tensor | Image.Image, side: int = 256, mask: Tensor | None = None) -> Image.Image:
     """A picture as an image, reduced if it is larger than `side` pixels; white outside the mask (1, H, W)."""
     if mask is not None:
-        scale = min(1, side / max(mask.shape))
-        h, w = (max(1, round(scale * length)) for length in mask.shape[1:])
-        mask = resize(mask, h, w)
-        picture = resize(picture, h, w) * mask + 1 - mask
+        picture = picture * mask + 1 - mask
     image = to_image(picture) if isinstance(picture, Tensor) else picture
     return ImageOps.contain(image, (side, side)) if max(image.size) > side else image
 
@@ -455,7 +301,7 @@ def sheet(
         if row_labels:
             draw.text((left - gap, top + (h + gap) * i + h // 2), row_labels[i], "black", font, anchor="rm")
         for column, cell in enumerate(row):
-            if cell:
-                centred = (w - cell.width) // 2, (h - cell.height) // 2
-                page.paste(cell, (left + (w + gap) * column + centred[0], top + (h + gap) * i + centred[1]))
+            if cell:  # in the middle
+                x, y = left + (w + gap) * column + (w - cell.width) // 2, top + (h + gap) * i + (h - cell.height) // 2
+                page.paste(cell, (x, y))
     return page
