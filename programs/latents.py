@@ -47,10 +47,10 @@ def encode_items(sd: StableDiffusion, items: list[Item], size: int, folder: Path
         part, encoded = Subset(ads, range(k * PART, min((k + 1) * PART, len(items)))), []
         for ad in tqdm(DataLoader(part, batch, num_workers=workers), f"encoding {k + 1} of {len(keys)}", unit="batch",
                        disable=None):
-            image, mask = ad["image"].to(weight), ad["mask"].to(weight.device)
+            image = ad["image"].to(weight)
             with torch.autocast(weight.device.type, amp, amp is not None):
                 mean, logvar = sd.vae.encode(2 * image - 1)
-                latents = {"mean": mean, "logvar": logvar, "inpainting": sd.inpainting(image.to(mean), mask)}
+                latents = {"mean": mean, "logvar": logvar, "inpainting": sd.inpainting(image.to(mean), ad["mask"])}
             encoded.append({name: x.to("cpu", torch.float16) for name, x in latents.items() if x is not None})
             if not_finite(encoded[-1]):
                 raise BadInput("the VAE's latents are not finite; its weights are broken: get them again, or, if they "
@@ -101,8 +101,8 @@ def caption_prompts(sd: StableDiffusion, captions: list[str]) -> Callable[[Tenso
 
 def held_out_ads(data: Path, split: str, items: list[Item], categories: Container[str] | None, size: int,
                  count: int = 8) -> tuple[list[Item], list[Tensor]]:
-    """The first ads of a test split, if the data set has it, then the last ones of the training set; only those in the
-    given categories, if any are given.
+    """The first ads of a test split, or of the whole list if that is metadata.jsonl, then the last ones of the training
+    set; only those in the given categories, if any are given.
 
     Returns the ads; and their images, masks, references and references' masks, all (n, 3 or 1, size, size). An ad
     without a reference is its own reference.

@@ -54,7 +54,8 @@ class Settings:
 
     # The method. Defaults in brackets: the toy's on its base, else the paper's
     size: int = option("side of the pictures in pixels [toy 128; paper 512]", whole_number(32, 4096))
-    refine: int = option("stage unet: also learn the second pass, at N x --size", whole_number(1, 16), ("unet",))
+    refine: int = option("stage unet: also learn the second pass, at this multiple of --size", whole_number(1, 16),
+                         ("unet",))
     attention: str = option("in CG: Eq. 3, as in the paper, or (ours) Eq. 2 on P, as in an ordinary ControlNet",
                             str, ("cg", "joint"), "mask-guided", choices=("mask-guided", "plain"))
     prompt_dropout: float = option("fraction of the prompts replaced by '' [0.5, as ControlNet; toy's CG 0.1]",

@@ -85,7 +85,7 @@ def ignore_sigterm(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def learning_rate(step: int, lr: float, steps: int, warmup: int = 0, decay: float = 0.0) -> float:
+def learning_rate(step: int, lr: float, steps: int, warmup: int, decay: float) -> float:
     """Linear warm-up, a constant rate, linear decay over the last part of the run. The paper's rate is constant."""
     up = min(1.0, (step + 1) / warmup) if warmup else 1.0
     down = min(1.0, (steps - step) / (decay * steps)) if decay else 1.0
@@ -114,10 +114,9 @@ class Trainer:
         if self.rank == 0:
             lines = [json.dumps(line) + "\n" for line in read_log(self.log) if line["step"] <= self.start]
             write_text("".join(lines), self.log)  # without those that an interrupted run wrote after `start`
-            millions = sum(p.numel() for p in self.parameters) / 1e6
-            print(f"training {task.name}, {millions:.1f} million parameters, on {len(task.samples):,} pictures from "
-                  f"{s.data}: from step {self.start:,} to {steps:,}, {s.batch} pictures each, on {s.device} in "
-                  f"{s.amp or torch.float32}", file=sys.stderr)
+            print(f"training {task.name}, {sum(p.numel() for p in self.parameters):,} parameters, on "
+                  f"{len(task.samples):,} pictures from {s.data}: from step {self.start:,} to {steps:,}, {s.batch} "
+                  f"pictures each, on {s.device} in {s.amp or torch.float32}", file=sys.stderr)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -126,8 +125,8 @@ class Trainer:
         try:
             yield
         except (BadInput, OSError) as error:
-            kept = [f"{path} is whole: --resume goes on from it" for path in self.settings.checkpoints()[-1:]]
-            raise BadInput("; ".join([explain(error), *kept])) from None
+            kept = [f"; {path} is whole: --resume goes on from it" for path in self.settings.checkpoints()[-1:]]
+            raise BadInput(explain(error) + "".join(kept)) from None
         finally:
             signal.signal(signal.SIGTERM, handler)
 
@@ -163,10 +162,13 @@ class Trainer:
                 loss += error.item()
         self.stopping = self.sigterm
         if self.world > 1:
-            total = torch.tensor([loss, self.sigterm], dtype=torch.float32, device=s.device)
-            for summed in (total, *(p.grad for p in self.parameters if p.grad is not None)):
-                dist.all_reduce(summed)
-            loss, self.stopping = total[0].item(), bool(total[1])
+            numbers = torch.tensor([loss, self.sigterm], device=s.device)
+            tensors = [numbers, *(p.grad for p in self.parameters if p.grad is not None)]
+            summed = torch.cat([tensor.flatten() for tensor in tensors])  # one exchange is faster than many
+            dist.all_reduce(summed)
+            for tensor, part in zip(tensors, summed.split([tensor.numel() for tensor in tensors])):
+                tensor.copy_(part.view_as(tensor))
+            loss, self.stopping = numbers.tolist()
         return loss
 
     def update(self, step: int, loss: float) -> None:
@@ -174,8 +176,7 @@ class Trainer:
         before it changes a weight.
         """
         s = self.settings
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, s.lr, s.steps, s.warmup, s.decay)
+        self.optimizer.param_groups[0]["lr"] = learning_rate(step, s.lr, s.steps, s.warmup, s.decay)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.parameters, s.clip_gradient or math.inf).item()
         # a scaler skips steps whose gradients overflow, and then scales the loss less; below 1 that can't help

@@ -754,7 +754,7 @@ def test_a_run_says_what_it_trains_on_and_what_it_wrote(world, base, tmp_path, c
     run = "--data", world / "ads", "--weights", base, "--batch", 4, "--size", 64, "--steps", 2, "--log-every", 1
     command("cg", *run, "--out", tmp_path / "a b")
     out, err = capsys.readouterr()
-    assert f"training CG, 2.2 million parameters, on 24 pictures from {world / 'ads'}: from step 0 to 2, 4" in err
+    assert f" parameters, on 24 pictures from {world / 'ads'}: from step 0 to 2, 4 pictures each" in err
     assert "\nstep 1 of 2: loss " in err and "\nstep 2 of 2: loss " in err, "without a terminal, plain lines"
     model, folder = tmp_path / "a b" / "cg", tmp_path / "a b" / "training" / "cg"
     assert out == f"trained CG: {model}; {folder} holds the loss as a curve, sheets and the log\n"
