@@ -2,8 +2,9 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,10 +42,9 @@ def first_path(path: Path) -> Path:
 
 def line_of(job: Job, record: dict) -> dict:
     """A picture's line in the manifest: what it was painted from, and how. Its PNG holds the same line as text."""
-    item, names = job.item, ("image", "mask", "reference", "reference_mask")
-    files = {name: str(file) if (file := getattr(item, name)) else None for name in names}
-    return files | {"inverted": item.inverted, "category": item.category, "seed": job.seed, "dtype": record["dtype"],
-                    "how": record}
+    names = ("image", "mask", "inverted", "reference", "reference_mask", "category")
+    line = {name: getattr(job.item, name) for name in names} | {"seed": job.seed, "how": record}
+    return json.loads(json.dumps(line, default=str))  # as it comes back from the manifest
 
 
 def save_pictures(pictures: list[Tensor], job: Job, record: dict) -> list[Path]:
@@ -52,11 +52,10 @@ def save_pictures(pictures: list[Tensor], job: Job, record: dict) -> list[Path]:
     second pass. Returns their paths.
     """
     alone = record | {"refine": 1, "refine_from": None, "refine_alone": False}
-    records = {job.path: record, first_path(job.path): alone}
-    saved = dict(zip(records, pictures))
-    for path, picture in saved.items():
-        save_image(picture, path, {"how": json.dumps(line_of(job, records[path]))})
-    return [*saved]
+    paths = [job.path, first_path(job.path)][: len(pictures)]
+    for path, picture, how in zip(paths, pictures, (record, alone)):
+        save_image(picture, path, {"how": json.dumps(line_of(job, how))})
+    return paths
 
 
 # ---------------------------------------------------------------- the manifest: the lines of a folder's pictures
@@ -69,48 +68,44 @@ def settings_of(line: dict) -> dict:
     """
     files = {name: line[name] and Path(line[name]).name for name in ("image", "reference")}
     options = {f"--{name.replace('_', '-')}": value for name, value in line["how"].items()}
-    return files | {"category": line["category"], "seed": line["seed"]} | options | {"--dtype": line["dtype"]}
+    return files | {"category": line["category"], "seed": line["seed"]} | options
 
 
-def read_manifest(file: Path) -> dict[str, dict]:
-    """The settings of each picture in a manifest, by its file's name. Raises BadInput for a line that lacks some."""
-    settings = {}
-    for number, line in enumerate(read_log(file), 1):
+def names_of_painted(manifest: Path, jobs: list[Job], record: dict) -> set[str]:
+    """The names of the pictures in a manifest. Raises BadInput for a line that does not say how a picture was painted,
+    and for one of the jobs' pictures that was painted with other settings; the message names the first difference.
+    """
+    wanted, names = {job.path.name: settings_of(line_of(job, record)) for job in jobs}, set()
+    for number, line in enumerate(read_log(manifest), 1):
         try:
-            settings[line["file"]] = settings_of(line)
+            name, there = line["file"], settings_of(line)
+            ours = wanted.get(name, there)
         except (AttributeError, KeyError, TypeError):
-            raise BadInput(f"{file}:{number} does not say how a picture was painted; remove that line") from None
-    return settings
-
-
-def check_same(path: Path, there: dict, wanted: dict) -> None:
-    """Raises BadInput, which names the first difference, if the picture at `path` was painted with other settings."""
-    for name in there | wanted:
-        value = there.get(name)
-        if value != wanted.get(name):
-            how = f"without {name}" if value is None or value is False else f"with {name} {value}"
-            raise BadInput(f"--out {path.parent} holds {path.name}, which was painted "
-                           f"{'with other weights' if name == '--models' else how}; name another folder, or give the "
-                           "options it was painted with")
+            raise BadInput(f"{manifest}:{number} does not say how a picture was painted; remove that line") from None
+        for setting in there | ours:
+            value = there.get(setting)
+            if value != ours.get(setting):
+                how = "with other weights" if setting == "--models" else f"with {setting} {value}"
+                raise BadInput(f"--out {manifest.parent} holds {name}, which was painted {how}; name another folder, "
+                               "or give the options it was painted with")
+        names.add(name)
+    return names
 
 
 # ---------------------------------------------------------------- painting
 
 
-def read_ad(job: Job, texts: dict[str, tuple[str, str, str]]) -> Ad:
-    """Loads what an item is painted from. Raises BadInput if one of its files can't be used."""
-    item = job.item
-    cutout = load_cutout(item.image, item.mask, "image", MASK_OF_ITEM, item.inverted)
-    return Ad(*cutout, texts[item.category], job.seed, item.reference and load_masked(
-        item.reference, item.reference_mask, "reference", MASK_OF_ITEM, item.inverted))
+def load_ads(jobs: list[Job], texts: dict[str, tuple[str, str, str]], mask: str = "--mask",
+             reference_mask: str = "--reference-mask") -> list[Ad]:
+    """What the jobs' pictures are painted from; each file is read once. texts: the prompts by category.
 
-
-def one_ahead(threads: ThreadPoolExecutor, read: Callable, chunks: list[list[Job]]) -> Iterator[dict]:
-    """Yields {job: read(job)} for each chunk, while threads already read the next chunk."""
-    ahead = threads.map(read, chunks[0] if chunks else [])
-    for chunk, following in zip(chunks, [*chunks[1:], []]):
-        ready, ahead = ahead, threads.map(read, following)
-        yield dict(zip(chunk, ready))
+    Raises BadInput if a file can't be used. mask, reference_mask: where its message says that masks belong.
+    """
+    cutout, masked = cache(load_cutout), cache(load_masked)
+    return [Ad(*cutout(item.image, item.mask, "product", mask, item.inverted), texts[item.category], seed,
+               item.reference and masked(item.reference, item.reference_mask, "reference", reference_mask,
+                                         item.inverted))
+            for _, item, seed in jobs]
 
 
 def paint_items(items: list[Item], texts: dict[str, tuple[str, str, str]],
@@ -125,22 +120,19 @@ def paint_items(items: list[Item], texts: dict[str, tuple[str, str, str]],
     interruption must not change a byte. Raises BadInput if `out` holds pictures of these names that were painted from
     other items or with other settings.
     """
-    manifest, there = out / "manifest.jsonl", read_manifest(out / "manifest.jsonl")
-    record = json.loads(json.dumps(record))  # as it comes back from the manifest
+    manifest = out / "manifest.jsonl"
     jobs = [Job(result_path(out, i, item), item, seed + i) for i, item in enumerate(items)]
-    for job in jobs:
-        if job.path.name in there:
-            check_same(job.path, there[job.path.name], settings_of(line_of(job, record)))
+    there = names_of_painted(manifest, jobs, record)
     rank, world = processes()
     share = (jobs if chosen is None else [jobs[i] for i in chosen])[rank::world]
     todo = {job for job in share if job.path.name not in there or not job.path.exists()
             or keep_first and not first_path(job.path).exists()}
     chunks = [share[k : k + batch] for k in range(0, len(share), batch) if todo.intersection(share[k : k + batch])]
-    broken, written = 0, None
+    broken, written = 0, ()
 
     def read(job: Job) -> Ad | BadInput:
         try:
-            return read_ad(job, texts)
+            return load_ads([job], texts, MASK_OF_ITEM, MASK_OF_ITEM)[0]
         except BadInput as error:
             return error
 
@@ -151,27 +143,28 @@ def paint_items(items: list[Item], texts: dict[str, tuple[str, str, str]],
 
     # Each thread computes on one core: torch's teams of threads would take the cores away from the painting
     with ThreadPoolExecutor(4, initializer=torch.set_num_threads, initargs=(1,)) as threads:
-        bar = tqdm(one_ahead(threads, read, chunks), total=len(chunks), unit="batch", disable=not sys.stderr.isatty())
-        for results in bar:
-            ads = {job: result for job, result in results.items() if isinstance(result, Ad)}
-            for job in results:
-                if job in todo and job not in ads:
+        reading = (threads.map(read, chunk) for chunk in chunks)  # each chunk begins to be read when it is asked for
+        ahead = next(reading, None)
+        for chunk in tqdm(chunks, unit="batch", disable=None):
+            results, ahead, ads = ahead, next(reading, None), {}
+            for job, result in zip(chunk, results):
+                if isinstance(result, Ad):
+                    ads[job] = result
+                elif job in todo:
                     broken += 1
-                    tqdm.write(f"skipped: {results[job]}", file=sys.stderr)
+                    tqdm.write(f"skipped: {result}", file=sys.stderr)
             if todo.intersection(ads):
                 painted = dict(zip(ads, paint_all([*ads.values()])))
-                if written:
-                    written.result()  # raises the writing's error
-                written = threads.submit(write, painted)
-        if written:
-            written.result()
+                list(written)  # waits for the batch before, and raises its error
+                written = threads.map(write, [painted])
+        list(written)
     return len(todo) - broken, len(share) - len(todo), broken
 
 
-def save_data_sheet(items: list[Item], out: Path, columns: int = 8, count: int = 32) -> None:
-    """Writes OUT/sheet.png: the pictures of the first items, each above its reference if it has one."""
-    pictures = [picture_of(result_path(out, i, item)) for i, item in enumerate(items[:count])]
+def save_data_sheet(items: list[Item], out: Path) -> None:
+    """Writes OUT/sheet.png: the pictures of the first 32 items, each above its reference if it has one."""
+    pictures = [picture_of(result_path(out, i, item)) for i, item in enumerate(items[:32])]
     references = [picture and picture_of(item.reference) for picture, item in zip(pictures, items)]
-    rows = [x[k : k + columns] for k in range(0, count, columns) for x in (pictures, references)]
+    rows = [row[k : k + 8] for k in range(0, 32, 8) for row in (pictures, references)]
     if any(pictures):
         save_image(sheet([row for row in rows if any(row)]), out / "sheet.png")
