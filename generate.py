@@ -25,13 +25,12 @@ from tqdm import tqdm
 from clip import Tokenizer
 from data import Ad, background_hint, dilate, inpaint_hint, product_hint
 from model import ControlNet, Prompts
-from programs.batch import load_ads, paint_items, save_data_sheet
+from programs.batch import jobs_of_items, load_ads, paint_items, save_data_sheet
 from programs.gallery import (
     LARGEST,
     SHEET,
     check,
     command_of,
-    count_steps,
     draw_sheet,
     jobs_of,
     options,
@@ -40,7 +39,7 @@ from programs.gallery import (
     record_of,
 )
 from programs.models import ModelChoice, Models, load_models
-from sampler import Conditions, Painting, sample, seeded
+from sampler import Conditions, Painting, Schedule, sample, seeded
 from support.cutouts import SOLID, extend
 from support.datasets import BROKEN, Item, read_items
 from support.files import BadInput, locked, one_line_errors
@@ -174,18 +173,19 @@ def paint_ads(ads: list[Ad], models: Models, how: Painting, painter: Callable | 
                 paint_pass = painter if painter and n == 1 else partial(
                     paint, models.sd, how=how, cg=models.cg, pg=models.pg, first=painted)
                 painted = paint_pass(canvas, on_step=lambda *_: bar.update()).cpu()
-                check_finite(painted)
+                if not painted.isfinite().all():
+                    raise BadInput("--dtype: the painted pixels are not finite; add --dtype float32; if they still are "
+                                   "not, the weights are broken")
                 if n == how.refine or keep_first:
                     for i, ad, picture, mask, box in zip(batch, chosen, painted, canvas.mask, boxes):
                         results[i].insert(0, paste_back(picture, mask, box, ad.rgb, ad.mask, spread=n))
     return results
 
 
-def check_finite(painted: Tensor) -> None:
-    """Raises BadInput if the model produced NaN or infinite pixels."""
-    if not painted.isfinite().all():
-        raise BadInput("--dtype: the painted pixels are not finite; add --dtype float32; if they still are not, the "
-                       "weights are broken")
+def count_steps(schedule: Schedule, how: Painting) -> int:
+    """The steps of both passes. Raises BadInput if the schedule has too few for the first, or none for the second."""
+    second = schedule.timesteps(how.steps, how.refine_from * schedule.T // 1000) if how.refine > 1 else []
+    return len(schedule.timesteps(how.steps)) + len(second)
 
 
 # ---------------------------------------------------------------- the three commands
@@ -228,19 +228,18 @@ def generate_product(args) -> None:
     if len(jobs) > 1:
         save(draw_sheet(jobs, ads, "ControlNet" if args.controlnet else "CG"), args.out / SHEET)
     say_next("--product CUTOUT --category NAME paints around a product of your own" if args.product is None else
-             "--num 4 paints more of them; --how FILE prints the command that paints one again" if args.reference else
-             "--reference AD paints in its style")
+             "--reference AD paints in its style; --how FILE prints the command that paints a picture again")
 
 
 def generate_data(args) -> None:
     """--data: paints every item that has no picture yet, with PG where the item has a reference."""
     items, notes = read_items(args.data, args.split or "bg1k")
     items = items[: args.limit]
+    jobs = jobs_of_items(items, args.out, args.seed)
     texts, paint_all, record = load(args, items)
     print("\n".join(notes), file=sys.stderr)
-    painted, there, broken = paint_items(items, texts, paint_all, args.out, record, args.seed, args.batch,
-                                         args.keep_first)
-    save_data_sheet(items, args.out)  # the last of several processes has all pictures
+    painted, there, broken = paint_items(jobs, texts, paint_all, record, args.batch, args.keep_first)
+    save_data_sheet(jobs)  # the last of several processes has all pictures
     print(f"{args.out}: {painted:,} painted, {there:,} were there, {broken:,} broken")
     if broken > BROKEN * (painted + there + broken):
         raise BadInput(f"{args.data}: {broken:,} items can't be used, more than {BROKEN:.0%}; they are named above")

@@ -30,9 +30,9 @@ class Job(NamedTuple):
     seed: int
 
 
-def result_path(out: Path, index: int, item: Item) -> Path:
-    """The path of the picture that is painted for item `index` of a data set."""
-    return out / result_name(f"{index:06}_{item.image.stem}", ".png")
+def jobs_of_items(items: list[Item], out: Path, seed: int) -> list[Job]:
+    """A job for each item of a data set; item i is painted with seed + i."""
+    return [Job(out / result_name(f"{i:06}_{item.image.stem}", ".png"), item, seed + i) for i, item in enumerate(items)]
 
 
 def first_path(path: Path) -> Path:
@@ -42,8 +42,7 @@ def first_path(path: Path) -> Path:
 
 def line_of(job: Job, record: dict) -> dict:
     """A picture's line in the manifest: what it was painted from, and how. Its PNG holds the same line as text."""
-    names = ("image", "mask", "inverted", "reference", "reference_mask", "category")
-    line = {name: getattr(job.item, name) for name in names} | {"seed": job.seed, "how": record}
+    line = vars(job.item) | {"seed": job.seed, "how": record}
     return json.loads(json.dumps(line, default=str))  # as it comes back from the manifest
 
 
@@ -51,9 +50,8 @@ def save_pictures(pictures: list[Tensor], job: Job, record: dict) -> list[Path]:
     """Saves a job's picture and, if it was kept, the first pass's, whose line is that of a picture painted without a
     second pass. Returns their paths.
     """
-    alone = record | {"refine": 1, "refine_from": None, "refine_alone": False}
     paths = [job.path, first_path(job.path)][: len(pictures)]
-    for path, picture, how in zip(paths, pictures, (record, alone)):
+    for path, picture, how in zip(paths, pictures, (record, record | {"refine": 1, "refine_from": None})):
         save_image(picture, path, {"how": json.dumps(line_of(job, how))})
     return paths
 
@@ -62,13 +60,9 @@ def save_pictures(pictures: list[Tensor], job: Job, record: dict) -> list[Path]:
 
 
 def settings_of(line: dict) -> dict:
-    """What must be equal in the lines of equal pictures, under the names that messages use.
-
-    Of files only the names count, since data sets get moved.
-    """
+    """What must be equal in the lines of equal pictures. Of files only the names count, since data sets get moved."""
     files = {name: line[name] and Path(line[name]).name for name in ("image", "reference")}
-    options = {f"--{name.replace('_', '-')}": value for name, value in line["how"].items()}
-    return files | {"category": line["category"], "seed": line["seed"]} | options
+    return line["how"] | files | {"category": line["category"], "seed": line["seed"]}
 
 
 def names_of_painted(manifest: Path, jobs: list[Job], record: dict) -> set[str]:
@@ -80,12 +74,11 @@ def names_of_painted(manifest: Path, jobs: list[Job], record: dict) -> set[str]:
         try:
             name, there = line["file"], settings_of(line)
             ours = wanted.get(name, there)
-        except (AttributeError, KeyError, TypeError):
+        except (KeyError, TypeError):
             raise BadInput(f"{manifest}:{number} does not say how a picture was painted; remove that line") from None
-        for setting in there | ours:
-            value = there.get(setting)
-            if value != ours.get(setting):
-                how = "with other weights" if setting == "--models" else f"with {setting} {value}"
+        for setting, value in ours.items():
+            if there.get(setting) != value:
+                how = "with other weights" if setting == "models" else f"with {setting} {there.get(setting)}"
                 raise BadInput(f"--out {manifest.parent} holds {name}, which was painted {how}; name another folder, "
                                "or give the options it was painted with")
         names.add(name)
@@ -95,11 +88,11 @@ def names_of_painted(manifest: Path, jobs: list[Job], record: dict) -> set[str]:
 # ---------------------------------------------------------------- painting
 
 
-def load_ads(jobs: list[Job], texts: dict[str, tuple[str, str, str]], mask: str = "--mask",
-             reference_mask: str = "--reference-mask") -> list[Ad]:
-    """What the jobs' pictures are painted from; each file is read once. texts: the prompts by category.
+def load_ads(jobs: list[Job], texts: dict, mask: str = "--mask", reference_mask: str = "--reference-mask") -> list[Ad]:
+    """What the jobs' pictures are painted from; each file is read once.
 
-    Raises BadInput if a file can't be used. mask, reference_mask: where its message says that masks belong.
+    texts: the texts for P, P_fg and P_bg, by category. mask, reference_mask: where messages say that masks belong.
+    Raises BadInput if a file can't be used.
     """
     cutout, masked = cache(load_cutout), cache(load_masked)
     return [Ad(*cutout(item.image, item.mask, "product", mask, item.inverted), texts[item.category], seed,
@@ -108,63 +101,58 @@ def load_ads(jobs: list[Job], texts: dict[str, tuple[str, str, str]], mask: str 
             for _, item, seed in jobs]
 
 
-def paint_items(items: list[Item], texts: dict[str, tuple[str, str, str]],
-                paint_all: Callable[[list[Ad]], list[list[Tensor]]], out: Path, record: dict, seed: int, batch: int,
-                keep_first: bool = False, chosen: list[int] | None = None) -> tuple[int, int, int]:
-    """Paints the items of a data set, or those `chosen` by index, that are not in `out` yet. Returns how many were
-    painted, how many were there, and how many are broken; broken ones are reported and skipped.
+def paint_items(jobs: list[Job], texts: dict, paint_all: Callable, record: dict, batch: int,
+                keep_first: bool = False) -> tuple[int, int, int]:
+    """Paints the jobs of a data set whose pictures are not there yet. Returns how many were painted, how many were
+    there, and how many are broken; broken ones are reported and skipped.
 
-    texts: the prompts by category. Item i is painted with seed + i. record: how pictures are painted, see
-    gallery.record_of; keep_first: save the first pass's pictures too. Under torchrun each process paints its share. If
-    one picture of a batch is missing, the whole batch is painted again: rounding may depend on the batch, and an
-    interruption must not change a byte. Raises BadInput if `out` holds pictures of these names that were painted from
-    other items or with other settings.
+    texts: the texts for P, P_fg and P_bg, by category. paint_all(ads) -> the pictures of each, see generate.paint_ads.
+    record: how pictures are painted, see gallery.record_of. keep_first: save the first pass's pictures too.
+    Under torchrun each process paints its share. If one picture of a batch is missing, the whole batch is painted
+    again: rounding may depend on the batch, and an interruption must not change a byte. Raises BadInput if the folder
+    holds pictures of these names that were painted from other items or with other settings.
     """
-    manifest = out / "manifest.jsonl"
-    jobs = [Job(result_path(out, i, item), item, seed + i) for i, item in enumerate(items)]
+    manifest = jobs[0].path.with_name("manifest.jsonl")
     there = names_of_painted(manifest, jobs, record)
     rank, world = processes()
-    share = (jobs if chosen is None else [jobs[i] for i in chosen])[rank::world]
+    share = jobs[rank::world]
     todo = {job for job in share if job.path.name not in there or not job.path.exists()
             or keep_first and not first_path(job.path).exists()}
-    chunks = [share[k : k + batch] for k in range(0, len(share), batch) if todo.intersection(share[k : k + batch])]
-    broken, written = 0, ()
+    chunks = [chunk for k in range(0, len(share), batch) if todo.intersection(chunk := share[k : k + batch])]
+    count, written = 0, ()
 
-    def read(job: Job) -> Ad | BadInput:
+    def read(job: Job) -> Ad | None:
         try:
             return load_ads([job], texts, MASK_OF_ITEM, MASK_OF_ITEM)[0]
         except BadInput as error:
-            return error
+            tqdm.write(f"skipped: {error}", file=sys.stderr)
 
     def write(painted: dict[Job, list[Tensor]]) -> None:
-        for job in [job for job in painted if job in todo]:
-            save_pictures(painted[job], job, record)
-            append_line({"item": job.seed - seed, "file": job.path.name, **line_of(job, record)}, manifest)
+        for job, pictures in painted.items():
+            if job in todo:
+                save_pictures(pictures, job, record)
+                append_line({"file": job.path.name, **line_of(job, record)}, manifest)
 
     # Each thread computes on one core: torch's teams of threads would take the cores away from the painting
     with ThreadPoolExecutor(4, initializer=torch.set_num_threads, initargs=(1,)) as threads:
-        reading = (threads.map(read, chunk) for chunk in chunks)  # each chunk begins to be read when it is asked for
+        reading = (threads.map(read, chunk) for chunk in chunks)  # a chunk is read from when it is asked for
         ahead = next(reading, None)
         for chunk in tqdm(chunks, unit="batch", disable=None):
-            results, ahead, ads = ahead, next(reading, None), {}
-            for job, result in zip(chunk, results):
-                if isinstance(result, Ad):
-                    ads[job] = result
-                elif job in todo:
-                    broken += 1
-                    tqdm.write(f"skipped: {result}", file=sys.stderr)
-            if todo.intersection(ads):
+            ready, ahead = ahead, next(reading, None)
+            ads = {job: ad for job, ad in zip(chunk, ready) if ad}
+            if usable := todo.intersection(ads):
                 painted = dict(zip(ads, paint_all([*ads.values()])))
                 list(written)  # waits for the batch before, and raises its error
                 written = threads.map(write, [painted])
+                count += len(usable)
         list(written)
-    return len(todo) - broken, len(share) - len(todo), broken
+    return count, len(share) - len(todo), len(todo) - count
 
 
-def save_data_sheet(items: list[Item], out: Path) -> None:
-    """Writes OUT/sheet.png: the pictures of the first 32 items, each above its reference if it has one."""
-    pictures = [picture_of(result_path(out, i, item)) for i, item in enumerate(items[:32])]
-    references = [picture and picture_of(item.reference) for picture, item in zip(pictures, items)]
-    rows = [row[k : k + 8] for k in range(0, 32, 8) for row in (pictures, references)]
-    if any(pictures):
-        save_image(sheet([row for row in rows if any(row)]), out / "sheet.png")
+def save_data_sheet(jobs: list[Job]) -> None:
+    """Writes sheet.png beside the pictures: the first 32, each above its reference if it has one."""
+    pictures = [picture_of(job.path) for job in jobs[:32]]
+    references = [picture and picture_of(job.item.reference) for picture, job in zip(pictures, jobs)]
+    rows = [row for k in range(0, 32, 8) for cells in (pictures, references) if any(row := cells[k : k + 8])]
+    if rows:
+        save_image(sheet(rows), jobs[0].path.with_name("sheet.png"))
