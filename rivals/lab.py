@@ -26,7 +26,7 @@ import train
 from clip import CLIP
 from data import Ad
 from generate import paint_ads, prompts_by_category
-from programs.batch import paint_items, result_path
+from programs.batch import jobs_of_items, paint_items
 from programs.gallery import add_walk_options, jobs_of, paint_jobs, painting_of
 from programs.models import (
     ModelChoice,
@@ -208,8 +208,10 @@ class Lab:
         files = [[item.category, *map(file_fingerprint, (item.image, item.mask, item.reference, item.reference_mask))]
                  for item in split]
         out = self.out / "pictures" / folder / f"{name}-{fingerprint([record, files])[:8]}"
-        chosen = [*range(len(items))] if chosen is None else chosen
-        paths = [result_path(out, i, items[i]) for i in chosen]
+        jobs = jobs_of_items(items, out, self.seed)
+        if chosen is not None:
+            jobs = [jobs[i] for i in chosen]
+        paths = [job.path for job in jobs]
         missing = not all(path.exists() for path in paths)
         barrier()  # every process has looked before any paints
         if missing:
@@ -220,7 +222,7 @@ class Lab:
                 cg = None if method.plain_prompt else self.networks.given("cg")
                 texts = prompts_by_category(identifiers_of(categories, cg), models.sd and models.sd.tokenizer)
             record |= {"dtype": models.dtype}
-            paint_items(items, texts, paint_all, out, record, self.seed, self.batch, chosen=chosen)
+            paint_items(jobs, texts, paint_all, record, self.batch)
         barrier()
         return paths
 
@@ -274,7 +276,7 @@ def add_lab_options(parser: Parser) -> Callable:
     own.add_argument("--data", metavar="DIR", type=Path, default=TOY_DATA / "ads",
                      help="BG60k as released, or metadata.jsonl [the toy's ads]")
     add = parser.add_argument_group("how the methods paint").add_argument
-    add_walk_options(add, "1, the paper's")
+    add_walk_options(add)
     add("--seed", metavar="N", type=whole_number(0, 2**32 - 1), default=0, help="item i is painted with SEED + i [0]")
     add = parser.add_argument_group("models [the toy's; those not shipped are trained on first use]").add_argument
     add_model_options(add)

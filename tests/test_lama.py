@@ -302,7 +302,7 @@ def test_lama_paints_products_in_their_frames(folder, ads, tmp_path, capsys):
     assert (line["image"], line["seed"], line["how"]["method"]) == (str(item.image), 3, "lama")
     rgb, mask = load_cutout(item.image, item.mask)
     assert ((to_tensor(picture) - rgb) * (mask == 1)).abs().max() < 1 / 255
-    with pytest.raises(BadInput, match="painted by another program"):
+    with pytest.raises(BadInput, match="no command paints it again"):
         generate.main(["--how", str(paths[0])])
 
 
