@@ -7,7 +7,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 from PIL import Image
@@ -198,8 +198,7 @@ def add_walk_options(add: Callable, refine: str) -> None:
 
 def options(description: str) -> Parser:
     """The options of generate.py."""
-    parser = Parser(description=description, formatter_class=partial(
-        argparse.RawDescriptionHelpFormatter, max_help_position=32, width=120))
+    parser = Parser(description=description)
     add = parser.add_argument_group("what to paint [a sample of the toy]").add_argument
     files = dict(metavar="FILE", type=Path, nargs="+")
     add("--product", **files, help="photo, or several (JPEG, PNG, WebP, ...); its alpha channel is its mask")

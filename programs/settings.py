@@ -5,7 +5,6 @@ understand the paper.
 import argparse
 import sys
 from dataclasses import Field, dataclass, field, fields, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -135,8 +134,7 @@ class Settings:
 
 def parser(description: str, stages: list[str]) -> Parser:
     """The command line of train.py. What it returns holds only the options that are given."""
-    program = group = Parser(description=description, argument_default=argparse.SUPPRESS, formatter_class=partial(
-        argparse.RawDescriptionHelpFormatter, max_help_position=24, width=120))
+    program = group = Parser(description=description, argument_default=argparse.SUPPRESS)
     program.add_argument("stage", help=", ".join(stages))
     for setting in fields(Settings):
         if not (given := setting.metadata):
