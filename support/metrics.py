@@ -44,14 +44,13 @@ def embed_pictures(clip: nn.Module, pictures: list[tuple[Path, Item | None]], fo
 
     @torch.no_grad()
     def compute(k: int) -> dict[str, Tensor]:
-        bar.update(k + 1 - bar.n)  # other processes embed the parts between
-        return {"embeddings": clip.encode_image(torch.cat([preprocessed(*picture) for picture in parts[k]])).cpu()}
+        part = tqdm(parts[k], f"embedding {k + 1} of {len(parts)}", leave=False, disable=None)
+        return {"embeddings": clip.encode_image(torch.cat([preprocessed(*picture) for picture in part])).cpu()}
 
     weights = weights_fingerprint(clip)
     keys = [[weights, [[item and item.inverted, *map(file_fingerprint, (path, item and item.image, item and item.mask))]
                        for path, item in part]] for part in parts]
-    with tqdm(total=len(parts), desc="embedding", unit="batch", disable=None) as bar:
-        return torch.cat([part["embeddings"] for part in compute_parts(folder, keys, compute)])
+    return torch.cat([part["embeddings"] for part in compute_parts(folder, keys, compute)])
 
 
 def similarity(x: Tensor, y: Tensor) -> Tensor:
@@ -89,11 +88,6 @@ def joint_frechet(x: Tensor, y: Tensor, conditions: Tensor) -> Tensor:
     return frechet(torch.cat([x, h], dim=1), torch.cat([y, h], dim=1))
 
 
-def half_width(values: Tensor) -> Tensor:
-    """Half the width of the 95% interval, from a figure's values in bootstrap samples. (resamples, ...) -> (...)"""
-    return 1.96 * values.std(dim=0)
-
-
 def interval(statistic: Callable[[Tensor], Tensor], n: int, resamples: int = RESAMPLES) -> tuple[float, float]:
     """A statistic of n items, statistic(indices), and half the width of its 95% interval.
 
@@ -102,7 +96,7 @@ def interval(statistic: Callable[[Tensor], Tensor], n: int, resamples: int = RES
     """
     generator = Generator().manual_seed(0)
     values = [statistic(torch.randint(n, (n,), generator=generator)) for _ in range(resamples)]
-    return float(statistic(torch.arange(n))), float(half_width(torch.stack(values)))
+    return float(statistic(torch.arange(n))), 1.96 * float(torch.stack(values).std())
 
 
 def markdown_table(rows: list[list[str]]) -> list[str]:
@@ -172,6 +166,11 @@ def resampled_means(values: Tensor, resamples: int = RESAMPLES) -> Tensor:
     generator = Generator().manual_seed(0)
     raters, pairs = (torch.randint(n, (resamples, n), generator=generator) for n in values.shape[:2])
     return torch.stack([values[rows][:, columns].mean(dim=(0, 1)) for rows, columns in zip(raters, pairs)])
+
+
+def half_width(means: Tensor) -> Tensor:
+    """Half of the 95% interval of resampled figures, as in `interval`. (resamples, ...) -> (...)"""
+    return 1.96 * means.std(dim=0)
 
 
 def wins(scores: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from support.images import load_masked, open_image, thumbnail
 
 TINY = 1e-300  # a divisor where there is no spread: n equal points
 MARKS = {"centre": (20, 60), "CG": (12, 3), "ControlNet": (12, 4)}  # radius and corners
-COLOURS = ("#8fb0d8", "#1f4e8c", "#c2521a", "#3c8c4e")
+COLOURS = ("#8fb0d8", "#1f4e8c")
 
 # ---------------------------------------------------------------- t-SNE
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import LAMA, equal_weights, random, random_lama, relative_error
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -22,7 +23,7 @@ from rivals.stages import RIVAL_STAGES
 from sampler import Painting
 from support.datasets import read_items
 from support.files import BadInput
-from support.images import load_cutout, open_image, to_tensor
+from support.images import load_cutout, to_tensor
 from toy.world import write_world
 from weights import main as weights_main, save_module
 
@@ -297,7 +298,7 @@ def test_lama_paints_products_in_their_frames(folder, ads, tmp_path, capsys):
               "--out", str(tmp_path)])
     path = tmp_path / f"{item.image.stem}_3.png"
     assert capsys.readouterr().out.splitlines() == [str(path)]
-    picture = open_image(path)
+    picture = Image.open(path)
     line = json.loads(picture.text["how"])
     assert (line["image"], line["seed"], line["how"]["method"]) == (str(item.image), 3, "lama")
     rgb, mask = load_cutout(item.image, item.mask)
