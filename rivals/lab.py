@@ -155,14 +155,14 @@ class Lab:
         """
         names = [name for method in methods for name in METHODS[method].networks()] + ["clip"] * with_clip
         paths = {name: path for name in names if (path := self.networks.given(name))}
-        for name, path in paths.items():
+        for path in paths.values():
             model_fingerprint(path)
-            if name in ("cg", "cg-plain"):
-                check_attention(name, path)
-            if name in ("pg", "cg-plain"):
-                check_identifiers(self.networks.given("cg"), path)
         if not all(METHODS[method].plain_prompt for method in methods):
             identifiers_of({item.category for item in items}, self.networks.given("cg"))
+        for name in paths.keys() & {"pg", "cg-plain"}:
+            check_identifiers(self.networks.given("cg"), paths[name])
+        for name in paths.keys() & {"cg", "cg-plain"}:
+            check_attention(name, paths[name])
 
     def items(self, protocol: str) -> list[Item]:
         """The items that are painted and measured: the first --limit."""
