@@ -4,7 +4,7 @@ import itertools
 import json
 import re
 import shlex
-from argparse import Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -166,7 +166,7 @@ def add_walk_options(add: Callable) -> None:
 
 def options(description: str) -> Parser:
     """The options of generate.py."""
-    parser = Parser(description=description, formatter_class=RawDescriptionHelpFormatter)
+    parser = Parser(description=description)
     add = parser.add_argument_group("what to paint [a sample of the toy]").add_argument
     files = dict(type=Path, nargs="+")
     add("--product", **files, help="photo, or several (JPEG, PNG, WebP, ...); its alpha channel is its mask")

@@ -134,8 +134,7 @@ class Settings:
 
 def parser(description: str, stages: list[str]) -> Parser:
     """The command line of train.py. What it returns holds only the options that are given."""
-    program = Parser(description=description, argument_default=argparse.SUPPRESS,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    program = Parser(description=description, argument_default=argparse.SUPPRESS)
     program.add_argument("stage", help=", ".join(stages))
     for setting in fields(Settings):
         if setting.metadata:
