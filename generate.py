@@ -132,7 +132,8 @@ def paste_back(painted: Tensor, painted_mask: Tensor, box: tuple[int, int, int, 
     painted = extend(painted, dilate(painted_mask, 1 + 2 * spread) <= 1 - SOLID)
     top, left, h, w = box
     M = mask.masked_fill(mask >= SOLID, 1)
-    return to_bytes(torch.lerp(resize(painted[:, top : top + h, left : left + w], *rgb.shape[1:]), rgb, M))
+    scene = resize(painted[:, top : top + h, left : left + w], *rgb.shape[1:])
+    return to_bytes(rgb * M + scene * (1 - M))
 
 
 def canvas_of(ads: list[Ad], h: int, w: int, generators: list[torch.Generator]) -> tuple[Canvas, list[tuple]]:
