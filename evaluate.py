@@ -32,13 +32,14 @@ from torch import Generator
 from generate import save
 from rivals.eq3 import swapped
 from rivals.lab import METHODS, PROTOCOLS, Lab, add_lab_options, lab_of
+from rivals.tsne import scatter, tsne
 from support.datasets import Item
 from support.files import BadInput, locked, one_line_errors, write_json, write_text
 from support.images import load_masked, sheet
 from support.machine import processes
 from support.metrics import RESAMPLES, Measured, compare, interval, markdown_table, plus_minus, similarity
 from support.options import Parser, whole_number
-from support.plots import choose, cutout_of, picture_of, scatter, tsne
+from support.plots import choose, cutout_of, picture_of
 from toy.world import draw_on_first_use
 
 # ---------------------------------------------------------------- the tables as data

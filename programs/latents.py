@@ -68,9 +68,15 @@ def latent_keys(sd: StableDiffusion, items: list[Item], size: int, amp: torch.dt
 
 
 @torch.no_grad()
-def prompt_table(sd: StableDiffusion, texts: list[tuple[str, str, str]]) -> Tensor:
-    """The encodings of C triples of texts, for P, P_fg and P_bg: (C, 3, L, D), on the CPU."""
-    return torch.stack([sd.prompts(list(triple)).cpu() for triple in texts])
+def prompt_table(sd: StableDiffusion, texts: list[tuple[str, str, str]], settings: Settings) -> Tensor:
+    """The encodings of C triples of texts, for P, P_fg and P_bg: (C, 3, L, D), memory-mapped from settings.cache."""
+    @torch.no_grad()
+    def encode(_: int) -> dict[str, Tensor]:
+        with settings.autocast():
+            return {"prompts": torch.stack([sd.prompts(list(triple)).cpu() for triple in texts])}
+
+    key = [weights_fingerprint(sd.text_encoder), sd.tokenizer.bpe.to_str(), texts, str(settings.amp)]
+    return compute_parts(settings.cache, [key], encode)[0]["prompts"]
 
 
 def category_prompts(table: Tensor, row_of_item: list[int], device: str) -> Callable[[Tensor, Tensor], Prompts]:

@@ -80,8 +80,9 @@ def load_branch(kind: str, path: Path, sd: StableDiffusion) -> ControlNet:
     weight = sd.unet.conv_in.weight
     branch = load_control(path, kind, weight.device, weight.dtype)
     ours, base = branch.config, sd.unet.config
+    hint_factor = 2 ** (len(ours["conditioning_embedding_out_channels"]) - 1)
     if (any(ours[key] != base[key] for key in ("block_out_channels", "layers_per_block", "cross_attention_dim"))
-            or ours["in_channels"] != base["out_channels"]):
+            or ours["in_channels"] != base["out_channels"] or hint_factor != sd.vae.factor):
         raise BadInput(f"{path} was trained on another base than the one given; give weights and branches that belong "
                        "together")
     return branch

@@ -3,6 +3,7 @@ understand the paper.
 """
 
 import argparse
+import sys
 from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields, replace
 from itertools import count
@@ -67,6 +68,8 @@ class Settings:
     noise_offset: float = option("spread of the mean of ε [toy 0.1; paper 0]", real_number(0, 10), ("unet", *BRANCHES))
     weighting: str = option("weight of the error at each timestep [toy min-snr or debias; paper uniform, Eq. 1]",
                             str, ("unet", *BRANCHES), choices=("uniform", "min-snr", "debias"))
+    identifier: str = option("[D] of a category, with {} for its number ['sks {}', section 5.1; a known one stays]",
+                             str, ("cg", "joint"))
 
     # The optimiser
     lr: float = option("AdamW's learning rate [toy 1e-3 or 2e-3; paper 1e-5]", real_number(1e-9, 10))
@@ -143,10 +146,10 @@ def parser(description: str, stages: list[str]) -> Parser:
 
 
 def settle(given: dict, preset: dict, data: Path) -> Settings:
-    """Settings from the options given, the settings of the stage or the paper, and the toy's data set. Only steps may
-    stay open, if the preset counts epochs.
+    """Settings from the options given, the settings of the stage or the paper, and the toy's data set. Raises BadInput
+    for all errors that show before loading.
 
-    Raises BadInput for all errors that show before loading.
+    Two may stay open: steps if the preset counts epochs, and amp, which is "auto" for --amp without a value.
     """
     stage, world = given["stage"], processes()[1]
     for setting in fields(Settings):
@@ -154,32 +157,34 @@ def settle(given: dict, preset: dict, data: Path) -> Settings:
         if setting.name in given and stages and stage not in stages:
             raise BadInput(f"--{setting.name.replace('_', '-')} belongs to stage {' and '.join(stages)}; leave it out")
     s = Settings(**{"out": Path("runs", stage), "data": data} | preset | given)
+    if s.identifier and "{}" not in s.identifier:
+        raise BadInput(f"--identifier {s.identifier}: needs {{}} where the category's number is to stand")
     device, share = pick_device(s.device), s.batch // world
-    cuda = device.startswith("cuda")
     if s.batch % world:
         raise BadInput(f"--batch {s.batch}: must be a multiple of the {world} processes")
     most = share  # of the toy's pictures all fit
     if s.epochs:
-        most = 16 if cuda and world == 1 else 4
+        most = 16 if device.startswith("cuda") and world == 1 else 4
     micro_batch = min(s.micro_batch or max(n for n in range(1, min(share, most) + 1) if share % n == 0), share)
     if share % micro_batch:
         raise BadInput(f"--micro-batch {micro_batch}: must divide --batch {s.batch} over the processes, {share} each")
-    amp = s.amp
-    if amp == "auto":
-        faster = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else bfloat16_is_faster()
-        amp = "bfloat16" if faster else None
     check_folder(s.out)
     return replace(
         s, data=s.data.absolute(), weights=s.weights or TOY / "base", device=device, micro_batch=micro_batch,
         cg=branch_path("cg", s.cg, s.weights) if stage == "pg" else None,
         workers=min(8, cores()) if s.workers is None and s.size > 128 else s.workers or 0,
-        amp=amp and getattr(torch, amp), save_dtype=getattr(torch, s.save_dtype))
+        amp=s.amp if s.amp in (None, "auto") else getattr(torch, s.amp), save_dtype=getattr(torch, s.save_dtype))
 
 
-def begin(settings: Settings) -> None:
-    """Checks what --out holds, and joins the other processes under torchrun. Raises BadInput if --resume is missing, or
-    finds no run.
+def begin(settings: Settings) -> Settings:
+    """Checks what --out holds, joins the other processes under torchrun, and settles what --amp without a value means:
+    bfloat16 if this machine multiplies it faster than float32. A resumed run keeps its earlier choice.
+
+    Raises BadInput if --resume is missing, or finds no run.
     """
+    if [*settings.folder.glob("checkpoint_*.safetensors")]:
+        raise BadInput(f"{settings.folder} holds a run of an earlier version: finish it with that (git checkout "
+                       "09b292d), or name another --out")
     if bool(settings.resume) != bool(settings.checkpoints()):
         wrong = "nothing to resume; leave out" if settings.resume else "a run of this stage; to go on, add"
         raise BadInput(f"--out {settings.out} holds {wrong} --resume, or name another folder")
@@ -188,6 +193,16 @@ def begin(settings: Settings) -> None:
         torch.cuda.set_device(settings.device)
     if processes()[1] > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")
+    if settings.amp != "auto":
+        return settings
+    amp = [settings.newest_checkpoint().get("settings", {}).get("amp")]
+    if not settings.resume and processes()[0] == 0:
+        faster = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else bfloat16_is_faster()
+        amp = ["torch.bfloat16" if faster else "None"]
+        print(f"--amp: trains in {'bfloat16' if faster else 'float32: bfloat16 is not faster here'}", file=sys.stderr)
+    if dist.is_initialized():
+        dist.broadcast_object_list(amp)
+    return replace(settings, amp=torch.bfloat16 if amp == ["torch.bfloat16"] else None)
 
 
 # ---------------------------------------------------------------- the categories' identifiers: once given, they stay
@@ -195,7 +210,7 @@ def begin(settings: Settings) -> None:
 
 def category_identifiers(items: list[Item], settings: Settings, template: str) -> dict[str, str]:
     """The identifier [D] of each category, by name (section 3.2). Categories that the frozen CG, --init-control or the
-    resumed run knows keep theirs; new ones get the next numbers, in place of {} in the template.
+    resumed run knows keep theirs; new ones get the next numbers, in place of {} in --identifier or the given template.
 
     Raises BadInput if the frozen CG lacks a category.
     """
@@ -209,7 +224,7 @@ def category_identifiers(items: list[Item], settings: Settings, template: str) -
         known = settings.newest_checkpoint().get("identifiers") or {}
     elif settings.init_control and (file := categories_file(settings.init_control)).is_file():
         known = read_identifiers(file)
-    return number_categories(names, template, known)
+    return number_categories(names, settings.identifier or template, known)
 
 
 def number_categories(names: list[str], template: str, known: dict[str, str]) -> dict[str, str]:

@@ -7,6 +7,7 @@ Everything random in a step follows from the run's seed and the step's number, s
 import json
 import math
 import random
+import shlex
 import signal
 import sys
 import time
@@ -47,6 +48,7 @@ class Task:
     loss: Callable[[dict, Generator], Tensor]  # (batch, generator for further randomness) -> scalar
     draw: Callable[[], Image.Image]  # a sheet that shows what the modules do now
     save: Callable[[Path], None]  # writes the public folders
+    next: list[list[str]]  # commands to go on with after the training
     identifiers: dict[str, str] | None = None  # [D] of each category, which a resumed run must keep
 
 
@@ -117,6 +119,8 @@ class Trainer:
             print(f"training {task.name}, {sum(p.numel() for p in self.parameters):,} parameters, on "
                   f"{len(task.samples):,} pictures from {s.data}: from step {self.start:,} to {steps:,}, {s.batch} "
                   f"pictures each, on {s.device} in {s.amp or torch.float32}", file=sys.stderr)
+            if self.start >= steps:
+                print(f"{s.folder} is done; a larger --steps trains it further", file=sys.stderr)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -294,9 +298,11 @@ class Trainer:
             raise SystemExit(128 + signal.SIGTERM)
 
     def finish(self) -> None:
-        """Says what was written."""
+        """Says what was written and what can be done with it."""
         barrier()  # no process goes on before the first has saved
         if self.rank == 0:
             out = self.settings.out
             print(f"trained {self.task.name}: {', '.join(str(out / name) for name in self.task.modules)}; "
                   f"{self.settings.folder} holds the loss as a curve, sheets and the log")
+            for command in self.task.next:
+                print("next:", shlex.join(command))

@@ -31,13 +31,14 @@ from rivals.lama import LAMA_FILE
 from rivals.networks import Networks
 from rivals.paint_by_example import PaintByExampleEncoder
 from rivals.stages import RIVAL_STAGES
+from rivals.tsne import neighbour_probabilities, scatter, tsne, tsne_loss
 from sampler import Painting, ddim, seeded
 from support import metrics, tensors as cache
 from support.datasets import read_items
 from support.files import BadInput, read_json
 from support.images import load_masked, open_image, save_image, to_tensor
 from support.metrics import embed_pictures, frechet, interval, joint_frechet, similarity
-from support.plots import COLOURS, choose, draw_curves, neighbour_probabilities, scatter, tsne, tsne_loss
+from support.plots import COLOURS, choose, draw_curves
 from toy.products import PRODUCTS
 from toy.stages import TOY_TEXT, TOY_UNET, TOY_VAE, train_tokenizer
 from toy.world import TOY_DATA, write_world

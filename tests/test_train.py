@@ -731,7 +731,8 @@ def test_a_training_loop_can_be_written_in_a_cell(world, base, tmp_path):
     cg.init_from_unet(sd.unet)
     samples = Samples(items, 64, encode_items(sd, items, 64, tmp_path), sd.vae.scaling_factor)
     texts = sorted({item.category for item in items})
-    table = prompt_table(sd, [generate.prompt_texts(name, "sks 0") for name in texts])
+    settings = train.settle({"stage": "cg", "out": tmp_path / "run"}, train.STAGES["cg"].settings, world / "ads")
+    table = prompt_table(sd, [generate.prompt_texts(name, "sks 0") for name in texts], settings)
     batch = torch.utils.data.default_collate([samples[i, i] for i in range(4)])
     prompts = Prompts(*table[[texts.index(items[i].category) for i in batch["index"]]].unbind(1))
     optimizer, losses = torch.optim.AdamW(cg.parameters(), 1e-3), []

@@ -141,7 +141,9 @@ def vae_task(settings: Settings) -> Task:
         save_module(vae, out / "vae", UNET_FILE, settings.save_dtype)
 
     loss = VAELoss(vae, whiten, settings.size, settings.decoder_only)
-    return Task("the VAE", {"vae": vae}, Samples(items, settings.size), loss, draw, save)
+    following = ["unet", "--refine", "2", "--init", "UNET", "--weights"] if settings.decoder_only else ["clip", "--out"]
+    return Task("the VAE", {"vae": vae}, Samples(items, settings.size), loss, draw, save,
+                [["python", "train.py", *following, str(settings.out)]])
 
 
 # ---------------------------------------------------------------- stage clip
@@ -212,7 +214,8 @@ def clip_task(settings: Settings) -> Task:
         encoder.text_model = clip.text_model
         save_module(encoder, out / "text_encoder", TEXT_FILE, settings.save_dtype)
 
-    return Task("CLIP", {"clip": clip}, Samples(items, settings.size), CLIPLoss(clip, ids), draw, save)
+    return Task("CLIP", {"clip": clip}, Samples(items, settings.size), CLIPLoss(clip, ids), draw, save,
+                [["python", "train.py", "unet", "--out", str(settings.out), "--weights", str(settings.out)]])
 
 
 # ---------------------------------------------------------------- stage unet
@@ -340,7 +343,8 @@ def unet_task(settings: Settings) -> Task:
         large.latents = [latents | starts for latents, starts in zip(large.latents, first)]
         samples = TwoSizes(samples, large)
     return Task("the UNet", {"unet": unet}, samples, loss, lambda: draw_captions(sd, items, settings.size),
-                lambda out: save_base(sd, settings.save_dtype, out))
+                lambda out: save_base(sd, settings.save_dtype, out),
+                [["python", "train.py", "cg", "--weights", str(settings.out)]])
 
 
 def draw_captions(sd: StableDiffusion, items: list, size: int):
