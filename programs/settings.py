@@ -202,7 +202,7 @@ def begin(settings: Settings) -> Settings:
         print(f"--amp: trains in {'bfloat16' if faster else 'float32: bfloat16 is not faster here'}", file=sys.stderr)
     if dist.is_initialized():
         dist.broadcast_object_list(amp)
-    return replace(settings, amp=torch.bfloat16 if amp == ["torch.bfloat16"] else None)
+    return replace(settings, amp=getattr(torch, str(amp[0]).removeprefix("torch."), None))
 
 
 # ---------------------------------------------------------------- the categories' identifiers: once given, they stay

@@ -333,6 +333,24 @@ def test_sigterm_saves_and_leaves_and_the_run_goes_on(world, base, tmp_path, qui
     command(*run, "--steps", step + 1, "--resume")
 
 
+def test_a_run_of_an_earlier_version_is_named_with_the_commit_that_finishes_it(world, base, tmp_path):
+    folder = tmp_path / "training" / "cg"
+    folder.mkdir(parents=True)
+    (folder / "checkpoint_00000002.safetensors").touch()
+    for options in ((), ("--resume",)):
+        with pytest.raises(BadInput, match="training/cg holds a run of an earlier version: .*git checkout 09b292d"):
+            command(*branch("cg", world, base, tmp_path), "--steps", 4, *options)
+
+
+def test_a_run_keeps_its_own_identifiers(world, base, tmp_path, quick):
+    run = branch("cg", world, base, tmp_path)
+    command(*run, "--steps", 1, "--identifier", "style {}")
+    command(*run, "--steps", 2, "--resume")
+    command(*run, "--steps", 3, "--resume", "--identifier", "sks {}")
+    saved = json.loads((tmp_path / "cg" / "categories.json").read_text())
+    assert list(saved.items())[:2] == [("laptop", "style 0"), ("perfume", "style 1")]
+
+
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 768 vs 662")])
 def test_a_full_disk_stops_the_run_and_leaves_the_last_good_checkpoint(error, world, base, tmp_path, monkeypatch,
                                                                        quick):
@@ -607,7 +625,7 @@ def test_a_finished_run_that_is_resumed_says_that_it_is_done_and_changes_nothing
     sweep.cache_clear()
     command(*run, "--resume")
     out, err = capsys.readouterr()
-    assert out == said and "from step 2 to 2" in err
+    assert out == said and f"{folder} is done" in err
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
@@ -751,18 +769,34 @@ def test_a_training_loop_can_be_written_in_a_cell(world, base, tmp_path):
 # ---------------------------------------------------------------- what a run says
 
 
-def test_a_run_says_what_it_trains_on_and_what_it_wrote(world, base, tmp_path, capsys, quick):
+def test_a_run_says_what_it_trains_on_what_it_wrote_and_what_is_next(world, base, cg, tmp_path, capsys, quick):
     run = "--data", world / "ads", "--weights", base, "--batch", 4, "--size", 64, "--steps", 2, "--log-every", 1
     command("cg", *run, "--out", tmp_path / "a b")
     out, err = capsys.readouterr()
     assert f" parameters, on 24 pictures from {world / 'ads'}: from step 0 to 2, 4 pictures each" in err
     assert "\nstep 1 of 2: loss " in err and "\nstep 2 of 2: loss " in err, "without a terminal, plain lines"
     model, folder = tmp_path / "a b" / "cg", tmp_path / "a b" / "training" / "cg"
-    assert out == f"trained CG: {model}; {folder} holds the loss as a curve, sheets and the log\n"
+    assert out.splitlines() == [
+        f"trained CG: {model}; {folder} holds the loss as a curve, sheets and the log",
+        f"next: python train.py pg --weights {base} --cg '{model}' --data {world / 'ads'}",
+        f"next: python generate.py --weights {base} --cg '{model}' --product PHOTO.png --category NAME"]
+    command("pg", *run, "--out", tmp_path / "pg", "--cg", cg)
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        f"next: python generate.py --weights {base} --cg {cg} --pg {tmp_path / 'pg' / 'pg'} "
+        "--product PHOTO.png --category NAME")
 
 
 @pytest.mark.parametrize("faster", [True, False])
-def test_amp_alone_means_bfloat16_where_it_is_faster(faster, world, base, tmp_path, monkeypatch, capsys, quick):
+def test_amp_alone_means_bfloat16_where_it_is_faster_and_a_resumed_run_keeps_its_choice(faster, world, base, tmp_path,
+                                                                                       monkeypatch, capsys, quick):
+    amps, fit = [], train.fit
+    monkeypatch.setattr(train, "fit", lambda task, given: amps.append(given.amp) or fit(task, given))
+    run = (*branch("cg", world, base, tmp_path), "--device", "cpu", "--amp")
     monkeypatch.setattr(settings, "bfloat16_is_faster", lambda: faster)
-    command(*branch("cg", world, base, tmp_path), "--device", "cpu", "--amp", "--steps", 1)
-    assert f"on cpu in torch.{'bfloat16' if faster else 'float32'}\n" in capsys.readouterr().err
+    command(*run, "--steps", 1)
+    says = "trains in bfloat16" if faster else "trains in float32: bfloat16 is not faster here"
+    assert f"--amp: {says}" in capsys.readouterr().err
+    monkeypatch.setattr(settings, "bfloat16_is_faster", lambda: not faster)
+    command(*run, "--steps", 2, "--resume")
+    assert "amp" not in capsys.readouterr().err.split("resumed with changed settings")[1].splitlines()[0]
+    assert amps == [torch.bfloat16 if faster else None] * 2
