@@ -65,13 +65,15 @@ def launch(program: tuple[str, str, str], *arguments, core: int | None = None) -
     """Starts a program, on one core only if that is given."""
     pinned = "" if core is None else f"import os; os.sched_setaffinity(0, [{core}])\n"
     return subprocess.Popen([sys.executable, "-c", pinned + PROGRAM % program, json.dumps(arguments, default=str)],
-                            cwd=ROOT, stdout=subprocess.PIPE, text=True)
+                            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def measured(run: subprocess.Popen) -> dict[str, float]:
-    """What a program has measured; NaN if it failed, as one does for which the memory is too small."""
-    said = run.communicate()[0].splitlines()
-    return defaultdict(lambda: math.nan, json.loads(said[-1]) if run.returncode == 0 else {})
+    """What a program has measured; NaN if it failed, as where the memory is too small."""
+    said, errors = run.communicate()
+    if run.returncode:
+        print(errors[-1000:], file=sys.stderr)
+    return defaultdict(lambda: math.nan, {} if run.returncode else json.loads(said.splitlines()[-1]))
 
 
 def compare(title: str, ours: dict, theirs: dict) -> None:
