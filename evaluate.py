@@ -282,8 +282,7 @@ COMMANDS = {  # each with what to look at next
 
 
 def options() -> Parser:
-    parser = Parser(description=__doc__, formatter_class=partial(
-        argparse.RawDescriptionHelpFormatter, max_help_position=32, width=120))
+    parser = Parser(description=__doc__)
     parser.add_argument("what", help=", ".join(COMMANDS))
     add = add_lab_options(parser)
     add("--limit", metavar="N", type=whole_number(2, 10**9), help="only the first N items of the split [all]")

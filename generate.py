@@ -25,23 +25,21 @@ from tqdm import tqdm
 from clip import Tokenizer
 from data import Ad, background_hint, dilate, inpaint_hint, product_hint
 from model import ControlNet, Prompts
-from programs.batch import paint_items, save_data_sheet
+from programs.batch import jobs_of_items, load_ads, paint_items, save_data_sheet
 from programs.gallery import (
     LARGEST,
     SHEET,
     check,
     command_of,
-    count_steps,
     draw_sheet,
     jobs_of,
-    load_ads,
     options,
     paint_jobs,
     painting_of,
     record_of,
 )
 from programs.models import ModelChoice, Models, load_models
-from sampler import Conditions, Painting, sample, seeded
+from sampler import Conditions, Painting, Schedule, sample, seeded
 from support.cutouts import SOLID, extend
 from support.datasets import BROKEN, Item, read_items
 from support.files import BadInput, locked, one_line_errors
@@ -134,7 +132,8 @@ def paste_back(painted: Tensor, painted_mask: Tensor, box: tuple[int, int, int, 
     painted = extend(painted, dilate(painted_mask, 1 + 2 * spread) <= 1 - SOLID)
     top, left, h, w = box
     M = mask.masked_fill(mask >= SOLID, 1)
-    return to_bytes(torch.lerp(resize(painted[:, top : top + h, left : left + w], *rgb.shape[1:]), rgb, M))
+    scene = resize(painted[:, top : top + h, left : left + w], *rgb.shape[1:])
+    return to_bytes(rgb * M + scene * (1 - M))
 
 
 def canvas_of(ads: list[Ad], h: int, w: int, generators: list[torch.Generator]) -> tuple[Canvas, list[tuple]]:
@@ -169,34 +168,35 @@ def paint_ads(ads: list[Ad], models: Models, how: Painting, painter: Callable | 
         chosen, painted = [ads[i] for i in batch], None
         generators = [seeded(ad.seed)[0] for ad in chosen]
         text = f"{len(batch)} at once{', with references' if with_reference else ''}"
-        with tqdm(total=steps, desc=text, unit="step", leave=False, disable=not sys.stderr.isatty()) as bar:
+        with tqdm(total=steps, desc=text, unit="step", leave=False, disable=None) as bar:
             for n in dict.fromkeys((1, how.refine)):  # the canvas of the second pass is n times larger
                 canvas, boxes = canvas_of(chosen, n * h, n * w, generators)
                 paint_pass = painter if painter and n == 1 else partial(
                     paint, models.sd, how=how, cg=models.cg, pg=models.pg, first=painted)
                 painted = paint_pass(canvas, on_step=lambda *_: bar.update()).cpu()
-                check_finite(painted)
+                if not painted.isfinite().all():
+                    raise BadInput("--dtype: the painted pixels are not finite; add --dtype float32; if they still are "
+                                   "not, the weights are broken")
                 if n == how.refine or keep_first:
                     for i, ad, picture, mask, box in zip(batch, chosen, painted, canvas.mask, boxes):
                         results[i].insert(0, paste_back(picture, mask, box, ad.rgb, ad.mask, spread=n))
     return results
 
 
-def check_finite(painted: Tensor) -> None:
-    """Raises BadInput if the model produced NaN or infinite pixels."""
-    if not painted.isfinite().all():
-        raise BadInput("--dtype: the painted pixels are not finite; add --dtype float32; if they still are not, the "
-                       "weights are broken")
+def count_steps(schedule: Schedule, how: Painting) -> int:
+    """The steps of both passes. Raises BadInput if the schedule has too few for the first, or none for the second."""
+    second = schedule.timesteps(how.steps, how.refine_from * schedule.T // 1000) if how.refine > 1 else []
+    return len(schedule.timesteps(how.steps)) + len(second)
 
 
 # ---------------------------------------------------------------- the three commands
 
 
-def load(args, paint_ads: Callable, items: list[Item]) -> tuple[dict, Callable, dict]:
+def load(args, items: list[Item]) -> tuple[dict, Callable, dict]:
     """Loads the models that paint items -> the prompts of each category, `paint_ads` with the models and the settings,
     and the record of both.
     """
-    how = painting_of(args, eta=args.eta, from_reference=args.start == "reference")
+    how = painting_of(args, from_reference=args.start == "reference")
     choice = ModelChoice(args.weights, args.tokenizer, args.cg, args.pg, args.controlnet, args.device, args.dtype)
     models = load_models(choice, args.size, {item.category for item in items}, any(item.reference for item in items),
                          args.plain_prompt)
@@ -207,41 +207,40 @@ def load(args, paint_ads: Callable, items: list[Item]) -> tuple[dict, Callable, 
     return prompts_by_category(models.identifiers, models.sd.tokenizer), paint_all, record_of(args, how, models)
 
 
-def generate_text(args, paint_ads: Callable) -> None:
+def generate_text(args) -> None:
     """--prompt: the base paints alone, without a product."""
     jobs = jobs_of(args)
-    _, paint_all, record = load(args, paint_ads, [])
+    _, paint_all, record = load(args, [])
     blank = torch.zeros(3, *[record["size"] * record["refine"]] * 2)
     ads = [Ad(blank, blank[:1], (args.prompt,) * 3, job.seed) for job in jobs]
     paint_jobs(jobs, ads, paint_all, record, args.batch)
     say_next("--product CUTOUT --category NAME paints around a product")
 
 
-def generate_product(args, paint_ads: Callable) -> None:
+def generate_product(args) -> None:
     """--product: paints every product, in the style of every reference if any, --num times each, and a sheet of all.
 
     A single product is painted in the scene of each category given. Without --product: a sample, by CG and by CG + PG.
     """
     jobs = jobs_of(args)
-    texts, paint_all, record = load(args, paint_ads, [job.item for job in jobs])
+    texts, paint_all, record = load(args, [job.item for job in jobs])
     ads = load_ads(jobs, texts)
-    painted = paint_jobs(jobs, ads, paint_all, record, args.batch)
+    paint_jobs(jobs, ads, paint_all, record, args.batch)
     if len(jobs) > 1:
-        save(draw_sheet(jobs, ads, painted, "ControlNet" if args.controlnet else "CG"), args.out / SHEET)
+        save(draw_sheet(jobs, ads, "ControlNet" if args.controlnet else "CG"), args.out / SHEET)
     say_next("--product CUTOUT --category NAME paints around a product of your own" if args.product is None else
-             "--num 4 paints more of them; --how FILE prints the command that paints one again" if args.reference else
-             "--reference AD paints in its style")
+             "--reference AD paints in its style; --how FILE prints the command that paints a picture again")
 
 
-def generate_data(args, paint_ads: Callable) -> None:
+def generate_data(args) -> None:
     """--data: paints every item that has no picture yet, with PG where the item has a reference."""
     items, notes = read_items(args.data, args.split or "bg1k")
     items = items[: args.limit]
-    texts, paint_all, record = load(args, paint_ads, items)
+    jobs = jobs_of_items(items, args.out, args.seed)
+    texts, paint_all, record = load(args, items)
     print("\n".join(notes), file=sys.stderr)
-    painted, there, broken = paint_items(items, texts, paint_all, args.out, record, args.seed, args.batch,
-                                         args.keep_first)
-    save_data_sheet(items, args.out)  # the last of several processes has all pictures
+    painted, there, broken = paint_items(jobs, texts, paint_all, record, args.batch, args.keep_first)
+    save_data_sheet(jobs)  # the last of several processes has all pictures
     print(f"{args.out}: {painted:,} painted, {there:,} were there, {broken:,} broken")
     if broken > BROKEN * (painted + there + broken):
         raise BadInput(f"{args.data}: {broken:,} items can't be used, more than {BROKEN:.0%}; they are named above")
@@ -260,15 +259,14 @@ def say_next(text: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = options(__doc__)
-    args = parser.parse_args(arguments)
+    args = options(__doc__).parse_args(arguments)
     if args.how:
-        print(command_of(args.how, parser))
+        print(command_of(args.how))
         return
     check(args)
     command = generate_text if args.prompt is not None else generate_data if args.data else generate_product
     with locked(args.out):
-        command(args, paint_ads)
+        command(args)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import json
 import random
 import secrets
 import sys
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -323,12 +322,11 @@ def check_methods(names: list[str]) -> None:
 
 
 def options() -> Parser:
-    layout = partial(argparse.RawDescriptionHelpFormatter, max_help_position=32, width=120)
-    parser = Parser(description=__doc__, formatter_class=layout)
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="what", metavar="make or score", required=True)
 
     def command(name: str, text: str) -> Parser:
-        return commands.add_parser(name, formatter_class=layout, description=text, help=text)
+        return commands.add_parser(name, description=text, help=text)
 
     add = add_lab_options(command("make", "writes the raters' folder, and the key outside of it"))
     add("--methods", metavar="NAME", nargs="+", default=[*PAPER], help="two to nine methods [the paper's five]")

@@ -26,7 +26,7 @@ from data import product_hint
 from generate import IDENTIFIER, Canvas, paint, prompts_by_category
 from model import CategoryGenerator, ControlNet, PersonalityGenerator, Prompts, UNet, predict_noise
 from programs.latents import caption_prompts, category_prompts, held_out_ads, latent_samples, prompt_table, sheet_of
-from programs.models import TOY, load_branch
+from programs.models import load_branch
 from programs.settings import Settings, begin, category_identifiers, parser, settle
 from programs.trainer import Stage, Task, Trainer
 from sampler import Painting, Schedule, seeded, timestep_weights
@@ -77,17 +77,18 @@ class Eq1:
 def fit(task: Task, settings: Settings) -> None:
     """Trains a task for settings.steps steps. On SIGTERM it finishes the step, saves, and exits with status 143."""
     trainer = Trainer(task, settings)
-    for step, batch in trainer.batches():
-        loss = trainer.backward(step, batch)  # task.loss over all parts and processes, and its gradients
-        trainer.update(step, loss)  # AdamW and the moving average
-        trainer.record(step, loss)
-        if trainer.due(step, settings.sample_every):
-            trainer.save_models()
-        if trainer.due(step, 1 if trainer.stopping else settings.save_every):
-            trainer.save_checkpoint(step)
-        if trainer.due(step, settings.sample_every):
-            trainer.draw(step)  # last: it may run out of memory
-        trainer.leave_if_stopped(step)
+    with trainer.running():
+        for step, batch in trainer.batches():
+            loss = trainer.backward(step, batch)  # task.loss over all parts and processes, and its gradients
+            trainer.update(step, loss)  # AdamW and the moving average
+            trainer.record(step, loss)
+            if trainer.due(step, settings.sample_every):
+                trainer.save_models()
+            if trainer.due(step, 1 if trainer.stopping else settings.save_every):
+                trainer.save_checkpoint(step)
+            if trainer.due(step, settings.sample_every):
+                trainer.draw(step)  # last: it may run out of memory
+            trainer.leave_if_stopped(step)
     trainer.finish()
 
 
@@ -124,8 +125,9 @@ def batch_prompts(sd: StableDiffusion, items: list[Item], identifiers: dict[str,
         return caption_prompts(sd, [", ".join(item.caption) for item in items])
     texts = [*prompts_by_category(identifiers, sd.tokenizer).values(), ("", "", "")]
     rows = {name: row for row, name in enumerate(identifiers)}
-    return category_prompts(prompt_table(sd, texts, settings.cache, settings.amp),
-                            [rows[item.category] for item in items], settings.device)
+    with settings.autocast():
+        table = prompt_table(sd, texts)
+    return category_prompts(table, [rows[item.category] for item in items], settings.device)
 
 
 def branch_task(settings: Settings) -> Task:
@@ -164,8 +166,7 @@ def branch_task(settings: Settings) -> Task:
 
     name = " and ".join({"cg": "CG", "pg": "PG"}.get(name, "a ControlNet") for name in trained)
     return Task(name, trained, samples, lambda batch, generator: eq1(batch),
-                partial(draw_branches, sd.unet, cg or control, pg, canvas, settings), save,
-                next_commands(settings, [*trained]), identifiers)
+                partial(draw_branches, sd.unet, cg or control, pg, canvas, settings), save, identifiers)
 
 
 def held_out_canvas(sd: StableDiffusion, items: list[Item], identifiers: dict[str, str] | None, settings: Settings,
@@ -189,19 +190,6 @@ def draw_branches(unet: UNet, cg: ControlNet, pg: ControlNet | None, canvas: Can
     return sheet_of(rows | {"painted": painted, "ad": canvas.rgb})
 
 
-def next_commands(settings: Settings, trained: list[str]) -> list[list[str]]:
-    """Commands to go on with: after CG train PG, and paint."""
-    paths = {name: getattr(settings, name) for name in ("weights", "tokenizer", "cg")}
-    paths |= {name: settings.out / name for name in trained}
-
-    def command(*program: str, **paths: Path) -> list[str]:
-        given = {name: path for name, path in paths.items() if path and TOY not in path.absolute().parents}
-        return ["python", *program, *(word for name, path in given.items() for word in (f"--{name}", str(path)))]
-
-    paint = [*command("generate.py", **paths), "--product", "PHOTO.png", "--category", "NAME"]
-    return [command("train.py", "pg", **paths, data=settings.data), paint] if settings.stage == "cg" else [paint]
-
-
 # ---------------------------------------------------------------- the command line
 
 STAGES = BASE_STAGES | {
@@ -219,7 +207,8 @@ def main(arguments: list[str] | None = None, stages: dict[str, Stage] = STAGES) 
     stage = stages[given["stage"]]
     data = TOY_DATA / stage.data
     on_toy = "weights" not in given or given.get("data", data).absolute().parent == TOY_DATA
-    settings = begin(settle(given, stage.settings if on_toy else stage.paper or stage.settings, data))
+    settings = settle(given, stage.settings if on_toy else stage.paper or stage.settings, data)
+    begin(settings)
     draw_on_first_use(settings.data)
     with locked(settings.out):
         fit(stage.task(settings), settings)

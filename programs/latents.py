@@ -2,8 +2,7 @@
 needed to understand the paper.
 """
 
-import sys
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -39,14 +38,24 @@ def encode_items(sd: StableDiffusion, items: list[Item], size: int, folder: Path
 
     It holds the posterior's "mean" and "logvar", unscaled, (n, 4, h, w), and "inpainting" (n, 5, h, w), what an
     inpainting UNet reads beside z_t. All are float16, memory-mapped from files in `folder`. Processes share the work,
-    and existing files are reused. Raises BadInput if a file is broken.
+    and existing files are reused. Raises BadInput if a file is broken or a latent is not finite.
     """
-    ads, keys = Ads(items, size), latent_keys(sd, items, size, amp)
+    ads, keys, weight = Ads(items, size), latent_keys(sd, items, size, amp), sd.vae.quant_conv.weight
 
+    @torch.no_grad()
     def encode(k: int) -> dict[str, Tensor]:
-        part = Subset(ads, range(k * PART, min((k + 1) * PART, len(items))))
-        return encode_ads(sd, tqdm(DataLoader(part, batch, num_workers=workers), f"encoding {k + 1} of {len(keys)}",
-                                   unit="batch", disable=not sys.stderr.isatty()), amp)
+        part, encoded = Subset(ads, range(k * PART, min((k + 1) * PART, len(items)))), []
+        for ad in tqdm(DataLoader(part, batch, num_workers=workers), f"encoding {k + 1} of {len(keys)}", unit="batch",
+                       disable=None):
+            image = ad["image"].to(weight)
+            with torch.autocast(weight.device.type, amp, amp is not None):
+                mean, logvar = sd.vae.encode(2 * image - 1)
+                latents = {"mean": mean, "logvar": logvar, "inpainting": sd.inpainting(image.to(mean), ad["mask"])}
+            encoded.append({name: x.to("cpu", torch.float16) for name, x in latents.items() if x is not None})
+            if not_finite(encoded[-1]):
+                raise BadInput("the VAE's latents are not finite; its weights are broken: get them again, or, if they "
+                               "overflow with --amp float16, leave it out")
+        return {name: torch.cat([latents[name] for latents in encoded]) for name in encoded[0]}
 
     return compute_parts(folder, keys, encode)
 
@@ -59,33 +68,9 @@ def latent_keys(sd: StableDiffusion, items: list[Item], size: int, amp: torch.dt
 
 
 @torch.no_grad()
-def encode_ads(sd: StableDiffusion, batches: Iterable[dict], amp: torch.dtype | None) -> dict[str, Tensor]:
-    """A part of `encode_items`, from batches of Ads. Raises BadInput if a latent is not finite."""
-    weight, encoded = sd.vae.quant_conv.weight, []
-    for batch in batches:
-        image, mask = batch["image"].to(weight.device), batch["mask"].to(weight.device)
-        with torch.autocast(weight.device.type, amp, amp is not None):
-            mean, logvar = sd.vae.encode(2 * image.to(weight) - 1)
-            latents = {"mean": mean, "logvar": logvar, "inpainting": sd.inpainting(image.to(mean), mask)}
-        encoded.append({name: x.to("cpu", torch.float16) for name, x in latents.items() if x is not None})
-        if not_finite(encoded[-1]):
-            raise BadInput("the VAE's latents are not finite; its weights are broken: get them again, or, if they "
-                           "overflow with --amp float16, leave it out")
-    return {name: torch.cat([latents[name] for latents in encoded]) for name in encoded[0]}
-
-
-def prompt_table(sd: StableDiffusion, texts: list[tuple[str, str, str]], folder: Path,
-                 amp: torch.dtype | None = None) -> Tensor:
-    """The encodings of C triples of texts, for P, P_fg and P_bg: (C, 3, L, D), memory-mapped."""
-    device = sd.text_encoder.text_model.final_layer_norm.weight.device
-
-    @torch.no_grad()
-    def encode(_) -> dict[str, Tensor]:
-        with torch.autocast(device.type, amp, amp is not None):
-            return {"prompts": torch.stack([sd.prompts(list(triple)).cpu() for triple in texts])}
-
-    key = [weights_fingerprint(sd.text_encoder), sd.tokenizer.bpe.to_str(), texts, str(amp)]
-    return compute_parts(folder, [key], encode)[0]["prompts"]
+def prompt_table(sd: StableDiffusion, texts: list[tuple[str, str, str]]) -> Tensor:
+    """The encodings of C triples of texts, for P, P_fg and P_bg: (C, 3, L, D), on the CPU."""
+    return torch.stack([sd.prompts(list(triple)).cpu() for triple in texts])
 
 
 def category_prompts(table: Tensor, row_of_item: list[int], device: str) -> Callable[[Tensor, Tensor], Prompts]:
@@ -116,20 +101,17 @@ def caption_prompts(sd: StableDiffusion, captions: list[str]) -> Callable[[Tenso
 
 def held_out_ads(data: Path, split: str, items: list[Item], categories: Container[str] | None, size: int,
                  count: int = 8) -> tuple[list[Item], list[Tensor]]:
-    """The first ads of a test split, if the data set has it, then the last ones of the training set; only those in the
-    given categories, if any are given.
+    """The first ads of a test split, or of the whole list if that is metadata.jsonl, then the last ones of the training
+    set; only those in the given categories, if any are given.
 
     Returns the ads; and their images, masks, references and references' masks, all (n, 3 or 1, size, size). An ad
     without a reference is its own reference.
     """
     test, ads, pictures = [], [], []
-    if (data / f"{split}_info.txt").is_file():
-        with suppress(BadInput):  # its folders may not be there
-            test = read_items(data, split)[0]
+    with suppress(BadInput):  # if there is no such split
+        test = read_items(data, split)[0]
     for item in (*test, *items[::-1]):
-        if len(ads) == count:
-            break
-        if categories is None or item.category in categories:
+        if len(ads) < count and (categories is None or item.category in categories):
             reference = replace(item, image=item.reference, mask=item.reference_mask) if item.reference else item
             with suppress(BadInput):  # reported when it is read as part of the data set
                 pictures.append((*load_ad(item, size), *load_ad(reference, size)))

@@ -80,9 +80,8 @@ def load_branch(kind: str, path: Path, sd: StableDiffusion) -> ControlNet:
     weight = sd.unet.conv_in.weight
     branch = load_control(path, kind, weight.device, weight.dtype)
     ours, base = branch.config, sd.unet.config
-    hint_factor = 2 ** (len(ours["conditioning_embedding_out_channels"]) - 1)
     if (any(ours[key] != base[key] for key in ("block_out_channels", "layers_per_block", "cross_attention_dim"))
-            or ours["in_channels"] != base["out_channels"] or hint_factor != sd.vae.factor):
+            or ours["in_channels"] != base["out_channels"]):
         raise BadInput(f"{path} was trained on another base than the one given; give weights and branches that belong "
                        "together")
     return branch
@@ -125,16 +124,18 @@ def identifiers_of(names: set[str], cg: Path | None, plain_prompt: bool = False)
 
 def add_model_options(add: Callable) -> None:
     """Adds the options of ModelChoice, and --hint. add: a parser's add_argument."""
-    path = dict(metavar="PATH", type=Path)
-    add("--weights", **path, help="Stable Diffusion, a folder or a single file [toy/base; the paper's: SD 1.5]")
-    add("--tokenizer", metavar="DIR", type=Path,
-        help="folder with vocab.json and merges.txt [tokenizer/ in --weights; beside a single file]")
-    add("--cg", **path, help="Category-Wise Generator, trained on the base [toy/cg]")
-    add("--pg", **path, help="Personality-Wise Generator, trained on the base; used if there is a reference [toy/pg]")
-    add("--controlnet", **path,
-        help="a plain ControlNet in place of CG, with the plain prompt 'A photo of NAME': the paper's baseline")
+    paths = {
+        "--weights": "Stable Diffusion, a folder or a single file [toy/base; the paper's: SD 1.5]",
+        "--tokenizer": "folder with vocab.json and merges.txt [tokenizer/ in --weights; beside a single file]",
+        "--cg": "Category-Wise Generator, trained on the base [toy/cg]",
+        "--pg": "Personality-Wise Generator, trained on the base; used if there is a reference [toy/pg]",
+        "--controlnet": "a plain ControlNet in place of CG, with the plain prompt 'A photo of CATEGORY': the paper's "
+        "baseline",
+    }
+    for name, text in paths.items():
+        add(name, type=Path, help=text)
     add("--hint", choices=["product", "inpaint"], default="product",
         help="what --controlnet sees around the product: black, or -1, as ControlNet 1.1 inpaint expects [product]")
-    add("--device", metavar="NAME", default="auto", help="cpu, cuda, cuda:1, ... [auto: cuda where there is one]")
-    add("--dtype", metavar="NAME", choices=["auto", "float32", "float16", "bfloat16"], default="auto",
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ... [auto: cuda where there is one]")
+    add("--dtype", choices=["auto", "float32", "float16", "bfloat16"], default="auto",
         help="float32; float16 and bfloat16 are less precise [auto: float16 on CUDA, bfloat16 where it is faster]")

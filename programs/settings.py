@@ -3,9 +3,9 @@ understand the paper.
 """
 
 import argparse
-import sys
+from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields, replace
-from functools import partial
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -21,16 +21,19 @@ from support.options import Parser, real_number, whole_number
 BRANCHES = ("cg", "pg", "joint", "controlnet")  # the stages that train a branch on a frozen base
 
 
-def option(help: str, within: tuple[float, float] | None = None, stages: tuple[str, ...] | None = None,
-           default: object = None, group: str | None = None, **others) -> Field:
-    """A field of Settings that is also an option of train.py; others: more arguments of add_argument.
+def option(help: str, type: Callable | None = None, stages: tuple[str, ...] | None = None, default: object = None,
+           **others) -> Field:
+    """A field of Settings that is also an option of train.py; without a type it is a flag.
 
-    within: the range of a number. stages: those that have the option; None: all. group: begins a group of --help.
+    stages: those that have the option; None: all. others: more arguments of add_argument.
     """
     if default is not None:
         help += f" [{default}]"
-    return field(default=default, metadata={"help": help, "within": within, "stages": stages, "group": group,
-                                            "others": others})
+    kind = {"type": type} if type else {"action": "store_true"}
+    return field(default=default, metadata={"stages": stages, "argument": {"help": help} | kind | others})
+
+
+POSITIVE = whole_number(1, 10**9)
 
 
 @dataclass(frozen=True)
@@ -38,63 +41,65 @@ class Settings:
     """All settings of a run; None where an option is not given, or where a stage has no such setting."""
 
     stage: str
-    data: Path = option("BG60k as released, or a folder with metadata.jsonl [the toy's]", group="data and weights")
-    weights: Path = option("frozen Stable Diffusion, folder or single file [toy/base; the paper's: SD 1.5]",
-                           stages=("unet", *BRANCHES))
-    tokenizer: Path = option("folder with its vocab.json and merges.txt [in --weights; beside a single file]",
-                             stages=BRANCHES)
-    cg: Path = option("stage pg: the trained CG [toy/cg]", stages=("pg",))
-    init: Path = option("stages vae and unet: start from these weights [random]", stages=("vae", "unet"))
-    decoder_only: bool = option("stage vae: keep the encoder, and so all latents, as they are", stages=("vae",))
-    init_control: Path = option("branches: start from a ControlNet, CG or PG [SD's encoder, zero convolutions]",
-                                stages=BRANCHES)
+    data: Path = option("BG60k as released, or a folder with metadata.jsonl [the toy's]", Path)
+    weights: Path = option("frozen Stable Diffusion, folder or single file [toy/base; the paper's: SD 1.5]", Path,
+                           ("unet", *BRANCHES))
+    tokenizer: Path = option("folder with its vocab.json and merges.txt [in --weights; beside a single file]", Path,
+                             BRANCHES)
+    cg: Path = option("stage pg: the trained CG [toy/cg]", Path, ("pg",))
+    init: Path = option("stages vae and unet: start from these weights [random]", Path, ("vae", "unet"))
+    decoder_only: bool = option("stage vae: keep the encoder, and so all latents, as they are", None, ("vae",))
+    init_control: Path = option("branches: start from a ControlNet, CG or PG [SD's encoder, zero convolutions]", Path,
+                                BRANCHES)
 
-    size: int = option("side of the pictures in pixels [toy 128; paper 512]", (32, 4096),
-                       group="the method [defaults: the toy's on its base, else the paper's]")
-    refine: int = option("stage unet: also learn the second pass, at N x --size", (1, 16), ("unet",))
+    # The method. Defaults in brackets: the toy's on its base, else the paper's
+    size: int = option("side of the pictures in pixels [toy 128; paper 512]", whole_number(32, 4096))
+    refine: int = option("stage unet: also learn the second pass, at this multiple of --size", whole_number(1, 16),
+                         ("unet",))
     attention: str = option("in CG: Eq. 3, as in the paper, or (ours) Eq. 2 on P, as in an ordinary ControlNet",
-                            None, ("cg", "joint"), "mask-guided", choices=("mask-guided", "plain"))
+                            str, ("cg", "joint"), "mask-guided", choices=("mask-guided", "plain"))
     prompt_dropout: float = option("fraction of the prompts replaced by '' [0.5, as ControlNet; toy's CG 0.1]",
-                                   (0, 1), BRANCHES)
+                                   real_number(0, 1), BRANCHES)
     theta: int = option("PG's dilation in pixels of a 512-px image, Eq. 5, section 5.1; 0: masks stay as they are",
-                        (0, 512), ("pg", "joint"), THETA)
+                        whole_number(0, 512), ("pg", "joint"), THETA)
     sigma: tuple = option("PG's mixup, Eq. 6, section 5.1: range of σ, the ad's share; 1 1: no mixup",
-                          None, ("pg", "joint"), SIGMA, type=real_number(0, 1), nargs=2, metavar=("LOW", "HIGH"))
-    noise_offset: float = option("spread of the mean of ε [toy 0.1; paper 0]", (0, 10), ("unet", *BRANCHES))
+                          real_number(0, 1), ("pg", "joint"), SIGMA, nargs=2, metavar=("LOW", "HIGH"))
+    noise_offset: float = option("spread of the mean of ε [toy 0.1; paper 0]", real_number(0, 10), ("unet", *BRANCHES))
     weighting: str = option("weight of the error at each timestep [toy min-snr or debias; paper uniform, Eq. 1]",
-                            None, ("unet", *BRANCHES), choices=("uniform", "min-snr", "debias"))
-    identifier: str = option("[D] of a category, with {} for its number ['sks {}', section 5.1; a known one stays]",
-                             None, ("cg", "joint"), metavar="TEXT")
+                            str, ("unet", *BRANCHES), choices=("uniform", "min-snr", "debias"))
 
-    lr: float = option("AdamW's learning rate [toy 1e-3 or 2e-3; paper 1e-5]", (1e-9, 10),
-                       group="the optimiser [likewise]")
-    batch: int = option("pictures per step, over all processes [toy 12 to 64; paper 128]", (1, 65536))
-    steps: int = option("steps in all [toy 800 to 10400; paper 300 epochs]", (1, 10**9))
+    # The optimiser
+    lr: float = option("AdamW's learning rate [toy 1e-3 or 2e-3; paper 1e-5]", real_number(1e-9, 10))
+    batch: int = option("pictures per step, over all processes [toy 12 to 64; paper 128]", POSITIVE)
+    steps: int = option("steps in all [toy 800 to 10400; paper 300 epochs]", POSITIVE)
     epochs: int = 0  # the number of steps follows from them, unless it is given
     warmup: int = 0  # first steps, in which the rate rises
-    decay: float = option("last part of the run, in which the rate falls to 0 [toy 0.3 or 0.5; paper 0]", (0, 1))
+    decay: float = option("last part of the run, in which the rate falls to 0 [toy 0.3 or 0.5; paper 0]",
+                          real_number(0, 1))
     clip_gradient: float = 0.0  # longer gradients are shortened to this length; 0: none
-    ema: float = option("decay of the weights' moving average [toy 0 to 0.999; paper 0: none]", (0, 0.99999))
+    ema: float = option("decay of the weights' moving average [toy 0 to 0.999; paper 0: none]",
+                        real_number(0, 0.99999))
     amp: torch.dtype = option(
         "mixed precision; trained weights stay float32 [without a value: bfloat16 if that is faster here]",
-        nargs="?", const="auto", choices=("auto", "bfloat16", "float16"))
-    seed: int = option("decides everything random", (0, 2**32 - 1), default=0)
+        str, nargs="?", const="auto", choices=("auto", "bfloat16", "float16"))
+    seed: int = option("decides everything random", whole_number(0, 2**32 - 1), default=0)
 
-    # From here on, a resumed run may change a setting and stays the same run
-    device: str = option("cpu, cuda, cuda:1, ...; auto: cuda where there is one", default="auto", metavar="NAME",
-                         group="machine and records")
+    # The machine and the records
+    device: str = option("cpu, cuda, cuda:1, ...; auto: cuda where there is one", str, default="auto")
     micro_batch: int = option(
-        "pictures a process computes at once; fewer need less memory [toy all; else 4, on one GPU 16]", (1, 65536))
+        "pictures a process computes at once; fewer need less memory [toy all; else 4, on one GPU 16]", POSITIVE)
     checkpointing: bool = option(
         "compute activations again for the backward pass instead of keeping them: less memory, more time",
-        stages=BRANCHES)
-    workers: int = option("processes that load samples [0 up to 128 px; else one a core, at most 8]", (0, 256))
-    out: Path = option("where models, log, sheets and checkpoints go; latents: in cache/ beside it [runs/STAGE]")
+        None, BRANCHES)
+    workers: int = option("processes that load samples [0 up to 128 px; else one a core, at most 8]",
+                          whole_number(0, 256))
+    out: Path = option("where models, log, sheets and checkpoints go; latents: in cache/ beside it [runs/STAGE]", Path)
     resume: bool = option("go on from the newest checkpoint in --out")
-    log_every: int = option("steps between lines of the log", (1, 10**9), default=20)
-    save_every: int = option("steps between checkpoints; the newest two are kept", (1, 10**9), default=250)
-    sample_every: int = option("steps between sheets and saved models", (1, 10**9), default=500)
-    save_dtype: torch.dtype = option("dtype of the saved models", default="float32", choices=("float32", "float16"))
+    log_every: int = option("steps between lines of the log", POSITIVE, default=20)
+    save_every: int = option("steps between checkpoints; the newest two are kept", POSITIVE, default=250)
+    sample_every: int = option("steps between sheets and saved models", POSITIVE, default=500)
+    save_dtype: torch.dtype = option("dtype of the saved models", str, default="float32",
+                                     choices=("float32", "float16"))
 
     @property
     def folder(self) -> Path:
@@ -103,7 +108,7 @@ class Settings:
 
     @property
     def cache(self) -> Path:
-        """Where latents and prompts are kept, encoded once; it may be deleted."""
+        """Where latents are kept, encoded once; it may be deleted."""
         return self.out.parent / "cache"
 
     @property
@@ -114,12 +119,6 @@ class Settings:
     def autocast(self) -> torch.autocast:
         """With --amp a context of half precision. It caches the weights in it, unless --checkpointing saves memory."""
         return torch.autocast(torch.device(self.device).type, self.amp, self.amp is not None, not self.checkpointing)
-
-    def recorded(self) -> dict:
-        """The settings that make a resumed run the same as the interrupted one, for its checkpoints."""
-        names = [setting.name for setting in fields(self)]
-        values = {name: getattr(self, name) for name in names[: names.index("device")]}
-        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
     def checkpoints(self) -> list[Path]:
         """The run's checkpoints, oldest first."""
@@ -135,95 +134,60 @@ class Settings:
 
 def parser(description: str, stages: list[str]) -> Parser:
     """The command line of train.py. What it returns holds only the options that are given."""
-    program = group = Parser(description=description, argument_default=argparse.SUPPRESS, formatter_class=partial(
-        argparse.RawDescriptionHelpFormatter, max_help_position=24, width=120))
+    program = Parser(description=description, argument_default=argparse.SUPPRESS)
     program.add_argument("stage", help=", ".join(stages))
     for setting in fields(Settings):
-        if not (given := setting.metadata):
-            continue
-        if given["group"]:
-            group = program.add_argument_group(given["group"])
-        how = {}
-        if setting.type is bool:
-            how = {"action": "store_true"}
-        elif setting.type is Path:
-            how = {"type": Path, "metavar": "PATH"}
-        elif given["within"]:
-            number = whole_number if setting.type is int else real_number
-            how = {"type": number(*given["within"]), "metavar": "N"}
-        group.add_argument(option_name(setting.name), help=given["help"], **how | given["others"])
+        if setting.metadata:
+            program.add_argument(f"--{setting.name.replace('_', '-')}", **setting.metadata["argument"])
     return program
 
 
-def option_name(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
 def settle(given: dict, preset: dict, data: Path) -> Settings:
-    """Settings from the options given, the settings of the stage or the paper, and the toy's data set. Raises BadInput
-    for all errors that show before loading.
+    """Settings from the options given, the settings of the stage or the paper, and the toy's data set. Only steps may
+    stay open, if the preset counts epochs.
 
-    Two stay open: steps is None if the preset counts epochs, and amp is "auto" for --amp without a value.
+    Raises BadInput for all errors that show before loading.
     """
     stage, world = given["stage"], processes()[1]
     for setting in fields(Settings):
         stages = setting.metadata.get("stages")
         if setting.name in given and stages and stage not in stages:
-            raise BadInput(f"{option_name(setting.name)} belongs to stage {' and '.join(stages)}; leave it out")
+            raise BadInput(f"--{setting.name.replace('_', '-')} belongs to stage {' and '.join(stages)}; leave it out")
     s = Settings(**{"out": Path("runs", stage), "data": data} | preset | given)
-    if s.sigma[0] > s.sigma[1]:
-        raise BadInput("--sigma: give the lower number first")
-    if s.identifier and "{}" not in s.identifier:
-        raise BadInput(f"--identifier {s.identifier}: needs {{}} where the category's number is to stand")
     device, share = pick_device(s.device), s.batch // world
+    cuda = device.startswith("cuda")
     if s.batch % world:
         raise BadInput(f"--batch {s.batch}: must be a multiple of the {world} processes")
     most = share  # of the toy's pictures all fit
     if s.epochs:
-        most = 16 if device.startswith("cuda") and world == 1 else 4
+        most = 16 if cuda and world == 1 else 4
     micro_batch = min(s.micro_batch or max(n for n in range(1, min(share, most) + 1) if share % n == 0), share)
     if share % micro_batch:
         raise BadInput(f"--micro-batch {micro_batch}: must divide --batch {s.batch} over the processes, {share} each")
+    amp = s.amp
+    if amp == "auto":
+        faster = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else bfloat16_is_faster()
+        amp = "bfloat16" if faster else None
     check_folder(s.out)
     return replace(
         s, data=s.data.absolute(), weights=s.weights or TOY / "base", device=device, micro_batch=micro_batch,
-        cg=branch_path("cg", s.cg, s.weights) if stage == "pg" else None, sigma=tuple(s.sigma),
-        workers=(0 if s.size <= 128 else min(8, cores())) if s.workers is None else s.workers,
-        amp=s.amp if s.amp in (None, "auto") else getattr(torch, s.amp), save_dtype=getattr(torch, s.save_dtype))
+        cg=branch_path("cg", s.cg, s.weights) if stage == "pg" else None,
+        workers=min(8, cores()) if s.workers is None and s.size > 128 else s.workers or 0,
+        amp=amp and getattr(torch, amp), save_dtype=getattr(torch, s.save_dtype))
 
 
-def begin(settings: Settings) -> Settings:
-    """Checks what --out holds, joins the other processes under torchrun, and settles what --amp without a value means:
-    bfloat16 if this machine multiplies it faster than float32. A resumed run keeps its earlier choice.
-
-    Raises BadInput if --resume is missing, or finds no run.
+def begin(settings: Settings) -> None:
+    """Checks what --out holds, and joins the other processes under torchrun. Raises BadInput if --resume is missing, or
+    finds no run.
     """
-    folder, (rank, world), amp = settings.folder, processes(), [settings.amp]
-    if [*folder.glob("checkpoint_*.safetensors")]:
-        raise BadInput(f"{folder} holds a run of an earlier version: finish it with that (git checkout 09b292d), or "
-                       "name another --out")
-    if settings.resume and not settings.checkpoints():
-        raise BadInput(f"nothing to resume: {folder} holds no checkpoint; leave out --resume, or give the run's --out")
-    if settings.checkpoints() and not settings.resume:
-        raise BadInput(f"--out {settings.out} holds a run of this stage; add --resume to go on, or name another folder")
+    if bool(settings.resume) != bool(settings.checkpoints()):
+        wrong = "nothing to resume; leave out" if settings.resume else "a run of this stage; to go on, add"
+        raise BadInput(f"--out {settings.out} holds {wrong} --resume, or name another folder")
     cuda = settings.device.startswith("cuda")
     if cuda:
         torch.cuda.set_device(settings.device)
-    if world > 1 and not dist.is_initialized():
+    if processes()[1] > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")
-    if amp != ["auto"]:
-        return settings
-    if settings.resume:
-        amp = [settings.newest_checkpoint().get("settings", {}).get("amp")]
-    elif rank == 0:
-        faster = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else bfloat16_is_faster()
-        amp = [torch.bfloat16 if faster else None]
-    if world > 1:
-        dist.broadcast_object_list(amp)
-    if rank == 0:
-        print("--amp: " + (f"trains in mixed precision, {str(amp[0])[6:]}" if amp[0] else
-                           "trains in float32: this machine does not multiply bfloat16 faster"), file=sys.stderr)
-    return replace(settings, amp=amp[0])
 
 
 # ---------------------------------------------------------------- the categories' identifiers: once given, they stay
@@ -231,7 +195,7 @@ def begin(settings: Settings) -> Settings:
 
 def category_identifiers(items: list[Item], settings: Settings, template: str) -> dict[str, str]:
     """The identifier [D] of each category, by name (section 3.2). Categories that the frozen CG, --init-control or the
-    resumed run knows keep theirs; new ones get the next numbers, in the form of --identifier or the given template.
+    resumed run knows keep theirs; new ones get the next numbers, in place of {} in the template.
 
     Raises BadInput if the frozen CG lacks a category.
     """
@@ -245,15 +209,11 @@ def category_identifiers(items: list[Item], settings: Settings, template: str) -
         known = settings.newest_checkpoint().get("identifiers") or {}
     elif settings.init_control and (file := categories_file(settings.init_control)).is_file():
         known = read_identifiers(file)
-    return number_categories(names, settings.identifier or template, known)
+    return number_categories(names, template, known)
 
 
 def number_categories(names: list[str], template: str, known: dict[str, str]) -> dict[str, str]:
     """`known` in its order; then, for each other name, the template with the next number in place of {}."""
-    identifiers, number = dict(known), len(known)
-    for name in names:
-        if name not in identifiers:
-            while template.replace("{}", str(number)) in identifiers.values():  # if someone has edited the file
-                number += 1
-            identifiers[name] = template.replace("{}", str(number))
-    return identifiers
+    numbered = (template.replace("{}", str(number)) for number in count(len(known)))
+    free = (identifier for identifier in numbered if identifier not in known.values())  # someone may have edited them
+    return known | {name: next(free) for name in names if name not in known}

@@ -7,29 +7,25 @@ Everything random in a step follows from the run's seed and the step's number, s
 import json
 import math
 import random
-import shlex
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import Generator, Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from programs.settings import Settings
-from support.files import BadInput, append_line, read_log, write_atomic, write_text
+from support.files import BadInput, append_line, explain, read_log, write_atomic, write_text
 from support.images import save_image
 from support.machine import barrier, processes
 from support.plots import draw_curves
@@ -51,28 +47,17 @@ class Task:
     loss: Callable[[dict, Generator], Tensor]  # (batch, generator for further randomness) -> scalar
     draw: Callable[[], Image.Image]  # a sheet that shows what the modules do now
     save: Callable[[Path], None]  # writes the public folders
-    next: list[list[str]] = field(default_factory=list)  # commands to go on with after the training
     identifiers: dict[str, str] | None = None  # [D] of each category, which a resumed run must keep
 
 
-class Stage(NamedTuple):
+@dataclass
+class Stage:
     """A stage of train.py."""
 
     task: Callable[[Settings], Task]
     settings: dict  # its own on the toy's base, by the names of Settings
     paper: dict | None = None  # the paper's settings, for another base
     data: str = "ads"  # what it trains on in toy/data, unless --data is given
-
-
-class Loss(nn.Module):
-    """A task's loss as a module, whose gradients DistributedDataParallel averages over the processes."""
-
-    def __init__(self, task: Task):
-        super().__init__()
-        self.trained, self.loss = nn.ModuleDict(task.modules), task.loss
-
-    def forward(self, batch: dict, generator: Generator) -> Tensor:
-        return self.loss(batch, generator)
 
 
 def seed_of(*parts: object) -> int:
@@ -100,7 +85,7 @@ def ignore_sigterm(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def learning_rate(step: int, lr: float, steps: int, warmup: int = 0, decay: float = 0.0) -> float:
+def learning_rate(step: int, lr: float, steps: int, warmup: int, decay: float) -> float:
     """Linear warm-up, a constant rate, linear decay over the last part of the run. The paper's rate is constant."""
     up = min(1.0, (step + 1) / warmup) if warmup else 1.0
     down = min(1.0, (steps - step) / (decay * steps)) if decay else 1.0
@@ -116,26 +101,37 @@ class Trainer:
     def __init__(self, task: Task, settings: Settings):
         steps = settings.steps or math.ceil(settings.epochs * len(task.samples) / settings.batch)
         self.task, self.settings, (self.rank, self.world) = task, replace(settings, steps=steps), processes()
-        s, loss = self.settings, Loss(task).to(memory_format=settings.memory_format)
-        self.modules, self.parameters = loss.trained, [*loss.trained.parameters()]
+        s, self.modules = self.settings, nn.ModuleDict(task.modules).to(memory_format=settings.memory_format)
+        self.parameters = [*self.modules.parameters()]
         self.optimizer = torch.optim.AdamW(self.parameters, s.lr, weight_decay=WEIGHT_DECAY, fused=True)
         # float16 gradients would vanish below 6e-8: the loss is scaled up, and the gradients back down
         self.scaler = torch.amp.GradScaler(torch.device(s.device).type, enabled=s.amp == torch.float16)
         self.averages = [p.detach().clone() for p in self.parameters] if s.ema else []  # exponential moving ones (EMA)
+        self.described = {name: str(value) for name, value in vars(s).items() if name != "resume"}
         self.start = self.load_checkpoint() if s.resume else 0
-        self.loss = DistributedDataParallel(loss) if self.world > 1 else loss
-        self.sigterm = False  # whether this process has received it
-        self.stopping = False  # whether any process has; all know it after a step
+        self.sigterm = self.stopping = False  # whether this process has received it; whether all know that one has
         self.log, self.losses, self.clock = s.folder / "log.jsonl", [], time.perf_counter()
         if self.rank == 0:
             lines = [json.dumps(line) + "\n" for line in read_log(self.log) if line["step"] <= self.start]
             write_text("".join(lines), self.log)  # without those that an interrupted run wrote after `start`
-            millions = sum(p.numel() for p in self.parameters) / 1e6
-            print(f"training {task.name}, {millions:.1f} million parameters, on {len(task.samples):,} pictures from "
-                  f"{s.data}: steps {self.start + 1:,} to {steps:,} of {s.batch} pictures each, on {s.device}"
-                  if self.start < steps else
-                  f"{s.folder} is done: it is at step {self.start:,}; a larger --steps trains it further",
-                  file=sys.stderr)
+            print(f"training {task.name}, {sum(p.numel() for p in self.parameters):,} parameters, on "
+                  f"{len(task.samples):,} pictures from {s.data}: from step {self.start:,} to {steps:,}, {s.batch} "
+                  f"pictures each, on {s.device} in {s.amp or torch.float32}", file=sys.stderr)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """A context for the loop: SIGTERM is noted, and errors name the last good checkpoint."""
+        handler = signal.signal(signal.SIGTERM, self.note_sigterm)
+        try:
+            yield
+        except (BadInput, OSError) as error:
+            kept = [f"; {path} is whole: --resume goes on from it" for path in self.settings.checkpoints()[-1:]]
+            raise BadInput(explain(error) + "".join(kept)) from None
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+
+    def note_sigterm(self, *_) -> None:
+        self.sigterm = True
 
     def batches(self) -> Iterator[tuple[int, dict]]:
         """Yields each step still to be taken, counted from 0, and this process's share of its batch."""
@@ -143,22 +139,14 @@ class Trainer:
         keys = batches_of_keys(len(self.task.samples), s.batch, s.seed, self.start, s.steps, self.rank, self.world)
         loader = DataLoader(self.task.samples, batch_sampler=keys, num_workers=s.workers, pin_memory=s.device != "cpu",
                             worker_init_fn=ignore_sigterm)
-        self.bar = tqdm(loader, initial=self.start, total=s.steps, unit="step",
-                        disable=self.rank > 0 or not sys.stderr.isatty())
-        handler = signal.signal(signal.SIGTERM, self.note_sigterm)
-        try:
-            yield from enumerate(self.bar, self.start)
-        finally:
-            signal.signal(signal.SIGTERM, handler)
-
-    def note_sigterm(self, *_) -> None:
-        self.sigterm = True
+        bar = tqdm(loader, initial=self.start, total=s.steps, unit="step", disable=self.rank > 0 or None)
+        return enumerate(bar, self.start)
 
     # ------------------------------------------------------------ a step
 
     def backward(self, step: int, batch: dict) -> float:
-        """Adds up the gradients of a batch, in parts of --micro-batch pictures. Returns its mean loss over all parts
-        and processes.
+        """Adds up the gradients of a batch, in parts of --micro-batch pictures and over the processes. Returns its mean
+        loss.
         """
         s = self.settings
         generator = Generator().manual_seed(seed_of(s.seed, "step", step, *([self.rank] if self.rank else [])))
@@ -168,16 +156,19 @@ class Trainer:
             for i in range(parts):
                 rows = slice(i * s.micro_batch, (i + 1) * s.micro_batch)
                 part = {name: x[rows].to(s.device, non_blocking=True) for name, x in batch.items()}
-                # the processes exchange their gradients once, after the last part
-                with self.loss.no_sync() if self.world > 1 and i < parts - 1 else nullcontext(), s.autocast():
-                    error = self.loss(part, generator) / parts
+                with s.autocast():
+                    error = self.task.loss(part, generator) / (parts * self.world)
                     self.scaler.scale(error).backward()
                 loss += error.item()
         self.stopping = self.sigterm
         if self.world > 1:
-            total = torch.tensor([loss, self.sigterm], dtype=torch.float32, device=s.device)
-            dist.all_reduce(total)
-            loss, self.stopping = total[0].item() / self.world, bool(total[1])
+            numbers = torch.tensor([loss, self.sigterm], device=s.device)
+            tensors = [numbers, *(p.grad for p in self.parameters if p.grad is not None)]
+            summed = torch.cat([tensor.flatten() for tensor in tensors])  # one exchange is faster than many
+            dist.all_reduce(summed)
+            for tensor, part in zip(tensors, summed.split([tensor.numel() for tensor in tensors])):
+                tensor.copy_(part.view_as(tensor))
+            loss, self.stopping = numbers.tolist()
         return loss
 
     def update(self, step: int, loss: float) -> None:
@@ -185,15 +176,14 @@ class Trainer:
         before it changes a weight.
         """
         s = self.settings
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, s.lr, s.steps, s.warmup, s.decay)
+        self.optimizer.param_groups[0]["lr"] = learning_rate(step, s.lr, s.steps, s.warmup, s.decay)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.parameters, s.clip_gradient or math.inf).item()
         # a scaler skips steps whose gradients overflow, and then scales the loss less; below 1 that can't help
         skips = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
         if not math.isfinite(loss) or not (math.isfinite(norm) or skips):
             raise BadInput(f"the loss is {loss}, its gradient's length {norm} at step {step + 1}; give a lower --lr, "
-                           f"or whole weights to start from{self.whole()}")
+                           "or whole weights to start from")
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -208,11 +198,9 @@ class Trainer:
             return
         loss, lr = sum(self.losses) / len(self.losses), self.optimizer.param_groups[0]["lr"]
         speed = len(self.losses) * self.settings.batch / (time.perf_counter() - self.clock)
-        append_line({"step": step + 1, "loss": loss, "lr": lr, "images_per_second": round(speed, 2)}, self.log)
-        shown = f"loss {loss:.4f}, lr {lr:.1e}, {speed:.1f} images/s"
-        self.bar.set_postfix_str(shown)
-        if self.bar.disable:  # no terminal
-            print(f"step {step + 1:,} of {self.settings.steps:,}: {shown}", file=sys.stderr)
+        append_line({"step": step + 1, "loss": loss, "lr": lr, "images_per_second": speed}, self.log)
+        tqdm.write(f"step {step + 1:,} of {self.settings.steps:,}: loss {loss:.4f}, lr {lr:.1e}, {speed:.1f} images/s",
+                   sys.stderr)
         self.losses, self.clock = [], time.perf_counter()
 
     def due(self, step: int, every: int) -> bool:
@@ -225,11 +213,11 @@ class Trainer:
         """Saves everything that a resumed run needs; random states follow from the seed and the step. Removes the
         oldest checkpoint. Raises BadInput if a weight is not finite.
         """
-        content = {"step": step + 1, "settings": self.settings.recorded(), "identifiers": self.task.identifiers,
+        content = {"step": step + 1, "settings": self.described, "identifiers": self.task.identifiers,
                    "weights": self.modules.state_dict(), "averages": self.averages,
                    "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
         if broken := not_finite(content["weights"]):
-            raise BadInput(f"{broken} is not finite at step {step + 1}; give a lower --lr{self.whole()}")
+            raise BadInput(f"{broken} is not finite at step {step + 1}; give a lower --lr")
 
         def write(path: Path) -> None:
             try:
@@ -237,17 +225,16 @@ class Trainer:
             except RuntimeError as error:
                 raise OSError(f"as on a full disk: {error}") from None
 
-        with self.writing():
-            write_atomic(self.settings.folder / f"checkpoint_{step + 1:08}.pt", write)
-            for old in self.settings.checkpoints()[:-CHECKPOINTS]:
-                old.unlink()
+        write_atomic(self.settings.folder / f"checkpoint_{step + 1:08}.pt", write)
+        for old in self.settings.checkpoints()[:-CHECKPOINTS]:
+            old.unlink()
 
     def load_checkpoint(self) -> int:
         """Fills everything from the newest checkpoint and returns its step. Reports changed settings on stderr.
 
         Raises BadInput if it is broken, or from another model, or from a run whose categories had other identifiers.
         """
-        saved, now = self.settings.newest_checkpoint(), self.settings.recorded()
+        saved, now = self.settings.newest_checkpoint(), self.described
         try:
             self.modules.load_state_dict(saved["weights"])
             for average, before in zip(self.averages, saved["averages"], strict=True):
@@ -257,11 +244,11 @@ class Trainer:
         except (RuntimeError, KeyError, ValueError):
             raise BadInput(f"{self.settings.checkpoints()[-1]} is broken, or from another model or other settings; "
                            "give the options of the run, or remove it to go on from the one before") from None
-        if not (saved["identifiers"] or {}).items() <= (self.task.identifiers or {}).items():
-            raise BadInput(f"the categories of {self.settings.data}, or their identifiers, are not those that the run "
-                           "began with; give the run's --data, or train anew to another --out")
-        changed = [f"{name} {before} -> {now[name]}" for name, before in saved["settings"].items()
-                   if before != now[name]]
+        if (saved["identifiers"] or {}).items() - (self.task.identifiers or {}).items():
+            raise BadInput(f"the identifiers of {self.settings.data}'s categories are not those that the run began "
+                           "with; give the run's --cg and --data, or train anew to another --out")
+        changed = [f"{name} {before} -> {now.get(name)}"
+                   for name, before in sorted(saved["settings"].items() - now.items())]
         if changed and self.rank == 0:
             print(f"resumed with changed settings: {', '.join(changed)}", file=sys.stderr)
         return saved["step"]
@@ -269,27 +256,12 @@ class Trainer:
     # ------------------------------------------------------------ what the first process writes
 
     @contextmanager
-    def writing(self) -> Iterator[None]:
-        """A context for writing: it does not count as training time, and errors name the last good checkpoint."""
-        start = time.perf_counter()
-        try:
-            yield
-        except BadInput as error:
-            raise BadInput(f"{error}{self.whole()}") from None
-        self.clock += time.perf_counter() - start
-
-    def whole(self) -> str:
-        """Names the last good checkpoint, at the end of a message."""
-        return "".join(f"; {path} is whole: --resume goes on from it" for path in self.settings.checkpoints()[-1:])
-
-    @contextmanager
     def averaged(self) -> Iterator[None]:
         """A context for using the modules: their weights are the averages, if there are any."""
 
         def swap() -> None:
-            for i, average in enumerate(self.averages):
-                p = self.parameters[i]
-                p.data, self.averages[i] = average, p.data
+            for p, average in zip(self.parameters, self.averages):
+                p.data, average.data = average.data, p.data
 
         swap()
         try:
@@ -300,22 +272,19 @@ class Trainer:
 
     def save_models(self) -> None:
         """Saves the modules as public folders."""
-        with self.writing(), self.averaged():
+        with self.averaged():
             self.task.save(self.settings.out)
 
     def draw(self, step: int) -> None:
         """Draws the loss as a curve, and a sheet that shows what the modules do now."""
         folder, points = self.settings.folder, [(line["step"], line["loss"]) for line in read_log(self.log)]
-        smoothed = [*accumulate(points, lambda before, now: (now[0], 0.7 * before[1] + 0.3 * now[1]))]
-        with self.writing():
-            if points:
-                curve = draw_curves({"loss": points, "smoothed": smoothed}, f"loss of {self.task.name}", "step")
-                save_image(curve, folder / "loss.png")
-            try:
-                with self.averaged():
-                    save_image(self.task.draw(), folder / f"sheet_{step + 1:06}.png")
-            except torch.OutOfMemoryError:
-                print("no sheet: painting it does not fit the GPU's memory", file=sys.stderr)
+        if points:
+            save_image(draw_curves({"loss": points}, f"loss of {self.task.name}", "step"), folder / "loss.png")
+        try:
+            with self.averaged():
+                save_image(self.task.draw(), folder / f"sheet_{step + 1:06}.png")
+        except torch.OutOfMemoryError:
+            print("no sheet: painting it does not fit the GPU's memory", file=sys.stderr)
 
     def leave_if_stopped(self, step: int) -> None:
         """If any process has received SIGTERM, ends all of them with status 143."""
@@ -325,11 +294,9 @@ class Trainer:
             raise SystemExit(128 + signal.SIGTERM)
 
     def finish(self) -> None:
-        """Says what was written and what can be done with it."""
+        """Says what was written."""
         barrier()  # no process goes on before the first has saved
         if self.rank == 0:
             out = self.settings.out
             print(f"trained {self.task.name}: {', '.join(str(out / name) for name in self.task.modules)}; "
                   f"{self.settings.folder} holds the loss as a curve, sheets and the log")
-            for command in self.task.next:
-                print("next:", shlex.join(command))

@@ -26,7 +26,7 @@ import train
 from clip import CLIP
 from data import Ad
 from generate import paint_ads, prompts_by_category
-from programs.batch import paint_items, result_path
+from programs.batch import jobs_of_items, paint_items
 from programs.gallery import add_walk_options, jobs_of, paint_jobs, painting_of
 from programs.models import (
     ModelChoice,
@@ -39,7 +39,7 @@ from programs.models import (
 )
 from rivals.baselines import STRENGTH, blended_diffusion, stable_diffusion
 from rivals.lama import load_lama
-from rivals.networks import OPTIONS, Networks
+from rivals.networks import Networks
 from rivals.paint_by_example import GUIDANCE, load_paint_by_example
 from rivals.stages import RIVAL_STAGES
 from sampler import Painting
@@ -135,7 +135,7 @@ def load_rival(name: str, path: Path, choice: ModelChoice, size: int | None, how
 PROTOCOLS = {"bg1k": "", "ref": "Ref→Self", "self": "Self→Self"}  # what is painted (see Lab.all_items): its label
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Lab:
     """What all tables and figures share: the data, the networks, and the pictures, which are kept in `out`."""
 
@@ -168,25 +168,19 @@ class Lab:
         """The items that are painted and measured: the first --limit."""
         return self.all_items(protocol)[: self.limit]
 
+    @cache  # noqa: B019 (a program makes one lab)
     def all_items(self, protocol: str) -> list[Item]:
-        """bg1k: products; ref: products and the references they are paired with; self: each its own reference."""
+        """The items of BG1k or BG-pair (section 4). bg1k: products; ref: products and the references they are paired
+        with; self: each its own reference.
+        """
+        items = read_items(self.data, "bg1k" if protocol == "bg1k" else "bgpair")[0]
         if protocol == "bg1k":
-            return [replace(item, reference=None, reference_mask=None) for item in self.products]
+            return [replace(item, reference=None, reference_mask=None) for item in items]
         if protocol == "self":
-            return [replace(item, reference=item.image, reference_mask=item.mask) for item in self.pairs]
-        if items := [item for item in self.pairs if item.reference]:
+            return [replace(item, reference=item.image, reference_mask=item.mask) for item in items]
+        if items := [item for item in items if item.reference]:
             return items
         raise BadInput(f"{self.data}: no item has a reference, which this command needs; choose another data set")
-
-    @cached_property
-    def products(self) -> list[Item]:
-        """BG1k (section 4)."""
-        return read_items(self.data, "bg1k")[0]
-
-    @cached_property
-    def pairs(self) -> list[Item]:
-        """BG-pair (section 4)."""
-        return read_items(self.data, "bgpair")[0]
 
     def pictures(self, name: str, items: list[Item], folder: str, chosen: list[int] | None = None,
                  texts: Texts | None = None) -> list[Path]:
@@ -208,8 +202,10 @@ class Lab:
         files = [[item.category, *map(file_fingerprint, (item.image, item.mask, item.reference, item.reference_mask))]
                  for item in split]
         out = self.out / "pictures" / folder / f"{name}-{fingerprint([record, files])[:8]}"
-        chosen = [*range(len(items))] if chosen is None else chosen
-        paths = [result_path(out, i, items[i]) for i in chosen]
+        jobs = jobs_of_items(items, out, self.seed)
+        if chosen is not None:
+            jobs = [jobs[i] for i in chosen]
+        paths = [job.path for job in jobs]
         missing = not all(path.exists() for path in paths)
         barrier()  # every process has looked before any paints
         if missing:
@@ -220,7 +216,7 @@ class Lab:
                 cg = None if method.plain_prompt else self.networks.given("cg")
                 texts = prompts_by_category(identifiers_of(categories, cg), models.sd and models.sd.tokenizer)
             record |= {"dtype": models.dtype}
-            paint_items(items, texts, paint_all, out, record, self.seed, self.batch, chosen=chosen)
+            paint_items(jobs, texts, paint_all, record, self.batch)
         barrier()
         return paths
 
@@ -274,7 +270,7 @@ def add_lab_options(parser: Parser) -> Callable:
     own.add_argument("--data", metavar="DIR", type=Path, default=TOY_DATA / "ads",
                      help="BG60k as released, or metadata.jsonl [the toy's ads]")
     add = parser.add_argument_group("how the methods paint").add_argument
-    add_walk_options(add, "1, the paper's")
+    add_walk_options(add)
     add("--seed", metavar="N", type=whole_number(0, 2**32 - 1), default=0, help="item i is painted with SEED + i [0]")
     add = parser.add_argument_group("models [the toy's; those not shipped are trained on first use]").add_argument
     add_model_options(add)
@@ -290,7 +286,7 @@ def add_lab_options(parser: Parser) -> Callable:
 def lab_of(args: argparse.Namespace, out: Path, limit: int | None = None) -> Lab:
     """The lab that these options describe; it keeps its pictures in `out`. Raises BadInput for options that clash."""
     device = pick_device(args.device)
-    networks = Networks({name: vars(args)[name.replace("-", "_")] for name in OPTIONS}, device)
+    networks = Networks({name.replace("_", "-"): value for name, value in vars(args).items()}, device)
     choice = ModelChoice(args.weights, args.tokenizer, device=device, dtype=args.dtype)
     return Lab(args.data.absolute(), limit, networks, choice, painting_of(args, refine=1), args.size, args.seed,
                args.batch, out)
@@ -300,15 +296,13 @@ def lab_of(args: argparse.Namespace, out: Path, limit: int | None = None) -> Lab
 
 
 def options() -> Parser:
-    parser = Parser(description=__doc__, formatter_class=partial(
-        argparse.RawDescriptionHelpFormatter, max_help_position=32, width=120))
+    parser = Parser(description=__doc__)
     parser.add_argument("what", choices=["paint", "train"], help="paint; `train STAGE --help` shows that one's options")
     add, files = parser.add_argument, dict(metavar="FILE", type=Path, nargs="+")
     add_rival_options(add)
     add("--product", **files, required=True, help="photo, or several; its alpha channel is its mask")
     add("--mask", **files, help="the product's mask, white on the product; one for each product")
     add("--reference", **files, help="exemplar of Paint by Example, or several: whole pictures, without a mask")
-    add("--num", metavar="N", type=whole_number(1, 9999), default=1, help="pictures of each, by --seed and on [1]")
     add("--seed", metavar="N", type=whole_number(0, 2**32 - 1), default=0, help="seed of the noise [0]")
     add("--steps", metavar="N", type=whole_number(1, 500), default=Painting.steps,
         help=f"Paint by Example's steps of denoising [{Painting.steps}]")
@@ -317,23 +311,22 @@ def options() -> Parser:
     add("--size", metavar="N", type=whole_number(8, 4096), help="longer side of the canvas in pixels [the rival's]")
     add("--device", metavar="NAME", default="auto", help="cpu, cuda, cuda:1, ... [auto: cuda where there is one]")
     add("--dtype", choices=["auto", "float32", "float16", "bfloat16"], default="auto",
-        help="float32, LaMa's only one; float16 and bfloat16 are less precise [auto]")
+        help="of Paint by Example; LaMa is always in float32. float16 and bfloat16 are less precise [auto]")
     add("--out", metavar="DIR", type=Path, default=Path("out"), help="where the pictures go [out]")
-    parser.set_defaults(category=[""], reference_mask=None, prompt=None)  # rivals read no words
+    parser.set_defaults(category=[""], reference_mask=None, prompt=None, num=1)  # rivals read no words
     return parser
 
 
 def paint(args: argparse.Namespace) -> None:
-    """Paints every product by a rival with networks of its own, for every exemplar, if any, and for every seed."""
+    """Paints every product by a rival with networks of its own, for every exemplar, if any."""
     check_together(args, [("lama", "paint_by_example"), ("lama", "reference")], [("paint_by_example", "reference")])
     name, path = ("lama", args.lama) if args.lama else ("paint-by-example", args.paint_by_example)
     if path is None:
         raise BadInput("which rival? Give --lama FILE or --paint-by-example PATH")
-    if args.lama and args.dtype not in ("auto", "float32"):
-        raise BadInput(f"--dtype {args.dtype}: LaMa's Fourier transforms need float32; leave it out")
-    jobs, cutout = jobs_of(args), cache(load_cutout)
-    exemplar = cache(lambda path: path and (to_tensor(open_image(path).convert("RGB")), None))
-    ads = [Ad(*cutout(item.image, item.mask), ("", "", ""), seed, exemplar(item.reference)) for _, item, seed in jobs]
+    jobs = jobs_of(args)
+    exemplars = {path: (to_tensor(open_image(path).convert("RGB")), None) for path in args.reference or ()}
+    ads = [Ad(*load_cutout(item.image, item.mask), ("", "", ""), seed, exemplars.get(item.reference))
+           for _, item, seed in jobs]
     how = Painting(args.steps, args.guidance)
     models, paint_all = load_rival(name, path, ModelChoice(device=args.device, dtype=args.dtype), args.size, how)
     record = {"method": name, "steps": how.steps, "guidance": how.guidance, "size": models.size,

@@ -109,5 +109,4 @@ def lama_task(settings: Settings) -> Task:
         save_module(lama, out / "lama", LAMA_FILE, settings.save_dtype)
 
     return Task("LaMa and its discriminator", {"lama": nn.ModuleList([lama, discriminator])},
-                Samples(items, settings.size), LaMaLoss(lama, discriminator), draw, save,
-                [["python", "evaluate.py", "table1", "--lama", str(settings.out / "lama")]])
+                Samples(items, settings.size), LaMaLoss(lama, discriminator), draw, save)

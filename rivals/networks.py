@@ -20,8 +20,6 @@ from toy.world import TOY_DATA
 from weights import load_clip, load_control, save_control
 
 ROOT = Path(__file__).resolve().parent.parent
-OPTIONS = ("weights", "cg", "pg", "controlnet", "pg-controlnet", "cg-plain", "clip", "guide-clip", "lama",
-           "paint-by-example")  # those that name networks; `weights` is the base
 SHIPPED = {"weights": TOY / "base", **{name: TOY / name for name in ("cg", "pg", "cg-plain", "clip")}}
 TRAINED = {  # the toy's others, trained on first use: a stage, with options of train.py
     "controlnet": ["controlnet", "--data", str(TOY_DATA / "base")],
@@ -36,9 +34,9 @@ TRAINED = {  # the toy's others, trained on first use: a stage, with options of 
 
 
 class Networks(NamedTuple):
-    """Where the networks are, by the names in OPTIONS and TRAINED."""
+    """Where the networks are, by the names of their options and in TRAINED."""
 
-    options: dict[str, Path | None]  # None if the option was not given
+    options: dict  # a program's, with hyphens in their names; `weights` is the base. None if an option was not given
     device: str  # where they run, and are trained
 
     def given(self, name: str) -> Path | None:
@@ -56,13 +54,12 @@ class Networks(NamedTuple):
         """As `given`, but trains the network first if it must be."""
         if path := self.given(name):
             return path
-        command = TRAINED[name]
-        if command[0] != "pg":
-            return train_once(name, command, [], self.device)
-        cg = self.given("cg")
-        if name == "pg-controlnet":
-            cg = as_plain_cg(self.path("controlnet"), cg)
-        return train_once(name, [*command, "--cg", str(cg)], [cg], self.device)
+        command, frozen = TRAINED[name], []
+        if command[0] == "pg":
+            cg = self.given("cg")
+            frozen = [as_plain_cg(self.path("controlnet"), cg) if name == "pg-controlnet" else cg]
+            command = [*command, "--cg", str(frozen[0])]
+        return train_once(name, command, frozen, self.device)
 
     def load_clip(self, name: str) -> CLIP:
         """The CLIP that measures ("clip") or guides ("guide-clip")."""

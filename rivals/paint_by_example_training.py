@@ -108,8 +108,7 @@ def paint_by_example_task(settings: Settings) -> Task:
 
     trained = nn.ModuleDict({"unet": sd.unet, "image_encoder": pbe.image_encoder})
     return Task("Paint by Example", {FOLDER: trained}, samples, loss, draw,
-                lambda out: save(pbe, out / FOLDER, settings.save_dtype),
-                [["python", "evaluate.py", "table2", "--paint-by-example", str(settings.out / FOLDER)]])
+                lambda out: save(pbe, out / FOLDER, settings.save_dtype))
 
 
 def save(pbe: PaintByExample, folder: Path, dtype: torch.dtype) -> None:

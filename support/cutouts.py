@@ -48,12 +48,20 @@ def extend(rgb: Tensor, known: Tensor) -> Tensor:
     """
     if known.all() or not known.any():
         return rgb
-    weight = known.to(rgb)
-    share = F.avg_pool2d(weight, 2, ceil_mode=True)  # of known pixels in each 2 x 2 block
-    means = F.avg_pool2d(rgb * weight, 2, ceil_mode=True) / share.clamp(min=0.25)
-    coarse = extend(means, share > 0)
-    enlarged = F.interpolate(coarse[None], size=rgb.shape[1:], mode="bilinear")[0]
-    return torch.where(known, rgb, enlarged, out=enlarged)
+    count = sum_blocks(known.to(rgb))
+    coarse = extend(sum_blocks(rgb * known) / count.clamp(min=1), count > 0)  # from the means of the known pixels
+    wide = F.interpolate(coarse[None], size=(coarse.shape[1], rgb.shape[2]), mode="bilinear")[0]
+    y = ((torch.arange(rgb.shape[1]) + 0.5) * (wide.shape[1] / rgb.shape[1]) - 0.5).clamp(min=0)
+    above = y.long()
+    below = (above + 1).clamp(max=wide.shape[1] - 1)
+    return torch.where(known, rgb, torch.lerp(wide[:, above], wide[:, below], (y - above)[:, None].to(rgb)))
+
+
+def sum_blocks(x: Tensor) -> Tensor:
+    """The sums of the 2 x 2 blocks, padded with zeros at odd ends. (C, H, W) -> (C, ⌈H/2⌉, ⌈W/2⌉)."""
+    x = F.pad(x, (0, x.shape[2] % 2, 0, x.shape[1] % 2))
+    x = x[:, ::2] + x[:, 1::2]
+    return x[:, :, ::2] + x[:, :, 1::2]
 
 
 def unmix_edges(rgb: Tensor, mask: Tensor) -> Tensor:

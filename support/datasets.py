@@ -121,10 +121,8 @@ def read_identifiers(file: Path) -> dict[str, str]:
 
 def read_lines(file: Path) -> list[tuple[int, str]]:
     """The lines that aren't blank, with their numbers. Bytes in names that are not UTF-8 become surrogates."""
-    text = file.read_text("utf-8-sig", "surrogateescape")
-    if "\0" in text:  # UTF-16
-        raise BadInput(f"{file}: not UTF-8 text; convert it")
-    return [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    lines = file.read_text("utf-8-sig", "surrogateescape").split("\n")
+    return [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def check_name(name: str, where: str) -> None:
@@ -300,7 +298,7 @@ def drop_lines(file: Path, items: list[Item]) -> Path:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The options of data.py."""
     parser = Parser(description="Check a data set: report what is in it and what was assumed, load every picture, find "
-                    "blank backgrounds, and draw eight items as the networks see them.")
+                    "blank\nbackgrounds, and draw eight items as the networks see them.")
     add = parser.add_argument
     add("dir", type=Path, help="BG60k's root, or a folder with metadata.jsonl")
     add("--split", default="bg60k", help="bg60k (default), bg1k or bgpair")

@@ -6,7 +6,7 @@ imply; and the fields of public configurations that change a result, with the va
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from torch import Tensor
@@ -36,7 +36,7 @@ IGNORED = re.compile("|".join((
 )))
 IMAGE_TOWER = re.compile(r"(vision_model|visual|visual_projection)\..*")  # in the CLIP that a text encoder comes from
 
-# From the names in public files, without prefix, to ours. A pattern's numbers are the function's arguments, and {}
+# From the names in public files, without prefix, to ours. A pattern's number is the function's argument, and {}
 # stands for q, k and v, which share one matrix. Our own names stay unchanged.
 RENAMES = [(re.compile(pattern), name) for pattern, name in (
     # The UNet's and ControlNet's levels: three input_blocks each, two layers and the downsampling
@@ -61,14 +61,14 @@ RENAMES = [(re.compile(pattern), name) for pattern, name in (
     (r"\.out_layers\.3\.", ".conv2."),
     (r"\.(skip_connection|nin_shortcut)\.", ".conv_shortcut."),
     # ControlNet: zero convolutions, and the hint encoder, whose odd layers are activations
-    (r"^zero_convs\.(\d+)\.0\.", lambda i: f"controlnet_down_blocks.{i}."),
+    (r"^zero_convs\.(\d+)\.0\.", r"controlnet_down_blocks.\1."),
     (r"^middle_block_out\.0\.", "controlnet_mid_block."),
     (r"^input_hint_block\.0\.", "controlnet_cond_embedding.conv_in."),
     (r"^input_hint_block\.14\.", "controlnet_cond_embedding.conv_out."),
     (r"^input_hint_block\.(\d+)\.", lambda i: f"controlnet_cond_embedding.blocks.{i // 2 - 1}."),
     # VAE: the original counts the decoder's levels from the fine end
-    (r"^encoder\.down\.(\d)\.block\.", lambda i: f"encoder.down_blocks.{i}.resnets."),
-    (r"^encoder\.down\.(\d)\.downsample\.", lambda i: f"encoder.down_blocks.{i}.downsamplers.0."),
+    (r"^encoder\.down\.(\d)\.block\.", r"encoder.down_blocks.\1.resnets."),
+    (r"^encoder\.down\.(\d)\.downsample\.", r"encoder.down_blocks.\1.downsamplers.0."),
     (r"^decoder\.up\.(\d)\.block\.", lambda i: f"decoder.up_blocks.{3 - i}.resnets."),
     (r"^decoder\.up\.(\d)\.upsample\.", lambda i: f"decoder.up_blocks.{3 - i}.upsamplers.0."),
     (r"\.mid\.block_([12])\.", lambda i: f".mid_block.resnets.{i - 1}."),
@@ -76,15 +76,13 @@ RENAMES = [(re.compile(pattern), name) for pattern, name in (
     (r"^((?:en|de)coder)\.norm_out\.", r"\1.conv_norm_out."),
     # within its attention, by the original names or those of public folders before 2023
     (r"^((?:en|de)coder\.mid_block\.attentions\.0)\.norm\.", r"\1.group_norm."),
-    (r"^((?:en|de)coder\.mid_block\.attentions\.0)\.(?:q|query)\.", r"\1.to_q."),
-    (r"^((?:en|de)coder\.mid_block\.attentions\.0)\.(?:k|key)\.", r"\1.to_k."),
-    (r"^((?:en|de)coder\.mid_block\.attentions\.0)\.(?:v|value)\.", r"\1.to_v."),
+    (r"^((?:en|de)coder\.mid_block\.attentions\.0)\.([qkv])(?:uery|ey|alue)?\.", r"\1.to_\2."),
     (r"^((?:en|de)coder\.mid_block\.attentions\.0)\.(?:proj_out|proj_attn)\.", r"\1.to_out.0."),
     # CLIP's text encoder: recent folders leave out the first part of the name
     (r"^(?=(?:embeddings|encoder\.layers|final_layer_norm)\.)", "text_model."),
     # OpenCLIP's
     (r"^transformer\.resblocks\.", "text_model.encoder.layers."),
-    (r"\.ln_([12])\.", lambda i: f".layer_norm{i}."),
+    (r"\.ln_([12])\.", r".layer_norm\1."),
     (r"\.attn\.", ".self_attn."),
     (r"\.in_proj_(?=weight$|bias$)", ".{}_proj."),
     (r"\.mlp\.c_fc\.", ".mlp.fc1."),
@@ -98,7 +96,7 @@ RENAMES = [(re.compile(pattern), name) for pattern, name in (
 def our_name(name: str, renames: list[tuple] = RENAMES) -> str:
     """Our name for a tensor, from its name in a public file (without the prefix of a single file)."""
     for pattern, new in renames:
-        name = pattern.sub(new if isinstance(new, str) else lambda match, f=new: f(*map(int, match.groups())), name)
+        name = pattern.sub(new if isinstance(new, str) else lambda match, f=new: f(int(match[1])), name)
     return name
 
 
@@ -110,8 +108,7 @@ def under_our_names(tensors: dict[str, Tensor], renames: list[tuple] = RENAMES) 
     named = {}
     for name, tensor in tensors.items():
         name = our_name(name, renames)
-        parts = zip("qkv", tensor.chunk(3)) if "{}" in name else [("", tensor)]
-        for letter, part in parts:
+        for letter, part in zip("qkv", tensor.chunk(3) if "{}" in name else [tensor]):
             new = name.replace("{}", letter)
             named[f"a second {new}" if new in named else new] = part
     return named
@@ -151,10 +148,6 @@ def looks_like(names: Iterable[str], expected: str = "") -> str:
     return "" if kind == expected else f"; it looks like {kind}"
 
 
-# What shapes don't show is the same in all public Stable Diffusions.
-UNET_CONSTANTS = {"norm_num_groups": 32, "norm_eps": 1e-5, "act_fn": "silu", "flip_sin_to_cos": True, "freq_shift": 0}
-
-
 def modules_under(prefix: str, tensors: dict[str, Tensor]) -> int:
     """How many numbered modules there are under a prefix, such as "down_blocks."."""
     return len({name[len(prefix) :].split(".")[0] for name in tensors if name.startswith(prefix)})
@@ -168,7 +161,8 @@ def unet_config(tensors: dict[str, Tensor]) -> dict:
     first = f"down_blocks.{attention.index(True) if True in attention else 0}.attentions.0"
     linear = tensors[f"{first}.proj_in.weight"].ndim == 2
     config = {"in_channels": tensors["conv_in.weight"].shape[1], "block_out_channels": channels,
-              "layers_per_block": modules_under("down_blocks.0.resnets.", tensors), **UNET_CONSTANTS,
+              "layers_per_block": modules_under("down_blocks.0.resnets.", tensors),
+              "norm_num_groups": 32, "norm_eps": 1e-5,  # as in all public Stable Diffusions
               "cross_attention_dim": tensors[f"{first}.transformer_blocks.0.attn2.to_k.weight"].shape[1],
               # SD 1.x has 8 heads, SD 2.x heads of 64 channels
               "attention_head_dim": [c // 64 for c in channels] if linear else 8, "use_linear_projection": linear,
@@ -187,62 +181,47 @@ def vae_config(tensors: dict[str, Tensor]) -> dict:
     """The config.json of a VAE, from its tensors' shapes. Raises KeyError for other tensors."""
     levels = range(modules_under("encoder.down_blocks.", tensors))
     return {"_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "norm_num_groups": 32,
-            "act_fn": "silu", "latent_channels": tensors["post_quant_conv.weight"].shape[0], "scaling_factor": 0.18215,
+            "latent_channels": tensors["post_quant_conv.weight"].shape[0], "scaling_factor": 0.18215,
             "block_out_channels": [tensors[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in levels],
-            "layers_per_block": modules_under("encoder.down_blocks.0.resnets.", tensors),
-            "down_block_types": ["DownEncoderBlock2D" for _ in levels],
-            "up_block_types": ["UpDecoderBlock2D" for _ in levels]}
+            "layers_per_block": modules_under("encoder.down_blocks.0.resnets.", tensors)}
 
 
 def text_config(tensors: dict[str, Tensor], activation: str) -> dict:
     """The config.json of a text encoder, from its tensors' shapes. Raises KeyError for other tensors."""
     vocabulary, width = tensors["text_model.embeddings.token_embedding.weight"].shape
-    return {"model_type": "clip_text_model", "architectures": ["CLIPTextModel"], "vocab_size": vocabulary,
-            "hidden_size": width, "num_attention_heads": width // 64, "hidden_act": activation, "layer_norm_eps": 1e-5,
+    return {"model_type": "clip_text_model", "vocab_size": vocabulary, "hidden_size": width,
+            "num_attention_heads": width // 64, "hidden_act": activation, "layer_norm_eps": 1e-5,
             "num_hidden_layers": modules_under("text_model.encoder.layers.", tensors),
             "intermediate_size": tensors["text_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
             "max_position_embeddings": tensors["text_model.embeddings.position_embedding.weight"].shape[0]}
 
 
 # The fields of public configurations, of all networks and of the noise schedule, that change what is computed, but no
-# tensor's name or shape; and the values with which our networks compute the same as diffusers' and transformers'.
-
-
-def whole(most: int) -> Callable[[object], bool]:
-    """Whole numbers from 1 to one far above any real model's, but before building it takes minutes or all memory."""
-    return lambda value: type(value) is int and 1 <= value <= most
-
-
-def real(value: object) -> bool:
-    """Numbers; neither NaN nor infinities."""
-    return type(value) in (int, float) and abs(value) < 1e9
-
-
-def fraction(value: object) -> bool:
-    """Numbers between 0 and 1."""
-    return real(value) and 0 < value < 1
+# tensor's name or shape; and the values with which our networks compute the same as diffusers' and transformers'. A
+# tuple lists values. A list stands for a JSON list, with one entry for each level. `float` is a positive number, not
+# huge. A range of whole numbers ends far above any real model's, but before building it takes minutes or all memory.
 
 
 OFF = """center_input_sample class_embed_type clip_sample global_pool_conditions latents_mean latents_std
-    mid_block_only_cross_attention rescale_betas_zero_snr resnet_skip_time_act thresholding time_embedding_act_fn
-    timestep_post_act trained_betas use_beta_sigmas use_exponential_sigmas use_flow_sigmas use_karras_sigmas
-    use_lu_lambdas"""
-SUPPORTED = dict.fromkeys(OFF.split(), (None, False)) | {
-    # UNet, ControlNet and VAE; a list stands for a JSON list, with one entry for each level
+    mid_block_only_cross_attention rescale_betas_zero_snr resnet_skip_time_act shift_factor thresholding
+    time_embedding_act_fn timestep_post_act trained_betas use_beta_sigmas use_exponential_sigmas use_flow_sigmas
+    use_karras_sigmas use_lu_lambdas"""
+COUNT, SIDE = range(1, 2**16), range(1, 2**14)
+SUPPORTED = dict.fromkeys(OFF.split(), (None, False)) | {  # 0 is False, too
+    # UNet, ControlNet and VAE
     "act_fn": ("silu", "swish"), "attention": ("mask-guided", "plain"),  # the latter is our own field, of train.py
-    "attention_head_dim": (whole(2**16), [whole(2**16)]), "block_out_channels": [whole(2**16)],
+    "attention_head_dim": (COUNT, [COUNT]), "block_out_channels": [COUNT],
     "controlnet_conditioning_channel_order": "rgb", "downsample_padding": 1, "flip_sin_to_cos": True, "freq_shift": 0,
-    "layers_per_block": whole(16), "mid_block_scale_factor": 1, "norm_eps": real, "norm_num_groups": whole(2**16),
-    "num_attention_heads": (None, whole(2**16)), "only_cross_attention": (None, False, [False]),
-    "resnet_out_scale_factor": 1, "sample_size": (None, whole(2**14), [whole(2**14)]), "scaling_factor": real,
-    "shift_factor": (None, 0),
+    "layers_per_block": range(1, 17), "mid_block_scale_factor": 1, "norm_eps": float, "norm_num_groups": COUNT,
+    "num_attention_heads": (None, COUNT), "only_cross_attention": (None, False, [False]),
+    "resnet_out_scale_factor": 1, "sample_size": (None, SIDE, [SIDE]), "scaling_factor": float,
     # CLIP
-    "hidden_act": ("quick_gelu", "gelu"), "layer_norm_eps": real, "num_hidden_layers": whole(128),
+    "hidden_act": ("quick_gelu", "gelu"), "layer_norm_eps": float, "num_hidden_layers": range(1, 129),
     "model_type": ("clip_text_model", "clip_vision_model", "clip"),
     # the schedule that a model was trained with; our samplers decide how to step
-    "beta_end": fraction, "beta_schedule": "scaled_linear", "beta_start": fraction, "interpolation_type": "linear",
-    "num_train_timesteps": whole(2**14), "predict_epsilon": True, "prediction_type": ("epsilon", "v_prediction"),
-    "steps_offset": (0, whole(2**14)), "timestep_spacing": ("leading", "linspace", "trailing"),
+    "beta_end": float, "beta_schedule": "scaled_linear", "beta_start": float, "interpolation_type": "linear",
+    "num_train_timesteps": SIDE, "predict_epsilon": True, "prediction_type": ("epsilon", "v_prediction"),
+    "steps_offset": range(2**14), "timestep_spacing": ("leading", "linspace", "trailing"),
     "timestep_type": "discrete",
 }
 SCHEDULERS = tuple("""DDIMScheduler DDPMScheduler DEISMultistepScheduler DPMSolverMultistepScheduler
@@ -257,7 +236,9 @@ def allows(allowed: object, value: object) -> bool:
         return any(allows(one, value) for one in allowed)
     if isinstance(allowed, list):
         return isinstance(value, list) and len(value) <= 16 and all(allows(allowed[0], one) for one in value)
-    return allowed(value) if callable(allowed) else value == allowed
+    if isinstance(allowed, range):
+        return type(value) is int and value in allowed
+    return type(value) in (int, float) and 0 < value < 100 if allowed is float else value == allowed
 
 
 def check_config(config: dict, file: Path, supported: dict[str, object] = SUPPORTED) -> None:

@@ -44,14 +44,13 @@ def embed_pictures(clip: nn.Module, pictures: list[tuple[Path, Item | None]], fo
 
     @torch.no_grad()
     def compute(k: int) -> dict[str, Tensor]:
-        bar.update(k + 1 - bar.n)  # other processes embed the parts between
-        return {"embeddings": clip.encode_image(torch.cat([preprocessed(*picture) for picture in parts[k]])).cpu()}
+        part = tqdm(parts[k], f"embedding {k + 1} of {len(parts)}", leave=False, disable=None)
+        return {"embeddings": clip.encode_image(torch.cat([preprocessed(*picture) for picture in part])).cpu()}
 
     weights = weights_fingerprint(clip)
     keys = [[weights, [[item and item.inverted, *map(file_fingerprint, (path, item and item.image, item and item.mask))]
                        for path, item in part]] for part in parts]
-    with tqdm(total=len(parts), desc="embedding", unit="batch", disable=not sys.stderr.isatty()) as bar:
-        return torch.cat([part["embeddings"] for part in compute_parts(folder, keys, compute)])
+    return torch.cat([part["embeddings"] for part in compute_parts(folder, keys, compute)])
 
 
 def similarity(x: Tensor, y: Tensor) -> Tensor:
@@ -65,7 +64,7 @@ def frechet(x: Tensor, y: Tensor) -> Tensor:
     ‖μ_x − μ_y‖² + tr Σ_x + tr Σ_y − 2 tr (Σ_x Σ_y)^½. With Σ_x = AᵀA and Σ_y = BᵀB the last trace is the sum of the
     singular values of A Bᵀ: this needs no matrix square root, and is exact for fewer samples than dimensions too.
     """
-    (A, mu_x), (B, mu_y) = map(_root, (x.double(), y.double()))
+    (A, mu_x), (B, mu_y) = _root(x.double()), _root(y.double())
     traces = A.square().sum() + B.square().sum() - 2 * torch.linalg.svdvals(A @ B.T).sum()
     return ((mu_x - mu_y).square().sum() + traces).clamp(min=0)  # rounding can make it negative if both are equal
 
@@ -140,15 +139,14 @@ def compare(theirs: Measured, ours: Measured, metrics: list[str]) -> dict:
     That is the paired difference between the two methods. It varies less than either, because both are measured on the
     same items.
     """
-    both, n = sorted({*theirs.kept} & {*ours.kept}), len(theirs.kept)
-    a, b = ours.of_items(both), theirs.of_items(both)
-
-    def ahead(metric: str) -> tuple[float, float]:
-        sign = 1 if metric == "similarity" else -1  # a smaller distance is better
-        return interval(lambda rows: sign * (getattr(a, metric)(rows) - getattr(b, metric)(rows)), len(both))
-
-    return {"n": n, **{metric: interval(getattr(theirs, metric), n) for metric in metrics},
-            "ours_ahead": {metric: ahead(metric) for metric in metrics}}
+    both, ahead = sorted({*theirs.kept} & {*ours.kept}), {}
+    for metric in metrics:
+        a, b = (getattr(measured.of_items(both), metric) for measured in (ours, theirs))
+        if metric != "similarity":  # a smaller distance is better
+            a, b = b, a
+        ahead[metric] = interval(lambda rows, a=a, b=b: a(rows) - b(rows), len(both))
+    n = len(theirs.kept)
+    return {"n": n, **{metric: interval(getattr(theirs, metric), n) for metric in metrics}, "ours_ahead": ahead}
 
 
 # ---------------------------------------------------------------- rankings
@@ -162,18 +160,12 @@ def rank_scores(utility: Tensor) -> Tensor:
 def resampled_means(values: Tensor, resamples: int = RESAMPLES) -> Tensor:
     """Means over raters and pairs in bootstrap samples: (R, P, ...) -> (resamples, ...).
 
-    Each sample draws R raters and, independently, P pairs, both with replacement. Its mean weights each ranking by how
-    often its rater and its pair were drawn. With a single rater only the pairs vary.
+    Each sample draws R raters and, independently, P pairs, both with replacement. With a single rater only the pairs
+    vary.
     """
     generator = Generator().manual_seed(0)
-
-    def weights(n: int) -> Tensor:
-        drawn = torch.randint(n, (resamples, n), generator=generator)
-        return torch.zeros(resamples, n).scatter_add_(1, drawn, torch.full(drawn.shape, 1 / n))
-
-    raters, pairs = values.shape[:2]
-    of_raters = (weights(raters) @ values.reshape(raters, -1)).view(resamples, pairs, -1)
-    return (weights(pairs)[:, None] @ of_raters).view(resamples, *values.shape[2:])
+    raters, pairs = (torch.randint(n, (resamples, n), generator=generator) for n in values.shape[:2])
+    return torch.stack([values[rows][:, columns].mean(dim=(0, 1)) for rows, columns in zip(raters, pairs)])
 
 
 def half_width(means: Tensor) -> Tensor:
@@ -193,6 +185,5 @@ def kendalls_w(scores: Tensor) -> Tensor:
     all R raters agree, and 1 / R on average where they rank at random.
     """
     raters, _, methods = scores.shape
-    totals = scores.sum(dim=0)
-    S = (totals - totals.mean(dim=1, keepdim=True)).square().sum(dim=1)
+    S = methods * scores.sum(dim=0).var(dim=1, correction=0)
     return 12 * S / (raters**2 * (methods**3 - methods))

@@ -2,13 +2,18 @@
 
 import argparse
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 from support.files import BadInput, is_unicode, nfc
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are BadInput, without the usage."""
+    """An argument parser that keeps its description's lines, and whose errors are BadInput, without the usage."""
+
+    def __init__(self, **options):
+        layout = partial(argparse.RawDescriptionHelpFormatter, max_help_position=32, width=120)
+        super().__init__(formatter_class=layout, **options)
 
     def error(self, message: str) -> None:
         raise BadInput(message)
@@ -16,11 +21,9 @@ class Parser(argparse.ArgumentParser):
 
 def _number(kind: type, what: str, low: float, high: float, text: str) -> float:
     """An option's value within [low, high]."""
-    try:
+    with suppress(ValueError):
         if low <= (value := kind(text)) <= high:
             return value
-    except ValueError:
-        pass
     raise argparse.ArgumentTypeError(f"{text!r} must be a {what} from {low} to {high}")
 
 

@@ -12,7 +12,7 @@ from support.images import load_masked, open_image, thumbnail
 
 TINY = 1e-300  # a divisor where there is no spread: n equal points
 MARKS = {"centre": (20, 60), "CG": (12, 3), "ControlNet": (12, 4)}  # radius and corners
-COLOURS = ("#8fb0d8", "#1f4e8c", "#c2521a", "#3c8c4e")
+COLOURS = ("#8fb0d8", "#1f4e8c")
 
 # ---------------------------------------------------------------- t-SNE
 
@@ -26,17 +26,18 @@ def tsne(x: Tensor, perplexity: float = 30.0, steps: int = 500) -> Tensor:
     so the descent cannot diverge. Each one raises the rate; a refused step halves it and drops the momentum.
     """
     P, n = neighbour_probabilities(x.double(), perplexity), len(x)
+    gradient_and_loss = torch.func.grad_and_value(tsne_loss)
     U, S, _ = torch.linalg.svd(x.double() - x.double().mean(dim=0), full_matrices=False)
     y = (U * S)[:, :2]
     y = 1e-2 * y / y.std().clamp(min=TINY)
     for exaggeration, count in ((12, steps // 4), (1, steps - steps // 4)):
         # separates equal points and points on one line: no gradient does
         y = y + 1e-4 * torch.randn(n, 2, dtype=torch.float64, generator=Generator().manual_seed(0))
-        loss, gradient = tsne_loss(y, P, exaggeration)
+        gradient, loss = gradient_and_loss(y, P, exaggeration)
         velocity, rate = torch.zeros_like(y), n / 48
         for _ in range(count):
             velocity = 0.9 * velocity - rate * gradient
-            moved_loss, moved_gradient = tsne_loss(y + velocity, P, exaggeration)
+            moved_gradient, moved_loss = gradient_and_loss(y + velocity, P, exaggeration)
             if moved_loss <= loss:
                 y, loss, gradient, rate = y + velocity, moved_loss, moved_gradient, 1.05 * rate
             else:
@@ -62,15 +63,14 @@ def neighbour_probabilities(x: Tensor, perplexity: float) -> Tensor:
     return (P + P.T) / (2 * n)
 
 
-def tsne_loss(y: Tensor, P: Tensor, exaggeration: float = 1.0) -> tuple[Tensor, Tensor]:
-    """KL(P ‖ Q) for positions y (n, 2), up to the constant entropy of P, and its gradient (n, 2).
+def tsne_loss(y: Tensor, P: Tensor, exaggeration: float = 1.0) -> Tensor:
+    """KL(P ‖ Q) for positions y (n, 2), up to the constant entropy of P. exaggeration multiplies P.
 
-    Q = w / Σ w with w = 1 / (1 + d²), so that −Σ P log Q = Σ P log(1 + d²) + log Σ w. exaggeration multiplies P.
+    Q = w / Σ w with w = 1 / (1 + d²), so that −Σ P log Q = Σ P log(1 + d²) + log Σ w.
     """
     d2 = torch.cdist(y, y).square()
-    w = (1 / (1 + d2)).fill_diagonal_(0)
-    force = 4 * (exaggeration * P - w / w.sum()) * w
-    return exaggeration * (P * d2.log1p()).sum() + w.sum().log(), force.sum(dim=1, keepdim=True) * y - force @ y
+    w = 1 / (1 + d2)
+    return exaggeration * (P * d2.log1p()).sum() + (w.sum() - w.trace()).log()
 
 
 # ---------------------------------------------------------------- figures, drawn at twice their size
@@ -80,8 +80,7 @@ def scatter(y: Tensor, kinds: list[tuple[str, str]], categories: list[str]) -> I
     """Draws points (n, 2) as in Fig. 5a, in a colour for each category: centres are circles, CG's points triangles,
     ControlNet's squares. kinds: the kind and category of each point.
     """
-    side, edge, legend = 1800, 80, 460
-    page = Image.new("RGB", (side + legend, side), "white")
+    page = Image.new("RGB", (2260, 1800), "white")  # a square of points, and the legend at its right
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(36)
     colours = {category: f"hsl({360 * i // len(categories)}, 75%, 45%)" for i, category in enumerate(categories)}
 
@@ -90,14 +89,14 @@ def scatter(y: Tensor, kinds: list[tuple[str, str]], categories: list[str]) -> I
         draw.regular_polygon((x, y, radius), corners, fill=None if kind == "ControlNet" else colour,
                              outline="black" if kind == "centre" else colour, width=2)
 
-    low, high = y.amin(0), y.amax(0)
-    places = ((y - low) / (high - low).clamp(min=TINY) * (side - 2 * edge) + edge).tolist()
+    y = y - y.amin(0)
+    places = (80 + 1640 * y / y.amax(0).clamp(min=TINY)).tolist()
     for (kind, category), place in sorted(zip(kinds, places), key=lambda point: point[0][0] == "centre"):
         mark(kind, *place, colours[category])
     entries = [(kind, kind, "gray") for kind in MARKS] + [("CG", *entry) for entry in colours.items()]
     for i, (kind, text, colour) in enumerate(entries):
-        mark(kind, side + 40, 100 + 68 * i, colour)
-        draw.text((side + 90, 100 + 68 * i), text, "black", font, anchor="lm")
+        mark(kind, 1840, 100 + 68 * i, colour)
+        draw.text((1890, 100 + 68 * i), text, "black", font, anchor="lm")
     return page.reduce(2)
 
 
@@ -106,17 +105,16 @@ def draw_curves(curves: dict[str, list[tuple[float, float]]], title: str, x_labe
     values at either end, so that one bad batch does not flatten a curve.
     """
     page = Image.new("RGB", (1800, 900), "white")
-    left, top, right, bottom = 180, 80, 1760, 780
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(30)
     points = [point for line in curves.values() for point in line]
     last, values = max(x for x, _ in points), sorted(y for _, y in points)
     low, high = values[len(values) // 50], values[-1 - len(values) // 50]
-    margin = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
+    margin = (high - low) * 0.05 or 1.0
     low, high = low - margin, high + margin
 
     def place(x: float, y: float) -> tuple[float, float]:
         up = (min(max(y, low), high) - low) / (high - low)
-        return left + x / last * (right - left), bottom - up * (bottom - top)
+        return 180 + 1580 * x / last, 780 - 700 * up
 
     for i in range(5):
         x, y = last * i / 4, low + (high - low) * i / 4
@@ -124,12 +122,10 @@ def draw_curves(curves: dict[str, list[tuple[float, float]]], title: str, x_labe
         draw.text(place(0, y), f"{y:.3g}  ", "black", font, anchor="rm")
         draw.text(place(x, low), f"\n{x:,.0f}", "black", font, anchor="ma")
     draw.text((900, 900), x_label, "black", font, anchor="md")
-    draw.text((left, 48), title, "black", font, anchor="ls")
-    end = right
-    for (name, line), colour in zip(curves.items(), COLOURS):
-        draw.line([place(*point) for point in line], colour, 4, joint="curve")
-        draw.text((end, 48), name, colour, font, anchor="rs")
-        end -= font.getlength(f"{name}  ")
+    draw.text((180, 48), title, "black", font, anchor="ls")
+    for i, (name, colour) in enumerate(zip(curves, COLOURS)):
+        draw.line([place(*point) for point in curves[name]], colour, 4, joint="curve")
+        draw.text((1760 - 300 * i, 48), name, colour, font, anchor="rs")
     return page.reduce(2)
 
 

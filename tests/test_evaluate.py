@@ -305,12 +305,10 @@ def test_each_points_neighbours_have_the_wanted_perplexity(n, perplexity):
     assert torch.special.entr(P * n).sum(1).exp().tolist() == pytest.approx([min(perplexity, (n - 1) / 3)] * n)
 
 
-def test_the_loss_of_tsne_is_the_kl_divergence_and_its_gradient_is_right():
+def test_the_loss_of_tsne_is_the_kl_divergence():
     x, y = random(12, 5, dtype=torch.float64), random(12, 2, seed=1, dtype=torch.float64)
     P = neighbour_probabilities(x, 3)
-    assert (tsne_loss(y, P)[0] - torch.special.entr(P).sum()).item() == pytest.approx(kl_divergence(x, y, 3))
-    expected = torch.autograd.functional.jacobian(lambda y: tsne_loss(y, P, 4)[0], y)
-    torch.testing.assert_close(tsne_loss(y, P, 4)[1], expected)
+    assert (tsne_loss(y, P) - torch.special.entr(P).sum()).item() == pytest.approx(kl_divergence(x, y, 3))
 
 
 @pytest.mark.parametrize("seed", range(3))

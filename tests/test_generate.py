@@ -305,8 +305,8 @@ def test_the_second_pass_sees_the_ads_at_its_own_size_and_starts_from_the_first_
     rgb, mask = torch.rand(3, h, w), torch.from_numpy(disc(h, w)).float()[None] / 255
     ad = Ad(rgb, mask, ("a mug in sks 0", "a mug", "sks 0"), 0, (rgb.flip(2), mask))
     how = Painting(steps=2, refine=2, refine_from=600, refine_alone=alone)
-    painted = []
-    monkeypatch.setattr(generate, "check_finite", painted.append)
+    painted, real_paint = [], generate.paint
+    monkeypatch.setattr(generate, "paint", lambda *a, **how: painted.append(real_paint(*a, **how)) or painted[-1])
     generate.paint_ads([ad], models_, how)
     (_, _, small, *_), (_, _, large, _, shape, way, z_ref, _, start) = seen
     assert (small.mask.shape, large.mask.shape) == ((1, 1, 32, 64), (1, 1, 64, 128)) and start == 600
@@ -359,8 +359,8 @@ def test_data_equals_single_pictures_and_goes_on(run, items, capsys):
     assert out.endswith("all: 4 painted, 0 were there, 1 broken\n") and "1.png" in err
     assert err.endswith("1 items can't be used, more than 1%; they are named above\n")
     lines = [json.loads(line) for line in Path("all/manifest.jsonl").read_text().splitlines()]
-    assert [(line["item"], line["seed"], line["file"], line["category"]) for line in lines] == [
-        (i, 7 + i, f"{i:06}_{i}.png", "watch" if i == 4 else "mug") for i in (0, 2, 3, 4)]
+    assert [(line["seed"], line["file"], line["category"]) for line in lines] == [
+        (7 + i, f"{i:06}_{i}.png", "watch" if i == 4 else "mug") for i in (0, 2, 3, 4)]
     for i in (0, 2, 4):
         more = ("--reference", items / "4.png") if i == 2 else ()
         [path], _ = run(*mug(items / f"{i}.png"), "--category", "watch" if i == 4 else "mug", "--seed", 7 + i, *more)
@@ -394,9 +394,9 @@ def test_data_with_keep_first_has_both_pictures_and_one_line_an_item(run, items)
 
 
 @pytest.mark.parametrize("other, difference", [
-    (("--seed", 8), "with seed 7"), (("--guidance", 3), "with --guidance 2.0"),
-    (("--start", "noise"), "with --start reference"), (("--eta", 1), "with --eta 0.0"),
-    (("--sampler", "dpm++"), "with --sampler ddim"), (("--refine", 2), "with --refine 1")])
+    (("--seed", 8), "with seed 7"), (("--guidance", 3), "with guidance 2.0"),
+    (("--start", "noise"), "with start reference"), (("--eta", 1), "with eta 0.0"),
+    (("--sampler", "dpm++"), "with sampler ddim"), (("--refine", 2), "with refine 1")])
 def test_pictures_painted_in_another_way_are_not_taken_for_done(run, items, other, difference, capsys):
     run("--data", items, "--seed", 7, "--out", "all")
     with pytest.raises(SystemExit):
@@ -601,9 +601,9 @@ BAD = {  # options: what the line says
     "--product mug.png --category mug --hint inpaint": "--hint goes with --controlnet",
     "--prompt mug --cg c": "--prompt and --cg exclude each other",
     "--product mug.png --category mug --controlnet gone.safetensors": "gone.safetensors is missing",
-    "--how gone.png": "gone.png: no such file",
-    "--how mug.png": "mug.png: does not say how it was painted",
-    "--how text.png": "text.png: does not say how it was painted",
+    "--how gone.png": "No such file or directory",
+    "--how mug.png": "mug.png: no command paints it again",
+    "--how text.png": "text.png: no command paints it again",
     "--prompt mug --weights gone.safetensors": "gone.safetensors is missing",
     "--product mug.png --category mug --split bg1k": "--split goes with --data",
     "--data gone": "gone: no such data set",
@@ -623,8 +623,8 @@ BAD = {  # options: what the line says
     "--refine 8 --size 1024": "--refine 8: paints 8192 pixels, more than 4096; lower it, or --size",
     "--refine 2 --refine-from 0": "--refine-from: '0' must be a whole number from 1 to 999",
     "--refine 2 --sampler dpm++ --steps 1 --weights trailing": "--refine-from: none of the 1 steps is that late",
-    "--refine-from 300": "--refine-from goes with a second pass; add --refine 2",
-    "--keep-first": "--keep-first goes with a second pass; add --refine 2",
+    "--refine-from 300": "--refine-from and --keep-first go with a second pass; add --refine 2",
+    "--keep-first": "--keep-first go with a second pass; add --refine 2",
     "--guidance 0": "--guidance",
     "--guidance nan": "--guidance",
     "--num 0": "--num",

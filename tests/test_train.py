@@ -427,15 +427,6 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_changes_a_weight(
     assert checkpoints(folder)[-1].read_bytes() == before
 
 
-def test_a_run_of_an_earlier_version_is_named_with_the_commit_that_finishes_it(world, base, tmp_path):
-    folder = tmp_path / "training" / "cg"
-    folder.mkdir(parents=True)
-    (folder / "checkpoint_00000002.safetensors").touch()
-    for options in ((), ("--resume",)):
-        with pytest.raises(BadInput, match="training/cg holds a run of an earlier version: .*git checkout 09b292d"):
-            command(*branch("cg", world, base, tmp_path), "--steps", 4, *options)
-
-
 def test_a_pg_does_not_go_on_beside_a_cg_with_other_identifiers(world, base, cg, tmp_path, quick):
     other = shutil.copytree(cg, tmp_path / "other")
     file = other / "categories.json"
@@ -472,15 +463,6 @@ def test_a_category_that_is_added_gets_the_next_identifier_and_the_others_keep_t
         check_identifiers(tmp_path / name, tmp_path / "a/pg")
     command("pg", *run, "--out", tmp_path / "b", "--steps", 1, "--cg", tmp_path / "b/cg")
     assert identifiers("b/pg") == identifiers("b/cg")
-
-
-def test_a_run_keeps_its_own_identifiers(world, base, tmp_path, quick):
-    run = branch("cg", world, base, tmp_path)
-    command(*run, "--steps", 1, "--identifier", "style {}")
-    command(*run, "--steps", 2, "--resume")
-    command(*run, "--steps", 3, "--resume", "--identifier", "sks {}")
-    saved = json.loads((tmp_path / "cg" / "categories.json").read_text())
-    assert list(saved.items())[:2] == [("laptop", "style 0"), ("perfume", "style 1")]
 
 
 def test_numbers_go_on_where_they_stopped():
@@ -625,7 +607,7 @@ def test_a_finished_run_that_is_resumed_says_that_it_is_done_and_changes_nothing
     sweep.cache_clear()
     command(*run, "--resume")
     out, err = capsys.readouterr()
-    assert out == said and err.endswith(f"{folder} is done: it is at step 2; a larger --steps trains it further\n")
+    assert out == said and "from step 2 to 2" in err
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
@@ -697,11 +679,9 @@ def test_noise_offset_moves_the_noise_by_a_constant_a_channel():
     (["cg", "--steps", "-1"], "--steps"),
     (["cg", "--size", "100"], "--size"),
     (["cg", "--batch", "4", "--micro-batch", "3"], "--micro-batch 3: must divide --batch 4"),
-    (["pg", "--cg", "d", "--sigma", "0.9", "0.8"], "--sigma: give the lower number first"),
     (["cg", "--theta", "0"], "--theta belongs to stage pg and joint"),
     (["pg", "--attention", "plain"], "--attention belongs to stage cg and joint"),
     (["vae", "--noise-offset", "0"], "--noise-offset belongs to stage unet and cg"),
-    (["cg", "--identifier", "sks"], "--identifier sks: needs {} where"),
     (["cg", "--device", "gpu"], "--device"),
     (["cg", "--noise-offset", "-1"], "--noise-offset"),
     (["cg", "--out", "{tmp}/file"], "file"),
@@ -751,7 +731,7 @@ def test_a_training_loop_can_be_written_in_a_cell(world, base, tmp_path):
     cg.init_from_unet(sd.unet)
     samples = Samples(items, 64, encode_items(sd, items, 64, tmp_path), sd.vae.scaling_factor)
     texts = sorted({item.category for item in items})
-    table = prompt_table(sd, [generate.prompt_texts(name, "sks 0") for name in texts], tmp_path)
+    table = prompt_table(sd, [generate.prompt_texts(name, "sks 0") for name in texts])
     batch = torch.utils.data.default_collate([samples[i, i] for i in range(4)])
     prompts = Prompts(*table[[texts.index(items[i].category) for i in batch["index"]]].unbind(1))
     optimizer, losses = torch.optim.AdamW(cg.parameters(), 1e-3), []
@@ -770,34 +750,18 @@ def test_a_training_loop_can_be_written_in_a_cell(world, base, tmp_path):
 # ---------------------------------------------------------------- what a run says
 
 
-def test_a_run_says_what_it_trains_on_what_it_wrote_and_what_is_next(world, base, cg, tmp_path, capsys, quick):
+def test_a_run_says_what_it_trains_on_and_what_it_wrote(world, base, tmp_path, capsys, quick):
     run = "--data", world / "ads", "--weights", base, "--batch", 4, "--size", 64, "--steps", 2, "--log-every", 1
     command("cg", *run, "--out", tmp_path / "a b")
     out, err = capsys.readouterr()
-    assert f"training CG, 2.2 million parameters, on 24 pictures from {world / 'ads'}: steps 1 to 2 of 4" in err
+    assert f" parameters, on 24 pictures from {world / 'ads'}: from step 0 to 2, 4 pictures each" in err
     assert "\nstep 1 of 2: loss " in err and "\nstep 2 of 2: loss " in err, "without a terminal, plain lines"
     model, folder = tmp_path / "a b" / "cg", tmp_path / "a b" / "training" / "cg"
-    assert out.splitlines() == [
-        f"trained CG: {model}; {folder} holds the loss as a curve, sheets and the log",
-        f"next: python train.py pg --weights {base} --cg '{model}' --data {world / 'ads'}",
-        f"next: python generate.py --weights {base} --cg '{model}' --product PHOTO.png --category NAME"]
-    command("pg", *run, "--out", tmp_path / "pg", "--cg", cg)
-    assert capsys.readouterr().out.splitlines()[-1] == (
-        f"next: python generate.py --weights {base} --cg {cg} --pg {tmp_path / 'pg' / 'pg'} "
-        "--product PHOTO.png --category NAME")
+    assert out == f"trained CG: {model}; {folder} holds the loss as a curve, sheets and the log\n"
 
 
 @pytest.mark.parametrize("faster", [True, False])
-def test_amp_alone_means_bfloat16_where_it_is_faster_and_a_resumed_run_keeps_its_choice(faster, world, base, tmp_path,
-                                                                                       monkeypatch, capsys, quick):
-    amps, fit = [], train.fit
-    monkeypatch.setattr(train, "fit", lambda task, given: amps.append(given.amp) or fit(task, given))
-    run = (*branch("cg", world, base, tmp_path), "--device", "cpu", "--amp")
+def test_amp_alone_means_bfloat16_where_it_is_faster(faster, world, base, tmp_path, monkeypatch, capsys, quick):
     monkeypatch.setattr(settings, "bfloat16_is_faster", lambda: faster)
-    command(*run, "--steps", 1)
-    says = "trains in mixed precision, bfloat16" if faster else "trains in float32: this machine does not"
-    assert f"--amp: {says}" in capsys.readouterr().err
-    monkeypatch.setattr(settings, "bfloat16_is_faster", lambda: not faster)
-    command(*run, "--steps", 2, "--resume")
-    assert "amp" not in capsys.readouterr().err.split("resumed with changed settings")[1].splitlines()[0]
-    assert amps == [torch.bfloat16 if faster else None] * 2
+    command(*branch("cg", world, base, tmp_path), "--device", "cpu", "--amp", "--steps", 1)
+    assert f"on cpu in torch.{'bfloat16' if faster else 'float32'}\n" in capsys.readouterr().err

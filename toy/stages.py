@@ -9,9 +9,7 @@ the UNet by denoising. VAE and UNet are then trained further for the second pass
 
 import json
 import math
-import sys
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -142,10 +140,8 @@ def vae_task(settings: Settings) -> Task:
             vae.config["sample_size"] = settings.size
         save_module(vae, out / "vae", UNET_FILE, settings.save_dtype)
 
-    loss, out = VAELoss(vae, whiten, settings.size, settings.decoder_only), str(settings.out)
-    following = ["unet", "--refine", "2", "--init", "UNET", "--weights"] if settings.decoder_only else ["clip", "--out"]
-    return Task("the VAE", {"vae": vae}, Samples(items, settings.size), loss, draw, save,
-                [["python", "train.py", *following, out]])
+    loss = VAELoss(vae, whiten, settings.size, settings.decoder_only)
+    return Task("the VAE", {"vae": vae}, Samples(items, settings.size), loss, draw, save)
 
 
 # ---------------------------------------------------------------- stage clip
@@ -216,8 +212,7 @@ def clip_task(settings: Settings) -> Task:
         encoder.text_model = clip.text_model
         save_module(encoder, out / "text_encoder", TEXT_FILE, settings.save_dtype)
 
-    return Task("CLIP", {"clip": clip}, Samples(items, settings.size), CLIPLoss(clip, ids), draw, save,
-                [["python", "train.py", "unet", "--out", str(out), "--weights", str(out)]])
+    return Task("CLIP", {"clip": clip}, Samples(items, settings.size), CLIPLoss(clip, ids), draw, save)
 
 
 # ---------------------------------------------------------------- stage unet
@@ -283,42 +278,43 @@ class TwoSizes(Dataset):
         return self.small[key] | {f"large_{name}": large[name] for name in ("z_0", "z_first", "eps", "t", "drop")}
 
 
-def first_passes(sd: StableDiffusion, texts: list[str], small: Samples, keys: list, size: int,
-                 settings: Settings) -> list[dict[str, Tensor]]:
+def first_passes(sd: StableDiffusion, small: Samples, size: int, settings: Settings) -> list[dict[str, Tensor]]:
     """A first pass's version of each picture, enlarged to `size` pixels and encoded again: "z_first" (n, 4, h, w).
 
-    They are computed once, in the same parts as `small`, whose latents depend on `keys`.
+    They are computed once, in the same parts as the latents of `small`.
     """
+    items = small.ads.items
     networks = [weights_fingerprint(module) for module in (sd.vae, sd.unet, sd.text_encoder)]
-    texts = [texts[start : start + PART] for start in range(0, len(texts), PART)]
+    texts = [[", ".join(item.caption) for item in items[i : i + PART]] for i in range(0, len(items), PART)]
 
     def encode(k: int) -> dict[str, Tensor]:
         means, latents = small.latents[k]["mean"], []
-        for i in tqdm(range(0, len(means), 8), "first passes", unit="batch", disable=not sys.stderr.isatty()):
+        for i in tqdm(range(0, len(means), 8), "first passes", disable=None):
             z_0 = means[i : i + 8].float() * small.scale
-            latents.append(first_pass(sd, z_0, texts[k][i : i + 8], size, k * PART + i, settings.amp))
+            latents.append(first_pass(sd, z_0, texts[k][i : i + 8], size, k * PART + i, settings))
         return {"z_first": torch.cat(latents)}
 
-    keys = [["first pass", *networks, size, str(settings.amp), *part] for part in zip(keys, texts)]
+    parts = zip(latent_keys(sd, items, small.ads.size, settings.amp), texts)
+    keys = [["first pass", *networks, size, str(settings.amp), *part] for part in parts]
     return compute_parts(settings.cache, keys, encode)
 
 
 @torch.no_grad()
 def first_pass(sd: StableDiffusion, z_0: Tensor, texts: list[str], size: int, seed: int,
-               amp: torch.dtype | None) -> Tensor:
+               settings: Settings) -> Tensor:
     """Latents (n, 4, h, w) of drawn pictures -> float16 latents of a first pass's versions of them, at `size` pixels.
 
     Pictures from a real first pass have no counterpart among the drawn ones. So each drawn picture is noised to a
     timestep in FIRST_PASS, and the UNet's guess ẑ_0 from there, with the caption, is decoded and enlarged.
     """
-    generator, device = torch.Generator().manual_seed(seed), sd.unet.conv_in.weight.device
+    generator, device = torch.Generator().manual_seed(seed), settings.device
     eps, t = torch.randn(z_0.shape, generator=generator), torch.randint(*FIRST_PASS, (len(z_0),), generator=generator)
     t, a = t.to(device), sd.schedule.alpha_bar[t].view(-1, 1, 1, 1).to(device)
     z_t = sd.schedule.add_noise(z_0.to(device), eps.to(device), t)
-    with torch.autocast(device.type, amp, amp is not None):
+    with settings.autocast():
         pictures = sd.decode((z_t - (1 - a).sqrt() * sd.unet(z_t, t, sd.prompts(texts))) / a.sqrt())
-        large = torch.stack([resize(picture, size, size) for picture in pictures])
-        return sd.encode(large).to("cpu", torch.float16)
+        z = sd.encode(torch.stack([resize(picture, size, size) for picture in pictures]))
+    return z.to("cpu", torch.float16)
 
 
 def unet_task(settings: Settings) -> Task:
@@ -334,22 +330,17 @@ def unet_task(settings: Settings) -> Task:
     vae = load_module(VAE, base / "vae", UNET_FILE, device, torch.float32)
     sd = StableDiffusion(load_tokenizer(base / "tokenizer"), text_encoder, unet, vae, Schedule())
     canvas_size(1, 1, settings.size, sd.multiple)
-    captions = captions_of(items)
-    loss = UNetLoss(sd, captions, timestep_weights(sd.schedule, settings.weighting).to(device))
+    loss = UNetLoss(sd, captions_of(items), timestep_weights(sd.schedule, settings.weighting).to(device))
 
     samples = latent_samples(sd, items, settings.size, settings, pictures=False, noise_offset=settings.noise_offset)
     if settings.refine and settings.refine > 1:
         size = settings.refine * settings.size
         large = latent_samples(sd, items, size, settings, pictures=False)
-        first = first_passes(sd, [", ".join(pair) for pair in captions], samples,
-                             latent_keys(sd, items, settings.size, settings.amp), size, settings)
+        first = first_passes(sd, samples, size, settings)
         large.latents = [latents | starts for latents, starts in zip(large.latents, first)]
         samples = TwoSizes(samples, large)
-    weights = ["--weights", str(settings.out)]
-    return Task("the UNet", {"unet": unet}, samples, loss, partial(draw_captions, sd, items, settings.size),
-                partial(save_base, sd, settings.save_dtype),
-                [["python", "generate.py", "--prompt", ", ".join(captions[0]), *weights],
-                 ["python", "train.py", "cg", *weights]])
+    return Task("the UNet", {"unet": unet}, samples, loss, lambda: draw_captions(sd, items, settings.size),
+                lambda out: save_base(sd, settings.save_dtype, out))
 
 
 def draw_captions(sd: StableDiffusion, items: list, size: int):

@@ -258,7 +258,7 @@ def write_sheet(path: str | Path, size: int = 256, columns: int = 10) -> None:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     goal = parser.add_mutually_exclusive_group(required=True)
     goal.add_argument("--out", metavar="DIR", type=Path, help="write the data sets to this folder")
     goal.add_argument("--sheet", metavar="FILE", type=Path,
