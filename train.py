@@ -84,10 +84,9 @@ def fit(task: Task, settings: Settings) -> None:
             trainer.record(step, loss)
             if trainer.due(step, settings.sample_every):
                 trainer.save_models()
+                trainer.draw(step)
             if trainer.due(step, 1 if trainer.stopping else settings.save_every):
-                trainer.save_checkpoint(step)
-            if trainer.due(step, settings.sample_every):
-                trainer.draw(step)  # last: it may run out of memory
+                trainer.save_checkpoint(step)  # last: a run that is killed before does the step again
             trainer.leave_if_stopped(step)
     trainer.finish()
 
