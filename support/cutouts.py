@@ -76,8 +76,8 @@ def unmix_edges(rgb: Tensor, mask: Tensor) -> Tensor:
 
     def pure(C: Tensor) -> Tensor:
         first, B = extend(C, solid), extend(C, empty)
-        unexplained = C - torch.lerp(B, first, mask)
-        return torch.where(solid, C, torch.addcmul(first, mask, unexplained).clamp(0, 1))
+        unexplained = C - mask * first - (1 - mask) * B
+        return torch.where(solid, C, (first + mask * unexplained).clamp(0, 1))
 
     return torch.cat([pure(channel) for channel in rgb.split(1)])  # one by one, because photos may have 100 megapixels
 
