@@ -18,7 +18,8 @@ from toy.scenes import Brand, scene_caption
 from toy.world import SAMPLES
 from weights import load_clip, load_control, load_stable_diffusion
 
-WEIGHTS = [path for folder in ("base", "cg", "cg-plain", "pg", "clip") for path in sorted((TOY / folder).rglob("*.safetensors"))]
+WEIGHTS = [path for folder in ("base", "cg", "cg-plain", "pg", "clip")
+           for path in sorted((TOY / folder).rglob("*.safetensors"))]
 STEPS = 10
 REFERENCES = {name: sample for name, sample in SAMPLES.items() if sample.reference_seed is not None}
 
