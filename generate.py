@@ -133,7 +133,7 @@ def paste_back(painted: Tensor, painted_mask: Tensor, box: tuple[int, int, int, 
     top, left, h, w = box
     M = mask.masked_fill(mask >= SOLID, 1)
     scene = resize(painted[:, top : top + h, left : left + w], *rgb.shape[1:])
-    return to_bytes(rgb * M + scene * (1 - M))
+    return torch.cat([to_bytes(F * M + B * (1 - M)) for F, B in zip(rgb.split(1), scene.split(1))])  # saves memory
 
 
 def canvas_of(ads: list[Ad], h: int, w: int, generators: list[torch.Generator]) -> tuple[Canvas, list[tuple]]:

@@ -54,7 +54,8 @@ def extend(rgb: Tensor, known: Tensor) -> Tensor:
     y = ((torch.arange(rgb.shape[1]) + 0.5) * (wide.shape[1] / rgb.shape[1]) - 0.5).clamp(min=0)
     above = y.long()
     below = (above + 1).clamp(max=wide.shape[1] - 1)
-    return torch.where(known, rgb, torch.lerp(wide[:, above], wide[:, below], (y - above)[:, None].to(rgb)))
+    enlarged = wide[:, above].lerp_(wide[:, below], (y - above)[:, None].to(rgb))
+    return torch.where(known, rgb, enlarged, out=enlarged)
 
 
 def sum_blocks(x: Tensor) -> Tensor:
