@@ -185,7 +185,6 @@ def figure_tsne(lab: Lab) -> None:
     For all categories, and also for the original backgrounds, it prints the mean distance between a normalised feature
     and its category's centre, and for how many features that centre is the nearest. Raises BadInput without pictures.
     """
-
     items = lab.items("bg1k")
     lab.check(["cg", "controlnet"], items)
     categories, centres = lab.centres

@@ -67,7 +67,6 @@ def latent_keys(sd: StableDiffusion, items: list[Item], size: int, amp: torch.dt
     return [network + files[start : start + PART] for start in range(0, len(items), PART)]
 
 
-@torch.no_grad()
 def prompt_table(sd: StableDiffusion, texts: list[tuple[str, str, str]], settings: Settings) -> Tensor:
     """The encodings of C triples of texts, for P, P_fg and P_bg: (C, 3, L, D), memory-mapped from settings.cache."""
     @torch.no_grad()

@@ -200,8 +200,6 @@ def text_config(tensors: dict[str, Tensor], activation: str) -> dict:
 # tensor's name or shape; and the values with which our networks compute the same as diffusers' and transformers'. A
 # tuple lists values. A list stands for a JSON list, with one entry for each level. `float` is a positive number, not
 # huge. A range of whole numbers ends far above any real model's, but before building it takes minutes or all memory.
-
-
 OFF = """center_input_sample class_embed_type clip_sample global_pool_conditions latents_mean latents_std
     mid_block_only_cross_attention rescale_betas_zero_snr resnet_skip_time_act shift_factor thresholding
     time_embedding_act_fn timestep_post_act trained_betas use_beta_sigmas use_exponential_sigmas use_flow_sigmas
