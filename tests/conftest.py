@@ -5,6 +5,7 @@ another width, so that a tensor that goes the wrong way does not fit.
 """
 
 import os
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from clip import TextEncoder, load_tokenizer
 from model import CategoryGenerator, PersonalityGenerator, Prompts, UNet
 from rivals.lama import LaMa
+from support.files import BadInput
 from toy.stages import TOY_TEXT, TOY_UNET, TOY_VAE, train_tokenizer
 from vae import VAE
 from weights import TEXT_FILE, UNET_FILE, control_config, save_control, save_module
@@ -134,3 +136,11 @@ def inputs(batch: int = 2) -> SimpleNamespace:
         prompts=Prompts(*(random(batch, 7, 24, seed=11 + i) for i in range(3))),
         hint=random(batch, 3, 128, 128, seed=14).sigmoid(), hint_ref=random(batch, 3, 128, 128, seed=15).sigmoid(),
         mask=(3 * ramp - 1).clamp(0, 1).expand(batch, 1, 128, 128).clone())  # 0, then a ramp, then 1
+
+
+@contextmanager
+def refused(message: str, source: object = ""):
+    """What runs here is refused in one line, which matches the message and names the source."""
+    with pytest.raises(BadInput, match=message) as error:
+        yield
+    assert "\n" not in str(error.value) and str(source) in str(error.value)
