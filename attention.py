@@ -137,34 +137,24 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """Transformer blocks over the positions of a feature map, added to it. (B, C, h, w) -> (B, C, h, w).
 
-    SD 1.x projects in and out with 1x1 convolutions, SD 2.x (`linear_projection`) with linear layers. The results
-    are equal.
+    SD 1.x's files project in and out with 1x1 convolutions, SD 2.x's with linear layers, which compute the same.
+    Here they are linear; weights.py changes the shapes when it loads and saves.
     """
 
-    def __init__(self, channels: int, heads: int, context_channels: int, groups: int, linear_projection: bool = False):
+    def __init__(self, channels: int, heads: int, context_channels: int, groups: int):
         super().__init__()
-        projection = nn.Linear if linear_projection else lambda i, o: nn.Conv2d(i, o, kernel_size=1)
-        self.linear_projection = linear_projection
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
-        self.proj_in = projection(channels, channels)
+        self.proj_in = nn.Linear(channels, channels)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, heads, context_channels)])
-        self.proj_out = projection(channels, channels)
+        self.proj_out = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor, context: Tensor | SplitPrompt, mask: Tensor | None = None) -> Tensor:
         """context: P, or P_fg and P_bg with mask M (B, 1, H, W), at any resolution."""
-        residual, (h, w) = x, x.shape[2:]
-        M = None if isinstance(context, Tensor) else mask_at(mask, h, w).flatten(2).transpose(1, 2)  # (B, hw, 1)
-        x = self.norm(x)
-        if not self.linear_projection:
-            x = self.proj_in(x)
-        x = x.flatten(2).transpose(1, 2).contiguous()  # (B, hw, C), copied once here, not in each layer below
-        if self.linear_projection:
-            x = self.proj_in(x)
+        residual, (h, w) = x, x.shape[2:]  # (B, 320, 64, 64) in SD 1.5's first level, at 512 px
+        M = None if isinstance(context, Tensor) else mask_at(mask, h, w).flatten(2).transpose(1, 2)  # (2B, 4096, 1)
+        x = self.norm(x).flatten(2).transpose(1, 2).contiguous()  # (B, 4096, 320), copied once for all layers below
+        x = self.proj_in(x)
         for block in self.transformer_blocks:
-            x = block(x, context, M)
-        if self.linear_projection:
-            x = self.proj_out(x)
-        x = x.transpose(1, 2).unflatten(2, (h, w))  # (B, C, h, w)
-        if not self.linear_projection:
-            x = self.proj_out(x)
+            x = block(x, context, M)  # (2B, 4096, 320): guidance's rows
+        x = self.proj_out(x).transpose(1, 2).unflatten(2, (h, w))  # (2B, 320, 64, 64)
         return one_row_per_prompt(residual, context) + x  # this order: a sum takes its first term's memory format

@@ -191,8 +191,7 @@ def _level_options(config: dict) -> tuple[dict, list[dict]]:
     heads = heads if isinstance(heads, list) else [heads] * levels
     groups = config.get("norm_num_groups", 32)
     norm = dict(groups=groups, eps=config.get("norm_eps", 1e-5))
-    attention = [dict(heads=n, context_channels=config["cross_attention_dim"], groups=groups,
-                      linear_projection=config.get("use_linear_projection", False)) for n in heads]
+    attention = [dict(heads=n, context_channels=config["cross_attention_dim"], groups=groups) for n in heads]
     return norm, attention
 
 

@@ -31,6 +31,7 @@ from weights import (
     load_control,
     load_module,
     load_stable_diffusion,
+    public_tensors,
     save_control,
     save_module,
 )
@@ -208,7 +209,7 @@ class Mover:
     """Moves weights from our names to the original code's; in the end none may be left."""
 
     def __init__(self, module, prefix: str):
-        self.left, self.prefix, self.moved = dict(module.state_dict()), prefix, {}
+        self.left, self.prefix, self.moved = dict(public_tensors(module)), prefix, {}
 
     def move(self, ours: str, theirs: str, inner=()) -> bool:
         names = [name for name in self.left if name.startswith(ours)]
@@ -549,9 +550,9 @@ def test_what_the_pipeline_saves_is_loaded(folders, tmp_path, variant):
     pipe.save_pretrained(tmp_path / "saved", variant=variant)
     ours, theirs = load_stable_diffusion(folders / "sd"), load_stable_diffusion(tmp_path / "saved")
     for a, b in ((ours.unet, theirs.unet), (ours.vae, theirs.vae), (ours.text_encoder, theirs.text_encoder)):
-        weights = b.state_dict()
+        weights = public_tensors(b)
         assert all(torch.allclose(t, weights[name], rtol=2e-3 if variant else 0, atol=1e-6 if variant else 0)
-                   for name, t in a.state_dict().items())
+                   for name, t in public_tensors(a).items())
     assert torch.equal(ours.tokenizer([MUG]), theirs.tokenizer([MUG]))
     assert torch.equal(ours.schedule.alpha_bar, theirs.schedule.alpha_bar)
 
@@ -611,7 +612,7 @@ def test_cg_trains_beside_an_inpainting_base_from_a_controlnets_single_file(fold
         "cg", "--data", tmp_path / "ads", "--weights", folders / "inpainting", "--size", SIZE, "--batch", 2,
         "--steps", 1, "--init-control", tmp_path / "control.safetensors", "--out", tmp_path / "run")])
     trained = load_file(tmp_path / "run" / "cg" / UNET_FILE)
-    assert all((trained[name] - t).abs().max() < 1e-4 for name, t in control.state_dict().items())  # a step of lr 1e-5
+    assert all((trained[name] - t).abs().max() < 1e-4 for name, t in public_tensors(control).items())  # a step of lr 1e-5
 
 
 # ---------------------------------------------------------------- full size: python -m pytest -m full_size

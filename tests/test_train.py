@@ -184,8 +184,7 @@ def test_cg_with_plain_attention_is_an_ordinary_controlnet_that_loads_as_cg(plai
 def test_diffusers_opens_cg_with_plain_attention(plain):
     diffusers = pytest.importorskip("diffusers")
     theirs = diffusers.ControlNetModel.from_pretrained(plain).state_dict()
-    ours = load_control(plain).state_dict()
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert equal_weights(load_control(plain), theirs)
 
 
 def test_pg_trains_beside_cg_with_plain_attention_and_joint_with_it(world, base, plain, tmp_path, quick, capsys):
