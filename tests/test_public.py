@@ -612,7 +612,7 @@ def test_cg_trains_beside_an_inpainting_base_from_a_controlnets_single_file(fold
         "cg", "--data", tmp_path / "ads", "--weights", folders / "inpainting", "--size", SIZE, "--batch", 2,
         "--steps", 1, "--init-control", tmp_path / "control.safetensors", "--out", tmp_path / "run")])
     trained = load_file(tmp_path / "run" / "cg" / UNET_FILE)
-    assert all((trained[name] - t).abs().max() < 1e-4 for name, t in public_tensors(control).items())  # a step of lr 1e-5
+    assert all((trained[name] - t).abs().max() < 1e-4 for name, t in public_tensors(control).items())  # lr 1e-5
 
 
 # ---------------------------------------------------------------- full size: python -m pytest -m full_size
