@@ -8,6 +8,7 @@ Shapes: B pictures, h x w positions of a feature map, N = hw, C channels, L prom
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,13 +35,20 @@ def mask_at(mask: Tensor, h: int, w: int) -> Tensor:
     return F.interpolate(mask, size=(h, w), mode="area")
 
 
+class SplitPrompt(NamedTuple):
+    """The prompt in two parts, each (B, L, D), which Eq. 3 reads in place of P (section 3.2)."""
+
+    P_fg: Tensor  # 'A photo of [category]', for positions on the product
+    P_bg: Tensor  # 'in the background of [D]', for positions around it
+
+
 class Attention(nn.Module):
     """Multi-head attention: x attends to a context, or to itself if there is none.
 
     x (B, N, C); context (B, L, D) or None -> (B, N, C). With the prompt's encoding P as context this is CA(x, P).
     """
 
-    watch: Callable[[Tensor], None] | None = None  # if set, called with the weights (B, heads, N, L); in Eq. 3 twice
+    on_weights: Callable[[Tensor], None] | None = None  # if set, called with (B, heads, N, L); in Eq. 3 twice
 
     def __init__(self, channels: int, heads: int, context_channels: int | None = None):
         super().__init__()
@@ -67,8 +75,8 @@ class Attention(nn.Module):
     def read(self, q: Tensor, context: Tensor) -> Tensor:
         """The queries q (B, N, C) attend to a context (B, L, D) -> (B, N, C), before the output layer."""
         k, v = self.to_k(context), self.to_v(context)
-        if self.watch:
-            self.watch(attention_weights(q, k, self.heads))
+        if self.on_weights:
+            self.on_weights(attention_weights(q, k, self.heads))
         return attend(q, k, v, self.heads)
 
 
@@ -95,9 +103,12 @@ class FeedForward(nn.Module):
         return self.net[2](self.net[0](x))
 
 
-def one_row_per_prompt(x: Tensor, context) -> Tensor:
-    """Repeats x (B, ...) to the context's rows: before these are read, guidance's two passes are equal."""
-    rows = len(context[0]) if isinstance(context, tuple) else len(context)
+def one_row_per_prompt(x: Tensor, context: Tensor | SplitPrompt) -> Tensor:
+    """Repeats x (B, ...) to the prompts' rows, (2B, ...) with guidance.
+
+    Until a prompt is read, the two passes of guidance are equal and run as one. It saves 4% of a step of SD 1.5.
+    """
+    rows = len(context if isinstance(context, Tensor) else context[0])
     return x if len(x) == rows else x.repeat(rows // len(x), *[1] * (x.ndim - 1))
 
 
@@ -113,47 +124,37 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, x: Tensor, context, M: Tensor | None = None) -> Tensor:
-        """x (B, N, C) -> (B, N, C). context: P (B, L, D), or the pair (P_fg, P_bg) with M (B, N, 1)."""
+    def forward(self, x: Tensor, context: Tensor | SplitPrompt, M: Tensor | None = None) -> Tensor:
+        """x (B, N, C) -> (B, N, C). context: P (B, L, D), or P_fg and P_bg with M (B, N, 1)."""
         x = one_row_per_prompt(x + self.attn1(self.norm1(x)), context)
-        if isinstance(context, tuple):
-            x = x + self.attn2.mask_guided(self.norm2(x), *context, M)  # Eq. 3
-        else:
+        if isinstance(context, Tensor):
             x = x + self.attn2(self.norm2(x), context)  # Eq. 2
+        else:
+            x = x + self.attn2.mask_guided(self.norm2(x), *context, M)  # Eq. 3
         return x + self.ff(self.norm3(x))
 
 
 class SpatialTransformer(nn.Module):
     """Transformer blocks over the positions of a feature map, added to it. (B, C, h, w) -> (B, C, h, w).
 
-    SD 1.x projects in and out with 1x1 convolutions, SD 2.x (`linear_projection`) with linear layers. The results
-    are equal.
+    SD 1.x's files project in and out with 1x1 convolutions, SD 2.x's with linear layers, which compute the same.
+    Here they are linear; weights.py changes the shapes when it loads and saves.
     """
 
-    def __init__(self, channels: int, heads: int, context_channels: int, groups: int, linear_projection: bool = False):
+    def __init__(self, channels: int, heads: int, context_channels: int, groups: int):
         super().__init__()
-        projection = nn.Linear if linear_projection else lambda i, o: nn.Conv2d(i, o, kernel_size=1)
-        self.linear_projection = linear_projection
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
-        self.proj_in = projection(channels, channels)
+        self.proj_in = nn.Linear(channels, channels)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, heads, context_channels)])
-        self.proj_out = projection(channels, channels)
+        self.proj_out = nn.Linear(channels, channels)
 
-    def forward(self, x: Tensor, context, mask: Tensor | None = None) -> Tensor:
-        """context: P, or the pair (P_fg, P_bg) with mask M (B, 1, H, W), at any resolution."""
-        residual, (h, w) = x, x.shape[2:]
-        M = mask_at(mask, h, w).flatten(2).transpose(1, 2) if isinstance(context, tuple) else None  # (B, hw, 1)
-        x = self.norm(x)
-        if not self.linear_projection:
-            x = self.proj_in(x)
-        x = x.flatten(2).transpose(1, 2).contiguous()  # (B, hw, C), copied once here, not in each layer below
-        if self.linear_projection:
-            x = self.proj_in(x)
+    def forward(self, x: Tensor, context: Tensor | SplitPrompt, mask: Tensor | None = None) -> Tensor:
+        """context: P, or P_fg and P_bg with mask M (B, 1, H, W), at any resolution."""
+        residual, (h, w) = x, x.shape[2:]  # (B, 320, 64, 64) in SD 1.5's first level, at 512 px
+        M = None if isinstance(context, Tensor) else mask_at(mask, h, w).flatten(2).transpose(1, 2)  # (2B, 4096, 1)
+        x = self.norm(x).flatten(2).transpose(1, 2).contiguous()  # (B, 4096, 320), copied once for all layers below
+        x = self.proj_in(x)
         for block in self.transformer_blocks:
-            x = block(x, context, M)
-        if self.linear_projection:
-            x = self.proj_out(x)
-        x = x.transpose(1, 2).unflatten(2, (h, w))  # (B, C, h, w)
-        if not self.linear_projection:
-            x = self.proj_out(x)
+            x = block(x, context, M)  # (2B, 4096, 320): guidance's rows
+        x = self.proj_out(x).transpose(1, 2).unflatten(2, (h, w))  # (2B, 320, 64, 64)
         return one_row_per_prompt(residual, context) + x  # this order: a sum takes its first term's memory format

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from attention import SpatialTransformer, mask_at, one_row_per_prompt
+from attention import SpatialTransformer, SplitPrompt, mask_at, one_row_per_prompt
 
 # ---------------------------------------------------------------- blocks
 
@@ -35,8 +35,8 @@ class ResnetBlock(nn.Module):
             self.time_emb_proj = nn.Linear(time_channels, out_channels)
         self.norm2 = nn.GroupNorm(groups, out_channels, eps)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        if in_channels != out_channels:
-            self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+        same = in_channels == out_channels
+        self.conv_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         """x (B, C_in, h, w), time (B, T) from UNetEncoder.embed_time -> (B, C_out, h, w)."""
@@ -44,7 +44,7 @@ class ResnetBlock(nn.Module):
         if time is not None:
             h = h + self.time_emb_proj(time)[:, :, None, None]
         h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+        return h + self.conv_shortcut(x)
 
 
 class Downsample(nn.Module):
@@ -113,22 +113,22 @@ class DownBlock(nn.Module):
         self.resnets = nn.ModuleList(
             ResnetBlock(in_channels if i == 0 else out_channels, out_channels, time_channels=time_channels, **norm)
             for i in range(layers))
-        if attention:
-            self.attentions = nn.ModuleList(SpatialTransformer(out_channels, **attention) for _ in range(layers))
-        if not last:
-            self.downsamplers = nn.ModuleList([Downsample(out_channels)])
+        self.attentions = nn.ModuleList(
+            SpatialTransformer(out_channels, **attention) for _ in range(layers if attention else 0))
+        self.downsamplers = nn.ModuleList([] if last else [Downsample(out_channels)])
 
-    def layer(self, i, x, time, context, mask):
-        x = self.resnets[i](x, time)
-        return self.attentions[i](x, context, mask) if hasattr(self, "attentions") else x
+    def layer(self, i: int, x: Tensor, time: Tensor, context: Tensor | SplitPrompt, mask: Tensor | None) -> Tensor:
+        x = self.resnets[i](x, time)  # (B, C, h, w)
+        return self.attentions[i](x, context, mask) if self.attentions else x
 
-    def forward(self, x, time, context, mask=None):
+    def forward(self, x: Tensor, time: Tensor, context: Tensor | SplitPrompt,
+                mask: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         skips = []
         for i in range(len(self.resnets)):
             x = run_layer(self, i, x, time, context, mask)
             skips.append(x)
-        if hasattr(self, "downsamplers"):
-            x = self.downsamplers[0](x)
+        for downsample in self.downsamplers:
+            x = downsample(x)  # (B, C, h/2, w/2)
             skips.append(x)
         return x, skips
 
@@ -144,11 +144,11 @@ class MidBlock(nn.Module):
             ResnetBlock(channels, channels, time_channels=time_channels, **norm) for _ in range(2))
         self.attentions = nn.ModuleList([SpatialTransformer(channels, **attention)])
 
-    def layer(self, x, time, context, mask):
+    def layer(self, x: Tensor, time: Tensor, context: Tensor | SplitPrompt, mask: Tensor | None) -> Tensor:
         x = self.attentions[0](self.resnets[0](x, time), context, mask)
         return self.resnets[1](x, time)
 
-    def forward(self, x, time, context, mask=None):
+    def forward(self, x: Tensor, time: Tensor, context: Tensor | SplitPrompt, mask: Tensor | None = None) -> Tensor:
         return run_layer(self, x, time, context, mask)
 
 
@@ -167,19 +167,20 @@ class UpBlock(nn.Module):
             ResnetBlock((in_channels if i == 0 else out_channels) + skip_channels[i], out_channels,
                         time_channels=time_channels, **norm)
             for i in range(layers))
-        if attention:
-            self.attentions = nn.ModuleList(SpatialTransformer(out_channels, **attention) for _ in range(layers))
-        if not last:
-            self.upsamplers = nn.ModuleList([Upsample(out_channels)])
+        self.attentions = nn.ModuleList(
+            SpatialTransformer(out_channels, **attention) for _ in range(layers if attention else 0))
+        self.upsamplers = nn.ModuleList([] if last else [Upsample(out_channels)])
 
-    def layer(self, i, x, skip, time, context):
-        x = self.resnets[i](torch.cat([x, skip], dim=1), time)
-        return self.attentions[i](x, context) if hasattr(self, "attentions") else x
+    def layer(self, i: int, x: Tensor, skip: Tensor, time: Tensor, context: Tensor) -> Tensor:
+        x = self.resnets[i](torch.cat([x, skip], dim=1), time)  # (B, C_in + S, h, w) -> (B, C, h, w)
+        return self.attentions[i](x, context) if self.attentions else x
 
-    def forward(self, x, skips, time, context):
+    def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor) -> Tensor:
         for i in range(len(self.resnets)):
             x = run_layer(self, i, x, skips.pop(), time, context)
-        return self.upsamplers[0](x) if hasattr(self, "upsamplers") else x
+        for upsample in self.upsamplers:
+            x = upsample(x)  # (B, C, 2h, 2w)
+        return x
 
 
 def _level_options(config: dict) -> tuple[dict, list[dict]]:
@@ -190,8 +191,7 @@ def _level_options(config: dict) -> tuple[dict, list[dict]]:
     heads = heads if isinstance(heads, list) else [heads] * levels
     groups = config.get("norm_num_groups", 32)
     norm = dict(groups=groups, eps=config.get("norm_eps", 1e-5))
-    attention = [dict(heads=n, context_channels=config["cross_attention_dim"], groups=groups,
-                      linear_projection=config.get("use_linear_projection", False)) for n in heads]
+    attention = [dict(heads=n, context_channels=config["cross_attention_dim"], groups=groups) for n in heads]
     return norm, attention
 
 
@@ -217,19 +217,25 @@ class UNetEncoder(nn.Module):
         encoding = timestep_encoding(t, self.conv_in.out_channels).to(self.conv_in.weight.dtype)
         return F.silu(self.time_embedding(encoding))
 
-    def encode(self, x, time, context, mask=None):
-        """x (B, C, h, w), after conv_in -> the middle block's output and the skip connections (12 for SD 1.5)."""
+    def encode(self, x: Tensor, time: Tensor, context: Tensor | SplitPrompt,
+               mask: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+        """x (B, C, h, w), after conv_in -> the middle block's output and the skip connections.
+
+        For SD 1.5 at 512 px, with guidance, from x (B, 320, 64, 64): the middle is (2B, 1280, 8, 8). The 12 skips have
+        320, 640, 1280 and 1280 channels at 64, 32, 16 and 8 positions a side, three each.
+        """
         skips = [x]
         for block in self.down_blocks:
-            x, left = block(x, time, context, mask)
-            skips += left
+            x, outputs = block(x, time, context, mask)
+            skips += outputs
         x = self.mid_block(x, time, context, mask)
         return x, [one_row_per_prompt(skip, context) for skip in skips]
 
     def recompute_activations(self) -> None:
         """Turns on gradient checkpointing (see `run_layer`)."""
-        for block in (*self.down_blocks, self.mid_block, *getattr(self, "up_blocks", ())):
-            block.recompute = True
+        for block in self.modules():
+            if isinstance(block, DownBlock | MidBlock | UpBlock):
+                block.recompute = True
 
 
 def skip_channels(config: dict) -> list[int]:
@@ -264,15 +270,15 @@ class UNet(UNetEncoder):
 
         residuals: what the branches add, one tensor per skip connection and one for the middle block (13 for SD 1.5).
         """
-        time = self.embed_time(t)
-        x, skips = self.encode(self.conv_in(z), time, context)
+        time = self.embed_time(t)  # (B, 1280) for SD 1.5, as all shapes below
+        x, skips = self.encode(self.conv_in(z), time, context)  # (2B, 1280, 8, 8) and 12 skips
         if residuals is not None:
             *skip_residuals, middle = residuals
             skips = [s + r for s, r in zip(skips, skip_residuals, strict=True)]
             x = x + middle
-        for block in self.up_blocks:
+        for block in self.up_blocks:  # (2B, 1280, 16, 16), (2B, 1280, 32, 32), (2B, 640, 64, 64), (2B, 320, 64, 64)
             x = block(x, skips, time, context)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(F.silu(self.conv_norm_out(x)))  # (2B, 4, 64, 64)
 
 
 # ---------------------------------------------------------------- the branches
@@ -331,10 +337,11 @@ class ControlNet(UNetEncoder):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, z: Tensor, t: Tensor, context, hint: Tensor, mask: Tensor | None = None) -> list[Tensor]:
+    def forward(self, z: Tensor, t: Tensor, context: Tensor | SplitPrompt, hint: Tensor,
+                mask: Tensor | None = None) -> list[Tensor]:
         """z_t (B, 4, h, w), t (B,) or (1,), hint (B, 3, H, W) -> residuals for UNet.forward (13 for SD 1.5).
 
-        context: P (B, L, D); for CG the pair (P_fg, P_bg). mask: M (B, 1, H, W), which CG and PG need.
+        context: P (B, L, D); for CG P_fg and P_bg. mask: M (B, 1, H, W), which CG and PG need.
         """
         return self.residuals(z, t, context, self.hint_features(hint), mask)
 
@@ -342,14 +349,15 @@ class ControlNet(UNetEncoder):
         """(B, 3, H, W) -> (B, C, h, w). They are the same at every step: computed once, before denoising."""
         return self.controlnet_cond_embedding(hint)
 
-    def residuals(self, z: Tensor, t: Tensor, context, features: Tensor, mask: Tensor | None = None) -> list[Tensor]:
+    def residuals(self, z: Tensor, t: Tensor, context: Tensor | SplitPrompt, features: Tensor,
+                  mask: Tensor | None = None) -> list[Tensor]:
         """As `forward`, but for a hint whose features (B, C, h, w) have been computed."""
-        x = self.conv_in(z) + features
-        middle, skips = self.encode(x, self.embed_time(t), context, mask)
+        x = self.conv_in(z) + features  # (B, 320, 64, 64) for SD 1.5
+        middle, skips = self.encode(x, self.embed_time(t), context, mask)  # (2B, 1280, 8, 8) and 12 skips
         return [conv(s) for conv, s in zip(self.controlnet_down_blocks, skips)] + [self.controlnet_mid_block(middle)]
 
-    def reads(self, prompts: Prompts):
-        """The context for its cross-attentions: P (B, L, D)."""
+    def context(self, prompts: Prompts) -> Tensor | SplitPrompt:
+        """What its cross-attentions read: P."""
         return prompts.P
 
 
@@ -359,21 +367,24 @@ class CategoryGenerator(ControlNet):
     Ours: with "attention": "plain" in its config it uses Eq. 2, to measure what Eq. 3 adds (`--attention plain`).
     """
 
-    def reads(self, prompts: Prompts):
+    def context(self, prompts: Prompts) -> Tensor | SplitPrompt:
         if self.config.get("attention") == "plain":
             return prompts.P  # Eq. 2
-        return prompts.P_fg, prompts.P_bg  # Eq. 3: TransformerBlock blends the two by M
+        return SplitPrompt(prompts.P_fg, prompts.P_bg)  # Eq. 3
 
 
 class PersonalityGenerator(ControlNet):
     """PG (section 3.3): its hint is a reference's background I_ref ⊗ (1 − M_ref); it attends to P as a ControlNet does.
 
-    `mask` is M, the product's, never the reference's.
+    The paper does not say which prompt PG reads; nor where Eq. 4 masks.
     """
 
-    def residuals(self, z, t, context, features, mask=None):
+    def residuals(self, z: Tensor, t: Tensor, context: Tensor, features: Tensor, mask: Tensor) -> list[Tensor]:
+        """Eq. 4: y_i := y_i ⊗ (1 − M), for each output y_i (2B, C, h, w); M is the product's, never the reference's.
+
+        It masks after the zero convolution, so that the convolution's bias can't leak onto the product.
+        """
         ys = super().residuals(z, t, context, features)
-        # Eq. 4, after the zero convolution, so that its bias can't leak onto the product
         return [y * (1 - mask_at(mask, *y.shape[2:])).to(y) for y in ys]
 
 
@@ -389,6 +400,6 @@ def predict_noise(unet: UNet, z: Tensor, t: Tensor, prompts: Prompts, branches=(
     """
     residuals = None
     for branch, features in branches:
-        outputs = branch.residuals(z, t, branch.reads(prompts), features, mask)
+        outputs = branch.residuals(z, t, branch.context(prompts), features, mask)
         residuals = outputs if residuals is None else [x + y for x, y in zip(residuals, outputs)]
     return unet(z if inpainting is None else torch.cat([z, inpainting], dim=1), t, prompts.P, residuals)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from clip import CLIP, TextEncoder, Tokenizer, load_tokenizer
-from model import BRANCHES, ControlNet, UNet
+from model import BRANCHES, ControlNet, UNet, UNetEncoder
 from sampler import Schedule
 from support.convert import convert
 from support.files import BadInput, one_line_errors, read_json, write_atomic, write_json
@@ -256,7 +256,7 @@ def assign_weights(module: nn.Module, tensors: dict[str, Tensor], source: Path, 
     wanted, named = module.state_dict(), {}
     for name, tensor in tensors.items():
         if name in wanted and tensor.shape == (*wanted[name].shape, 1, 1):
-            tensor = tensor[:, :, 0, 0]  # from a 1x1 convolution to a linear layer: the VAE's attention in single files
+            tensor = tensor[:, :, 0, 0]  # a 1x1 convolution in the file, a linear layer here
         ignored = IGNORED.fullmatch(name) or isinstance(module, TextEncoder) and IMAGE_TOWER.fullmatch(name)
         if name in wanted or not ignored:
             named[name] = tensor
@@ -282,12 +282,21 @@ def load_module(build: type[nn.Module], folder: Path, name: str, device, dtype, 
     return build_module(build, read_json(config), tensors, path, device, dtype, config)
 
 
+def public_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """A network's tensors in the shapes of public files: SD 1.x's projections are 1x1 convolutions (C, C, 1, 1)."""
+    tensors = module.state_dict()
+    if isinstance(module, UNetEncoder) and not module.config.get("use_linear_projection"):
+        names = [name for name in tensors if name.endswith((".proj_in.weight", ".proj_out.weight"))]
+        tensors |= {name: tensors[name][..., None, None] for name in names}
+    return tensors
+
+
 def save_module(module: nn.Module, folder: Path, name: str, dtype=None, extra: dict[str, object] | None = None) -> None:
     """Writes config.json and any extra JSON files into a folder, and the weights last, so that none are without them.
 
     Raises BadInput if a tensor is not finite.
     """
-    tensors = {n: t.detach().to("cpu", dtype or t.dtype).contiguous() for n, t in module.state_dict().items()}
+    tensors = {n: t.detach().to("cpu", dtype or t.dtype).contiguous() for n, t in public_tensors(module).items()}
     if broken := not_finite(tensors):
         raise BadInput(f"{folder}: {broken} is not finite, and is not saved; train with a lower --lr" +
                        (", or save it in float32" if dtype == torch.float16 else ""))

@@ -22,7 +22,7 @@ from rivals.lama import LaMa
 from support.files import BadInput
 from toy.stages import TOY_TEXT, TOY_UNET, TOY_VAE, train_tokenizer
 from vae import VAE
-from weights import TEXT_FILE, UNET_FILE, control_config, save_control, save_module
+from weights import TEXT_FILE, UNET_FILE, control_config, public_tensors, save_control, save_module
 
 SD1 = {"_class_name": "UNet2DConditionModel", "in_channels": 4, "out_channels": 4, "act_fn": "silu", "sample_size": 16,
        "block_out_channels": [16, 24, 32, 48], "layers_per_block": 2, "attention_head_dim": 2,
@@ -72,7 +72,7 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
 
 def equal_weights(ours: nn.Module, theirs: nn.Module | dict[str, Tensor]) -> bool:
     """Whether two networks, or a network and tensors by name, hold the same numbers under the same names."""
-    a, b = ours.state_dict(), theirs if isinstance(theirs, dict) else theirs.state_dict()
+    a, b = (x if isinstance(x, dict) else public_tensors(x) for x in (ours, theirs))
     return a.keys() == b.keys() and all(torch.equal(tensor, b[name]) for name, tensor in a.items())
 
 

@@ -401,7 +401,7 @@ def test_watched_weights_are_those_that_attention_uses():
     layer, x = randomise(Attention(24, 3, 16)), random(2, 9, 24)
     P_fg, P_bg = random(2, 5, 16, seed=1), random(2, 5, 16, seed=2)
     M, seen = random(2, 9, 1, seed=3).sigmoid(), []
-    layer.watch = seen.append
+    layer.on_weights = seen.append
     blend = layer.mask_guided(x, P_fg, P_bg, M)
     assert [w.shape for w in seen] == [(2, 3, 9, 5)] * 2 and torch.allclose(seen[0].sum(-1), torch.ones(2, 3, 9))
     read = [(w @ layer.to_v(P).unflatten(-1, (3, -1)).transpose(1, 2)).transpose(1, 2).flatten(2)

@@ -39,6 +39,7 @@ from weights import (
     control_config,
     load_control,
     load_module,
+    public_tensors,
     save_control,
     save_module,
 )
@@ -107,7 +108,7 @@ def test_controlnet_and_the_unet_under_its_residuals(pair, config, unet):
         assert relative_error(residual, expected) < TOLERANCE
 
     their_unet = diffusers.UNet2DConditionModel.from_config(UNETS["sd1"])
-    their_unet.load_state_dict(unet.state_dict())
+    their_unet.load_state_dict(public_tensors(unet))
     expected = their_unet.eval()(given.z, given.t, given.prompts.P, down_block_additional_residuals=down,
                                  mid_block_additional_residual=middle).sample
     assert relative_error(unet(given.z, given.t, given.prompts.P, residuals), expected) < TOLERANCE
@@ -145,10 +146,10 @@ def test_two_branches_sum_as_multi_controlnet_does(unet):
     theirs = []
     for branch in branches:
         theirs.append(diffusers.ControlNetModel.from_config(branch.config))
-        theirs[-1].load_state_dict(branch.state_dict())
+        theirs[-1].load_state_dict(public_tensors(branch))
     multi = diffusers.MultiControlNetModel([net.eval() for net in theirs])
     their_unet = diffusers.UNet2DConditionModel.from_config(UNETS["sd1"])
-    their_unet.load_state_dict(unet.state_dict())
+    their_unet.load_state_dict(public_tensors(unet))
     down, middle = multi(given.z, given.t, given.prompts.P, [given.hint, given.hint_ref], [1.0, 1.0], return_dict=False)
     expected = their_unet.eval()(given.z, given.t, given.prompts.P, down_block_additional_residuals=down,
                                  mid_block_additional_residual=middle).sample

@@ -36,6 +36,7 @@ from weights import (
     load_control,
     load_module,
     load_stable_diffusion,
+    public_tensors,
     save_control,
     save_module,
 )
@@ -152,29 +153,25 @@ OPENCLIP_NAMES = [
     (r"text_model\.final_layer_norm", "ln_final")]
 
 
-def original(module: nn.Module, prefix: str, names: list[tuple] = (), convolutions: str = "none") -> dict[str, Tensor]:
-    """A network's weights, as the original code names them; queries, keys and values of one name are one matrix.
-
-    convolutions: the names of matrices that are 1x1 convolutions there.
-    """
+def original(module: nn.Module, prefix: str, names: list[tuple] = ()) -> dict[str, Tensor]:
+    """A network's weights, as the original code names them; queries, keys and values of one name are one matrix."""
     tensors = {}
-    for name, tensor in module.state_dict().items():
+    for name, tensor in public_tensors(module).items():
         for pattern, new in names:
             name = re.sub(pattern, new if isinstance(new, str) else lambda m, f=new: f(*map(int, m.groups())), name)
-        if tensor.ndim == 2 and re.search(convolutions, name):
-            tensor = tensor[:, :, None, None]
         name = prefix + name
         tensors[name] = torch.cat([tensors[name], tensor]) if name in tensors else tensor.clone()
     return tensors
 
 
 def original_unet(module: UNet | ControlNet, prefix: str) -> dict[str, Tensor]:
-    linear = module.config.get("use_linear_projection")
-    return original(module, prefix, UNET_NAMES, "none" if linear else r"\.proj_(in|out)\.")
+    return original(module, prefix, UNET_NAMES)
 
 
 def original_vae(module: VAE) -> dict[str, Tensor]:
-    return original(module, "first_stage_model.", VAE_NAMES, "attn_1")
+    """Its attention is of 1x1 convolutions."""
+    tensors = original(module, "first_stage_model.", VAE_NAMES)
+    return {name: t[:, :, None, None] if "attn_1" in name and t.ndim == 2 else t for name, t in tensors.items()}
 
 
 def original_text_sd2(module: TextEncoder) -> dict[str, Tensor]:

@@ -174,7 +174,7 @@ def test_cg_with_plain_attention_is_an_ordinary_controlnet_that_loads_as_cg(plai
     as_cg, ordinary = load_control(plain, "category"), load_control(plain)
     assert isinstance(as_cg, CategoryGenerator)
     given = Prompts("P", "P_fg", "P_bg")
-    assert as_cg.reads(given) == "P" and load_control(cg, "category").reads(given) == ("P_fg", "P_bg")
+    assert as_cg.context(given) == "P" and load_control(cg, "category").context(given) == ("P_fg", "P_bg")
     z, t, P = random(2, 4, 16, 16), torch.tensor([981, 21]), random(2, 32, 128, seed=1)
     hint, mask = random(2, 3, 64, 64, seed=2).sigmoid(), torch.ones(2, 1, 64, 64)
     for ours, theirs in zip(as_cg(z, t, P, hint, mask), ordinary(z, t, P, hint), strict=True):
@@ -184,8 +184,7 @@ def test_cg_with_plain_attention_is_an_ordinary_controlnet_that_loads_as_cg(plai
 def test_diffusers_opens_cg_with_plain_attention(plain):
     diffusers = pytest.importorskip("diffusers")
     theirs = diffusers.ControlNetModel.from_pretrained(plain).state_dict()
-    ours = load_control(plain).state_dict()
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert equal_weights(load_control(plain), theirs)
 
 
 def test_pg_trains_beside_cg_with_plain_attention_and_joint_with_it(world, base, plain, tmp_path, quick, capsys):
