@@ -64,10 +64,10 @@ def folder(pbe, tmp_path_factory) -> Path:
 
 
 def scene(batch: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pictures, and masks whose edges lie between the latent's cells; their greys are just below 1/2."""
+    """Pictures and masks, whose edges lie between the latent's cells: there diffusers' nearest pixels are ours."""
     mask = torch.zeros(batch, 1, SIZE, SIZE)
-    mask[:, :, 15:42, 21:50] = 1
-    mask[:, :, 18:20] *= 0.499
+    mask[:, :, 16:40, 24:48] = 1
+    mask[:, :, 24:32, 40:] *= 0.499
     return random(batch, 3, SIZE, SIZE, seed=5).sigmoid(), mask
 
 
@@ -288,7 +288,7 @@ def photos(tmp_path_factory) -> Path:
 def test_an_exemplar_is_a_whole_reference_squashed_without_a_mask(folder, photos, tmp_path, capsys, monkeypatch):
     """The authors' guidance is the default, and the PNG says how it was painted."""
     canvases = []
-    monkeypatch.setattr(PaintByExample, "paint", lambda self, canvas, how: canvases.append(canvas) or canvas.rgb)
+    monkeypatch.setattr(PaintByExample, "paint", lambda self, canvas, **_: canvases.append(canvas) or canvas.rgb)
     lab.main(["paint", f"--product={photos / 'mug.png'}", f"--reference={photos / 'ad.png'}", "--size=64",
               f"--paint-by-example={folder}", f"--out={tmp_path}"])
     whole, side = to_tensor(Image.open(photos / "ad.png")), VISION_CONFIG["image_size"]

@@ -230,12 +230,6 @@ def single(tmp_path_factory):
     return build
 
 
-def same_numbers(ours: nn.Module, theirs: dict[str, Tensor]) -> bool:
-    """Whether a network holds these numbers by these names; a matrix equals a 1x1 convolution."""
-    a, b = ({name: tensor.squeeze() for name, tensor in part.items()} for part in (ours.state_dict(), theirs))
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
 @pytest.mark.parametrize("version, prediction, size", [(1, "epsilon", 512), (2, "v_prediction", 768)])
 @torch.no_grad()
 def test_a_single_file_holds_the_same_networks_as_folders_and_as_for_diffusers(single, version, prediction, size):
@@ -251,8 +245,8 @@ def test_a_single_file_holds_the_same_networks_as_folders_and_as_for_diffusers(s
     assert sd.tokenizer([""])[0, -1] == (sd.tokenizer.end if version == 1 else sd.tokenizer.bpe.token_to_id("!"))
 
     utils = pytest.importorskip("diffusers.loaders.single_file_utils")
-    assert same_numbers(sd.unet, utils.convert_ldm_unet_checkpoint(dict(tensors), unet.config))
-    assert same_numbers(sd.vae, utils.convert_ldm_vae_checkpoint(dict(tensors), vae.config))
+    assert equal_weights(sd.unet, utils.convert_ldm_unet_checkpoint(dict(tensors), unet.config))
+    assert equal_weights(sd.vae, utils.convert_ldm_vae_checkpoint(dict(tensors), vae.config))
 
 
 @pytest.mark.parametrize("version, size", [(1, 512), (2, 768)])
@@ -276,7 +270,7 @@ def test_a_controlnet_in_one_file_with_and_without_prefix(single, tmp_path, pref
     loaded = load_control(tmp_path / "control.safetensors", "category")
     assert type(loaded) is CategoryGenerator and equal_weights(loaded, control)
     assert loaded.config | control.config == control.config | loaded.config  # they agree on all fields that both have
-    assert same_numbers(loaded, utils.convert_controlnet_checkpoint(tensors, control.config))
+    assert equal_weights(loaded, utils.convert_controlnet_checkpoint(tensors, control.config))
 
 
 def test_numbers_at_odd_addresses_are_read(tmp_path, unet):
@@ -407,7 +401,7 @@ def test_prompt_paints_the_text_to_image_pipelines_picture(pipeline, tmp_path):
 def test_what_the_pipeline_saves_in_half_precision_is_loaded(pipeline, tmp_path):
     pipe = pipeline("StableDiffusionPipeline").to(dtype=torch.float16)
     pipe.save_pretrained(tmp_path / "half", variant="fp16")
-    assert same_numbers(load_stable_diffusion(tmp_path / "half").unet.half(), pipe.unet.state_dict())
+    assert equal_weights(load_stable_diffusion(tmp_path / "half").unet.half(), pipe.unet.state_dict())
 
 
 @pytest.mark.parametrize("hint, around", [("product", 0.0), ("inpaint", -1.0)])

@@ -389,9 +389,9 @@ def test_names_are_read_without_what_training_put_in_front(folder, unet):
 
 def test_what_a_text_encoder_was_cut_from_is_let_lie(tmp_path, text_encoder):
     save_module(text_encoder, tmp_path, TEXT_FILE)
-    rewrite(tmp_path / TEXT_FILE, lambda t: t.update(dict.fromkeys((
+    rewrite(tmp_path / TEXT_FILE, lambda t: t.update({name: torch.zeros(2) for name in (
         "text_projection.weight", "logit_scale", "vision_model.encoder.x", "visual_projection.weight", "position_ids",
-        "text_model.embeddings.position_ids", "x.num_batches_tracked"), torch.zeros(2))))
+        "text_model.embeddings.position_ids", "x.num_batches_tracked")}))
     assert equal_weights(load_module(TextEncoder, tmp_path, TEXT_FILE, "cpu", torch.float32), text_encoder)
 
 
