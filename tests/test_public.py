@@ -86,7 +86,7 @@ POSITIONS = "cond_stage_model.transformer.text_model.embeddings.position_ids"
 @pytest.mark.parametrize("name, folder", [
     ("sd15_single_file", "sd15_diffusers"), ("sd15_full_ema_single_file", "sd15_diffusers"),
     ("sd15_inpainting_single_file", "sd15_inpainting_diffusers")])
-def test_each_tensor_of_a_single_file_lands_on_one_parameter_of_its_shape(name, folder):
+def test_each_tensor_of_a_single_file_lands_on_one_parameter_and_shapes_imply_the_configuration(name, folder):
     """What is not read: the noise schedule, the positions, and a second UNet of averages."""
     tensors = layout(name)
     parts = split_by_model(tensors)
@@ -112,7 +112,7 @@ def test_each_tensor_of_a_single_file_lands_on_one_parameter_of_its_shape(name, 
     ("controlnet_v11p_sd15_inpaint_single_file", ControlNet, "controlnet_diffusers/config.json"),
     ("clip_vit_b32", CLIP, "clip_vit_b32/config.json"),
     ("clip_vit_l14", CLIP, "clip_vit_l14/config.json")])
-def test_each_tensor_of_one_network_lands_on_one_parameter_of_its_shape(name, kind, path):
+def test_each_tensor_of_a_folder_lands_on_one_parameter_and_shapes_imply_the_configuration(name, kind, path):
     tensors = layout(name)
     fill(kind, config(path), split_by_model(tensors)["control"] or tensors)
 
