@@ -14,13 +14,12 @@ from torch import Tensor
 
 import generate
 import train
-from data import load_ad
-from generate import Canvas
+from data import Canvas, load_ad
 from rivals import lab, lama_training
 from rivals.lama import LAMA_FILE, LaMa, lama_config, load_lama
 from rivals.lama_training import Discriminator, LaMaLoss
 from rivals.stages import RIVAL_STAGES
-from sampler import Painting
+from sampler import SamplerSettings
 from support.datasets import read_items
 from support.files import BadInput
 from support.images import load_cutout, to_tensor
@@ -288,7 +287,7 @@ def folder(lama, tmp_path_factory) -> Path:
 
 def test_a_canvas_is_painted_as_by_generate_paint(lama):
     rgb, mask = random(1, 3, 32, 40).sigmoid(), (random(1, 1, 32, 40, seed=1) > 0).float()
-    assert torch.equal(lama.paint(Canvas(rgb, mask, [], []), Painting()), lama(rgb, mask))
+    assert torch.equal(lama.paint(Canvas(rgb, mask, [], []), SamplerSettings()), lama(rgb, mask))
 
 
 def test_lama_paints_products_in_their_frames(folder, ads, tmp_path, capsys):

@@ -16,8 +16,7 @@ from test_public import WIDE, WIDE_VAE, Mover, config, layout, layouts, original
 
 import train
 from clip import CLIP
-from data import Ad
-from generate import Canvas
+from data import AdInputs, Canvas
 from model import UNet
 from programs.models import TOY, ModelChoice
 from programs.settings import parser, settle
@@ -33,7 +32,7 @@ from rivals.paint_by_example import (
 )
 from rivals.paint_by_example_training import exemplars_from, paint_by_example_task
 from rivals.stages import RIVAL_STAGES
-from sampler import Painting, Schedule, draw_noise, seeded
+from sampler import SamplerSettings, Schedule, draw_noise, seeded
 from support.files import BadInput, write_json
 from support.images import resize, to_image, to_tensor
 from support.layouts import split_by_model, under_our_names
@@ -94,7 +93,7 @@ def unet_inputs(unet: torch.nn.Module, paint) -> list[SimpleNamespace]:
 def paint(pbe: PaintByExample, count: int = 1, guidance: float = GUIDANCE) -> torch.Tensor:
     rgb, mask = scene(count)
     exemplars = random(count, 3, 32, 32, seed=6).sigmoid()
-    return pbe.paint(Canvas(rgb, mask, [], seeded(0, count), exemplars), Painting(STEPS, guidance))
+    return pbe.paint(Canvas(rgb, mask, [], seeded(0, count), exemplars), SamplerSettings(STEPS, guidance))
 
 
 # ---------------------------------------------------------------- beside diffusers
@@ -402,8 +401,8 @@ def test_the_exemplar_is_the_whole_reference_squashed(folder, photos, monkeypatc
     rgb, mask = scene()
     wide, seen = random(3, 40, 120, seed=9).sigmoid(), []
     monkeypatch.setattr(PaintByExample, "paint", lambda self, canvas, **_: seen.append(canvas) or canvas.rgb)
-    _, paint_all = lab.load_rival("paint-by-example", folder, ModelChoice(dtype="float32"), 64, Painting())
-    paint_all([Ad(rgb[0], mask[0], ("",) * 3, 0, (wide, wide[:1]))])
+    _, paint_all = lab.load_rival("paint-by-example", folder, ModelChoice(dtype="float32"), 64, SamplerSettings())
+    paint_all([AdInputs(rgb[0], mask[0], ("",) * 3, 0, (wide, wide[:1]))])
     side = VISION_CONFIG["image_size"]
     assert torch.equal(seen[0].reference[0], resize(wide, side, side)) and seen[0].reference_mask is None
 

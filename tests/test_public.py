@@ -16,9 +16,10 @@ from torch import Tensor
 
 import generate
 from clip import CLIP, TextEncoder
-from generate import Canvas, paint
+from data import Canvas
+from generate import paint
 from model import CategoryGenerator, ControlNet, UNet
-from sampler import Painting, draw_noise, seeded
+from sampler import SamplerSettings, draw_noise, seeded
 from support.files import BadInput, write_json
 from support.layouts import RENAMES, our_name, split_by_model, text_config, under_our_names, unet_config, vae_config
 from toy.stages import train_tokenizer
@@ -578,7 +579,7 @@ def test_an_inpainting_base_paints_the_inpainting_pipelines_picture(folders, mon
     sd = load_stable_diffusion(folders / "inpainting")
     rgb, mask = product(folders / "mug.png")
     canvas = Canvas(rgb, mask, [(MUG,) * 3], seeded(SEED))
-    ours = paint(sd, canvas, Painting(steps=STEPS))[0].permute(1, 2, 0).numpy()
+    ours = paint(sd, canvas, SamplerSettings(steps=STEPS))[0].permute(1, 2, 0).numpy()
     pipe = pipeline("StableDiffusionInpaintPipeline", folders / "inpainting")
     posterior = type(pipe.vae.encode(torch.zeros(1, 3, 8, 8)).latent_dist)
     monkeypatch.setattr(posterior, "sample", lambda self, generator=None: self.mode())  # we take the mean, not a draw
@@ -594,7 +595,7 @@ def test_branches_trained_beside_an_inpainting_base_read_z_alone(folders):
     branch.init_from_unet(sd.unet)
     assert torch.equal(branch.conv_in.weight, sd.unet.conv_in.weight[:, :4])
     rgb, mask = product(folders / "mug.png")
-    with_branch, alone = (paint(sd, Canvas(rgb, mask, [(MUG,) * 3], seeded(SEED)), Painting(steps=2), cg)
+    with_branch, alone = (paint(sd, Canvas(rgb, mask, [(MUG,) * 3], seeded(SEED)), SamplerSettings(steps=2), cg)
                           for cg in (branch, None))
     assert torch.allclose(with_branch, alone)  # zero convolutions
 
