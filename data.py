@@ -1,7 +1,7 @@
 """The method: prompts, ads and their masks, the generators' hints, the background perturbation (section 4, Eq. 5, 6).
 
-Reading order: the prompts; what an ad is painted from; what the generators see of it; the background perturbation,
-which keeps PG from copying and pasting (section 3.3); the training samples. To check a data set:
+Reading order: prompts; what an ad is painted from; what the generators see of it; the background perturbation, which
+keeps PG from copying and pasting (section 3.3); training samples. To check a data set:
 
     python data.py DIR --sheet sheet.png            # BG60k as released, or a folder with metadata.jsonl
     python data.py DIR --list --sheet sheet.png     # DIR/CATEGORY/NAME.png: writes metadata.jsonl first
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 from torch.utils.data import Dataset
 
-from support.datasets import MASK_OF_ITEM, Item, check_data_set, parse, refuse_many_broken
+from support.datasets import MASK_OF_ITEM, Item, check_data_set, refuse_many_broken
 from support.files import BadInput, one_line_errors
 from support.images import fit, load_masked
 
@@ -85,9 +85,9 @@ class Canvas(NamedTuple):
 
 
 def load_ad(item: Item, size: int) -> tuple[Tensor, Tensor]:
-    """A whole ad and its mask, (3, size, size) and (1, size, size).
+    """A whole ad and its mask, (3, size, size) and (1, size, size). Raises BadInput.
 
-    Both are cropped to the largest square, centred as near to the product's centroid as it fits. Raises BadInput.
+    Both are cropped to the largest square, centred as near to the product's centroid as it fits.
     """
     image, mask = load_masked(item.image, item.mask, "image", MASK_OF_ITEM, item.inverted)
     h, w = mask.shape[1:]
@@ -161,14 +161,13 @@ def perturb(image: Tensor, mask: Tensor, other: Tensor, generator: Generator, th
     no perturbation, dilation alone, and both. All randomness comes from the CPU `generator`, so a run can be resumed.
     """
     h, w = mask.shape[1:]
+    M_aug = mask
     if theta:
         M_aug = dilate(mask, max(1, round(theta * min(h, w) / 512)))  # Eq. 5
         dy, dx = ((torch.rand(2, generator=generator) * 2 - 1) * TRANSLATION * torch.tensor([h, w])).int().tolist()
         moved = F.pad(M_aug, (dx, -dx, dy, -dy))
         # Their union hides the product itself, whatever is drawn
         M_aug = M_aug.maximum(moved).maximum(random_masks(h, w, generator))
-    else:
-        M_aug = mask
     s = sigma[0] + (sigma[1] - sigma[0]) * torch.rand((), generator=generator)  # σ
     I_aug = s * image + (1 - s) * other  # Eq. 6
     return I_aug * (1 - M_aug)  # the paper prints I_aug ⊗ M_aug, a slip: PG must see the background
@@ -195,8 +194,7 @@ class TrainingSamples(Dataset):
     Each has "index". `pictures` adds "image" and "mask". `perturbed` adds PG's hint, "background" (Eq. 5, 6), with
     `theta` and `sigma` as in `perturb`. `latents` adds what one step of Eq. 1 draws: "z_0", "eps" and "t" (see
     `diffuse`), and "drop" in [0, 1), which decides whether the prompt is dropped; for an inpainting UNet also
-    "inpainting" (5, h, w). They come from programs/latents.py, in parts of equally many pictures; `scale` makes them
-    the UNet's z.
+    "inpainting" (5, h, w). They come from programs/latents.py in equal parts; `scale` makes them the UNet's z.
     """
 
     def __init__(self, items: list[Item], size: int, latents: list[dict[str, Tensor]] | None = None, scale: float = 1.0,
@@ -231,9 +229,8 @@ def diffuse(mean: Tensor, std: Tensor, generator: Generator, T: int,
             noise_offset: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     """Draws what Eq. 1 needs: z_0 (4, h, w) from the VAE's posterior (mean, std), ε of the same shape, and t () < T.
 
-    Even at the largest t, z_t still carries the picture's mean brightness; the pure noise that sampling starts from
-    does not, and dark scenes come out grey. With noise_offset > 0 the mean of ε varies too (Guttenberg 2023), so that
-    the model relies on the prompt for the brightness.
+    Even the noisiest z_t carries the picture's mean brightness, which the noise that sampling starts from does not:
+    dark scenes come out grey. With noise_offset > 0 (Guttenberg 2023; ours) the mean of ε varies too.
     """
     draw = torch.randn(2, *mean.shape, generator=generator)
     z_0, eps = mean + std * draw[0], draw[1]
@@ -242,18 +239,8 @@ def diffuse(mean: Tensor, std: Tensor, generator: Generator, T: int,
     return z_0, eps, torch.randint(T, (), generator=generator)
 
 
-# ---------------------------------------------------------------- python data.py DIR
-
-
-def views(sample: dict, other: dict, generator: Generator) -> dict[str, Tensor]:
-    """What the networks see of an ad, for the sheet of data.py; the other ad is mixed in (Eq. 6)."""
-    I, M = sample["image"], sample["mask"]
-    return {"image": I, "mask": M, "CG's hint": product_hint(I, M),
-            "PG's hint, perturbed": perturb(I, M, other["image"], generator)}
-
-
 def main(arguments: list[str] | None = None) -> None:
-    check_data_set(parse(arguments), AdDataset, views)
+    check_data_set(arguments, AdDataset, product_hint, perturb)
 
 
 if __name__ == "__main__":

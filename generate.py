@@ -29,8 +29,6 @@ from support.files import one_line_errors
 from support.images import canvas_size, fit, resize, to_bytes
 from weights import StableDiffusion
 
-# ---------------------------------------------------------------- a batch on its canvas
-
 
 def encode_prompts(sd: StableDiffusion, texts: list[tuple[str, str, str]]) -> Prompts:
     """B pictures' texts for P, P_fg and P_bg -> encodings, (B, L, D) each. Each distinct text is encoded once."""
@@ -67,9 +65,6 @@ def paint(sd: StableDiffusion, canvas: Canvas, settings: SamplerSettings, cg: Co
     return sd.decode(z)
 
 
-# ---------------------------------------------------------------- any pictures, in their own frames
-
-
 def paste_back(painted: Tensor, painted_mask: Tensor, box: tuple[int, int, int, int], rgb: Tensor, mask: Tensor,
                spread: int = 1) -> Tensor:
     """Pastes the product over the painted canvas (3, h, w) -> (3, H, W) uint8 in its own frame. box is from `fit`.
@@ -86,7 +81,7 @@ def paste_back(painted: Tensor, painted_mask: Tensor, box: tuple[int, int, int, 
 
 
 def canvas_of(ads: list[AdInputs], h: int, w: int, generators: list[torch.Generator]) -> tuple[Canvas, list[tuple]]:
-    """Fits ads to a canvas of h x w pixels; also returns where their frames lie on it. References fill the canvas, but
+    """Fits ads to a canvas of h x w pixels; also returns where their frames lie on it. References fill the canvas;
     those without a mask, all of one size, are taken as they are.
     """
     rgb, boxes = zip(*(fit(ad.rgb, h, w, "contain") for ad in ads))

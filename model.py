@@ -1,9 +1,8 @@
 """The method: the networks of Fig. 2, Stable Diffusion's UNet and the ControlNet-shaped branches CG and PG (section 3).
 
 Reading order: the blocks; the UNet; ControlNet; CategoryGenerator (Eq. 3) and PersonalityGenerator (Eq. 4), which
-differ from ControlNet in one function each; `predict_noise`, which runs SD, CG and PG in parallel.
-Every class is built from the fields of its public config.json, so the toy and SD 1.5 share the classes. Modules and
-parameters carry the names of the public diffusers folders.
+differ from ControlNet in one function each; `predict_noise`, which runs SD, CG and PG in parallel. Every class is built
+from a public config.json, and its parameters carry the names of the public diffusers folders.
 
 Shapes: images (B, 3, H, W); latents z (B, 4, h, w), h = H/f, f = 8 for SD 1.5; prompts P (B, L, D); hints (B, 3, H, W).
 """
@@ -16,8 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention import SpatialTransformer, SplitPrompt, mask_at, one_row_per_prompt
-
-# ---------------------------------------------------------------- blocks
 
 
 class ResnetBlock(nn.Module):
@@ -200,8 +197,8 @@ class UNetEncoder(nn.Module):
                mask: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         """x (B, C, h, w), after conv_in -> the middle block's output and the skip connections.
 
-        For SD 1.5 at 512 px, with guidance, from x (B, 320, 64, 64): the middle is (2B, 1280, 8, 8). The 12 skips have
-        320, 640, 1280 and 1280 channels at 64, 32, 16 and 8 positions a side, three each.
+        For SD 1.5 at 512 px with guidance: x (B, 320, 64, 64) -> (2B, 1280, 8, 8), and 12 skips of 320 to 1280
+        channels, three each at 64, 32, 16 and 8 positions a side.
         """
         skips = [x]
         for block in self.down_blocks:
@@ -349,13 +346,13 @@ class CategoryGenerator(ControlNet):
 class PersonalityGenerator(ControlNet):
     """PG (section 3.3): its hint is a reference's background I_ref ⊗ (1 − M_ref); it attends to P as a ControlNet does.
 
-    The paper does not say which prompt PG reads; nor where Eq. 4 masks.
+    The paper does not say which prompt PG reads.
     """
 
     def residuals(self, z: Tensor, t: Tensor, context: Tensor, features: Tensor, mask: Tensor) -> list[Tensor]:
         """Eq. 4: y_i := y_i ⊗ (1 − M), for each output y_i (2B, C, h, w); M is the product's, never the reference's.
 
-        It masks after the zero convolution, so that the convolution's bias can't leak onto the product.
+        Where, the paper leaves open: here after the zero convolution, so that its bias can't leak onto the product.
         """
         ys = super().residuals(z, t, context, features)
         return [y * (1 - mask_at(mask, *y.shape[2:])).to(y) for y in ys]

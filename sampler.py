@@ -52,9 +52,7 @@ class Schedule:
     def timesteps(self, steps: int, start: int | None = None) -> list[int]:
         """`steps` evenly spaced timesteps, the noisiest first; for 50 of T = 1000, by the config's timestep_spacing:
 
-        - leading: 981, 961, …, 1. If T is no multiple of `steps`, the noisy end is cut: 400 steps start at 799.
-        - trailing: 999, 979, …, 19. Few-step models are trained for it: a single step visits 999.
-        - linspace: 999, 979, 958, …, 0.
+        leading 981, 961, …, 1 (400 steps start at 799); trailing 999, 979, …, 19; linspace 999, 979, 958, …, 0.
 
         Whatever the spacing, a step of DDIM at t ends at t − T // steps, as in diffusers. `start` leaves out all
         timesteps above it. Raises BadInput if there are more steps than timesteps, or if none is left.
@@ -108,19 +106,17 @@ def ddim_step(eps: Tensor, z_t: Tensor, alpha_bar: Tensor, alpha_bar_prev: Tenso
     return (z_prev + sigma * noise if sigma > 0 else z_prev), z_0
 
 
-Step = tuple[int, Tensor, Tensor]  # (t, z_{t−1}, ẑ_0)
-
-
 def ddim(eps_model: Callable[[Tensor, int], Tensor], z_T: Tensor, schedule: Schedule,
          steps: int = SamplerSettings.steps, eta: float = 0.0, generators: list[torch.Generator] | None = None,
-         edit: Callable[[Tensor, int], Tensor] | None = None, start: int | None = None) -> Iterator[Step]:
+         edit: Callable[[Tensor, int], Tensor] | None = None,
+         start: int | None = None) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Walks from z_T (B, 4, h, w) to z_0; yields (t, z_{t−1}, ẑ_0) after every step.
 
     eps_model(z, t) -> eps. For η > 0, generators, one per picture, draw each step's noise. edit(z, t) -> z can put
     known parts of the picture back into each step's result; t is that result's timestep, below 0 at the end.
     With `start`, only timesteps up to it are visited, and z_T belongs to the first of them.
     """
-    z, stride = z_T, schedule.T // steps
+    z, stride = z_T, schedule.T // steps  # (B, 4, 64, 64) for SD 1.5 at 512 px; 20 for 50 steps
     for t in schedule.timesteps(steps, start):
         eps = eps_model(z, t)
         noise = torch.cat([draw_noise(z.shape[1:], g) for g in generators]).to(z) if eta > 0 else None
@@ -134,8 +130,8 @@ SAMPLERS = {"ddim": ddim, "dpm++": dpm}
 
 def walk(eps_model: Callable[[Tensor, int], Tensor], z_T: Tensor, schedule: Schedule, settings: SamplerSettings,
          generators: list[torch.Generator], edit: Callable[[Tensor, int], Tensor] | None = None,
-         start: int | None = None) -> Iterator[Step]:
-    """Runs the sampler of these settings."""
+         start: int | None = None) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Runs the sampler that the settings name."""
     noise = {"eta": settings.eta, "generators": generators} if settings.eta else {}  # DDIM's alone
     return SAMPLERS[settings.sampler](eps_model, z_T, schedule, settings.steps, edit=edit, start=start, **noise)
 
@@ -174,7 +170,7 @@ def guided(unet: UNet, schedule: Schedule, conditions: Conditions, guidance: flo
         z_t, t_all = z.to(unet.conv_in.weight.dtype), torch.full((1,), t, device=z.device)
         output = predict_noise(unet, z_t, t_all, prompts, conditions.branches, mask, conditions.inpainting).float()
         if guidance != 1:
-            without, with_prompt = output.chunk(2)
+            without, with_prompt = output.chunk(2)  # (2B, 4, 64, 64) -> (B, 4, 64, 64) each
             output = without + guidance * (with_prompt - without)
         return schedule.eps_from(output, z, t)
 
@@ -183,7 +179,10 @@ def guided(unet: UNet, schedule: Schedule, conditions: Conditions, guidance: flo
 
 def first_latent(schedule: Schedule, generators: list[torch.Generator], shape: tuple[int, int, int], steps: int,
                  z_ref: Tensor | None = None, device="cpu", start: int | None = None) -> Tensor:
-    """z_T (B, *shape) float32: pure noise, or the reference's latent z_ref noised to the first timestep."""
+    """z_T (B, *shape) float32: pure noise, or the reference's latent z_ref, noised (section 3.3).
+
+    The paper noises it "for T times"; here to the first timestep that is visited, such as 981.
+    """
     noise = torch.cat([draw_noise(shape, g) for g in generators]).to(device)
     if z_ref is None:
         return noise

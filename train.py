@@ -7,10 +7,9 @@
     python train.py cg --resume                                             # continues exactly where it stopped
     torchrun --nproc_per_node 8 train.py cg --data BG60K --weights SD15     # on eight GPUs
 
-Stages: cg and then pg beside the frozen CG, or joint, train the paper's branches on a frozen base. controlnet trains a
-general ControlNet on captions, for comparison. vae, clip and unet (toy/stages.py) make a base from pictures with
-captions. One loop serves all. A sample depends only on the run's seed and its position in the run, so an interruption
-changes nothing. For the paper's branches, the number of processes and --micro-batch change only the order of summation.
+Stages: cg, then pg beside the frozen CG, or joint, train the paper's branches on a frozen base; controlnet, for
+comparison, a ControlNet on captions. vae, clip and unet (toy/stages.py) make a base. One loop serves all. A sample
+depends only on the run's seed and its position in the run, so neither interruptions nor more processes change it.
 """
 
 from collections.abc import Callable
@@ -155,8 +154,6 @@ def branch_task(settings: Settings) -> Task:
                 sheet_painter(paint, sd, cg, pg, items, identifiers, settings), save,
                 next_commands(settings, [*trained]), identifiers)
 
-
-# ---------------------------------------------------------------- the command line
 
 STAGES = BASE_STAGES | {
     "cg": Stage(branch_task, TOY_BRANCH | dict(steps=4500, prompt_dropout=0.1), PAPER),

@@ -291,10 +291,10 @@ def drop_lines(file: Path, items: list[Item]) -> Path:
     return kept
 
 
-def check_data_set(args: argparse.Namespace, dataset: type[Dataset], views: Callable) -> None:
-    """The command of data.py. dataset: data.AdDataset; views(sample, other sample, generator): what a sheet shows of an
-    ad, by label. Raises BadInput.
-    """
+def check_data_set(arguments: list[str] | None, dataset: type[Dataset], product_hint: Callable,
+                   perturb: Callable) -> None:
+    """The command line of data.py, with its AdDataset and, for the sheet, its hints. Raises BadInput."""
+    args = parse(arguments)
     if args.sheet:
         check_folder(args.sheet.parent, "--sheet")  # before loading, which may take an hour
     if args.list:
@@ -307,7 +307,7 @@ def check_data_set(args: argparse.Namespace, dataset: type[Dataset], views: Call
         ads = dataset(items + references, args.size)
         blank = check_ads(ads, len(items), file)
         if args.sheet:
-            save_sheet(ads, len(items), views, args.sheet)
+            save_sheet(ads, len(items), product_hint, perturb, args.sheet)
     except BaseException:  # also an interrupt
         if args.list:
             file.unlink()  # so that the same command can run again
@@ -321,13 +321,15 @@ def check_data_set(args: argparse.Namespace, dataset: type[Dataset], views: Call
               "--out results --weights SD15 --cg CG --pg PG")
 
 
-def save_sheet(ads: Dataset, count: int, views: Callable, path: Path) -> None:
+def save_sheet(ads: Dataset, count: int, product_hint: Callable, perturb: Callable, path: Path) -> None:
     """Writes a sheet of eight of the first `count` ads, evenly spaced over them: what the networks see of each."""
     samples = [ads[index] for index in range(0, count, -(-count // 8))]
-    generator = torch.Generator().manual_seed(0)
-    rows = [views(sample, other, generator) for sample, other in zip(samples, samples[1:] + samples[:1])]
+    generator, rows = torch.Generator().manual_seed(0), []
+    for sample, other in zip(samples, samples[1:] + samples[:1]):
+        I, M = sample["image"], sample["mask"]
+        rows.append([I, M, product_hint(I, M), perturb(I, M, other["image"], generator)])
     names = [ads.items[sample["index"]].category for sample in samples]
-    save_image(sheet([[*row.values()] for row in rows], [*rows[0]], names), path)
+    save_image(sheet(rows, ["image", "mask", "CG's hint", "PG's hint, perturbed"], names), path)
     print(f"wrote {path}")
 
 
