@@ -164,10 +164,10 @@ STAGES = BASE_STAGES | {
 
 
 def main(arguments: list[str] | None = None, stages: dict[str, Stage] = STAGES) -> None:
-    given = vars(parser(__doc__, stages).parse_args(arguments))
-    stage = stages[given["stage"]]
+    options = vars(parser(__doc__, stages).parse_args(arguments))
+    stage = stages[options["stage"]]
     toy = TOY_DATA / stage.data
-    settings = begin(settle(given, stage.preset(given, toy), toy))
+    settings = begin(settle(options, stage.preset(options, toy), toy))
     draw_on_first_use(settings.data)
     with locked(settings.out):
         train(stage.task(settings), settings)
