@@ -2,7 +2,6 @@
 
 Reading order: scaled dot-product attention; the cross-attention layer CA of Eq. 2; its mask-guided form, Eq. 3; and the
 transformer block, which the UNet and the ControlNet branches have at every level with attention.
-Parameters are named as in the public diffusers folders, so weights load without renaming.
 
 Shapes: B pictures, h x w positions of a feature map, N = hw, C channels, L prompt tokens, D text width.
 """
@@ -31,7 +30,7 @@ def attention_weights(q: Tensor, k: Tensor, heads: int) -> Tensor:
 
 
 def mask_at(mask: Tensor, h: int, w: int) -> Tensor:
-    """Area-averages M, (B, 1, H, W) -> (B, 1, h, w). Its edges stay soft, so Eq. 3 and 4 blend there."""
+    """Area-averages M, (B, 1, H, W) -> (B, 1, h, w), so Eq. 3 and 4 blend at soft edges. The paper leaves this open."""
     return F.interpolate(mask, size=(h, w), mode="area")
 
 

@@ -1,7 +1,7 @@
-"""The method: ads and their masks (section 4), the generators' hints, and the background perturbation (Eq. 5 and 6).
+"""The method: prompts, ads and their masks, the generators' hints, the background perturbation (section 4, Eq. 5, 6).
 
-Reading order: an ad and its mask; what the generators see of it; the background perturbation, which keeps PG from
-copying and pasting (section 3.3); the training samples. To check a data set:
+Reading order: prompts; what an ad is painted from; what the generators see of it; the background perturbation, which
+keeps PG from copying and pasting (section 3.3); training samples. To check a data set:
 
     python data.py DIR --sheet sheet.png            # BG60k as released, or a folder with metadata.jsonl
     python data.py DIR --list --sheet sheet.png     # DIR/CATEGORY/NAME.png: writes metadata.jsonl first
@@ -11,8 +11,6 @@ values between at soft edges.
 """
 
 import sys
-from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -20,19 +18,9 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 from torch.utils.data import Dataset
 
-from support.datasets import (
-    MASK_OF_ITEM,
-    Item,
-    check_ads,
-    drop_lines,
-    list_folder,
-    list_of,
-    parse,
-    read_items,
-    refuse_many_broken,
-)
-from support.files import BadInput, check_folder, one_line_errors
-from support.images import fit, load_masked, save_image, sheet
+from support.datasets import MASK_OF_ITEM, Item, check_data_set, refuse_many_broken
+from support.files import BadInput, one_line_errors
+from support.images import fit, load_masked
 
 # Background perturbation, section 5.1
 THETA = 50  # kernel of the dilation in pixels of a 512 x 512 image; scaled with the image's size
@@ -42,10 +30,40 @@ EXTRA_MASKS = 3  # at most this many, each a rectangle or an ellipse
 EXTRA_RADII = (0.03, 0.15)  # half their height and half their width
 TRANSLATION = 0.15  # the mask's copy moves at most this far, up or down and left or right
 
-# ---------------------------------------------------------------- an ad and its mask
+# ---------------------------------------------------------------- prompts
+
+PRODUCT, SCENE = "A photo of {}", "in the background of {}"  # section 3.2: P_fg, P_bg, and both as P
+IDENTIFIER = "sks {}"  # [D], section 5.1: 'sks' and the category's id
 
 
-class Ad(NamedTuple):
+def prompt_texts(category: str, identifier: str | None, tokenizer=None) -> tuple[str, str, str]:
+    """The texts for P, P_fg and P_bg (section 3.2). Without an identifier, all three are the plain prompt.
+
+    With a tokenizer, a category that is too long for the text encoder is cut, but never the identifier after it.
+    """
+    if identifier is None:
+        return (PRODUCT.format(category),) * 3
+    P_bg = SCENE.format(identifier)
+    if tokenizer:
+        category = tokenizer.shorten(category, PRODUCT.format(""), f", {P_bg}")
+    P_fg = PRODUCT.format(category)
+    return f"{P_fg}, {P_bg}", P_fg, P_bg
+
+
+def prompts_by_category(identifiers: dict[str, str | None], tokenizer) -> dict[str, tuple[str, str, str]]:
+    """Each category's texts for P, P_fg and P_bg."""
+    return {name: prompt_texts(name, identifier, tokenizer) for name, identifier in identifiers.items()}
+
+
+def caption_of(item: Item) -> tuple[str, str] | None:
+    """An item's own words in the two halves of the prompt; None if it has none."""
+    return (PRODUCT.format(item.product), SCENE.format(item.scene)) if item.product and item.scene else None
+
+
+# ---------------------------------------------------------------- what an ad is painted from
+
+
+class AdInputs(NamedTuple):
     """What one ad is painted from, at the files' own sizes. Without a reference CG works alone."""
 
     rgb: Tensor  # (3, H, W), the product, without its old background at soft edges (support/cutouts.py)
@@ -55,10 +73,21 @@ class Ad(NamedTuple):
     reference: tuple[Tensor, Tensor] | None = None  # I_ref (3, H', W') and M_ref (1, H', W')
 
 
-def load_ad(item: Item, size: int) -> tuple[Tensor, Tensor]:
-    """A whole ad and its mask, (3, size, size) and (1, size, size).
+class Canvas(NamedTuple):
+    """A batch of B products and their references, at the size at which the products are painted."""
 
-    Both are cropped to the largest square, centred as near to the product's centroid as it fits. Raises BadInput.
+    rgb: Tensor  # (B, 3, H, W)
+    mask: Tensor  # (B, 1, H, W), M
+    texts: list[tuple[str, str, str]]  # for P, P_fg, P_bg
+    generators: list[Generator]  # one per picture, for its noise
+    reference: Tensor | None = None  # (B, 3, H, W), I_ref
+    reference_mask: Tensor | None = None  # (B, 1, H, W), M_ref
+
+
+def load_ad(item: Item, size: int) -> tuple[Tensor, Tensor]:
+    """A whole ad and its mask, (3, size, size) and (1, size, size). Raises BadInput.
+
+    Both are cropped to the largest square, centred as near to the product's centroid as it fits.
     """
     image, mask = load_masked(item.image, item.mask, "image", MASK_OF_ITEM, item.inverted)
     h, w = mask.shape[1:]
@@ -68,7 +97,7 @@ def load_ad(item: Item, size: int) -> tuple[Tensor, Tensor]:
     return fit(image, size, size, "cover", centre)[0], fit(mask, size, size, "cover", centre)[0]
 
 
-class Ads(Dataset):
+class AdDataset(Dataset):
     """The ads of a data set: {"image": (3, S, S), "mask": (1, S, S), "index": position in items}.
 
     A broken item is reported once on stderr, and its index is kept in `broken`. The next item takes its place ("index"
@@ -132,14 +161,13 @@ def perturb(image: Tensor, mask: Tensor, other: Tensor, generator: Generator, th
     no perturbation, dilation alone, and both. All randomness comes from the CPU `generator`, so a run can be resumed.
     """
     h, w = mask.shape[1:]
+    M_aug = mask
     if theta:
         M_aug = dilate(mask, max(1, round(theta * min(h, w) / 512)))  # Eq. 5
         dy, dx = ((torch.rand(2, generator=generator) * 2 - 1) * TRANSLATION * torch.tensor([h, w])).int().tolist()
         moved = F.pad(M_aug, (dx, -dx, dy, -dy))
         # Their union hides the product itself, whatever is drawn
         M_aug = M_aug.maximum(moved).maximum(random_masks(h, w, generator))
-    else:
-        M_aug = mask
     s = sigma[0] + (sigma[1] - sigma[0]) * torch.rand((), generator=generator)  # σ
     I_aug = s * image + (1 - s) * other  # Eq. 6
     return I_aug * (1 - M_aug)  # the paper prints I_aug ⊗ M_aug, a slip: PG must see the background
@@ -160,20 +188,19 @@ def random_masks(h: int, w: int, generator: Generator) -> Tensor:
 # ---------------------------------------------------------------- training samples
 
 
-class Samples(Dataset):
+class TrainingSamples(Dataset):
     """Training samples by (index, seed). The seed decides all that is random in a sample, whichever worker makes it.
 
     Each has "index". `pictures` adds "image" and "mask". `perturbed` adds PG's hint, "background" (Eq. 5, 6), with
     `theta` and `sigma` as in `perturb`. `latents` adds what one step of Eq. 1 draws: "z_0", "eps" and "t" (see
     `diffuse`), and "drop" in [0, 1), which decides whether the prompt is dropped; for an inpainting UNet also
-    "inpainting" (5, h, w). They come from programs/latents.py, in parts of equally many pictures; `scale` makes them
-    the UNet's z.
+    "inpainting" (5, h, w). They come from programs/latents.py in equal parts; `scale` makes them the UNet's z.
     """
 
     def __init__(self, items: list[Item], size: int, latents: list[dict[str, Tensor]] | None = None, scale: float = 1.0,
                  T: int = 1000, pictures: bool = True, perturbed: bool = False, theta: int = THETA,
                  sigma: tuple[float, float] = SIGMA, noise_offset: float = 0.0):
-        self.ads, self.latents, self.scale, self.T = Ads(items, size), latents, scale, T
+        self.ads, self.latents, self.scale, self.T = AdDataset(items, size), latents, scale, T
         self.pictures, self.perturbed = pictures, perturbed
         self.theta, self.sigma, self.noise_offset = theta, sigma, noise_offset
 
@@ -202,9 +229,8 @@ def diffuse(mean: Tensor, std: Tensor, generator: Generator, T: int,
             noise_offset: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     """Draws what Eq. 1 needs: z_0 (4, h, w) from the VAE's posterior (mean, std), ε of the same shape, and t () < T.
 
-    Even at the largest t, z_t still carries the picture's mean brightness; the pure noise that sampling starts from
-    does not, and dark scenes come out grey. With noise_offset > 0 the mean of ε varies too (Guttenberg 2023), so that
-    the model relies on the prompt for the brightness.
+    Even the noisiest z_t carries the picture's mean brightness, which the noise that sampling starts from does not:
+    dark scenes come out grey. With noise_offset > 0 (Guttenberg 2023; ours) the mean of ε varies too.
     """
     draw = torch.randn(2, *mean.shape, generator=generator)
     z_0, eps = mean + std * draw[0], draw[1]
@@ -213,47 +239,8 @@ def diffuse(mean: Tensor, std: Tensor, generator: Generator, T: int,
     return z_0, eps, torch.randint(T, (), generator=generator)
 
 
-# ---------------------------------------------------------------- checking a data set
-
-
-def save_sheet(ads: Ads, count: int, path: Path) -> None:
-    """Writes a sheet of eight of the first `count` ads, evenly spaced over them: what the networks see of each."""
-    samples = [ads[index] for index in range(0, count, -(-count // 8))]
-    generator, rows = Generator().manual_seed(0), []
-    for sample, other in zip(samples, samples[1:] + samples[:1]):
-        I, M = sample["image"], sample["mask"]
-        rows.append([I, M, product_hint(I, M), perturb(I, M, other["image"], generator)])
-    names = [ads.items[sample["index"]].category for sample in samples]
-    save_image(sheet(rows, ["image", "mask", "CG's hint", "PG's hint, perturbed"], names), path)
-    print(f"wrote {path}")
-
-
 def main(arguments: list[str] | None = None) -> None:
-    args = parse(arguments)
-    if args.sheet:
-        check_folder(args.sheet.parent, "--sheet")  # before loading, which may take an hour
-    if args.list:
-        print(list_folder(args.dir))
-    file = list_of(args.dir, args.split)
-    try:
-        items, notes = read_items(args.dir, args.split)
-        print("\n".join(notes))
-        references = [replace(item, image=item.reference, mask=item.reference_mask) for item in items if item.reference]
-        ads = Ads(items + references, args.size)
-        blank = check_ads(ads, len(items), file)
-        if args.sheet:
-            save_sheet(ads, len(items), args.sheet)
-    except BaseException:  # also an interrupt
-        if args.list:
-            file.unlink()  # so that the same command can run again
-        raise
-    if args.drop_blank and blank:
-        print(f"dropped them from {file}; the whole list is {drop_lines(file, blank)}")
-    if args.split == "bg60k":
-        print(f"next, train CG on it: python train.py cg --data {args.dir} --weights SD15")
-    else:
-        print(f"next, with the CG and PG that you trained: python generate.py --data {args.dir} --split {args.split} "
-              "--out results --weights SD15 --cg CG --pg PG")
+    check_data_set(arguments, AdDataset, product_hint, perturb)
 
 
 if __name__ == "__main__":

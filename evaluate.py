@@ -29,7 +29,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Generator
 
-from generate import save
+from programs.gallery import save
 from rivals.eq3 import swapped
 from rivals.lab import METHODS, PROTOCOLS, Lab, add_lab_options, lab_of
 from rivals.tsne import scatter, tsne

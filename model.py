@@ -1,9 +1,8 @@
 """The method: the networks of Fig. 2, Stable Diffusion's UNet and the ControlNet-shaped branches CG and PG (section 3).
 
 Reading order: the blocks; the UNet; ControlNet; CategoryGenerator (Eq. 3) and PersonalityGenerator (Eq. 4), which
-differ from ControlNet in one function each; `predict_noise`, which runs SD, CG and PG in parallel.
-Every class is built from the fields of its public config.json, so the toy and SD 1.5 share the classes. Modules and
-parameters carry the names of the public diffusers folders.
+differ from ControlNet in one function each; `predict_noise`, which runs SD, CG and PG in parallel. Every class is built
+from a public config.json, and its parameters carry the names of the public diffusers folders.
 
 Shapes: images (B, 3, H, W); latents z (B, 4, h, w), h = H/f, f = 8 for SD 1.5; prompts P (B, L, D); hints (B, 3, H, W).
 """
@@ -14,11 +13,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from attention import SpatialTransformer, SplitPrompt, mask_at, one_row_per_prompt
-
-# ---------------------------------------------------------------- blocks
 
 
 class ResnetBlock(nn.Module):
@@ -93,19 +89,10 @@ class TimestepEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
-def run_layer(block: nn.Module, *inputs) -> Tensor:
-    """Runs block.layer(*inputs); if block.recompute is set, with gradient checkpointing: less memory for more time."""
-    if block.recompute and torch.is_grad_enabled():
-        return checkpoint(block.layer, *inputs, use_reentrant=False)
-    return block.layer(*inputs)
-
-
 class DownBlock(nn.Module):
     """One level of the encoder. x (B, C_in, h, w), time (B, T) -> x (B, C, h/2, w/2), or (B, C, h, w) in the last
     level, and the skip connections: the outputs of each layer and of the downsampling, with C channels each.
     """
-
-    recompute = False
 
     def __init__(self, layers: int, in_channels: int, out_channels: int, time_channels: int, norm: dict,
                  attention: dict | None, last: bool):
@@ -117,15 +104,13 @@ class DownBlock(nn.Module):
             SpatialTransformer(out_channels, **attention) for _ in range(layers if attention else 0))
         self.downsamplers = nn.ModuleList([] if last else [Downsample(out_channels)])
 
-    def layer(self, i: int, x: Tensor, time: Tensor, context: Tensor | SplitPrompt, mask: Tensor | None) -> Tensor:
-        x = self.resnets[i](x, time)  # (B, C, h, w)
-        return self.attentions[i](x, context, mask) if self.attentions else x
-
     def forward(self, x: Tensor, time: Tensor, context: Tensor | SplitPrompt,
                 mask: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         skips = []
-        for i in range(len(self.resnets)):
-            x = run_layer(self, i, x, time, context, mask)
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(x, time)  # (B, C, h, w)
+            if self.attentions:
+                x = self.attentions[i](x, context, mask)
             skips.append(x)
         for downsample in self.downsamplers:
             x = downsample(x)  # (B, C, h/2, w/2)
@@ -136,20 +121,15 @@ class DownBlock(nn.Module):
 class MidBlock(nn.Module):
     """The middle block: residual, attention, residual. (B, C, h, w) -> (B, C, h, w)."""
 
-    recompute = False
-
     def __init__(self, channels: int, time_channels: int, norm: dict, attention: dict):
         super().__init__()
         self.resnets = nn.ModuleList(
             ResnetBlock(channels, channels, time_channels=time_channels, **norm) for _ in range(2))
         self.attentions = nn.ModuleList([SpatialTransformer(channels, **attention)])
 
-    def layer(self, x: Tensor, time: Tensor, context: Tensor | SplitPrompt, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, context: Tensor | SplitPrompt, mask: Tensor | None = None) -> Tensor:
         x = self.attentions[0](self.resnets[0](x, time), context, mask)
         return self.resnets[1](x, time)
-
-    def forward(self, x: Tensor, time: Tensor, context: Tensor | SplitPrompt, mask: Tensor | None = None) -> Tensor:
-        return run_layer(self, x, time, context, mask)
 
 
 class UpBlock(nn.Module):
@@ -157,8 +137,6 @@ class UpBlock(nn.Module):
 
     Each layer takes x and one skip connection (B, S, h, w), most recent first.
     """
-
-    recompute = False
 
     def __init__(self, layers: int, in_channels: int, out_channels: int, skip_channels: list[int], time_channels: int,
                  norm: dict, attention: dict | None, last: bool):
@@ -171,13 +149,11 @@ class UpBlock(nn.Module):
             SpatialTransformer(out_channels, **attention) for _ in range(layers if attention else 0))
         self.upsamplers = nn.ModuleList([] if last else [Upsample(out_channels)])
 
-    def layer(self, i: int, x: Tensor, skip: Tensor, time: Tensor, context: Tensor) -> Tensor:
-        x = self.resnets[i](torch.cat([x, skip], dim=1), time)  # (B, C_in + S, h, w) -> (B, C, h, w)
-        return self.attentions[i](x, context) if self.attentions else x
-
     def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor) -> Tensor:
-        for i in range(len(self.resnets)):
-            x = run_layer(self, i, x, skips.pop(), time, context)
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(torch.cat([x, skips.pop()], dim=1), time)  # (B, C_in + S, h, w) -> (B, C, h, w)
+            if self.attentions:
+                x = self.attentions[i](x, context)
         for upsample in self.upsamplers:
             x = upsample(x)  # (B, C, 2h, 2w)
         return x
@@ -221,8 +197,8 @@ class UNetEncoder(nn.Module):
                mask: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         """x (B, C, h, w), after conv_in -> the middle block's output and the skip connections.
 
-        For SD 1.5 at 512 px, with guidance, from x (B, 320, 64, 64): the middle is (2B, 1280, 8, 8). The 12 skips have
-        320, 640, 1280 and 1280 channels at 64, 32, 16 and 8 positions a side, three each.
+        For SD 1.5 at 512 px with guidance: x (B, 320, 64, 64) -> (2B, 1280, 8, 8), and 12 skips of 320 to 1280
+        channels, three each at 64, 32, 16 and 8 positions a side.
         """
         skips = [x]
         for block in self.down_blocks:
@@ -230,12 +206,6 @@ class UNetEncoder(nn.Module):
             skips += outputs
         x = self.mid_block(x, time, context, mask)
         return x, [one_row_per_prompt(skip, context) for skip in skips]
-
-    def recompute_activations(self) -> None:
-        """Turns on gradient checkpointing (see `run_layer`)."""
-        for block in self.modules():
-            if isinstance(block, DownBlock | MidBlock | UpBlock):
-                block.recompute = True
 
 
 def skip_channels(config: dict) -> list[int]:
@@ -376,13 +346,13 @@ class CategoryGenerator(ControlNet):
 class PersonalityGenerator(ControlNet):
     """PG (section 3.3): its hint is a reference's background I_ref ⊗ (1 − M_ref); it attends to P as a ControlNet does.
 
-    The paper does not say which prompt PG reads; nor where Eq. 4 masks.
+    The paper does not say which prompt PG reads.
     """
 
     def residuals(self, z: Tensor, t: Tensor, context: Tensor, features: Tensor, mask: Tensor) -> list[Tensor]:
         """Eq. 4: y_i := y_i ⊗ (1 − M), for each output y_i (2B, C, h, w); M is the product's, never the reference's.
 
-        It masks after the zero convolution, so that the convolution's bias can't leak onto the product.
+        Where, the paper leaves open: here after the zero convolution, so that its bias can't leak onto the product.
         """
         ys = super().residuals(z, t, context, features)
         return [y * (1 - mask_at(mask, *y.shape[2:])).to(y) for y in ys]

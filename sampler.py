@@ -1,11 +1,9 @@
 """The method: from noise to a picture by DDIM with classifier-free guidance, z_T from a reference (sections 3.3, 5.1).
 
-`ddim_step` is one step, a pure function. `ddim` repeats it and yields the intermediate results; `dpm` does the same
-with a solver that needs fewer steps. `guided` combines the noise predicted with and without the prompt. `sample` joins
-them, from z_T to z_0.
+`ddim_step` is one step, a pure function. `ddim` repeats it and yields the intermediate results. `guided` combines the
+noise predicted with and without the prompt. `sample` joins them, from z_T to z_0.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,10 +15,11 @@ from torch import Tensor
 from attention import mask_at
 from model import Prompts, UNet, predict_noise
 from support.files import BadInput
+from support.solvers import dpm
 
 
 @dataclass(frozen=True)
-class Painting:
+class SamplerSettings:
     """How pictures are painted. The defaults are the paper's (sections 3.3 and 5.1)."""
 
     steps: int = 50
@@ -53,9 +52,7 @@ class Schedule:
     def timesteps(self, steps: int, start: int | None = None) -> list[int]:
         """`steps` evenly spaced timesteps, the noisiest first; for 50 of T = 1000, by the config's timestep_spacing:
 
-        - leading: 981, 961, …, 1. If T is no multiple of `steps`, the noisy end is cut: 400 steps start at 799.
-        - trailing: 999, 979, …, 19. Few-step models are trained for it: a single step visits 999.
-        - linspace: 999, 979, 958, …, 0.
+        leading 981, 961, …, 1 (400 steps start at 799); trailing 999, 979, …, 19; linspace 999, 979, 958, …, 0.
 
         Whatever the spacing, a step of DDIM at t ends at t − T // steps, as in diffusers. `start` leaves out all
         timesteps above it. Raises BadInput if there are more steps than timesteps, or if none is left.
@@ -96,20 +93,6 @@ class Schedule:
         return self.alpha_bar[t].sqrt().item() * output + (1 - self.alpha_bar[t]).sqrt().item() * z_t
 
 
-def timestep_weights(schedule: Schedule, kind: str) -> Tensor:
-    """The weight of each timestep's error, (T,): 1 ('uniform', Eq. 1), or a function of its signal-to-noise ratio.
-
-    Most of the error of ε comes from nearly clean z_t, where little of it can be learnt; almost none comes from the
-    noisiest, where the scene is decided. 'min-snr' (Hang et al. 2023, γ = 5) weights the former down; 'debias' (Yu et
-    al. 2023) also weights the latter up. Neither is the paper's.
-    """
-    if kind == "uniform":
-        return torch.ones(schedule.T)
-    snr = schedule.alpha_bar / (1 - schedule.alpha_bar)
-    weight = snr.clamp(max=5) / snr if kind == "min-snr" else snr.rsqrt()
-    return weight if schedule.config["prediction_type"] == "epsilon" else weight * snr / (snr + 1)
-
-
 def ddim_step(eps: Tensor, z_t: Tensor, alpha_bar: Tensor, alpha_bar_prev: Tensor, eta: float = 0.0,
               noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """One step of DDIM (Song et al. 2021, Eq. 12), from ᾱ_t to ᾱ_{t−1} -> z_{t−1} and the guess ẑ_0, each (B, 4, h, w).
@@ -123,19 +106,17 @@ def ddim_step(eps: Tensor, z_t: Tensor, alpha_bar: Tensor, alpha_bar_prev: Tenso
     return (z_prev + sigma * noise if sigma > 0 else z_prev), z_0
 
 
-Step = tuple[int, Tensor, Tensor]  # (t, z_{t−1}, ẑ_0)
-
-
-def ddim(eps_model: Callable[[Tensor, int], Tensor], z_T: Tensor, schedule: Schedule, steps: int = Painting.steps,
-         eta: float = 0.0, generators: list[torch.Generator] | None = None,
-         edit: Callable[[Tensor, int], Tensor] | None = None, start: int | None = None) -> Iterator[Step]:
+def ddim(eps_model: Callable[[Tensor, int], Tensor], z_T: Tensor, schedule: Schedule,
+         steps: int = SamplerSettings.steps, eta: float = 0.0, generators: list[torch.Generator] | None = None,
+         edit: Callable[[Tensor, int], Tensor] | None = None,
+         start: int | None = None) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Walks from z_T (B, 4, h, w) to z_0; yields (t, z_{t−1}, ẑ_0) after every step.
 
     eps_model(z, t) -> eps. For η > 0, generators, one per picture, draw each step's noise. edit(z, t) -> z can put
     known parts of the picture back into each step's result; t is that result's timestep, below 0 at the end.
     With `start`, only timesteps up to it are visited, and z_T belongs to the first of them.
     """
-    z, stride = z_T, schedule.T // steps
+    z, stride = z_T, schedule.T // steps  # (B, 4, 64, 64) for SD 1.5 at 512 px; 20 for 50 steps
     for t in schedule.timesteps(steps, start):
         eps = eps_model(z, t)
         noise = torch.cat([draw_noise(z.shape[1:], g) for g in generators]).to(z) if eta > 0 else None
@@ -144,37 +125,15 @@ def ddim(eps_model: Callable[[Tensor, int], Tensor], z_T: Tensor, schedule: Sche
         yield t, z, z_0
 
 
-def dpm(eps_model: Callable[[Tensor, int], Tensor], z_T: Tensor, schedule: Schedule, steps: int = Painting.steps,
-        edit: Callable[[Tensor, int], Tensor] | None = None, start: int | None = None) -> Iterator[Step]:
-    """DPM-Solver++ (2M) (Lu et al. 2022, Algorithm 2), called as `ddim`. Second order: it uses ẑ_0 of two steps.
-
-    With α = √ᾱ, σ = √(1 − ᾱ), λ = log(α / σ), a step's length h = λ_{t−1} − λ_t, and primes for the step before:
-
-        z_{t−1} = (σ_{t−1} / σ_t) z_t − α_{t−1} (e^{−h} − 1) D,    D = ẑ_0 + h / (2 h') (ẑ_0 − ẑ_0'),
-
-    where D is ẑ_0 extrapolated to the middle of the step. The first step has no step before it, and in the last, to a
-    clean picture, h may be infinite. Both use D = ẑ_0, and are steps of DDIM.
-    """
-    z, timesteps, before = z_T, schedule.timesteps(steps, start), None
-    for t, to in zip(timesteps, [*timesteps[1:], -1]):
-        a, a_to = float(schedule.alpha_bar_at(t)), float(schedule.alpha_bar_at(to))  # ᾱ
-        z_0 = D = (z - (1 - a) ** 0.5 * eps_model(z, t)) / a**0.5
-        lambda_t, lambda_to = (0.5 * math.log(x / (1 - x)) if x < 1 else math.inf for x in (a, a_to))
-        if before and to >= 0:
-            z_0_before, lambda_before = before
-            D = z_0 + (lambda_to - lambda_t) / (2 * (lambda_t - lambda_before)) * (z_0 - z_0_before)
-        z = ((1 - a_to) / (1 - a)) ** 0.5 * z - a_to**0.5 * math.expm1(lambda_t - lambda_to) * D
-        z, before = edit(z, to) if edit else z, (z_0, lambda_t)
-        yield t, z, z_0
+SAMPLERS = {"ddim": ddim, "dpm++": dpm}
 
 
-def walk(eps_model: Callable[[Tensor, int], Tensor], z_T: Tensor, schedule: Schedule, how: Painting,
+def walk(eps_model: Callable[[Tensor, int], Tensor], z_T: Tensor, schedule: Schedule, settings: SamplerSettings,
          generators: list[torch.Generator], edit: Callable[[Tensor, int], Tensor] | None = None,
-         start: int | None = None) -> Iterator[Step]:
-    """Runs `ddim` or `dpm`, whichever how.sampler names."""
-    if how.sampler == "dpm++":
-        return dpm(eps_model, z_T, schedule, how.steps, edit, start)
-    return ddim(eps_model, z_T, schedule, how.steps, how.eta, generators, edit, start)
+         start: int | None = None) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Runs the sampler that the settings name."""
+    noise = {"eta": settings.eta, "generators": generators} if settings.eta else {}  # DDIM's alone
+    return SAMPLERS[settings.sampler](eps_model, z_T, schedule, settings.steps, edit=edit, start=start, **noise)
 
 
 def seeded(seed: int, count: int = 1) -> list[torch.Generator]:
@@ -197,21 +156,21 @@ class Conditions(NamedTuple):
     inpainting: Tensor | None = None  # (B, 5, h, w), for an inpainting UNet
 
 
-def guided(unet: UNet, schedule: Schedule, given: Conditions, guidance: float) -> Callable[[Tensor, int], Tensor]:
+def guided(unet: UNet, schedule: Schedule, conditions: Conditions, guidance: float) -> Callable[[Tensor, int], Tensor]:
     """Classifier-free guidance (section 5.1) -> eps_model(z, t) = ε('') + guidance · (ε(P) − ε('')), (B, 4, h, w).
 
     Both passes run as one batch of 2 B rows. With guidance 1 only the pass with the prompt runs.
     """
-    prompts, mask = given.prompts, given.mask
+    prompts, mask = conditions.prompts, conditions.mask
     if guidance != 1:
-        prompts = Prompts(*(torch.cat(pair) for pair in zip(given.unconditional, given.prompts)))
+        prompts = Prompts(*(torch.cat(pair) for pair in zip(conditions.unconditional, conditions.prompts)))
         mask = None if mask is None else mask.repeat(2, 1, 1, 1)
 
     def eps_model(z: Tensor, t: int) -> Tensor:
         z_t, t_all = z.to(unet.conv_in.weight.dtype), torch.full((1,), t, device=z.device)
-        output = predict_noise(unet, z_t, t_all, prompts, given.branches, mask, given.inpainting).float()
+        output = predict_noise(unet, z_t, t_all, prompts, conditions.branches, mask, conditions.inpainting).float()
         if guidance != 1:
-            without, with_prompt = output.chunk(2)
+            without, with_prompt = output.chunk(2)  # (2B, 4, 64, 64) -> (B, 4, 64, 64) each
             output = without + guidance * (with_prompt - without)
         return schedule.eps_from(output, z, t)
 
@@ -220,7 +179,10 @@ def guided(unet: UNet, schedule: Schedule, given: Conditions, guidance: float) -
 
 def first_latent(schedule: Schedule, generators: list[torch.Generator], shape: tuple[int, int, int], steps: int,
                  z_ref: Tensor | None = None, device="cpu", start: int | None = None) -> Tensor:
-    """z_T (B, *shape) float32: pure noise, or the reference's latent z_ref noised to the first timestep."""
+    """z_T (B, *shape) float32: pure noise, or the reference's latent z_ref, noised (section 3.3).
+
+    The paper noises it "for T times"; here to the first timestep that is visited, such as 981.
+    """
     noise = torch.cat([draw_noise(shape, g) for g in generators]).to(device)
     if z_ref is None:
         return noise
@@ -228,19 +190,19 @@ def first_latent(schedule: Schedule, generators: list[torch.Generator], shape: t
 
 
 @torch.no_grad()
-def sample(unet: UNet, schedule: Schedule, given: Conditions, generators: list[torch.Generator],
-           shape: tuple[int, int, int], how: Painting, z_ref: Tensor | None = None,
+def sample(unet: UNet, schedule: Schedule, conditions: Conditions, generators: list[torch.Generator],
+           shape: tuple[int, int, int], settings: SamplerSettings, z_ref: Tensor | None = None,
            on_step: Callable[[int, Tensor, Tensor], None] | None = None, start: int | None = None) -> Tensor:
     """Denoises B = len(generators) pictures -> z_0 (B, *shape) float32, scaled as the UNet's latents are.
 
     z_ref (B, *shape): the references' latents, noised to make z_T (section 3.3). on_step(t, z_{t−1}, ẑ_0) is called
     after every step. A second pass gives `start` = T' and, as z_ref, the latents of the first pass's pictures.
     """
-    if given.mask is not None:  # average the full-size mask only once: each level's average of it is the same
-        given = given._replace(mask=mask_at(given.mask, *shape[1:]))
-    z_T = first_latent(schedule, generators, shape, how.steps, z_ref, unet.conv_in.weight.device, start)
-    eps_model = guided(unet, schedule, given, how.guidance)
-    for t, z, z_0 in walk(eps_model, z_T, schedule, how, generators, start=start):
+    if conditions.mask is not None:  # average the full-size mask only once: each level's average of it is the same
+        conditions = conditions._replace(mask=mask_at(conditions.mask, *shape[1:]))
+    z_T = first_latent(schedule, generators, shape, settings.steps, z_ref, unet.conv_in.weight.device, start)
+    eps_model = guided(unet, schedule, conditions, settings.guidance)
+    for t, z, z_0 in walk(eps_model, z_T, schedule, settings, generators, start=start):
         if on_step:
             on_step(t, z, z_0)
     return z

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -12,10 +13,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Ad
+from data import AdInputs, Canvas
+from programs.models import Models
+from sampler import SamplerSettings, Schedule
 from support.datasets import MASK_OF_ITEM, Item
 from support.files import BadInput, append_line, read_log, result_name
-from support.images import load_cutout, load_masked, save_image, sheet
+from support.images import load_cutout, load_masked, resize, save_image, sheet
 from support.machine import processes
 from support.plots import picture_of
 
@@ -88,17 +91,56 @@ def names_of_painted(manifest: Path, jobs: list[Job], record: dict) -> set[str]:
 # ---------------------------------------------------------------- painting
 
 
-def load_ads(jobs: list[Job], texts: dict, mask: str = "--mask", reference_mask: str = "--reference-mask") -> list[Ad]:
+def load_ads(jobs: list[Job], texts: dict, mask: str = "--mask",
+             reference_mask: str = "--reference-mask") -> list[AdInputs]:
     """What the jobs' pictures are painted from; each file is read once.
 
     texts: the texts for P, P_fg and P_bg, by category. mask, reference_mask: where messages say that masks belong.
     Raises BadInput if a file can't be used.
     """
     cutout, masked = cache(load_cutout), cache(load_masked)
-    return [Ad(*cutout(item.image, item.mask, "product", mask, item.inverted), texts[item.category], seed,
+    return [AdInputs(*cutout(item.image, item.mask, "product", mask, item.inverted), texts[item.category], seed,
                item.reference and masked(item.reference, item.reference_mask, "reference", reference_mask,
                                          item.inverted))
             for _, item, seed in jobs]
+
+
+def count_steps(models: Models, settings: SamplerSettings) -> int:
+    """The steps of both passes. Raises BadInput if the schedule has too few for the first, or none for the second."""
+    if not models.sd:  # another painter's
+        return settings.steps
+    schedule = models.sd.schedule
+    second = schedule.timesteps(settings.steps, second_start(schedule, settings)) if settings.refine > 1 else []
+    return len(schedule.timesteps(settings.steps)) + len(second)
+
+
+def second_start(schedule: Schedule, settings: SamplerSettings) -> int:
+    """T', the timestep at which the second pass starts."""
+    return settings.refine_from * schedule.T // 1000
+
+
+def second_pass(paint: Callable, models: Models, settings: SamplerSettings, first: Tensor, canvas: Canvas,
+                on_step: Callable) -> Tensor:
+    """Paints again, on a larger canvas, what a first pass painted -> (B, 3, H, W); ours, not the paper's.
+
+    paint: generate.paint. first (B, 3, h, w) is enlarged, noised to T' and denoised: the layout stays, edges are
+    painted anew.
+    """
+    cg, pg = models.cg, models.pg
+    if settings.refine_alone:
+        canvas, settings = canvas._replace(texts=[("", "", "")] * len(first)), replace(settings, guidance=1)
+        cg = pg = None
+    # Enlarged as pictures, since enlarged latents decode blurred; with the real products put in
+    enlarged = torch.stack([resize(picture, *canvas.rgb.shape[2:]) for picture in first])
+    begin = canvas.rgb.lerp(enlarged, 1 - canvas.mask)
+    return paint(models.sd, canvas, settings, cg, pg, on_step, begin, second_start(models.sd.schedule, settings))
+
+
+def refuse_not_finite(painted: Tensor) -> None:
+    """Raises BadInput for pixels that are not finite."""
+    if not painted.isfinite().all():
+        raise BadInput("--dtype: the painted pixels are not finite; add --dtype float32; if they still are not, the "
+                       "weights are broken")
 
 
 def paint_items(jobs: list[Job], texts: dict, paint_all: Callable, record: dict, batch: int,
@@ -121,7 +163,7 @@ def paint_items(jobs: list[Job], texts: dict, paint_all: Callable, record: dict,
     chunks = [chunk for k in range(0, len(share), batch) if todo.intersection(chunk := share[k : k + batch])]
     count, written = 0, ()
 
-    def read(job: Job) -> Ad | None:
+    def read(job: Job) -> AdInputs | None:
         try:
             return load_ads([job], texts, MASK_OF_ITEM, MASK_OF_ITEM)[0]
         except BadInput as error:

@@ -4,19 +4,22 @@ import itertools
 import json
 import re
 import shlex
+import sys
 from argparse import Namespace
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import torch
 from PIL import Image
 
-from data import Ad
-from programs.batch import Job, save_pictures
-from programs.models import TOY, Models, add_model_options
-from sampler import Painting
-from support.datasets import Item
-from support.files import BadInput, result_name
-from support.images import sheet, thumbnail
+from data import AdInputs, prompts_by_category
+from programs.batch import Job, count_steps, jobs_of_items, load_ads, paint_items, save_data_sheet, save_pictures
+from programs.models import TOY, ModelChoice, Models, add_model_options, load_models
+from sampler import SAMPLERS, SamplerSettings
+from support.datasets import BROKEN, Item, read_items
+from support.files import BadInput, locked, result_name
+from support.images import save_image, sheet, thumbnail
 from support.options import Parser, check_together, one_for_each, real_number, unicode_text, whole_number
 from support.plots import picture_of
 
@@ -64,7 +67,7 @@ def jobs_of(args: Namespace) -> list[Job]:
     return [*jobs.values()]
 
 
-def paint_jobs(jobs: list[Job], ads: list[Ad], paint_all: Callable, record: dict, batch: int) -> None:
+def paint_jobs(jobs: list[Job], ads: list[AdInputs], paint_all: Callable, record: dict, batch: int) -> None:
     """Paints the jobs, `batch` at once, saves the pictures and prints their paths."""
     jobs[0].path.with_name(SHEET).unlink(missing_ok=True)  # it shows an earlier command's pictures
     for k in range(0, len(jobs), batch):
@@ -72,7 +75,7 @@ def paint_jobs(jobs: list[Job], ads: list[Ad], paint_all: Callable, record: dict
             print(*save_pictures(pictures, job, record), sep="\n")
 
 
-def draw_sheet(jobs: list[Job], ads: list[Ad], name: str) -> Image.Image:
+def draw_sheet(jobs: list[Job], ads: list[AdInputs], name: str) -> Image.Image:
     """A row for each product and seed, the references above. name: what the network in CG's place is called."""
     by_row = {}
     for job, ad in zip(jobs, ads):
@@ -90,21 +93,21 @@ def draw_sheet(jobs: list[Job], ads: list[Ad], name: str) -> Image.Image:
 # ---------------------------------------------------------------- how they are painted
 
 
-def painting_of(args: Namespace, **others) -> Painting:
-    """A Painting from the options that all programs share. others: further fields of it, or defaults of these options.
+def sampler_settings(args: Namespace, **others) -> SamplerSettings:
+    """The settings by the options that all programs share. others: further settings, or defaults of these options.
 
     Raises BadInput for options that do not go together.
     """
     given = {name: value for name, value in vars(args).items()
-             if name in Painting.__dataclass_fields__ and value is not None}
-    how = Painting(**({} if args.weights else TOY_REFINE) | others | given)
-    if how.eta and how.sampler != "ddim":
-        raise BadInput(f"--eta goes with --sampler ddim; leave it out, or --sampler {how.sampler}")
-    if how.hint == "inpaint" and not args.controlnet:
+             if name in SamplerSettings.__dataclass_fields__ and value is not None}
+    settings = SamplerSettings(**({} if args.weights else TOY_REFINE) | others | given)
+    if settings.eta and settings.sampler != "ddim":
+        raise BadInput(f"--eta goes with --sampler ddim; leave it out, or --sampler {settings.sampler}")
+    if settings.hint == "inpaint" and not args.controlnet:
         raise BadInput("--hint goes with --controlnet; add that one")
-    if how.refine == 1 and (args.refine_from or vars(args).get("keep_first")):
+    if settings.refine == 1 and (args.refine_from or vars(args).get("keep_first")):
         raise BadInput("--refine-from and --keep-first go with a second pass; add --refine 2")
-    return how
+    return settings
 
 
 # Options left out of the record: what is painted is recorded for each picture, and the machine changes none
@@ -112,14 +115,14 @@ HARMLESS = {"product", "mask", "category", "reference", "reference_mask", "data"
             "batch", "device", "out", "how", "keep_first"}
 
 
-def record_of(args: Namespace, how: Painting, models: Models) -> dict:
+def record_of(args: Namespace, settings: SamplerSettings, models: Models) -> dict:
     """How pictures are painted, as JSON can hold it: all options but the harmless ones, so a new one can't be
     forgotten, with the values that defaults gave them.
     """
     record = {name: value for name, value in vars(args).items() if name not in HARMLESS}
-    record |= {"refine": how.refine, "size": models.size, "dtype": models.dtype, "models": models.fingerprints}
-    if how.refine > 1:
-        record |= {"refine_from": how.refine_from, "refine_alone": how.refine_alone}
+    record |= {"refine": settings.refine, "size": models.size, "dtype": models.dtype, "models": models.fingerprints}
+    if settings.refine > 1:
+        record |= {"refine_from": settings.refine_from, "refine_alone": settings.refine_alone}
     return record
 
 
@@ -148,12 +151,12 @@ def command_of(file: Path) -> str:
 
 def add_walk_options(add: Callable) -> None:
     """Adds the options for how to paint. add: a parser's add_argument."""
-    add("--steps", type=whole_number(1, 500), default=Painting.steps,
-        help=f"steps of denoising [{Painting.steps}, the paper's]")
-    add("--sampler", choices=["ddim", "dpm++"], default=Painting.sampler,
+    add("--steps", type=whole_number(1, 500), default=SamplerSettings.steps,
+        help=f"steps of denoising [{SamplerSettings.steps}, the paper's]")
+    add("--sampler", choices=[*SAMPLERS], default=SamplerSettings.sampler,
         help="dpm++: DPM-Solver++ (2M), for fewer steps, such as 20 [ddim, the paper's]")
-    add("--guidance", type=real_number(1, 30), default=Painting.guidance,
-        help=f"weight of the prompt, 1: without guidance [{Painting.guidance}, the paper's]")
+    add("--guidance", type=real_number(1, 30), default=SamplerSettings.guidance,
+        help=f"weight of the prompt, 1: without guidance [{SamplerSettings.guidance}, the paper's]")
     add("--size", type=whole_number(8, LARGEST),
         help="longer side of the painted canvas in pixels [the base's: toy 128, SD 1.5 and the paper 512]")
     add("--refine", type=whole_number(1, 8),
@@ -161,7 +164,7 @@ def add_walk_options(add: Callable) -> None:
         "the toy, generate.py's is 2]")
     add("--refine-from", type=whole_number(1, 999),
         help="timestep from which the second pass denoises, in thousandths of the schedule: larger ones "
-        f"repaint more [toy {TOY_REFINE['refine_from']}, else {Painting.refine_from}]")
+        f"repaint more [toy {TOY_REFINE['refine_from']}, else {SamplerSettings.refine_from}]")
 
 
 def options(description: str) -> Parser:
@@ -186,7 +189,7 @@ def options(description: str) -> Parser:
     add("--seed", type=whole_number(0, 2**32 - 1), default=0,
         help="seed of the noise; SEED + i for item i of --data [0]")
     add_walk_options(add)
-    add("--eta", type=real_number(0, 1), default=Painting.eta,
+    add("--eta", type=real_number(0, 1), default=SamplerSettings.eta,
         help="DDIM's η: part of DDPM's noise that is added at each step [0: none, the paper's]")
     add("--keep-first", action="store_true", help="save the picture of the first pass too, as NAME_first.png")
     add("--start", choices=["reference", "noise"], default="reference",
@@ -206,3 +209,84 @@ def check(args: Namespace) -> None:
                           ("data", "num")],
                    [("product", "category"), ("mask", "product"), ("category", "product"), ("reference", "product"),
                     ("reference_mask", "reference"), ("split", "data"), ("limit", "data")])
+
+
+# ---------------------------------------------------------------- generate.py's commands; each gets its paint_ads
+
+
+def load(args: Namespace, items: list[Item], paint_ads: Callable) -> tuple[dict, Callable, dict]:
+    """Loads the models that paint items -> the prompts of each category, `paint_ads` with the models and the settings,
+    and the record of both.
+    """
+    settings = sampler_settings(args, from_reference=args.start == "reference")
+    choice = ModelChoice(args.weights, args.tokenizer, args.cg, args.pg, args.controlnet, args.device, args.dtype)
+    models = load_models(choice, args.size, {item.category for item in items}, any(item.reference for item in items),
+                         args.plain_prompt)
+    if (side := settings.refine * models.size) > LARGEST:
+        raise BadInput(f"--refine {settings.refine}: paints {side} pixels, more than {LARGEST}; lower it, or --size")
+    count_steps(models, settings)  # raises BadInput for impossible ones
+    paint_all = partial(paint_ads, models=models, settings=settings, keep_first=args.keep_first)
+    return prompts_by_category(models.identifiers, models.sd.tokenizer), paint_all, record_of(args, settings, models)
+
+
+def generate_text(args: Namespace, paint_ads: Callable) -> None:
+    """--prompt: the base paints alone, without a product."""
+    jobs = jobs_of(args)
+    _, paint_all, record = load(args, [], paint_ads)
+    blank = torch.zeros(3, *[record["size"] * record["refine"]] * 2)
+    ads = [AdInputs(blank, blank[:1], (args.prompt,) * 3, job.seed) for job in jobs]
+    paint_jobs(jobs, ads, paint_all, record, args.batch)
+    say_next("--product CUTOUT --category NAME paints around a product")
+
+
+def generate_product(args: Namespace, paint_ads: Callable) -> None:
+    """--product: paints every product, in the style of every reference if any, --num times each, and a sheet of all.
+
+    A single product is painted in the scene of each category given. Without --product: a sample, by CG and by CG + PG.
+    """
+    jobs = jobs_of(args)
+    texts, paint_all, record = load(args, [job.item for job in jobs], paint_ads)
+    ads = load_ads(jobs, texts)
+    paint_jobs(jobs, ads, paint_all, record, args.batch)
+    if len(jobs) > 1:
+        save(draw_sheet(jobs, ads, "ControlNet" if args.controlnet else "CG"), args.out / SHEET)
+    say_next("--product CUTOUT --category NAME paints around a product of your own" if args.product is None else
+             "--reference AD paints in its style; --how FILE prints the command that paints a picture again")
+
+
+def generate_data(args: Namespace, paint_ads: Callable) -> None:
+    """--data: paints every item that has no picture yet, with PG where the item has a reference."""
+    items, notes = read_items(args.data, args.split or "bg1k")
+    items = items[: args.limit]
+    jobs = jobs_of_items(items, args.out, args.seed)
+    texts, paint_all, record = load(args, items, paint_ads)
+    print("\n".join(notes), file=sys.stderr)
+    painted, there, broken = paint_items(jobs, texts, paint_all, record, args.batch, args.keep_first)
+    save_data_sheet(jobs)  # the last of several processes has all pictures
+    print(f"{args.out}: {painted:,} painted, {there:,} were there, {broken:,} broken")
+    if broken > BROKEN * (painted + there + broken):
+        raise BadInput(f"{args.data}: {broken:,} items can't be used, more than {BROKEN:.0%}; they are named above")
+    say_next(f"look at {args.out / SHEET}; {args.out / 'manifest.jsonl'} says what each was painted from")
+
+
+def save(image, path: Path) -> None:
+    """Writes a PNG and prints its path."""
+    save_image(image, path)
+    print(path)
+
+
+def say_next(text: str) -> None:
+    """Prints on stderr what to do next: stdout has only paths."""
+    print(f"next: {text}", file=sys.stderr)
+
+
+def run_command(arguments: list[str] | None, description: str, paint_ads: Callable) -> None:
+    """The command line of generate.py."""
+    args = options(description).parse_args(arguments)
+    if args.how:
+        print(command_of(args.how))
+        return
+    check(args)
+    command = generate_text if args.prompt is not None else generate_data if args.data else generate_product
+    with locked(args.out):
+        command(args, paint_ads)

@@ -2,9 +2,11 @@
 needed to understand the paper.
 """
 
+import sys
 from collections.abc import Callable, Container
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,23 +15,43 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from data import Ads, Samples, load_ad
-from model import Prompts
-from programs.settings import Settings
+from data import AdDataset, Canvas, TrainingSamples, caption_of, load_ad, product_hint, prompts_by_category
+from model import ControlNet, Prompts, UNet
+from programs.settings import Settings, category_identifiers
+from sampler import SamplerSettings, seeded
 from support.datasets import Item, read_items
 from support.files import BadInput
-from support.images import sheet
+from support.images import canvas_size, sheet
+from support.machine import processes
 from support.tensors import compute_parts, file_fingerprint, not_finite, weights_fingerprint
-from weights import StableDiffusion
+from weights import StableDiffusion, load_stable_diffusion
 
 PART = 1024  # items in a file of latents
 
 
-def latent_samples(sd: StableDiffusion, items: list[Item], size: int, settings: Settings, **others) -> Samples:
-    """Training samples with latents, which are encoded first if settings.cache lacks them; others: see Samples."""
+def load_base_and_ads(settings: Settings) -> tuple[StableDiffusion, list[Item], dict[str, str] | None]:
+    """The base, the ads, and their categories' identifiers; None in stage controlnet, which reads captions instead.
+
+    Raises BadInput if they can't be read, or do not fit the settings.
+    """
+    sd = load_stable_diffusion(settings.weights, settings.device, tokenizer=settings.tokenizer)
+    canvas_size(1, 1, settings.size, sd.multiple)  # raises BadInput if the size does not fit the base
+    items, notes = read_items(settings.data)
+    if processes()[0] == 0:
+        print(*notes, sep="\n", file=sys.stderr)
+    if settings.stage != "controlnet":
+        return sd, items, category_identifiers(items, settings)
+    if not all(map(caption_of, items)):
+        raise BadInput(f"{settings.data}: stage controlnet trains on captions, which this data set lacks; to train an "
+                       "ordinary ControlNet on these ads, give train.py cg --attention plain")
+    return sd, items, None
+
+
+def latent_samples(sd: StableDiffusion, items: list[Item], size: int, settings: Settings, **others) -> TrainingSamples:
+    """Training samples with latents, which are encoded first if settings.cache lacks them; others: its own."""
     latents = encode_items(sd, items, size, settings.cache, min(8, settings.micro_batch), settings.amp,
                            settings.workers)
-    return Samples(items, size, latents, sd.vae.scaling_factor, sd.schedule.T, **others)
+    return TrainingSamples(items, size, latents, sd.vae.scaling_factor, sd.schedule.T, **others)
 
 
 def encode_items(sd: StableDiffusion, items: list[Item], size: int, folder: Path, batch: int = 8,
@@ -40,7 +62,7 @@ def encode_items(sd: StableDiffusion, items: list[Item], size: int, folder: Path
     inpainting UNet reads beside z_t. All are float16, memory-mapped from files in `folder`. Processes share the work,
     and existing files are reused. Raises BadInput if a file is broken or a latent is not finite.
     """
-    ads, keys, weight = Ads(items, size), latent_keys(sd, items, size, amp), sd.vae.quant_conv.weight
+    ads, keys, weight = AdDataset(items, size), latent_keys(sd, items, size, amp), sd.vae.quant_conv.weight
 
     @torch.no_grad()
     def encode(k: int) -> dict[str, Tensor]:
@@ -104,6 +126,16 @@ def caption_prompts(sd: StableDiffusion, captions: list[str]) -> Callable[[Tenso
     return prompts
 
 
+def batch_prompts(sd: StableDiffusion, items: list[Item], identifiers: dict[str, str] | None,
+                  settings: Settings) -> Callable[[Tensor, Tensor], Prompts]:
+    """Eq1.prompts: each category's, with its identifier, encoded here once; without identifiers, the captions."""
+    if identifiers is None:
+        return caption_prompts(sd, [", ".join(caption_of(item)) for item in items])
+    texts = [*prompts_by_category(identifiers, sd.tokenizer).values(), ("", "", "")]
+    rows = {name: row for row, name in enumerate(identifiers)}
+    return category_prompts(prompt_table(sd, texts, settings), [rows[item.category] for item in items], settings.device)
+
+
 def held_out_ads(data: Path, split: str, items: list[Item], categories: Container[str] | None, size: int,
                  count: int = 8) -> tuple[list[Item], list[Tensor]]:
     """The first ads of a test split, or of the whole list if that is metadata.jsonl, then the last ones of the training
@@ -127,3 +159,32 @@ def held_out_ads(data: Path, split: str, items: list[Item], categories: Containe
 def sheet_of(rows: dict[str, Tensor]) -> Image.Image:
     """A sheet with a labelled row for each batch of pictures (n, 3, H, W)."""
     return sheet([list(pictures) for pictures in rows.values()], row_labels=list(rows))
+
+
+def held_out_canvas(sd: StableDiffusion, items: list[Item], identifiers: dict[str, str] | None, settings: Settings,
+                    with_references: bool) -> Canvas:
+    """The ads that sheets are painted from, with their categories' prompts or, without identifiers, their captions."""
+    split = "bgpair" if with_references else "bg1k"
+    ads, (rgb, mask, *references) = held_out_ads(settings.data, split, items, identifiers, settings.size)
+    texts = prompts_by_category(identifiers, sd.tokenizer) if identifiers else None
+    texts = [texts[ad.category] if texts else (", ".join(caption_of(ad)),) * 3 for ad in ads]
+    return Canvas(rgb, mask, texts, [], *(references if with_references else ()))  # draw_branches adds generators
+
+
+def sheet_painter(paint: Callable, sd: StableDiffusion, cg: ControlNet, pg: ControlNet | None, items: list[Item],
+                  identifiers: dict[str, str] | None, settings: Settings) -> Callable[[], Image.Image]:
+    """Task.draw for the paper's branches. paint: generate.paint."""
+    canvas = held_out_canvas(sd, items, identifiers, settings, with_references=pg is not None)
+    return partial(draw_branches, paint, sd.unet, cg, pg, canvas, settings)
+
+
+def draw_branches(paint: Callable, unet: UNet, cg: ControlNet, pg: ControlNet | None, canvas: Canvas,
+                  settings: Settings) -> Image.Image:
+    """A sheet with a column per ad: the product, for PG also the reference, the painted picture, the original ad."""
+    base = load_stable_diffusion(settings.weights, "cpu", tokenizer=settings.tokenizer)  # training dropped its VAE
+    vae, text_encoder = base.vae.to(settings.device), base.text_encoder.to(settings.device)
+    sd = replace(base, unet=unet, vae=vae, text_encoder=text_encoder)
+    canvas = canvas._replace(generators=seeded(settings.seed, len(canvas.texts)))
+    painted = paint(sd, canvas, SamplerSettings(steps=25), cg, pg)
+    rows = {"product": product_hint(canvas.rgb, canvas.mask)} | ({"reference": canvas.reference} if pg else {})
+    return sheet_of(rows | {"painted": painted, "ad": canvas.rgb})

@@ -75,8 +75,10 @@ def branch_path(option: str, given: Path | None, weights: Path | None) -> Path:
     return given or TOY / option
 
 
-def load_branch(kind: str, path: Path, sd: StableDiffusion) -> ControlNet:
-    """CG ("category"), PG ("personality") or a "controlnet". Raises BadInput if it is broken or of another base."""
+def load_branch(kind: str, path: Path, sd: StableDiffusion, like: dict | None = None) -> ControlNet:
+    """CG ("category"), PG ("personality") or a "controlnet". Raises BadInput if it is broken or of another base, or if
+    its hint encoder does not fit the configuration `like`.
+    """
     weight = sd.unet.conv_in.weight
     branch = load_control(path, kind, weight.device, weight.dtype)
     ours, base = branch.config, sd.unet.config
@@ -85,6 +87,8 @@ def load_branch(kind: str, path: Path, sd: StableDiffusion) -> ControlNet:
             or ours["in_channels"] != base["out_channels"] or hint_factor != sd.vae.factor):
         raise BadInput(f"{path} was trained on another base than the one given; give weights and branches that belong "
                        "together")
+    if like and ours["conditioning_embedding_out_channels"] != like["conditioning_embedding_out_channels"]:
+        raise BadInput(f"--init-control {path}: its hint encoder's channels are not those of ours")
     return branch
 
 

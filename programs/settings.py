@@ -3,6 +3,7 @@ understand the paper.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields, replace
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data import SIGMA, THETA
+from data import IDENTIFIER, SIGMA, THETA
 from programs.models import TOY, branch_path, categories_file
 from support.datasets import Item, categories_of, read_identifiers
 from support.files import BadInput, check_folder
@@ -123,6 +124,10 @@ class Settings:
         """With --amp a context of half precision. It caches the weights in it, unless --checkpointing saves memory."""
         return torch.autocast(torch.device(self.device).type, self.amp, self.amp is not None, not self.checkpointing)
 
+    def for_samples(self, count: int) -> "Settings":
+        """These settings with the number of steps in which `count` samples are seen in so many epochs."""
+        return replace(self, steps=self.steps or math.ceil(self.epochs * count / self.batch))
+
     def checkpoints(self) -> list[Path]:
         """The run's checkpoints, oldest first."""
         return sorted(self.folder.glob("checkpoint_*.pt"))
@@ -138,7 +143,7 @@ class Settings:
 def parser(description: str, stages: list[str]) -> Parser:
     """The command line of train.py. What it returns holds only the options that are given."""
     program = Parser(description=description, argument_default=argparse.SUPPRESS)
-    program.add_argument("stage", help=", ".join(stages))
+    program.add_argument("stage", choices=stages, metavar="stage", help=", ".join(stages))
     for setting in fields(Settings):
         if setting.metadata:
             program.add_argument(f"--{setting.name.replace('_', '-')}", **setting.metadata["argument"])
@@ -208,9 +213,9 @@ def begin(settings: Settings) -> Settings:
 # ---------------------------------------------------------------- the categories' identifiers: once given, they stay
 
 
-def category_identifiers(items: list[Item], settings: Settings, template: str) -> dict[str, str]:
+def category_identifiers(items: list[Item], settings: Settings) -> dict[str, str]:
     """The identifier [D] of each category, by name (section 3.2). Categories that the frozen CG, --init-control or the
-    resumed run knows keep theirs; new ones get the next numbers, in place of {} in --identifier or the given template.
+    resumed run knows keep theirs; new ones get the next numbers, in place of {} in --identifier or IDENTIFIER.
 
     Raises BadInput if the frozen CG lacks a category.
     """
@@ -224,7 +229,7 @@ def category_identifiers(items: list[Item], settings: Settings, template: str) -
         known = settings.newest_checkpoint().get("identifiers") or {}
     elif settings.init_control and (file := categories_file(settings.init_control)).is_file():
         known = read_identifiers(file)
-    return number_categories(names, settings.identifier or template, known)
+    return number_categories(names, settings.identifier or IDENTIFIER, known)
 
 
 def number_categories(names: list[str], template: str, known: dict[str, str]) -> dict[str, str]:
@@ -232,3 +237,16 @@ def number_categories(names: list[str], template: str, known: dict[str, str]) ->
     numbered = (template.replace("{}", str(number)) for number in count(len(known)))
     free = (identifier for identifier in numbered if identifier not in known.values())  # someone may have edited them
     return known | {name: next(free) for name in names if name not in known}
+
+
+def next_commands(settings: Settings, trained: list[str]) -> list[list[str]]:
+    """Commands to go on with: after CG train PG, and paint."""
+    paths = {name: getattr(settings, name) for name in ("weights", "tokenizer", "cg")}
+    paths |= {name: settings.out / name for name in trained}
+
+    def command(*program: str, **paths: Path) -> list[str]:
+        given = {name: path for name, path in paths.items() if path and TOY not in path.absolute().parents}
+        return ["python", *program, *(word for name, path in given.items() for word in (f"--{name}", str(path)))]
+
+    paint = [*command("generate.py", **paths), "--product", "PHOTO.png", "--category", "NAME"]
+    return [command("train.py", "pg", **paths, data=settings.data), paint] if settings.stage == "cg" else [paint]

@@ -1,6 +1,6 @@
 """Programs: the steps of the training loop, and checkpoints; not needed to understand the paper.
 
-`train.fit` is the loop; a Trainer does its steps, and takes care of processes, checks, averages, logs and memory.
+`train.train` is the loop; a Trainer takes care of processes, checks, averages, logs and memory.
 Everything random in a step follows from the run's seed and the step's number, so a run can be resumed bit for bit.
 """
 
@@ -13,8 +13,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -22,9 +22,12 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Generator, Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from attention import SpatialTransformer
+from model import ResnetBlock
 from programs.settings import Settings
 from support.files import BadInput, append_line, explain, read_log, write_atomic, write_text
 from support.images import save_image
@@ -32,7 +35,6 @@ from support.machine import barrier, processes
 from support.plots import draw_curves
 from support.tensors import not_finite
 
-WEIGHT_DECAY = 1e-2  # as ControlNet
 CHECKPOINTS = 2  # so many are kept
 
 # ---------------------------------------------------------------- what is trained, in which order
@@ -48,7 +50,7 @@ class Task:
     loss: Callable[[dict, Generator], Tensor]  # (batch, generator for further randomness) -> scalar
     draw: Callable[[], Image.Image]  # a sheet that shows what the modules do now
     save: Callable[[Path], None]  # writes the public folders
-    next: list[list[str]]  # commands to go on with after the training
+    next_commands: list[list[str]]  # to go on with after the training
     identifiers: dict[str, str] | None = None  # [D] of each category, which a resumed run must keep
 
 
@@ -60,6 +62,11 @@ class Stage:
     settings: dict  # its own on the toy's base, by the names of Settings
     paper: dict | None = None  # the paper's settings, for another base
     data: str = "ads"  # what it trains on in toy/data, unless --data is given
+
+    def preset(self, given: dict, toy: Path) -> dict:
+        """Its own settings on the toy's base or data, else the paper's. given: the options, by name."""
+        on_toy = "weights" not in given or given.get("data", toy).absolute().parent == toy.parent
+        return self.settings if on_toy else self.paper or self.settings
 
 
 def seed_of(*parts: object) -> int:
@@ -94,32 +101,52 @@ def learning_rate(step: int, lr: float, steps: int, warmup: int, decay: float) -
     return lr * up * down
 
 
+def update_averages(averages: list[Tensor], parameters: list[Tensor], step: int, ema: float) -> None:
+    """The exponential moving averages (EMA) of the weights: average := rate · average + (1 − rate) · weight.
+
+    The rate is `ema`, and lower in the first steps, so that the averages soon forget where training started.
+    """
+    if averages:
+        rate = min(ema, (1 + step) / (10 + step))
+        torch._foreach_lerp_(averages, [p.detach() for p in parameters], 1 - rate)
+
+
+def recompute_activations(network: nn.Module) -> None:
+    """Gradient checkpointing: residual blocks and transformers keep their inputs only, and compute again what the
+    backward pass needs: less memory for more time.
+    """
+    for module in network.modules():
+        if isinstance(module, ResnetBlock | SpatialTransformer):
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+
+
 # ---------------------------------------------------------------- the trainer
 
 
 class Trainer:
-    """A task with its optimiser, averages, log and checkpoints, in one of several processes; the first one writes."""
+    """What surrounds the steps of train.train: processes, parts of a batch, checks, log and checkpoints.
 
-    def __init__(self, task: Task, settings: Settings):
-        steps = settings.steps or math.ceil(settings.epochs * len(task.samples) / settings.batch)
-        self.task, self.settings, (self.rank, self.world) = task, replace(settings, steps=steps), processes()
-        s, self.modules = self.settings, nn.ModuleDict(task.modules).to(memory_format=settings.memory_format)
-        self.parameters = [*self.modules.parameters()]
-        self.optimizer = torch.optim.AdamW(self.parameters, s.lr, weight_decay=WEIGHT_DECAY, fused=True)
-        # float16 gradients would vanish below 6e-8: the loss is scaled up, and the gradients back down
-        self.scaler = torch.amp.GradScaler(torch.device(s.device).type, enabled=s.amp == torch.float16)
-        self.averages = [p.detach().clone() for p in self.parameters] if s.ema else []  # exponential moving ones (EMA)
+    Of several processes the first one writes.
+    """
+
+    def __init__(self, task: Task, settings: Settings, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler):
+        self.task, self.settings, (self.rank, self.world) = task, settings, processes()
+        s, self.optimizer, self.scaler = settings, optimizer, scaler
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.modules = nn.ModuleDict(task.modules)
+        self.averages = [p.detach().clone() for p in self.parameters] if s.ema else []
         self.described = {name: str(value) for name, value in vars(s).items() if name != "resume"}
         self.start = self.load_checkpoint() if s.resume else 0
         self.sigterm = self.stopping = False  # whether this process has received it; whether all know that one has
-        self.log, self.losses, self.clock = s.folder / "log.jsonl", [], time.perf_counter()
+        self.loss, self.losses, self.clock = 0.0, [], time.perf_counter()
+        self.log = s.folder / "log.jsonl"
         if self.rank == 0:
             lines = [json.dumps(line) + "\n" for line in read_log(self.log) if line["step"] <= self.start]
             write_text("".join(lines), self.log)  # without those that an interrupted run wrote after `start`
             print(f"training {task.name}, {sum(p.numel() for p in self.parameters):,} parameters, on "
-                  f"{len(task.samples):,} pictures from {s.data}: from step {self.start:,} to {steps:,}, {s.batch} "
+                  f"{len(task.samples):,} pictures from {s.data}: from step {self.start:,} to {s.steps:,}, {s.batch} "
                   f"pictures each, on {s.device} in {s.amp or torch.float32}", file=sys.stderr)
-            if self.start >= steps:
+            if self.start >= s.steps:
                 print(f"{s.folder} is done; a larger --steps trains it further", file=sys.stderr)
 
     @contextmanager
@@ -137,6 +164,8 @@ class Trainer:
     def note_sigterm(self, *_) -> None:
         self.sigterm = True
 
+    # ------------------------------------------------------------ a step
+
     def batches(self) -> Iterator[tuple[int, dict]]:
         """Yields each step still to be taken, counted from 0, and this process's share of its batch."""
         s = self.settings
@@ -146,58 +175,53 @@ class Trainer:
         bar = tqdm(loader, initial=self.start, total=s.steps, unit="step", disable=self.rank > 0 or None)
         return enumerate(bar, self.start)
 
-    # ------------------------------------------------------------ a step
+    def generator(self, step: int) -> Generator:
+        """For what a loss draws beyond its samples."""
+        return Generator().manual_seed(seed_of(self.settings.seed, "step", step, *([self.rank] if self.rank else [])))
 
-    def backward(self, step: int, batch: dict) -> float:
-        """Adds up the gradients of a batch, in parts of --micro-batch pictures and over the processes. Returns its mean
-        loss.
-        """
+    def parts(self, batch: dict) -> Iterator[dict]:
+        """Yields a batch on the device, in parts of --micro-batch samples, all of which add to the gradients."""
         s = self.settings
-        generator = Generator().manual_seed(seed_of(s.seed, "step", step, *([self.rank] if self.rank else [])))
-        parts, loss = s.batch // self.world // s.micro_batch, 0.0
         # On a CPU the fused attention's backward pass is slow: at the toy's size plain matrix products train faster
         with sdpa_kernel(SDPBackend.MATH) if s.device == "cpu" and s.size <= 128 else nullcontext():
-            for i in range(parts):
+            for i in range(self.part_count):
                 rows = slice(i * s.micro_batch, (i + 1) * s.micro_batch)
-                part = {name: x[rows].to(s.device, non_blocking=True) for name, x in batch.items()}
-                with s.autocast():
-                    error = self.task.loss(part, generator) / (parts * self.world)
-                    self.scaler.scale(error).backward()
-                loss += error.item()
+                yield {name: x[rows].to(s.device, non_blocking=True) for name, x in batch.items()}
+
+    @property
+    def part_count(self) -> int:
+        return self.settings.batch // self.world // self.settings.micro_batch
+
+    def share(self, loss: Tensor) -> Tensor:
+        """A part's loss -> its share of the batch's, which adds up in `self.loss`."""
+        share = loss / (self.part_count * self.world)
+        self.loss += share.item()
+        return share
+
+    def sum_over_processes(self) -> None:
+        """Sums gradients and loss over the processes, and tells all of them whether one has received SIGTERM."""
         self.stopping = self.sigterm
         if self.world > 1:
-            numbers = torch.tensor([loss, self.sigterm], device=s.device)
+            numbers = torch.tensor([self.loss, self.sigterm], device=self.settings.device)
             tensors = [numbers, *(p.grad for p in self.parameters if p.grad is not None)]
             summed = torch.cat([tensor.flatten() for tensor in tensors])  # one exchange is faster than many
             dist.all_reduce(summed)
             for tensor, part in zip(tensors, summed.split([tensor.numel() for tensor in tensors])):
                 tensor.copy_(part.view_as(tensor))
-            loss, self.stopping = numbers.tolist()
-        return loss
+            self.loss, self.stopping = numbers.tolist()
 
-    def update(self, step: int, loss: float) -> None:
-        """Takes a step of AdamW and updates the averages. Raises BadInput if the loss or a gradient is not finite,
-        before it changes a weight.
-        """
-        s = self.settings
-        self.optimizer.param_groups[0]["lr"] = learning_rate(step, s.lr, s.steps, s.warmup, s.decay)
-        self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.parameters, s.clip_gradient or math.inf).item()
+    def refuse_bad_numbers(self, step: int, norm: Tensor) -> None:
+        """Raises BadInput if the loss, or the gradient's length `norm`, is not finite: no weight has changed yet."""
         # a scaler skips steps whose gradients overflow, and then scales the loss less; below 1 that can't help
         skips = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
-        if not math.isfinite(loss) or not (math.isfinite(norm) or skips):
-            raise BadInput(f"the loss is {loss}, its gradient's length {norm} at step {step + 1}; give a lower --lr, "
-                           "or whole weights to start from")
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.averages:
-            rate = min(s.ema, (1 + step) / (10 + step))  # they follow faster at first
-            torch._foreach_lerp_(self.averages, [p.detach() for p in self.parameters], 1 - rate)
+        if not math.isfinite(self.loss) or not (math.isfinite(norm.item()) or skips):
+            raise BadInput(f"the loss is {self.loss}, its gradient's length {norm.item()} at step {step + 1}; give a "
+                           "lower --lr, or whole weights to start from")
 
-    def record(self, step: int, loss: float) -> None:
+    def record(self, step: int) -> None:
         """Every --log-every steps shows the mean loss since the time before, and adds it to log.jsonl."""
-        self.losses.append(loss)
+        self.losses.append(self.loss)
+        self.loss = 0.0
         if not self.due(step, self.settings.log_every):
             return
         loss, lr = sum(self.losses) / len(self.losses), self.optimizer.param_groups[0]["lr"]
@@ -304,5 +328,5 @@ class Trainer:
             out = self.settings.out
             print(f"trained {self.task.name}: {', '.join(str(out / name) for name in self.task.modules)}; "
                   f"{self.settings.folder} holds the loss as a curve, sheets and the log")
-            for command in self.task.next:
+            for command in self.task.next_commands:
                 print("next:", shlex.join(command))

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clip import CLIP
-from data import background_hint
-from generate import Canvas, encode_prompts
-from sampler import Conditions, Painting, draw_noise, first_latent, guided, walk
+from data import Canvas, background_hint
+from generate import encode_prompts
+from sampler import Conditions, SamplerSettings, draw_noise, first_latent, guided, walk
 from weights import StableDiffusion
 
 # Strength of Blended Diffusion's guidance; our choice. On pairs of training ads, 0 left the scene to chance, 50 and 150
@@ -27,7 +27,7 @@ STRENGTH = 50.0
 
 
 @torch.no_grad()
-def stable_diffusion(sd: StableDiffusion, canvas: Canvas, how: Painting, on_step: Callable | None = None,
+def stable_diffusion(sd: StableDiffusion, canvas: Canvas, how: SamplerSettings, on_step: Callable | None = None,
                      guide: Callable[[Callable, Tensor, int], Tensor] | None = None) -> Tensor:
     """Inpainting around the products -> (B, 3, H, W) float32 in [0, 1], the products not yet pasted back.
 
@@ -61,7 +61,7 @@ def stable_diffusion(sd: StableDiffusion, canvas: Canvas, how: Painting, on_step
     return sd.decode(z)
 
 
-def blended_diffusion(sd: StableDiffusion, canvas: Canvas, how: Painting, clip: CLIP, strength: float = STRENGTH,
+def blended_diffusion(sd: StableDiffusion, canvas: Canvas, how: SamplerSettings, clip: CLIP, strength: float = STRENGTH,
                       on_step: Callable | None = None) -> Tensor:
     """stable_diffusion, guided by a distance D between two backgrounds -> (B, 3, H, W) float32 in [0, 1].
 

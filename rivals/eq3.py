@@ -9,7 +9,8 @@ scene than the rest of the prompt. The scene of a picture is that of the categor
 import torch
 from torch import Tensor
 
-from generate import prompt_texts, save
+from data import prompt_texts
+from programs.gallery import save
 from programs.models import identifiers_of
 from rivals.lab import Lab
 from support.datasets import Item

@@ -24,10 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python r
 
 import train
 from clip import CLIP
-from data import Ad
-from generate import paint_ads, prompts_by_category
+from data import AdInputs, prompts_by_category
+from generate import paint_ads
 from programs.batch import jobs_of_items, paint_items
-from programs.gallery import add_walk_options, jobs_of, paint_jobs, painting_of
+from programs.gallery import add_walk_options, jobs_of, paint_jobs, sampler_settings
 from programs.models import (
     ModelChoice,
     Models,
@@ -42,7 +42,7 @@ from rivals.lama import load_lama
 from rivals.networks import Networks
 from rivals.paint_by_example import GUIDANCE, load_paint_by_example
 from rivals.stages import RIVAL_STAGES
-from sampler import Painting
+from sampler import SamplerSettings
 from support.datasets import Item, read_items
 from support.files import BadInput, locked, one_line_errors, read_json
 from support.images import canvas_size, load_cutout, open_image, resize, to_tensor
@@ -64,7 +64,7 @@ class Method(NamedTuple):
     pg: str | None = None
     controlnet: str | None = None  # in CG's place
     plain_prompt: bool = False  # 'A photo of [category]', without the identifier
-    settings: dict = {}  # fields of Painting that it has its own values for
+    settings: dict = {}  # fields of SamplerSettings that it has its own values for
     painter: Callable | None = None  # a rival made of the base's parts, see baselines.py
     clip: str | None = None  # the CLIP that guides it
     own: str | None = None  # a rival's own network, in the base's place
@@ -94,8 +94,8 @@ METHODS = {
 }
 
 
-def load(method: Method, networks: Networks, choice: ModelChoice, size: int | None, how: Painting,
-         categories: set[str]) -> tuple[Models, Callable[[list[Ad]], list[list[Tensor]]]]:
+def load(method: Method, networks: Networks, choice: ModelChoice, size: int | None, how: SamplerSettings,
+         categories: set[str]) -> tuple[Models, Callable[[list[AdInputs]], list[list[Tensor]]]]:
     """A method's models, and what paints ads with them. choice: the base, and where it runs; size: the canvas's longer
     side in pixels [the base's]. Raises BadInput for wrong weights, dtype or size.
     """
@@ -109,7 +109,8 @@ def load(method: Method, networks: Networks, choice: ModelChoice, size: int | No
     return models, partial(paint_ads, models=models, how=how, painter=painter)
 
 
-def load_rival(name: str, path: Path, choice: ModelChoice, size: int | None, how: Painting) -> tuple[Models, Callable]:
+def load_rival(name: str, path: Path, choice: ModelChoice, size: int | None,
+               how: SamplerSettings) -> tuple[Models, Callable]:
     """As `load`, for a rival with networks of its own. Its exemplars are whole references, squashed to a square."""
     device, dtype = pick_device(choice.device), torch.float32
     if name == "lama":  # its Fourier transforms need float32
@@ -122,7 +123,7 @@ def load_rival(name: str, path: Path, choice: ModelChoice, size: int | None, how
     models = Models(None, None, None, {}, size, rival.multiple, str(dtype).removeprefix("torch."),
                     [model_fingerprint(path)])
 
-    def paint_all(ads: list[Ad]) -> list[list[Tensor]]:
+    def paint_all(ads: list[AdInputs]) -> list[list[Tensor]]:
         if side := rival.exemplar:
             ads = [ad._replace(reference=(resize(ad.reference[0], side, side), None)) for ad in ads]
         return paint_ads(ads, models, how, partial(rival.paint, how=how))
@@ -143,7 +144,7 @@ class Lab:
     limit: int | None  # at most so many items are painted
     networks: Networks
     choice: ModelChoice  # the base and where it runs; the branches are the methods'
-    how: Painting
+    how: SamplerSettings
     size: int | None
     seed: int
     batch: int
@@ -288,7 +289,7 @@ def lab_of(args: argparse.Namespace, out: Path, limit: int | None = None) -> Lab
     device = pick_device(args.device)
     networks = Networks({name.replace("_", "-"): value for name, value in vars(args).items()}, device)
     choice = ModelChoice(args.weights, args.tokenizer, device=device, dtype=args.dtype)
-    return Lab(args.data.absolute(), limit, networks, choice, painting_of(args, refine=1), args.size, args.seed,
+    return Lab(args.data.absolute(), limit, networks, choice, sampler_settings(args, refine=1), args.size, args.seed,
                args.batch, out)
 
 
@@ -304,8 +305,8 @@ def options() -> Parser:
     add("--mask", **files, help="the product's mask, white on the product; one for each product")
     add("--reference", **files, help="exemplar of Paint by Example, or several: whole pictures, without a mask")
     add("--seed", metavar="N", type=whole_number(0, 2**32 - 1), default=0, help="seed of the noise [0]")
-    add("--steps", metavar="N", type=whole_number(1, 500), default=Painting.steps,
-        help=f"Paint by Example's steps of denoising [{Painting.steps}]")
+    add("--steps", metavar="N", type=whole_number(1, 500), default=SamplerSettings.steps,
+        help=f"Paint by Example's steps of denoising [{SamplerSettings.steps}]")
     add("--guidance", metavar="X", type=real_number(1, 30), default=GUIDANCE,
         help=f"weight of the exemplar in Paint by Example [{GUIDANCE}, its authors']")
     add("--size", metavar="N", type=whole_number(8, 4096), help="longer side of the canvas in pixels [the rival's]")
@@ -325,9 +326,9 @@ def paint(args: argparse.Namespace) -> None:
         raise BadInput("which rival? Give --lama FILE or --paint-by-example PATH")
     jobs = jobs_of(args)
     exemplars = {path: (to_tensor(open_image(path).convert("RGB")), None) for path in args.reference or ()}
-    ads = [Ad(*load_cutout(item.image, item.mask), ("", "", ""), seed, exemplars.get(item.reference))
+    ads = [AdInputs(*load_cutout(item.image, item.mask), ("", "", ""), seed, exemplars.get(item.reference))
            for _, item, seed in jobs]
-    how = Painting(args.steps, args.guidance)
+    how = SamplerSettings(args.steps, args.guidance)
     models, paint_all = load_rival(name, path, ModelChoice(device=args.device, dtype=args.dtype), args.size, how)
     record = {"method": name, "steps": how.steps, "guidance": how.guidance, "size": models.size,
               "dtype": models.dtype, "models": models.fingerprints}

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from data import Samples, product_hint
+from data import TrainingSamples, product_hint
 from programs.latents import held_out_ads, sheet_of
 from programs.settings import Settings
 from programs.trainer import Task
@@ -109,5 +109,5 @@ def lama_task(settings: Settings) -> Task:
         save_module(lama, out / "lama", LAMA_FILE, settings.save_dtype)
 
     return Task("LaMa and its discriminator", {"lama": nn.ModuleList([lama, discriminator])},
-                Samples(items, settings.size), LaMaLoss(lama, discriminator), draw, save,
+                TrainingSamples(items, settings.size), LaMaLoss(lama, discriminator), draw, save,
                 [["python", "evaluate.py", "table1", "--lama", str(settings.out / "lama")]])

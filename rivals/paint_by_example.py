@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from attention import Attention, FeedForward
 from clip import CLIP, VisionTransformer
 from model import Prompts, UNet
-from sampler import Conditions, Painting, Schedule, sample
+from sampler import Conditions, SamplerSettings, Schedule, sample
 from support.files import BadInput
 from support.layouts import looks_like, modules_under, split_by_model, unet_config, vae_config
 from support.tensors import read_weights
@@ -137,7 +137,7 @@ class PaintByExample:
         return F.interpolate((mask >= 0.5).float(), size=(h, w), mode="bilinear")
 
     @torch.inference_mode()
-    def paint(self, canvas, how: Painting, on_step: Callable | None = None) -> Tensor:
+    def paint(self, canvas, how: SamplerSettings, on_step: Callable | None = None) -> Tensor:
         """As generate.paint: a Canvas, whose references of any size are the exemplars -> (B, 3, H, W) float32.
 
         z_T is pure noise. on_step as in `sampler.sample`.

@@ -16,18 +16,18 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from data import product_hint
-from generate import Canvas
+from data import Canvas, product_hint
 from model import UNet
 from programs.latents import held_out_ads, latent_samples, sheet_of
 from programs.models import TOY
 from programs.settings import Settings
 from programs.trainer import Task
 from rivals.paint_by_example import GUIDANCE, PaintByExample, PaintByExampleEncoder
-from sampler import Painting, seeded, timestep_weights
+from sampler import SamplerSettings, seeded
 from support.datasets import read_items
 from support.files import write_json
 from support.images import canvas_size
+from support.solvers import timestep_weights
 from weights import CLIP_FILE, UNET_FILE, VAE_FILE, load_clip, load_stable_diffusion, save_module
 
 FOLDER = "paint-by-example"  # in --out
@@ -103,7 +103,7 @@ def paint_by_example_task(settings: Settings) -> Task:
     def draw():
         """A sheet with a column for each ad: product, exemplar, the painted picture, and the original ad."""
         canvas = Canvas(rgb, mask, [], seeded(settings.seed, len(rgb)), reference)
-        painted = pbe.paint(canvas, Painting(25, GUIDANCE))
+        painted = pbe.paint(canvas, SamplerSettings(25, GUIDANCE))
         return sheet_of({"product": product_hint(rgb, mask), "exemplar": reference, "painted": painted, "ad": rgb})
 
     trained = nn.ModuleDict({"unet": sd.unet, "image_encoder": pbe.image_encoder})

@@ -5,18 +5,20 @@ import json
 import os
 import unicodedata
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
+import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from support.cutouts import SOLID, covers_border
-from support.files import BadInput, is_hidden, is_unicode, nfc, one_line, read_json, write_text
-from support.images import FORMATS, load_mask
+from support.files import BadInput, check_folder, is_hidden, is_unicode, nfc, one_line, read_json, write_text
+from support.images import FORMATS, load_mask, save_image, sheet
 from support.machine import cores
 from support.options import Parser, whole_number
 
@@ -38,12 +40,6 @@ class Item:
     scene: str | None = None
     inverted: bool = False  # mask files are 1 on the background
     line: int = field(default=0, compare=False)  # in the list that names it, counted from 1
-
-    @property
-    def caption(self) -> tuple[str, str] | None:
-        """Its own words in the two halves of the paper's prompt (section 3.2); None if it has none."""
-        words = self.product and self.scene
-        return (f"A photo of {self.product}", f"in the background of {self.scene}") if words else None
 
 
 def read_items(root: Path | str, split: str = "bg60k") -> tuple[list[Item], list[str]]:
@@ -268,8 +264,8 @@ def is_blank(image: Tensor, mask: Tensor) -> bool:
 
 
 def check_ads(ads: Dataset, count: int, where: Path) -> list[Item]:
-    """Loads every one of data.Ads and prints a report. Returns those of the first `count`, the items without their
-    references, whose background is blank. Raises BadInput if more than 1% can't be used.
+    """Loads every ad and prints a report. Returns those of the first `count`, the items without their references, whose
+    background is blank. Raises BadInput if more than 1% can't be used.
     """
     broken, blank = [], []
     loader = DataLoader(ads, batch_size=None, num_workers=min(8, cores()))
@@ -293,6 +289,48 @@ def drop_lines(file: Path, items: list[Item]) -> Path:
     for path, texts in (kept, ever), (file, [line for number, line in lines if number not in dropped]):
         write_text("".join(f"{text}\n" for text in texts), path, "surrogateescape")
     return kept
+
+
+def check_data_set(arguments: list[str] | None, dataset: type[Dataset], product_hint: Callable,
+                   perturb: Callable) -> None:
+    """The command line of data.py, with its AdDataset and, for the sheet, its hints. Raises BadInput."""
+    args = parse(arguments)
+    if args.sheet:
+        check_folder(args.sheet.parent, "--sheet")  # before loading, which may take an hour
+    if args.list:
+        print(list_folder(args.dir))
+    file = list_of(args.dir, args.split)
+    try:
+        items, notes = read_items(args.dir, args.split)
+        print("\n".join(notes))
+        references = [replace(item, image=item.reference, mask=item.reference_mask) for item in items if item.reference]
+        ads = dataset(items + references, args.size)
+        blank = check_ads(ads, len(items), file)
+        if args.sheet:
+            save_sheet(ads, len(items), product_hint, perturb, args.sheet)
+    except BaseException:  # also an interrupt
+        if args.list:
+            file.unlink()  # so that the same command can run again
+        raise
+    if args.drop_blank and blank:
+        print(f"dropped them from {file}; the whole list is {drop_lines(file, blank)}")
+    if args.split == "bg60k":
+        print(f"next, train CG on it: python train.py cg --data {args.dir} --weights SD15")
+    else:
+        print(f"next, with the CG and PG that you trained: python generate.py --data {args.dir} --split {args.split} "
+              "--out results --weights SD15 --cg CG --pg PG")
+
+
+def save_sheet(ads: Dataset, count: int, product_hint: Callable, perturb: Callable, path: Path) -> None:
+    """Writes a sheet of eight of the first `count` ads, evenly spaced over them: what the networks see of each."""
+    samples = [ads[index] for index in range(0, count, -(-count // 8))]
+    generator, rows = torch.Generator().manual_seed(0), []
+    for sample, other in zip(samples, samples[1:] + samples[:1]):
+        I, M = sample["image"], sample["mask"]
+        rows.append([I, M, product_hint(I, M), perturb(I, M, other["image"], generator)])
+    names = [ads.items[sample["index"]].category for sample in samples]
+    save_image(sheet(rows, ["image", "mask", "CG's hint", "PG's hint, perturbed"], names), path)
+    print(f"wrote {path}")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -129,8 +129,9 @@ mask[..., 128:384, 128:384] = 1
 texts = [("a photo of a mug", "mug", "sks 0")]
 """
 OURS = ("""
-from generate import Canvas, paint
-from sampler import Painting, Schedule, seeded
+from data import Canvas
+from generate import paint
+from sampler import SamplerSettings, Schedule, seeded
 from weights import load_control, load_stable_diffusion
 dtype, steps = getattr(torch, arguments[0]), arguments[1]
 """, """
@@ -139,7 +140,7 @@ cg = load_control(f"{folder}/cg", "category", device, dtype)
 pg = load_control(f"{folder}/pg", "personality", device, dtype)
 """, INPUTS + """
 canvas = Canvas(rgb, mask, texts, seeded(0), rgb, mask)
-paint(sd, canvas, Painting(steps, from_reference=False), cg, pg, on_step=mark).cpu()
+paint(sd, canvas, SamplerSettings(steps, from_reference=False), cg, pg, on_step=mark).cpu()
 """)
 THEIRS = ("""
 from diffusers import ControlNetModel, MultiControlNetModel, StableDiffusionControlNetPipeline
@@ -184,7 +185,7 @@ def sd15(folder: Path, steps: int) -> None:
 
 REFINE = (OURS[0], OURS[1], """
 painted, generators = None, seeded(0)
-how = Painting(steps, refine=2, refine_from=999)  # all steps, both times
+how = SamplerSettings(steps, refine=2, refine_from=999)  # all steps, both times
 for size in (512, 1024):
     rgb, mask = torch.rand(1, 3, size, size), torch.zeros(1, 1, size, size)
     mask[..., size // 4 : 3 * size // 4, size // 4 : 3 * size // 4] = 1
@@ -192,7 +193,7 @@ for size in (512, 1024):
     marks, begin = [], time.perf_counter()
     painted = paint(sd, canvas, how, cg, pg, first=painted, on_step=mark).cpu()
     step = min(b - a for a, b in zip(marks, marks[1:]))
-    count = len(Schedule().timesteps(50, *[Painting.refine_from] * (size == 1024)))
+    count = len(Schedule().timesteps(50, *[SamplerSettings.refine_from] * (size == 1024)))
     seconds = time.perf_counter() - begin + (count - steps) * step
     out |= {f"a step at {size} px, s": step, f"{count} steps, s": seconds, f"peak after {size} px, GB": gigabytes()}
 marks = []
@@ -324,12 +325,12 @@ with torch.inference_mode():
         mark()
 """)
 OURS_EXAMPLE = ("""
-from generate import Canvas
+from data import Canvas
 from rivals.paint_by_example import load_paint_by_example
-from sampler import Painting, seeded
+from sampler import SamplerSettings, seeded
 """, "rival = load_paint_by_example(folder)", INPUTS + """
 canvas = Canvas(rgb, mask, [], seeded(0), torch.rand(1, 3, 224, 224))
-rival.paint(canvas, Painting(arguments[0], 5.0), on_step=mark)
+rival.paint(canvas, SamplerSettings(arguments[0], 5.0), on_step=mark)
 """)
 THEIRS_EXAMPLE = ("""
 from diffusers import AutoencoderKL, DDIMScheduler, PaintByExamplePipeline, UNet2DConditionModel
@@ -450,9 +451,10 @@ def samplers(_: Path, steps: int) -> None:
 
     import torch
 
-    from generate import Canvas, paint, prompts_by_category
+    from data import Canvas, prompts_by_category
+    from generate import paint
     from programs.models import ModelChoice, load_models
-    from sampler import Painting, Schedule, seeded
+    from sampler import SamplerSettings, Schedule, seeded
     from support.images import fit, load_cutout
 
     names = ["perfume", "laptop", "sneaker", "watch"]
@@ -464,7 +466,7 @@ def samplers(_: Path, steps: int) -> None:
     def pictures(steps: int, sampler: str, spacing: str) -> torch.Tensor:
         canvas = Canvas(rgb, mask, [texts[name] for name in names], seeded(0, len(names)))
         sd = replace(models.sd, schedule=Schedule(models.sd.schedule.config | {"timestep_spacing": spacing}))
-        return paint(sd, canvas, Painting(steps, sampler=sampler), models.cg)
+        return paint(sd, canvas, SamplerSettings(steps, sampler=sampler), models.cg)
 
     exact = {spacing: pictures(250, "ddim", spacing) for spacing in ("leading", "trailing")}
     print("| steps | DDIM, leading | DPM-Solver++ (2M), leading | DDIM, trailing | DPM-Solver++ (2M), trailing |")

@@ -358,11 +358,11 @@ def test_load_ad_keeps_the_background_and_crops_around_the_product(tmp_path):
 
 def test_ads_replace_a_broken_item_name_it_once_and_stop_above_one_percent(photo, tmp_path, capsys):
     good, bad = Item(*photo, "mug"), Item(tmp_path / "gone.png", photo[1], "mug")
-    ads = data.Ads([bad] + [good] * 99, SIZE)
+    ads = data.AdDataset([bad] + [good] * 99, SIZE)
     assert [ads[0]["index"], ads[0]["index"], ads[1]["index"]] == [1, 1, 1] and list(ads.broken) == [0]
     assert capsys.readouterr().err.count("gone.png") == 1
     with pytest.raises(BadInput, match="2 of 100"):
-        ads = data.Ads([bad, bad] + [good] * 98, SIZE)
+        ads = data.AdDataset([bad, bad] + [good] * 98, SIZE)
         ads[0]
 
 

@@ -11,7 +11,7 @@ from torch import nn
 import model
 from attention import Attention, TransformerBlock, attend, mask_at
 from model import CategoryGenerator, ControlNet, PersonalityGenerator, Prompts, UNet, predict_noise
-from sampler import Conditions, Painting, Schedule, ddim, ddim_step, sample, seeded
+from sampler import Conditions, SamplerSettings, Schedule, ddim, ddim_step, sample, seeded
 from weights import control_config
 
 B, N, C, L, D, HEADS = 2, 9, 12, 5, 8, 3  # pictures, positions, channels, prompt tokens, text width, heads
@@ -428,7 +428,7 @@ def test_what_does_not_change_over_the_walk_is_computed_before_it(unet, cg, pg, 
         encoder = branch.controlnet_cond_embedding
         monkeypatch.setattr(encoder, "forward", lambda hint, f=encoder.forward: calls.append(1) or f(hint))
     given = Conditions(prompts, unconditional, with_features((cg, i.hint), (pg, i.hint_ref)), i.mask)
-    sample(unet, Schedule(), given, seeded(0, 3), (4, 16, 16), Painting(steps=3))
+    sample(unet, Schedule(), given, seeded(0, 3), (4, 16, 16), SamplerSettings(steps=3))
     assert len(calls) == 2
 
 
@@ -477,7 +477,7 @@ def test_guidance_equals_two_separate_passes_that_keep_the_hints(unet, cg, pg, p
     i, schedule, guidance = inputs(3), Schedule(), 2.0
     branches = with_features((cg, i.hint), (pg, i.hint_ref))
     ours = sample(unet, schedule, Conditions(prompts, unconditional, branches, i.mask), seeded(0, 3), (4, 16, 16),
-                  Painting(steps=2, guidance=guidance))
+                  SamplerSettings(steps=2, guidance=guidance))
     noise = [torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(n)) for n in range(3)]
     z, a = torch.cat(noise), alpha_bars()
     for t, t_next in ((501, 1), (1, 0)):
@@ -492,13 +492,13 @@ def test_guidance_equals_two_separate_passes_that_keep_the_hints(unet, cg, pg, p
 
 def test_guidance_1_ignores_the_unconditional_prompts(unet, prompts):
     nothing = Prompts(*(torch.full_like(p, torch.nan) for p in prompts))
-    z = sample(unet, Schedule(), Conditions(prompts, nothing), seeded(0, 3), (4, 16, 16), Painting(2, guidance=1))
+    z = sample(unet, Schedule(), Conditions(prompts, nothing), seeded(0, 3), (4, 16, 16), SamplerSettings(2, guidance=1))
     assert z.isfinite().all()
 
 
 def test_pictures_start_from_noise_of_their_own_seed(prompts, unconditional):
     still = Still()
-    sample(still, Schedule(), Conditions(prompts, unconditional), seeded(7, 3), (4, 16, 16), Painting(2, guidance=1))
+    sample(still, Schedule(), Conditions(prompts, unconditional), seeded(7, 3), (4, 16, 16), SamplerSettings(2, guidance=1))
     z_T, t, _ = still.seen[0]
     for n in range(3):
         assert torch.equal(z_T[n], torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(7 + n))[0])
@@ -508,7 +508,7 @@ def test_pictures_start_from_noise_of_their_own_seed(prompts, unconditional):
 def test_with_a_reference_z_T_is_its_latent_noised_to_the_first_timestep(prompts, unconditional):
     still, z_ref, a = Still(), random(3, 4, 16, 16, seed=8), alpha_bars()[981]
     eps = torch.cat([torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(n)) for n in range(3)])
-    sample(still, Schedule(), Conditions(prompts, unconditional), seeded(0, 3), (4, 16, 16), Painting(), z_ref)
+    sample(still, Schedule(), Conditions(prompts, unconditional), seeded(0, 3), (4, 16, 16), SamplerSettings(), z_ref)
     z_T, t, _ = still.seen[0]
     assert len(still.seen) == 50 and (t == 981).all()
     expected = math.sqrt(a) * z_ref + math.sqrt(1 - a) * eps
@@ -520,19 +520,19 @@ def test_a_seed_gives_the_same_picture_whatever_the_batch_size(unet, cg, pg, pro
     i = inputs(3)
     z_ref = random(3, 4, 16, 16, seed=8)
     given = Conditions(prompts, unconditional, with_features((cg, i.hint), (pg, i.hint_ref)), i.mask)
-    together = sample(unet, Schedule(), given, seeded(5, 3), (4, 16, 16), Painting(steps=3, eta=eta), z_ref)
+    together = sample(unet, Schedule(), given, seeded(5, 3), (4, 16, 16), SamplerSettings(steps=3, eta=eta), z_ref)
     for n in range(3):
         one = slice(n, n + 1)
         given = Conditions(rows(prompts, n), rows(unconditional, n),
                            with_features((cg, i.hint[one]), (pg, i.hint_ref[one])), i.mask[one])
-        alone = sample(unet, Schedule(), given, seeded(5 + n), (4, 16, 16), Painting(steps=3, eta=eta), z_ref[one])
+        alone = sample(unet, Schedule(), given, seeded(5 + n), (4, 16, 16), SamplerSettings(steps=3, eta=eta), z_ref[one])
         assert relative_error(alone, together[one]) < 1e-5
 
 
 def test_the_noise_of_every_step_comes_from_the_pictures_generator_alone(prompts, unconditional):
     schedule, a = Schedule(), alpha_bars()
     torch.manual_seed(1)
-    given, how = Conditions(prompts, unconditional), Painting(steps=50, guidance=1, eta=1.0)
+    given, how = Conditions(prompts, unconditional), SamplerSettings(steps=50, guidance=1, eta=1.0)
     ours = sample(Still(), schedule, given, seeded(3, 3), (4, 16, 16), how)
     torch.manual_seed(2)
     assert torch.equal(ours, sample(Still(), schedule, given, seeded(3, 3), (4, 16, 16), how))
@@ -548,7 +548,7 @@ def test_the_noise_of_every_step_comes_from_the_pictures_generator_alone(prompts
 
 def test_on_step_sees_every_step_and_the_last_is_the_result(unet, prompts, unconditional):
     seen = []
-    z = sample(unet, Schedule(), Conditions(prompts, unconditional), seeded(0, 3), (4, 16, 16), Painting(steps=4),
+    z = sample(unet, Schedule(), Conditions(prompts, unconditional), seeded(0, 3), (4, 16, 16), SamplerSettings(steps=4),
                on_step=lambda t, z, z_0: seen.append((t, z, z_0)))
     assert [t for t, _, _ in seen] == [751, 501, 251, 1] and torch.equal(seen[-1][1], z)
     assert all(z_0.shape == z.shape for _, _, z_0 in seen)

@@ -20,8 +20,7 @@ from conftest import CLIP_CONFIG, VISION_CONFIG, random, random_lama, randomise
 import evaluate
 import train
 from clip import CLIP, TextEncoder, load_tokenizer
-from data import background_hint, load_ad
-from generate import Canvas, prompt_texts
+from data import Canvas, background_hint, load_ad, prompt_texts
 from model import CategoryGenerator, ControlNet, PersonalityGenerator, Prompts, UNet, predict_noise
 from programs.models import TOY
 from programs.settings import parser, settle
@@ -32,7 +31,7 @@ from rivals.networks import Networks
 from rivals.paint_by_example import PaintByExampleEncoder
 from rivals.stages import RIVAL_STAGES
 from rivals.tsne import neighbour_probabilities, scatter, tsne, tsne_loss
-from sampler import Painting, ddim, seeded
+from sampler import SamplerSettings, ddim, seeded
 from support import metrics, tensors as cache
 from support.datasets import read_items
 from support.files import BadInput, read_json
@@ -233,7 +232,7 @@ def test_inpainting_keeps_the_products_latent_and_paints_the_rest(sd, ads, with_
     if with_reference:
         canvas = canvas._replace(reference=scene, reference_mask=canvas.mask.flip(0))
     monkeypatch.setattr(StableDiffusion, "decode", lambda self, z: z)
-    z = stable_diffusion(sd, canvas, Painting(steps=3))
+    z = stable_diffusion(sd, canvas, SamplerSettings(steps=3))
     z_known = sd.encode(canvas.rgb * canvas.mask + scene * (1 - canvas.mask))
     M = F.interpolate((canvas.mask > 0.5).float(), size=z.shape[2:])
     assert 0 < M.mean() < 1 and torch.equal(z * M, z_known * M)
@@ -246,7 +245,7 @@ def test_an_inpainting_unet_reads_the_product(sd, ads, monkeypatch):
     seen = []
     monkeypatch.setattr(UNet, "forward", lambda self, z, *_: seen.append(z) or z[:, :4])
     canvas = canvas_of(ads)
-    stable_diffusion(replace(sd, unet=wide), canvas, Painting(steps=2))
+    stable_diffusion(replace(sd, unet=wide), canvas, SamplerSettings(steps=2))
     hard = (canvas.mask > 0.5).float()
     product = sd.encode(canvas.rgb * hard + 0.5 * (1 - hard))
     M = F.interpolate(hard, size=product.shape[2:])
@@ -261,7 +260,7 @@ def test_blended_diffusion_follows_the_gradient_of_the_clip_distance(sd, ads, mo
     canvas = canvas._replace(rgb=rgb, mask=mask, reference=reference, reference_mask=reference_mask)
     monkeypatch.setattr("rivals.baselines.stable_diffusion", lambda *arguments: found.append(arguments[-1]))
     monkeypatch.setattr(StableDiffusion, "decode", lambda self, z: F.interpolate(z[:, :3], scale_factor=4).sigmoid())
-    blended_diffusion(sd, canvas, Painting(), clip, strength)
+    blended_diffusion(sd, canvas, SamplerSettings(), clip, strength)
 
     def eps_model(z, t):
         return 0.4 * z.sin()

@@ -16,11 +16,11 @@ from conftest import write_tiny_toy
 from PIL import Image
 
 import generate
-from data import Ad, background_hint, product_hint
+from data import AdInputs, background_hint, product_hint
 from model import CategoryGenerator
 from programs import gallery, models
-from programs.gallery import HARMLESS, painting_of, record_of
-from sampler import Painting
+from programs.gallery import HARMLESS, record_of, sampler_settings
+from sampler import SamplerSettings
 from support.files import one_line_errors, write_json
 from support.images import fit, resize
 from toy.stages import TOY_UNET
@@ -257,12 +257,12 @@ def refined(*arguments):
 
 def test_the_toy_has_a_second_pass_by_the_base_alone_and_other_bases_have_one_on_request():
     def how(*arguments, **others):
-        return painting_of(generate.options("").parse_args([*map(str, arguments)]), **others)
+        return sampler_settings(generate.options("").parse_args([*map(str, arguments)]), **others)
 
-    assert how() == Painting(refine=2, refine_from=how().refine_from, refine_alone=True)
+    assert how() == SamplerSettings(refine=2, refine_from=how().refine_from, refine_alone=True)
     assert how("--refine", 1).refine == how(refine=1).refine == 1
-    assert how("--weights", "sd") == Painting()
-    assert how("--weights", "sd", *refined()) == Painting(refine=2, refine_from=400)
+    assert how("--weights", "sd") == SamplerSettings()
+    assert how("--weights", "sd", *refined()) == SamplerSettings(refine=2, refine_from=400)
 
 
 def test_keep_first_saves_the_picture_that_a_first_pass_alone_paints(run):
@@ -303,8 +303,8 @@ def test_the_second_pass_sees_the_ads_at_its_own_size_and_starts_from_the_first_
     monkeypatch.setattr(generate, "sample", lambda *a: seen.append(a) or real_sample(*a))
     monkeypatch.setattr(StableDiffusion, "encode", lambda sd, x: encoded.append(x) or real_encode(sd, x))
     rgb, mask = torch.rand(3, h, w), torch.from_numpy(disc(h, w)).float()[None] / 255
-    ad = Ad(rgb, mask, ("a mug in sks 0", "a mug", "sks 0"), 0, (rgb.flip(2), mask))
-    how = Painting(steps=2, refine=2, refine_from=600, refine_alone=alone)
+    ad = AdInputs(rgb, mask, ("a mug in sks 0", "a mug", "sks 0"), 0, (rgb.flip(2), mask))
+    how = SamplerSettings(steps=2, refine=2, refine_from=600, refine_alone=alone)
     painted, real_paint = [], generate.paint
     monkeypatch.setattr(generate, "paint", lambda *a, **how: painted.append(real_paint(*a, **how)) or painted[-1])
     generate.paint_ads([ad], models_, how)
@@ -328,8 +328,8 @@ def test_a_rivals_picture_gets_the_second_pass_too(toy, monkeypatch):
     models_ = models.load_models(models.ModelChoice(dtype="float32", device="cpu", weights=toy / "base"), None)
     encoded, real = [], StableDiffusion.encode
     monkeypatch.setattr(StableDiffusion, "encode", lambda sd, x: encoded.append(x) or real(sd, x))
-    ad = Ad(torch.zeros(3, 64, 64), torch.zeros(1, 64, 64), ("",) * 3, 0)
-    how = Painting(steps=2, refine=2, refine_from=600)
+    ad = AdInputs(torch.zeros(3, 64, 64), torch.zeros(1, 64, 64), ("",) * 3, 0)
+    how = SamplerSettings(steps=2, refine=2, refine_from=600)
     [[final, first]] = generate.paint_ads([ad], models_, how, lambda canvas, on_step: canvas.rgb + 0.5, keep_first=True)
     torch.testing.assert_close(encoded[0], torch.full((1, 3, 128, 128), 0.5))
     assert (first == 128).all() and (final != 128).any()
@@ -409,7 +409,7 @@ def test_a_new_option_is_part_of_the_record_unless_it_is_listed_as_harmless():
     """Otherwise a forgotten name would let pictures painted with another value count as done."""
     args = generate.options("").parse_args([])
     args.sparkle = 3
-    record = record_of(args, Painting(), models.Models(*[None] * 8))
+    record = record_of(args, SamplerSettings(), models.Models(*[None] * 8))
     assert record["sparkle"] == 3 and not set(record) & HARMLESS
     recorded = {"steps", "sampler", "guidance", "eta", "size", "refine", "refine_from", "start", "plain_prompt",
                 "weights", "tokenizer", "cg", "pg", "controlnet", "hint", "dtype", "prompt"}

@@ -15,12 +15,12 @@ from torch import Tensor
 
 import generate
 import train
-from generate import Canvas
+from data import Canvas
 from rivals import lab, lama_training
 from rivals.lama import LAMA_FILE, LaMa, lama_config, load_lama
 from rivals.lama_training import Discriminator, LaMaLoss
 from rivals.stages import RIVAL_STAGES
-from sampler import Painting
+from sampler import SamplerSettings
 from support.images import load_cutout, to_image, to_tensor
 from toy.world import write_world
 from weights import main as weights_main, save_module
@@ -106,7 +106,7 @@ def test_the_product_is_kept_and_nothing_else_is_read(lama):
     painted, solid = lama(rgb, M), M.expand_as(rgb) == 1
     assert torch.equal(painted[solid], rgb[solid])
     assert torch.equal(lama(rgb * solid, M), painted)
-    assert torch.equal(lama.paint(Canvas(rgb, M, [], []), Painting()), painted)  # as generate.paint does
+    assert torch.equal(lama.paint(Canvas(rgb, M, [], []), SamplerSettings()), painted)  # as generate.paint does
 
 
 # ---------------------------------------------------------------- public files

@@ -15,7 +15,7 @@ from test_public import WIDE, WIDE_VAE, config, fill, layout, layouts, original,
 
 import train
 from clip import CLIP
-from generate import Canvas
+from data import Canvas
 from model import UNet
 from programs.models import TOY
 from rivals import lab, paint_by_example_training
@@ -29,7 +29,7 @@ from rivals.paint_by_example import (
 )
 from rivals.paint_by_example_training import ExampleLoss, exemplars_from, initial
 from rivals.stages import RIVAL_STAGES
-from sampler import Painting, Schedule, draw_noise, seeded
+from sampler import SamplerSettings, Schedule, draw_noise, seeded
 from support.files import write_json
 from support.images import resize, to_image, to_tensor
 from support.layouts import RENAMES as OURS, split_by_model
@@ -88,7 +88,7 @@ def unet_inputs(unet: torch.nn.Module, paint) -> list[SimpleNamespace]:
 
 
 def paint(pbe: PaintByExample, count: int = 1) -> torch.Tensor:
-    return pbe.paint(Canvas(*scene(count), [], seeded(0, count), EXEMPLARS[:count]), Painting(STEPS, GUIDANCE))
+    return pbe.paint(Canvas(*scene(count), [], seeded(0, count), EXEMPLARS[:count]), SamplerSettings(STEPS, GUIDANCE))
 
 
 # ---------------------------------------------------------------- beside diffusers

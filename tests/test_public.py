@@ -19,10 +19,11 @@ from torch import Tensor, nn
 import generate
 import train
 from clip import CLIP, TextEncoder
-from generate import Canvas, paint
+from data import Canvas
+from generate import paint
 from model import CategoryGenerator, ControlNet, UNet
 from rivals.paint_by_example import PaintByExampleEncoder, encoder_config
-from sampler import Painting, draw_noise, seeded
+from sampler import SamplerSettings, draw_noise, seeded
 from support.files import write_json
 from support.images import to_image
 from support.layouts import RENAMES, split_by_model, text_config, under_our_names, unet_config, vae_config
@@ -426,7 +427,7 @@ def test_an_inpainting_base_paints_the_inpainting_pipelines_picture(pipeline, tm
     monkeypatch.setattr(posterior, "sample", lambda self, generator=None: self.mode())  # we take the mean, not a draw
     expected = painted_by(pipe, image=rgb, mask_image=1 - mask, strength=1.0)
     canvas = Canvas(rgb, mask, [(MUG,) * 3], seeded(SEED))
-    ours = paint(load_stable_diffusion(tmp_path / "sd"), canvas, Painting(steps=STEPS))
+    ours = paint(load_stable_diffusion(tmp_path / "sd"), canvas, SamplerSettings(steps=STEPS))
     assert np.abs(ours[0].permute(1, 2, 0).numpy() - expected).mean() <= 1 / 255
 
 

@@ -5,8 +5,9 @@ import torch
 from conftest import random, relative_error
 
 from model import Prompts
-from sampler import Conditions, Painting, Schedule, ddim, dpm, sample, seeded, walk
+from sampler import Conditions, SamplerSettings, Schedule, ddim, sample, seeded, walk
 from support.files import BadInput
+from support.solvers import dpm
 
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
 
@@ -77,7 +78,7 @@ def test_dpm_is_of_second_order():
 
 def test_an_edited_walk_of_dpm_ends_at_what_is_put_back():
     schedule, z_known, M = Schedule(), random(1, 4, 8, 8), (random(1, 1, 8, 8, seed=2) > 0).float()
-    how, seen = Painting(steps=5, sampler="dpm++"), []
+    how, seen = SamplerSettings(steps=5, sampler="dpm++"), []
 
     def edit(z, t):
         seen.append(t)
@@ -91,7 +92,7 @@ def test_an_edited_walk_of_dpm_ends_at_what_is_put_back():
 @pytest.mark.parametrize("sampler", ["ddim", "dpm++"])
 def test_the_second_pass_walks_the_steps_from_T_on_from_the_picture_noised_to_the_first_of_them(sampler):
     still, schedule, z_ref = Still(), Schedule(), random(3, 4, 16, 16, seed=8)
-    given, how = Conditions(PROMPTS, PROMPTS), Painting(steps=50, guidance=1, sampler=sampler)
+    given, how = Conditions(PROMPTS, PROMPTS), SamplerSettings(steps=50, guidance=1, sampler=sampler)
     sample(still, schedule, given, seeded(0, 3), (4, 16, 16), how, z_ref, start=310)
     assert [t for _, t in still.seen] == list(range(301, 0, -20))
     noise = torch.cat([torch.randn((1, 4, 16, 16), generator=g) for g in seeded(0, 3)])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import random
 
-from data import Samples
+from data import TrainingSamples
 from sampler import Schedule
 from support.datasets import Item
 from toy.stages import EDGES, SECOND_PASS, TwoSizes, UNetLoss, VAELoss, near_edges
@@ -45,7 +45,7 @@ def test_two_sizes_noises_the_enlarged_picture_no_further_than_the_second_pass_g
     items = [Item(Path(f"{i}.png"), None, "mug") for i in range(5)]
     small, large = ({name: torch.zeros(5, 4, side, side) for name in ("mean", "logvar")} for side in (16, 32))
     first = torch.arange(len(items)).view(-1, 1, 1, 1).expand(-1, 4, 32, 32)
-    samples = TwoSizes(*(Samples(items, 64, [latents], pictures=False)
+    samples = TwoSizes(*(TrainingSamples(items, 64, [latents], pictures=False)
                          for latents in (small, large | {"z_first": first})))
     drawn = [samples[3, seed] for seed in range(64)]
     assert len(samples) == len(items)

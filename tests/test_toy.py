@@ -6,11 +6,11 @@ import torch.nn.functional as F
 from conftest import relative_error
 from safetensors import safe_open
 
-from data import product_hint
-from generate import Canvas, encode_prompts, paint, prompt_texts
+from data import Canvas, product_hint, prompt_texts
+from generate import encode_prompts, paint
 from model import Prompts
 from programs.models import TOY, identifiers_of
-from sampler import Conditions, Painting, draw_noise, sample, seeded
+from sampler import Conditions, SamplerSettings, draw_noise, sample, seeded
 from support.files import read_json
 from support.images import load_cutout, load_masked
 from toy.products import PRODUCTS, product_caption
@@ -56,7 +56,7 @@ def painted(sd, names: list[str], categories: list[str], references: list[str] =
     texts = [prompt_texts(category, identifiers[category]) for category in categories]
     cg, pg = load_control(TOY / "cg", "category"), load_control(TOY / "pg", "personality") if references else None
     generators = [seeded(seed)[0] for seed in seeds or range(len(names))]
-    return paint(sd, Canvas(rgb, mask, texts, generators, *styles), Painting(steps=STEPS), cg, pg)
+    return paint(sd, Canvas(rgb, mask, texts, generators, *styles), SamplerSettings(steps=STEPS), cg, pg)
 
 
 def test_it_is_at_most_36_mb():
@@ -89,7 +89,7 @@ def test_text_to_image_is_diffusers_picture_for_the_same_noise(sd):
     prompt = "A photo of red sneaker, in the background of a beach by the sea, pink and blue, palm, sun"
     size = sd.unet.config["sample_size"] * sd.vae.factor
     blank = torch.zeros(1, 3, size, size)
-    ours = paint(sd, Canvas(blank, blank[:, :1], [(prompt,) * 3], seeded(3)), Painting(steps=STEPS))
+    ours = paint(sd, Canvas(blank, blank[:, :1], [(prompt,) * 3], seeded(3)), SamplerSettings(steps=STEPS))
     noise = draw_noise(sd.latent_shape(size, size), seeded(3)[0])
     theirs = pipeline(prompt, height=size, width=size, num_inference_steps=STEPS, guidance_scale=2.0, latents=noise,
                       output_type="pt").images
@@ -124,7 +124,7 @@ def test_the_shipped_branches_as_plain_controlnets_paint_diffusers_picture(sd):
     hint, shape = product_hint(rgb, mask), sd.latent_shape(*rgb.shape[2:])
     ours = [load_control(TOY / kind) for kind in ("cg", "pg")]
     given = Conditions(P, without, [(branch, branch.hint_features(hint)) for branch in ours])
-    z = sample(sd.unet, sd.schedule, given, seeded(3), shape, Painting(steps=10))
+    z = sample(sd.unet, sd.schedule, given, seeded(3), shape, SamplerSettings(steps=10))
     theirs = pipeline(prompt, image=[hint, hint], num_inference_steps=10, guidance_scale=2.0,
                       latents=draw_noise(shape, seeded(3)[0]), output_type="pt").images
     assert (sd.decode(z) - theirs).abs().mean() <= 1 / 255

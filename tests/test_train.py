@@ -21,17 +21,18 @@ from safetensors.torch import load_file, save_file
 import generate
 import train
 from clip import TextEncoder
-from data import Samples, diffuse, load_ad, product_hint
+from data import TrainingSamples, diffuse, load_ad, product_hint
 from model import CategoryGenerator, ControlNet, Prompts, UNet, predict_noise
 from programs import latents, settings
 from programs.latents import category_prompts, encode_items, prompt_table
 from programs.models import check_identifiers
 from programs.settings import number_categories
 from programs.trainer import Trainer, batches_of_keys, learning_rate, seed_of
-from sampler import Schedule, timestep_weights
+from sampler import Schedule
 from support import tensors as cache
 from support.datasets import read_items
 from support.files import BadInput, sweep
+from support.solvers import timestep_weights
 from toy import stages
 from toy.world import write_world
 from vae import VAE
@@ -746,7 +747,7 @@ def test_a_training_loop_can_be_written_in_a_cell(world, base, tmp_path):
     sd, (items, _) = load_stable_diffusion(base), read_items(world / "ads")
     cg = CategoryGenerator(control_config(sd.unet.config, sd.vae.factor))
     cg.init_from_unet(sd.unet)
-    samples = Samples(items, 64, encode_items(sd, items, 64, tmp_path), sd.vae.scaling_factor)
+    samples = TrainingSamples(items, 64, encode_items(sd, items, 64, tmp_path), sd.vae.scaling_factor)
     texts = sorted({item.category for item in items})
     settings = train.settle({"stage": "cg", "out": tmp_path / "run"}, train.STAGES["cg"].settings, world / "ads")
     table = prompt_table(sd, [generate.prompt_texts(name, "sks 0") for name in texts], settings)

@@ -20,16 +20,17 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from clip import CLIP, TextEncoder, clip_bpe, load_tokenizer
-from data import Ads, Samples
-from generate import IDENTIFIER, Canvas, paint
+from data import IDENTIFIER, AdDataset, Canvas, TrainingSamples, caption_of
+from generate import paint
 from model import UNet
 from programs.latents import PART, latent_keys, latent_samples, sheet_of
 from programs.settings import Settings
 from programs.trainer import Stage, Task
-from sampler import Painting, Schedule, seeded, timestep_weights
+from sampler import SamplerSettings, Schedule, seeded
 from support.datasets import read_items
 from support.files import BadInput, write_json, write_text
 from support.images import canvas_size, resize
+from support.solvers import timestep_weights
 from support.tensors import compute_parts, weights_fingerprint
 from vae import VAE
 from weights import TEXT_FILE, UNET_FILE, StableDiffusion, load_module, save_module
@@ -60,7 +61,7 @@ TOY_VOCABULARY = 1024  # 512 for single bytes, the rest grown from the captions
 
 def captions_of(items: list) -> list[tuple[str, str]]:
     """The two halves of each picture's caption, in the form of the paper's prompt."""
-    captions = [item.caption for item in items]
+    captions = [caption_of(item) for item in items]
     if None in captions:
         raise BadInput("this stage trains on captions: metadata.jsonl with 'product' and 'scene' on each line")
     return captions
@@ -123,7 +124,7 @@ def vae_task(settings: Settings) -> Task:
             part.requires_grad_(False)
     if settings.size % 8:
         raise BadInput(f"--size {settings.size}: must be a multiple of 8: the VAE is trained on crops of half the side")
-    ads = Ads(items, settings.size)
+    ads = AdDataset(items, settings.size)
     some = torch.stack([ads[i]["image"] for i in range(0, len(items), max(1, len(items) // 256))])
     values, axes = torch.linalg.eigh(torch.cov(2 * some.transpose(0, 1).flatten(1)[:, ::16]))
     whiten = (axes / values.sqrt()).T.to(settings.device)
@@ -142,7 +143,7 @@ def vae_task(settings: Settings) -> Task:
 
     loss = VAELoss(vae, whiten, settings.size, settings.decoder_only)
     following = ["unet", "--refine", "2", "--init", "UNET", "--weights"] if settings.decoder_only else ["clip", "--out"]
-    return Task("the VAE", {"vae": vae}, Samples(items, settings.size), loss, draw, save,
+    return Task("the VAE", {"vae": vae}, TrainingSamples(items, settings.size), loss, draw, save,
                 [["python", "train.py", *following, str(settings.out)]])
 
 
@@ -199,7 +200,7 @@ def clip_task(settings: Settings) -> Task:
     tokenizer = load_tokenizer(out / "tokenizer")
     clip = initial_clip(settings, tokenizer)
     ids = tokenizer(texts), *(tokenizer([pair[k] for pair in captions]) for k in (0, 1))
-    ads = Ads(items, settings.size)
+    ads = AdDataset(items, settings.size)
 
     def draw():
         """Sixteen pictures, and below each the one among the sixteen that its caption finds."""
@@ -214,7 +215,7 @@ def clip_task(settings: Settings) -> Task:
         encoder.text_model = clip.text_model
         save_module(encoder, out / "text_encoder", TEXT_FILE, settings.save_dtype)
 
-    return Task("CLIP", {"clip": clip}, Samples(items, settings.size), CLIPLoss(clip, ids), draw, save,
+    return Task("CLIP", {"clip": clip}, TrainingSamples(items, settings.size), CLIPLoss(clip, ids), draw, save,
                 [["python", "train.py", "unet", "--out", str(settings.out), "--weights", str(settings.out)]])
 
 
@@ -269,7 +270,7 @@ class TwoSizes(Dataset):
     SECOND_PASS least noisy timesteps, and `z_first`, the latent that the pass starts from.
     """
 
-    def __init__(self, small: Samples, large: Samples):
+    def __init__(self, small: TrainingSamples, large: TrainingSamples):
         self.small, self.large = small, large
 
     def __len__(self) -> int:
@@ -281,14 +282,14 @@ class TwoSizes(Dataset):
         return self.small[key] | {f"large_{name}": large[name] for name in ("z_0", "z_first", "eps", "t", "drop")}
 
 
-def first_passes(sd: StableDiffusion, small: Samples, size: int, settings: Settings) -> list[dict[str, Tensor]]:
+def first_passes(sd: StableDiffusion, small: TrainingSamples, size: int, settings: Settings) -> list[dict[str, Tensor]]:
     """A first pass's version of each picture, enlarged to `size` pixels and encoded again: "z_first" (n, 4, h, w).
 
     They are computed once, in the same parts as the latents of `small`.
     """
     items = small.ads.items
     networks = [weights_fingerprint(module) for module in (sd.vae, sd.unet, sd.text_encoder)]
-    texts = [[", ".join(item.caption) for item in items[i : i + PART]] for i in range(0, len(items), PART)]
+    texts = [[", ".join(caption_of(item)) for item in items[i : i + PART]] for i in range(0, len(items), PART)]
 
     def encode(k: int) -> dict[str, Tensor]:
         means, latents = small.latents[k]["mean"], []
@@ -349,10 +350,10 @@ def unet_task(settings: Settings) -> Task:
 
 def draw_captions(sd: StableDiffusion, items: list, size: int):
     """Pictures painted by the captions of the first items, above the items' own pictures."""
-    ads, texts = Ads(items[:8], size), [(", ".join(item.caption),) * 3 for item in items[:8]]
+    ads, texts = AdDataset(items[:8], size), [(", ".join(caption_of(item)),) * 3 for item in items[:8]]
     images = torch.stack([ads[i]["image"] for i in range(len(ads))])
     blank = torch.zeros_like(images)
-    painted = paint(sd, Canvas(blank, blank[:, :1], texts, seeded(0, len(images))), Painting(steps=25))
+    painted = paint(sd, Canvas(blank, blank[:, :1], texts, seeded(0, len(images))), SamplerSettings(steps=25))
     return sheet_of({"painted": painted, "captioned": images})
 
 
