@@ -4,22 +4,24 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
 from contextlib import redirect_stdout
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CLIP_CONFIG, VISION_CONFIG, random, random_lama, randomise
+from conftest import CLIP_CONFIG, VISION_CONFIG, random, random_lama, randomise, write_tiny_toy
 
 import evaluate
 import train
-from clip import CLIP, TextEncoder, load_tokenizer
+from clip import CLIP
 from data import background_hint, load_ad
 from generate import Canvas, prompt_texts
 from model import CategoryGenerator, ControlNet, PersonalityGenerator, Prompts, UNet, predict_noise
@@ -32,17 +34,15 @@ from rivals.networks import Networks
 from rivals.paint_by_example import PaintByExampleEncoder
 from rivals.stages import RIVAL_STAGES
 from rivals.tsne import neighbour_probabilities, scatter, tsne, tsne_loss
-from sampler import Painting, ddim, seeded
+from sampler import Painting, seeded
 from support import metrics, tensors as cache
-from support.datasets import read_items
+from support.datasets import Item, read_items
 from support.files import BadInput, read_json
-from support.images import load_masked, open_image, save_image, to_tensor
+from support.images import open_image, save_image, to_tensor
 from support.metrics import embed_pictures, frechet, interval, joint_frechet, similarity
 from support.plots import COLOURS, choose, draw_curves
 from toy.products import PRODUCTS
-from toy.stages import TOY_TEXT, TOY_UNET, TOY_VAE, train_tokenizer
 from toy.world import TOY_DATA, write_world
-from vae import VAE
 from weights import (
     CLIP_FILE,
     TEXT_FILE,
@@ -57,6 +57,14 @@ from weights import (
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_samples():
+    """Intervals are from few bootstrap samples, which saves time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "interval", partial(interval, resamples=5))
+        yield
+
+
 @pytest.fixture(scope="module")
 def ads(tmp_path_factory):
     root = tmp_path_factory.mktemp("world")
@@ -68,18 +76,13 @@ def ads(tmp_path_factory):
 def tiny(tmp_path_factory):
     """The options that name all networks of an evaluation; these are random, at 64 pixels."""
     folder = tmp_path_factory.mktemp("tiny")
-    train_tokenizer(["a photo of mug, in the background of sks 0 1 2"] * 9, 600, 32, folder / "base" / "tokenizer")
-    tokenizer = load_tokenizer(folder / "base" / "tokenizer")
-    text = TOY_TEXT | {"vocab_size": tokenizer.bpe.get_vocab_size(), "eos_token_id": tokenizer.end, "hidden_size": 32}
-    unet = TOY_UNET | {"sample_size": 16, "block_out_channels": [8, 16, 16, 16], "cross_attention_dim": 32}
-    save_module(randomise(TextEncoder(text)), folder / "base" / "text_encoder", TEXT_FILE)
-    save_module(randomise(VAE(TOY_VAE | {"block_out_channels": [8, 8, 16]})), folder / "base" / "vae", UNET_FILE)
-    save_module(randomise(UNet(unet)), folder / "base" / "unet", UNET_FILE)
-    options, config = {"--weights": folder / "base"}, control_config(unet, 4)
-    branches = {"cg": CategoryGenerator(config), "pg": PersonalityGenerator(config), "controlnet": ControlNet(config),
-                "cg-plain": CategoryGenerator(config | {"attention": "plain"}),
-                "pg-controlnet": PersonalityGenerator(config)}
     identifiers = {category: f"sks {i}" for i, category in enumerate(sorted(PRODUCTS))}
+    write_tiny_toy(folder, identifiers)
+    options = {f"--{option}": folder / name for option, name in (("weights", "base"), ("cg", "cg"), ("pg", "pg"))}
+    unet = read_json(folder / "base" / "unet" / "config.json")
+    config = control_config(unet, 4)
+    branches = {"controlnet": ControlNet(config), "cg-plain": CategoryGenerator(config | {"attention": "plain"}),
+                "pg-controlnet": PersonalityGenerator(config)}
     for i, (name, branch) in enumerate(branches.items()):
         options[f"--{name}"] = folder / name
         save_control(randomise(branch, seed=i), folder / name, categories=None if name == "controlnet" else identifiers)
@@ -109,41 +112,26 @@ def test_similarity_is_100_times_the_cosine_of_each_pair():
     assert torch.allclose(similarity(x, y), torch.tensor([100.0, 0.0, 100 / math.sqrt(2)]), atol=1e-4)
 
 
-@pytest.mark.parametrize("rank, share", [(0, [2, 2, 1]), (1, [2, 2])])
-def test_processes_embed_a_share_each(rank, share, tiny, tmp_path, monkeypatch):
-    """Two processes have five parts: the second process embeds the second and the fourth, then waits for the first."""
+def test_processes_embed_a_share_each(tiny, tmp_path, monkeypatch):
+    """Of five parts the first of two processes embeds the first, third and fifth, then waits for the other two."""
+    clip, sizes, pictures = load_clip(tiny["--clip"]), [], [(tmp_path / f"{i}.png", None) for i in range(9)]
+
     def the_other_embeds():
-        shares.append([*sizes])
+        assert sizes == [2, 2, 1]
         monkeypatch.setattr(cache, "barrier", lambda: None)
-        monkeypatch.setattr(cache, "processes", lambda: (1 - rank, 2))
-        embed_pictures(clip, [(path, None) for path in paths], tmp_path / "kept")
+        monkeypatch.setattr(cache, "processes", lambda: (1, 2))
+        embed_pictures(clip, pictures, tmp_path / "kept")
 
     monkeypatch.setattr(metrics, "PART", 2)
-    monkeypatch.setattr(cache, "processes", lambda: (rank, 2))
+    monkeypatch.setattr(cache, "processes", lambda: (0, 2))
     monkeypatch.setattr(cache, "barrier", the_other_embeds)
-    clip, paths, sizes, shares = load_clip(tiny["--clip"]), [tmp_path / f"{i}.png" for i in range(9)], [], []
     encode = clip.encode_image
     monkeypatch.setattr(clip, "encode_image", lambda x: sizes.append(len(x)) or encode(x))
-    for i, path in enumerate(paths):
+    for i, (path, _) in enumerate(pictures):
         save_image(random(3, 40, 40, seed=i).sigmoid(), path)
-    together = embed_pictures(clip, [(path, None) for path in paths], tmp_path / "kept")
-    assert shares == [share] and sum(sizes) == 9
-    alone = torch.cat([encode(clip.preprocess(to_tensor(open_image(path))[None])) for path in paths])
-    assert torch.allclose(together, alone, atol=1e-5)
-
-
-def with_moments(n: int, mean: torch.Tensor, spread: torch.Tensor, seed: int) -> torch.Tensor:
-    """n samples whose mean and covariance are exactly `mean` and diag(spread²)."""
-    x = random(n, len(mean), seed=seed, dtype=torch.float64)
-    x = torch.linalg.qr(x - x.mean(0)).Q * math.sqrt(n - 1)
-    return x * spread + mean
-
-
-def test_frechet_is_the_closed_form_of_gaussians_with_diagonal_covariances():
-    (mu_x, mu_y), (s_x, s_y) = random(2, 6, dtype=torch.float64), random(2, 6, seed=1, dtype=torch.float64).abs() + 0.1
-    expected = (mu_x - mu_y).square().sum() + (s_x - s_y).square().sum()
-    measured = frechet(with_moments(50, mu_x, s_x, 2), with_moments(80, mu_y, s_y, 3))
-    assert measured == pytest.approx(expected.item(), rel=1e-6)
+    together = embed_pictures(clip, pictures, tmp_path / "kept")
+    alone = torch.cat([encode(clip.preprocess(to_tensor(open_image(path))[None])) for path, _ in pictures])
+    assert sizes == [2, 2, 1, 2, 2] and torch.allclose(together, alone, atol=1e-5)
 
 
 @pytest.mark.parametrize("n", [300, 12])  # more samples than dimensions, and fewer: singular covariances
@@ -156,11 +144,6 @@ def test_frechet_is_the_one_by_roots_of_matrices(n):
     trace = torch.linalg.eigvalsh(root_x @ y.T.cov() @ root_x).clamp(min=0).sqrt().sum()
     expected = (x.mean(0) - y.mean(0)).square().sum() + x.T.cov().trace() + y.T.cov().trace() - 2 * trace
     assert frechet(x, y).item() == pytest.approx(expected.item(), rel=1e-6)
-
-
-def test_frechet_of_a_set_and_itself_is_nothing():
-    x = random(40, 16)
-    assert abs(frechet(x, x).item()) < 1e-10 * x.square().sum().item()
 
 
 def test_joint_frechet_sees_pictures_that_were_swapped():
@@ -184,39 +167,25 @@ def test_the_interval_of_a_mean_is_that_of_the_normal_distribution():
     assert half == pytest.approx(1.96 * x.std().item() / math.sqrt(len(x)), rel=0.08)
 
 
-@pytest.mark.parametrize("height, width", [(100, 70), (64, 129), (32, 32), (20, 27)])
+@pytest.mark.parametrize("height, width", [(100, 70), (20, 27)])
 def test_clips_preprocessing_is_the_reference_processors_resizing_and_openais_crop(height, width):
     """Up to the reference's rounding to 8 bits, at most one and a half levels. The crop starts at half of the margin,
     rounded to even.
     """
     transformers = pytest.importorskip("transformers")
-    pytest.importorskip("torchvision", reason="its image processors need it") if not hasattr(
-        transformers, "CLIPImageProcessorPil") else None
-    from PIL import Image
-
+    if not hasattr(transformers, "CLIPImageProcessorPil"):
+        pytest.importorskip("torchvision", reason="its image processors need it")
     processor = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
     side = CLIP_CONFIG["vision_config"]["image_size"]
-    x = (random(3, height, width).sigmoid() * 255).round()
-    image = Image.fromarray(x.permute(1, 2, 0).byte().numpy())
+    x = (random(height, width, 3).sigmoid() * 255).round()
     reference = processor(size={"shortest_edge": side}, do_center_crop=False, do_normalize=False)
-    resized = reference(image, return_tensors="pt")["pixel_values"]
+    resized = reference(x.byte().numpy(), return_tensors="pt")["pixel_values"]
     top, left = (round((size - side) / 2) for size in resized.shape[2:])
     theirs = resized[:, :, top : top + side, left : left + side]
-    assert (CLIP(CLIP_CONFIG).preprocess(x[None] / 255) - theirs).abs().max() < 1.6 / 255
+    assert (CLIP(CLIP_CONFIG).preprocess(x.permute(2, 0, 1)[None] / 255) - theirs).abs().max() < 1.6 / 255
 
 
 # ---------------------------------------------------------------- the rivals
-
-
-def test_an_edited_walk_ends_at_what_is_put_back(sd):
-    z_known, eps, M = random(1, 4, 8, 8), random(1, 4, 8, 8, seed=1), (random(1, 1, 8, 8, seed=2) > 0).float()
-
-    def edit(z, t):
-        known = sd.schedule.add_noise(z_known, eps, torch.tensor([t])) if t >= 0 else z_known
-        return M * known + (1 - M) * z
-
-    *_, (t, z, _) = ddim(lambda z, t: 0.3 * z, random(1, 4, 8, 8, seed=3), sd.schedule, 5, edit=edit)
-    assert torch.equal(z * M, z_known * M) and not torch.allclose(z * (1 - M), z_known * (1 - M))
 
 
 def canvas_of(ads, count=2, **more) -> Canvas:
@@ -283,13 +252,6 @@ def test_blended_diffusion_follows_the_gradient_of_the_clip_distance(sd, ads, mo
 # ---------------------------------------------------------------- figures
 
 
-def clusters(sizes, spreads, dimensions=20, seed=0):
-    """Far clusters of these sizes and standard deviations, and the cluster of each row."""
-    x = [spread * random(n, dimensions, seed=seed + i) + 12 * random(1, dimensions, seed=seed + 100 + i)
-         for i, (n, spread) in enumerate(zip(sizes, spreads))]
-    return torch.cat(x), torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
-
-
 def kl_divergence(x, y, perplexity):
     """KL(P ‖ Q), written out: Q by Student's t with one degree of freedom."""
     P, w = neighbour_probabilities(x.double(), perplexity), 1 / (1 + (y[:, None] - y).double().square().sum(2))
@@ -312,20 +274,10 @@ def test_the_loss_of_tsne_is_the_kl_divergence():
     assert (tsne_loss(y, P) - torch.special.entr(P).sum()).item() == pytest.approx(kl_divergence(x, y, 3))
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("sizes, spreads", [([25, 25, 25], [1, 1, 1]), ([60, 20, 6, 30], [1, 0.1, 2, 0.01])])
-def test_tsne_keeps_apart_what_is_apart(sizes, spreads, seed):
-    """Every point's nearest neighbours in the plane are from its own cluster."""
-    x, cluster = clusters(sizes, spreads, seed=1000 * seed)
-    y = tsne(x, perplexity=10, steps=250)
-    nearest = torch.cdist(y, y).fill_diagonal_(math.inf).topk(5, largest=False).indices
-    assert torch.equal(cluster[nearest], cluster[:, None].expand(-1, 5))
-
-
 @pytest.mark.parametrize("x", [
-    *(random(n, 16, seed=n) for n in range(3, 11)), random(100, 30), clusters([25] * 15, [3] * 15, 64)[0],
-    random(9, 8).repeat(4, 1), torch.linspace(0, 1, 40)[:, None].expand(40, 3), 1e-4 * random(20, 8) + 10,
-], ids=[*map(str, range(3, 11)), "one cluster", "375", "each four times", "a line", "nearly equal"])
+    random(3, 16), random(10, 16), random(40, 30), random(5, 8).repeat(8, 1) + 0.1 * random(40, 8),
+    random(5, 8).repeat(4, 1), torch.linspace(0, 1, 20)[:, None].expand(20, 3), 1e-4 * random(12, 8) + 10,
+], ids=["3", "10", "one cluster", "five clusters", "each four times", "a line", "nearly equal"])
 def test_tsne_is_nearer_than_the_principal_components_at_their_best_size(x):
     y, (U, S, _) = tsne(x), torch.linalg.svd(x.double() - x.double().mean(0), full_matrices=False)
     components = (U * S)[:, :2] / S[0]
@@ -334,7 +286,7 @@ def test_tsne_is_nearer_than_the_principal_components_at_their_best_size(x):
 
 
 def test_tsne_of_equal_points_is_a_picture_too():
-    y = tsne(torch.ones(20, 5))
+    y = tsne(torch.ones(20, 5), steps=50)
     assert y.isfinite().all()
     assert scatter(y, [("CG", "mug")] * 20, ["mug"]).size == (1130, 900)
 
@@ -343,15 +295,16 @@ def test_a_curve_falls_with_the_loss_and_one_bad_batch_does_not_flatten_it():
     raw, smoothed = ([(20 * i, 1e6 if i == bad else 1 / i) for i in range(1, 101)] for bad in (50, None))
     page = draw_curves({"raw": raw, "smoothed": smoothed}, "loss", "step")
     colour = torch.tensor([int(COLOURS[1][i : i + 2], 16) for i in (1, 3, 5)])
-    at = (255 * to_tensor(page) - colour.view(3, 1, 1)).abs().amax(0) < 40
-    top = [int(at[30:, x].nonzero().min()) for x in (120, 300, 800)]
+    near = (255 * to_tensor(page) - colour.view(3, 1, 1)).abs().amax(0) < 40
+    top = [int(near[30:, x].nonzero().min()) for x in (120, 300, 800)]
     assert top[0] + 100 < top[1] < top[2]
-    assert all(draw_curves({"raw": line}, "", "").size == page.size for line in (raw[:1], [(1, 0.0)]))
+    assert draw_curves({"raw": [(1, 0.0)]}, "", "").size == page.size
 
 
 def test_the_same_items_are_chosen_every_time_in_their_order():
-    assert choose(list(range(100)), 8) == choose(list(range(100)), 8) == sorted(choose(list(range(100)), 8))
-    assert len({*choose(list(range(100)), 8)}) == 8 and choose([1, 2], 8) == [1, 2]
+    chosen = choose(list(range(100)), 8)
+    assert chosen == choose(list(range(100)), 8) == sorted({*chosen}) and len(chosen) == 8
+    assert choose([1, 2], 8) == [1, 2]
 
 
 # ---------------------------------------------------------------- the command line
@@ -359,7 +312,7 @@ def test_the_same_items_are_chosen_every_time_in_their_order():
 
 def command(ads, out, models, *arguments):
     options = [str(word) for pair in models.items() for word in pair]
-    evaluate.main([*map(str, arguments), "--data", str(ads), "--out", str(out), "--steps", "2", "--dtype", "float32",
+    evaluate.main([*map(str, arguments), "--data", str(ads), "--out", str(out), "--steps", "1", "--dtype", "float32",
                    "--device", "cpu", *options])
 
 
@@ -375,8 +328,7 @@ def results(ads, tiny, tmp_path_factory):
 
 @pytest.mark.parametrize("table, count, painted", [("table1", 5, 6), ("table2", 10, 10), ("table4", 10, 6)])
 def test_a_table_is_printed_and_kept_with_its_figures(results, table, count, painted):
-    content = json.loads((results / f"{table}.json").read_text())
-    measured = [row["measured"] for row in content["rows"] if row["measured"]]
+    measured = [row["measured"] for row in read_json(results / f"{table}.json")["rows"] if row["measured"]]
     assert len(measured) == painted and {row["n"] for row in measured} == {count}
     text, printed = (results / f"{table}.md").read_text(), (results / f"{table}.printed").read_text()
     assert printed.startswith(text + f"\n{results / table}.md\n{results / table}.json\nnext: ")
@@ -387,48 +339,41 @@ def test_a_table_is_printed_and_kept_with_its_figures(results, table, count, pai
 
 
 def test_table_4_says_beside_which_partner_pg_was_trained(results):
-    lines = (results / "table4.md").read_text().splitlines()
-    rows = [line for line in lines if line.startswith("|") and "in CG's place" in line]
-    assert ["beside it" in row for row in rows] == [False, True, False] and all("PG trained beside" in r for r in rows)
+    rows = re.findall(r"^\|.*in CG's place, PG trained beside (\w+)", (results / "table4.md").read_text(), re.M)
+    assert rows == ["CG", "it", "CG"]
 
 
-@pytest.mark.parametrize("table, ours", [("table1", "CG"), ("table2", "CG + PG")])
-def test_ours_is_ahead_by_the_difference_of_the_figures(results, table, ours):
+def test_ours_is_ahead_by_the_difference_of_the_figures(results):
     """The interval is that of the difference on the same items, so between a method and itself it has no width."""
-    rows = [row for row in json.loads((results / f"{table}.json").read_text())["rows"] if row["measured"]]
-    for protocol in {row["protocol"] for row in rows}:
-        theirs = {row["method"]: row["measured"] for row in rows if row["protocol"] == protocol}
-        for figures in theirs.values():
-            for metric, sign in [("similarity", 1), ("frechet", -1), ("joint", -1)][: 3 if table == "table1" else 2]:
-                by = sign * (theirs[ours][metric][0] - figures[metric][0])
-                assert figures["ours_ahead"][metric][0] == pytest.approx(by, abs=1e-4)
-        assert all(by == [0, 0] for by in theirs[ours]["ours_ahead"].values())
+    rows = {row["method"]: row["measured"] for row in read_json(results / "table1.json")["rows"]}
+    for figures in rows.values():
+        for metric, sign in (("similarity", 1), ("frechet", -1), ("joint", -1)):
+            by = sign * (rows["CG"][metric][0] - figures[metric][0])
+            assert figures["ours_ahead"][metric][0] == pytest.approx(by, abs=1e-4)
+    assert all(by == [0, 0] for by in rows["CG"]["ours_ahead"].values())
 
 
 def test_the_figures_are_those_of_the_pictures(results, ads, tiny):
     """CG's similarity in Table 1 is computed again, from the files of its pictures and the originals."""
     clip, folder = load_clip(tiny["--clip"]), next((results / "pictures" / "bg1k").glob("cg-????????"))
-    items = read_items(ads, "bg1k")[0]
     x, y = (clip.encode_image(torch.cat([clip.preprocess(to_tensor(open_image(path))[None]) for path in paths]))
-            for paths in (sorted(folder.glob("*.png"))[: len(items)], [item.image for item in items]))
-    row = next(row for row in json.loads((results / "table1.json").read_text())["rows"] if row["method"] == "CG")
+            for paths in (sorted(folder.glob("*.png")), [item.image for item in read_items(ads, "bg1k")[0]]))
+    row = next(row for row in read_json(results / "table1.json")["rows"] if row["method"] == "CG")
     assert row["measured"]["similarity"][0] == pytest.approx(similarity(x, y).mean().item(), rel=1e-4)
 
 
-def test_tables_share_pictures_and_nothing_is_painted_twice(results, ads, tiny, capsys):
-    before = {path: path.stat().st_mtime_ns for path in results.rglob("*.png")}
-    assert len(list((results / "pictures" / "ref").iterdir())) == 10  # 5 rows of Table 2, 6 of Table 4, one in both
-    command(ads, results, tiny, "table1")
-    assert {path: path.stat().st_mtime_ns for path in results.rglob("*.png")} == before
+def test_tables_and_figures_share_pictures_and_nothing_is_painted_twice(results, ads, tiny, capsys):
+    """Tables 2 and 4 have 5 and 6 rows, one of them in both; Fig. 5a is of Table 1's pictures."""
+    assert len(list((results / "pictures" / "ref").iterdir())) == 10
+    before = {path: path.stat().st_mtime_ns for path in results.rglob("pictures/**/*.png")}
+    command(ads, results, tiny, "tsne")
+    assert {path: path.stat().st_mtime_ns for path in results.rglob("pictures/**/*.png")} == before
     assert "painting" not in capsys.readouterr().err
-    command(ads, results, tiny, "table1", "--guidance", "1.5", "--limit", "2")  # other settings: other pictures
-    assert len(list((results / "pictures" / "bg1k").iterdir())) == 10
-    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
 
 
 @pytest.mark.parametrize("figure", ["tsne", "fig6", "fig9", "fig10"])
 def test_a_figure_is_drawn(results, ads, tiny, figure, capsys):
-    command(ads, results, tiny, figure)
+    command(ads, results, tiny, figure, "--limit", "6")
     image = open_image(results / f"{figure}.png")
     assert min(image.size) > 100 and len(image.resize((64, 64)).getcolors(4096)) > 8
     *lines, path, following = capsys.readouterr().out.splitlines()
@@ -437,54 +382,67 @@ def test_a_figure_is_drawn(results, ads, tiny, figure, capsys):
     assert all("nearest centre" in line for line in lines)
 
 
-def test_the_three_trainings_of_fig7(ads, tmp_path, monkeypatch):
+@pytest.fixture
+def trainings(tmp_path, monkeypatch):
+    """Stands in for the programs that train: keeps their `commands`, ends with `codes`, and leaves the toy's PG."""
+    found = SimpleNamespace(commands=[], codes=[])
+
+    def run(command, **_):
+        out = Path(command[command.index("--out") + 1])
+        shutil.copytree(TOY / "pg", out / command[2], dirs_exist_ok=True)
+        (out / "training" / command[2]).mkdir(parents=True, exist_ok=True)
+        (out / "training" / command[2] / "checkpoint_00000001.safetensors").touch()
+        found.commands.append(command[2:])
+        return subprocess.CompletedProcess(command, found.codes.pop(0) if found.codes else 0)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(networks.subprocess, "run", run)
+    return found
+
+
+def test_the_three_trainings_of_fig7(ads, trainings):
     """They differ as Fig. 7 says: no perturbation, dilation alone, dilation and mixup; each runs on first use only."""
-    commands = []
-
-    def stand_in(command, **_):
-        commands.append(command[2:])
-        shutil.copytree(TOY / "pg", Path(command[command.index("--out") + 1], "pg"))
-        return subprocess.CompletedProcess(command, 0)
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(networks.subprocess, "run", stand_in)
     for _ in range(2):
-        command(ads, tmp_path / "results", {"--size": 64}, "fig7", "--limit", "2")
-    options = [tuple(c[c.index("--steps") + 2 : c.index("--cg")]) for c in commands]
+        command(ads, "results", {"--size": 64}, "fig7", "--limit", "2")
+    options = [tuple(c[c.index("--steps") + 2 : c.index("--cg")]) for c in trainings.commands]
     assert options == [("--theta", "0", "--sigma", "1", "1"), ("--sigma", "1", "1"), ()]
-    assert all(c[:3] == ["pg", "--steps", "600"] and c[c.index("--cg") + 1] == str(TOY / "cg") for c in commands)
-    assert (tmp_path / "results" / "fig7.png").is_file()
+    assert all(c[:3] == ["pg", "--steps", "600"] and c[c.index("--cg") + 1] == str(TOY / "cg")
+               for c in trainings.commands)
+    assert Path("results", "fig7.png").is_file()
 
 
-def test_fig7_takes_references_that_are_large_off_centre_or_of_another_category(ads, monkeypatch):
-    items = [item for item in read_items(ads, "bgpair")[0] if item.reference]
-    taken = []
-    monkeypatch.setattr(evaluate, "draw_methods", lambda lab, name, columns, items, labels: taken.extend(
-        zip(labels, items)))
+def test_an_interrupted_training_is_resumed_and_a_failed_one_is_not_taken_for_done(trainings):
+    trainings.codes = [1, 0]
+    lab = Networks({"weights": None}, "cpu")
+    with pytest.raises(BadInput, match="the training failed, as it says above"):
+        lab.path("guide-clip")
+    assert lab.path("guide-clip").name == "clip" and lab.path("guide-clip").is_dir()
+    assert ["--resume" in command for command in trainings.commands] == [False, True]
+
+
+def test_fig7_takes_references_that_are_large_off_centre_or_of_another_category(monkeypatch):
+    masks = torch.zeros(4, 1, 8, 8)
+    masks[:, :, 3:5, 3:5] = masks[1, :, :, 1:7] = masks[2, :, 3:5, :5] = 1
+    items = [Item(Path(f"{i}.png"), None, "mug" if i < 3 else "watch", Path(f"{i}_ref.png"), Path(str(i)))
+             for i in range(4)]
+    monkeypatch.setattr(evaluate, "load_masked", lambda _, mask: (None, masks[int(mask.name)]))
+    drawn = []
+    monkeypatch.setattr(evaluate, "draw_methods", lambda lab, name, columns, *rows: drawn.extend(zip(*rows)))
     evaluate.figure_perturbations(SimpleNamespace(items=lambda protocol: items), each=1)
-    (large, a), (off, b), (other, c) = taken
-    assert (large, off, other) == ("large", "off centre", "other category") and c.category == items[0].category
-    masks = {item.reference: load_masked(item.reference, item.reference_mask)[1][0] for item in items}
-    assert a.reference == max(masks, key=lambda path: masks[path].mean())
-    middles = {path: abs(float(mask.nonzero()[:, 1].float().mean()) / (mask.shape[1] - 1) - 0.5)
-               for path, mask in masks.items()}
-    assert middles[b.reference] == pytest.approx(max(middles.values()), abs=0.01)
-    assert next(item.category for item in items if item.reference == c.reference) != c.category
+    assert [(label, item.image.stem, item.reference_mask.name) for item, label in drawn] == [
+        ("large", "1", "1"), ("off centre", "2", "2"), ("other category", "0", "3")]
 
 
-def test_pg_is_trained_beside_the_controlnet_as_beside_a_cg_that_computes_the_same(tiny, tmp_path, monkeypatch):
+def test_pg_is_trained_beside_the_controlnet_as_beside_a_cg_that_computes_the_same(tiny, tmp_path):
     """Table 4 (a): `train.py pg --cg` is given the ControlNet's weights as a CG with plain attention."""
-    monkeypatch.chdir(tmp_path)
     controlnet = shutil.copytree(tiny["--controlnet"], tmp_path / "controlnet")
     as_cg = networks.as_plain_cg(controlnet, tiny["--cg"])
-    theirs, ours = load_control(controlnet, "controlnet"), load_control(as_cg, "category")
-    P, P_fg, P_bg = random(3, 1, 8, 32)
     z, t, hint, mask = random(1, 4, 16, 16), torch.tensor([500]), random(1, 3, 64, 64), torch.ones(1, 1, 64, 64)
-    inputs = (z, t, Prompts(P, P_fg, P_bg), [(branch.requires_grad_(False), branch.hint_features(hint))
-                                              for branch in (theirs, ours)], mask)
-    sd = load_stable_diffusion(tiny["--weights"])
-    by_theirs, by_ours = (predict_noise(sd.unet, *inputs[:3], [branch], mask) for branch in inputs[3])
-    assert torch.equal(by_theirs, by_ours)
+    prompts, unet = Prompts(*random(3, 1, 8, 32)), load_stable_diffusion(tiny["--weights"]).unet
+    branches = (load_control(controlnet, "controlnet"), load_control(as_cg, "category"))
+    theirs, ours = (predict_noise(unet, z, t, prompts, [(branch, branch.hint_features(hint))], mask)
+                    for branch in branches)
+    assert torch.equal(theirs, ours) and not torch.equal(theirs, predict_noise(unet, z, t, prompts, [], mask))
     assert read_json(as_cg / "categories.json") == read_json(tiny["--cg"] / "categories.json")
 
 
@@ -518,17 +476,17 @@ def test_a_product_is_painted_with_its_own_words_and_another_category_s_identifi
 def test_pictures_are_kept_for_what_they_were_painted_of(ads, tiny, tmp_path, monkeypatch):
     """The first items of a split share the whole split's pictures; other settings, pairs or files have their own."""
     monkeypatch.setattr(methods, "paint_items", lambda *_, **__: None)
+    monkeypatch.setattr(methods, "load", lambda *_: (SimpleNamespace(sd=None, dtype="float32"), None))
     data = shutil.copytree(ads, tmp_path / "ads")
 
-    def folder(*options: str, method: str = "cg") -> Path:
+    def folder(*options: str) -> Path:
         words = [str(word) for pair in tiny.items() for word in pair]
         args = evaluate.options().parse_args(["table2", "--data", str(data), *words, *options])
         lab = evaluate.lab_of(args, tmp_path / "out", args.limit)
-        return lab.pictures(method, lab.items("ref"), "ref")[0].parent
+        return lab.pictures("cg", lab.items("ref"), "ref")[0].parent
 
     first, info = folder(), data / "bgpair_info.txt"
-    for harmless in ("--limit 2", "--batch 3", f"--clip {tiny['--guide-clip']}",
-                     f"--pg {tiny['--cg']}"):
+    for harmless in ("--limit 2", "--batch 3", f"--clip {tiny['--guide-clip']}", f"--pg {tiny['--cg']}"):
         assert folder(*harmless.split()) == first, harmless
     others = ["--steps 7", "--guidance 3", "--size 32", "--seed 5", "--dtype float32", "--sampler dpm++", "--refine 2",
               "--refine 2 --refine-from 400", f"--cg {tiny['--cg-plain']}"]
@@ -541,6 +499,7 @@ def test_pictures_are_kept_for_what_they_were_painted_of(ads, tiny, tmp_path, mo
     assert len({first, paired, folder()}) == 3
 
 
+@pytest.mark.slow
 def test_under_torchrun_one_process_trains_and_the_others_wait(tmp_path):
     """A stand-in for train.py makes the folder; it must find no process group in its environment."""
     (tmp_path / "train.py").write_text(
@@ -571,25 +530,6 @@ def test_training_takes_the_command_that_makes_a_network(name, tmp_path):
     stage = (train.STAGES | RIVAL_STAGES)[given["stage"]]
     settings = settle(given | {"out": tmp_path}, stage.settings, TOY_DATA / stage.data)
     assert settings.size == 128 and settings.steps and settings.data.parent == TOY_DATA
-
-
-def test_an_interrupted_training_is_resumed_and_a_failed_one_is_not_taken_for_done(tmp_path, monkeypatch):
-    commands, results = [], [1, 0]
-
-    def stand_in(command, **_):
-        commands.append(command)
-        checkpoint = Path(command[command.index("--out") + 1], "training", "clip", "checkpoint_00000001.safetensors")
-        checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.touch()
-        return subprocess.CompletedProcess(command, results.pop(0))
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(networks.subprocess, "run", stand_in)
-    lab = Networks({"weights": None}, "cpu")
-    with pytest.raises(BadInput, match="the training failed, as it says above"):
-        lab.path("guide-clip")
-    assert lab.path("guide-clip").parent.is_dir() and lab.path("guide-clip").name == "clip"
-    assert ["--resume" in command for command in commands] == [False, True]
 
 
 # What has to be given so that nothing is trained
