@@ -203,7 +203,6 @@ def test_of_two_files_by_one_rater_the_one_saved_last_counts(tmp_path):
 @pytest.mark.parametrize("words, message", [
     ("make --methods cg nonsense", "--methods: there is no method nonsense; choose from "),
     ("make --methods cg shuffled", "--methods: there is no method shuffled"),
-    ("make --methods cg", "two to nine different"),
     ("make --methods cg cg", "two to nine different"),
     ("make --methods cg cg+pg --key study/key.json", "--key study/key.json is in the folder that the raters get"),
     ("make --methods cg cg+pg --out there", "--out there is there already"),

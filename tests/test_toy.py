@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import relative_error
 from safetensors.torch import load_file
 
 from data import product_hint
@@ -87,16 +86,11 @@ def test_the_shipped_base_and_branches_are_diffusers_and_paint_its_picture(sd):
     P, without = (Prompts(*[sd.prompts([text])] * 3) for text in (prompt, ""))
     hint, shape = product_hint(rgb, mask), sd.latent_shape(*rgb.shape[2:])
     noise, ours = draw_noise(shape, seeded(3)[0]), [load_control(TOY / kind) for kind in ("cg", "pg")]
-    for branch, control in zip(ours, controls):
-        t = torch.tensor([481])
-        down, middle = control(noise, t, P.P, hint, return_dict=False)
-        for a, b in zip(branch(noise, t, P.P, hint), [*down, middle], strict=True):
-            assert relative_error(a, b) < 1e-4
     given = Conditions(P, without, [(branch, branch.hint_features(hint)) for branch in ours])
     z = sample(sd.unet, sd.schedule, given, seeded(3), shape, Painting(steps=STEPS))
     theirs = pipeline(prompt, image=[hint, hint], num_inference_steps=STEPS, guidance_scale=2.0, latents=noise,
                       output_type="pt").images
-    assert (sd.decode(z) - theirs).abs().mean() <= 1 / 255
+    assert (sd.decode(z) - theirs).abs().mean() <= 0.1 / 255
 
 
 @pytest.fixture(scope="module")
