@@ -74,7 +74,7 @@ def test_a_new_category_is_an_entry_and_so_is_its_scene(tmp_path):
         return [draw_picture(name, scene, 3, 5, 64)[0].tobytes() for name, scene in OWN_SCENES.items()]
 
     before = pictures()
-    products = {"kite": PRODUCTS["mug"]._replace(scene="meadow")} | PRODUCTS
+    products = {"kite": PRODUCTS["watch"]._replace(scene="meadow")} | PRODUCTS
     scenes = {"meadow": SCENES["beach"]._replace(phrase="a meadow")} | SCENES
     with patch.dict(PRODUCTS, products, clear=True), patch.dict(SCENES, scenes, clear=True):
         assert pictures() == before
