@@ -1,7 +1,6 @@
 """Tests: metrics and t-SNE against closed forms, rivals against their equations, tables and figures end to end."""
 
 import io
-import json
 import math
 import os
 import shutil
@@ -307,13 +306,39 @@ def lab_with(data, out, models, *options):
     return evaluate.lab_of(args, out, args.limit)
 
 
+@pytest.mark.parametrize("name", ["lama", "paint-by-example", "stable-diffusion", "blended-diffusion", "cg",
+                                  "controlnet+its-pg", "cg-plain+pg"])
+def test_every_kind_of_method_paints_around_the_product(name, ads, tiny, tmp_path):
+    lab = lab_with(ads, tmp_path, tiny, "--steps", "1", "--dtype", "float32", "--device", "cpu")
+    item = lab.items("ref")[0]
+    picture = to_tensor(open_image(lab.pictures(name, lab.items("ref"), "ref", chosen=[0])[0]))
+    rgb, mask = load_masked(item.image, item.mask)
+    assert torch.allclose(picture[:, mask[0] == 1], rgb[:, mask[0] == 1])
+    assert (picture - rgb)[:, mask[0] == 0].abs().mean() > 0.05
+
+
+def noise(method, *_):
+    """In place of a method's models, which load slowly: pictures of noise, others for each method and ad."""
+    seed = 1000 * [*methods.METHODS.values()].index(method)
+    return SimpleNamespace(sd=None, dtype="float32"), lambda ads: [
+        [(255 * random(*ad.rgb.shape, seed=seed + ad.seed).sigmoid()).byte()] for ad in ads]
+
+
+@pytest.fixture
+def noisy(monkeypatch):
+    monkeypatch.setattr(methods, "load", noise)
+
+
 @pytest.fixture(scope="module")
 def results(ads, tiny, tmp_path_factory):
+    """All tables, of pictures of noise."""
     out = tmp_path_factory.mktemp("results")
-    for what in evaluate.TABLES:
-        with redirect_stdout(io.StringIO()) as printed:
-            command(ads, out, tiny, what)
-        (out / f"{what}.printed").write_text(printed.getvalue())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(methods, "load", noise)
+        for what in evaluate.TABLES:
+            with redirect_stdout(io.StringIO()) as printed:
+                command(ads, out, tiny, what)
+            (out / f"{what}.printed").write_text(printed.getvalue())
     return out
 
 
@@ -358,7 +383,7 @@ def test_tables_and_figures_share_pictures_and_nothing_is_painted_twice(results,
 
 
 @pytest.mark.parametrize("figure, limit", [("tsne", 5), ("fig6", 2), ("fig9", 6), ("fig10", 6)])
-def test_a_figure_is_drawn(results, ads, tiny, figure, limit, capsys):
+def test_a_figure_is_drawn(results, ads, tiny, figure, limit, noisy, capsys):
     command(ads, results, tiny, figure, "--limit", limit)
     image = open_image(results / f"{figure}.png")
     assert min(image.size) > 100 and len(image.resize((64, 64)).getcolors(4096)) > 8
@@ -366,13 +391,6 @@ def test_a_figure_is_drawn(results, ads, tiny, figure, limit, capsys):
     assert path == str(results / f"{figure}.png") and following.startswith("next: ")
     assert [line.split(":")[0] for line in lines] == (["original", "CG", "ControlNet"] if figure == "tsne" else [])
     assert all("nearest centre" in line for line in lines)
-
-
-@pytest.fixture
-def unpainted(monkeypatch):
-    """All methods load nothing and paint nothing."""
-    monkeypatch.setattr(methods, "load", lambda *_: (SimpleNamespace(sd=None, dtype="float32"), None))
-    monkeypatch.setattr(methods, "paint_items", lambda *_, **__: None)
 
 
 @pytest.fixture
@@ -401,7 +419,7 @@ def test_an_interrupted_training_is_resumed_and_a_failed_one_is_not_taken_for_do
     assert ["--resume" in command for command in trainings] == [False, True]
 
 
-def test_the_three_trainings_of_fig7(ads, trainings, unpainted):
+def test_the_three_trainings_of_fig7(ads, trainings, noisy):
     """They differ as Fig. 7 says: no perturbation, dilation alone, dilation and mixup; each runs on first use only."""
     with pytest.raises(BadInput):
         command(ads, "results", {}, "fig7", "--limit", "2")
@@ -466,8 +484,9 @@ def test_a_product_is_painted_with_its_own_words_and_another_category_s_identifi
         eq3.swapped(SimpleNamespace(data=ads, items=lambda _: read_items(ads, "bg1k")[0][:1]))
 
 
-def test_pictures_are_kept_for_what_they_were_painted_of(ads, tiny, tmp_path, unpainted):
+def test_pictures_are_kept_for_what_they_were_painted_of(ads, tiny, tmp_path, noisy, monkeypatch):
     """The first items of a split share the whole split's pictures; other settings, pairs or files have their own."""
+    monkeypatch.setattr(methods, "paint_items", lambda *_, **__: None)
     data = shutil.copytree(ads, tmp_path / "ads")
 
     def folder(*options: str) -> Path:
@@ -551,7 +570,7 @@ def test_bad_use_is_one_line(arguments, message, tmp_path, monkeypatch, ads, tin
     assert "\n" not in str(error.value) and not Path("results", "pictures").exists(), "said before anything is painted"
 
 
-def test_what_is_missing_is_said_before_anything_is_painted(ads, tiny, tmp_path):
+def test_what_is_missing_is_said_before_anything_is_painted(ads, tiny, tmp_path, noisy):
     """CG was not trained on one category. The row that needs --cg-plain is left out without it; a row of the paper's
     says that its network is not given.
     """
@@ -561,7 +580,7 @@ def test_what_is_missing_is_said_before_anything_is_painted(ads, tiny, tmp_path)
         command(ads, tmp_path / "results", tiny | {"--cg": tmp_path / "cg"}, "table1")
     given = {name: path for name, path in tiny.items() if name not in ("--cg-plain", "--lama")}
     command(ads, tmp_path / "results", given, "table1", "--limit", "2")
-    rows = json.loads((tmp_path / "results" / "table1.json").read_text())["rows"]
+    rows = read_json(tmp_path / "results" / "table1.json")["rows"]
     assert [row["method"] for row in rows] == [
         "LaMa", "Stable Diffusion", "ControlNet", "CG", "originals of other products"]
     assert [row["method"] for row in rows if not row["measured"]] == ["LaMa"]
