@@ -57,7 +57,7 @@ def test_every_command_of_the_pages_runs(example, tmp_path):  # noqa: F811
         done = subprocess.run(["bash", "-c", f"{command} {SHORT[program]}"], cwd=tmp_path, env=environment,
                               capture_output=True, text=True)
         assert done.returncode == 0, f"{command}\n{done.stderr}"
-        for path in re.findall("^out[^: ]*", done.stdout, re.M) if program == "generate.py" else ():
+        for path in re.findall(r"^out[^: \n]*", done.stdout, re.M) if program == "generate.py" else ():
             assert (tmp_path / path).exists(), f"{command} says that it wrote {path}"
 
 
