@@ -8,29 +8,19 @@ import pytest
 nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 LECTURES = sorted(FOLDER.glob("0*.ipynb"))
-NOTEBOOKS = [*LECTURES, FOLDER / "solutions.ipynb"]
 SHORTER = {  # lecture 3 trains for fewer steps, lecture 6 paints fewer pictures in fewer steps
     "STEPS, BATCH = 120, 8": "STEPS, BATCH = 12, 8",
     "n = 64": "n = 24",
     "steps=15": "steps=2",
 }
-PICTURES = ("image/jpeg", "image/png")  # pages of pictures, and plots
 
 
-def code_cells(path: Path) -> list:
-    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+def pictures(output) -> set[str]:
+    """The kinds of picture in which an output is stored: pages of pictures, and plots."""
+    return {"image/jpeg", "image/png"} & {*output.get("data", {})}
 
 
-def outputs(path: Path) -> list:
-    return [output for cell in code_cells(path) for output in cell.outputs]
-
-
-def pictures(output) -> list[str]:
-    """The kinds of picture in which an output is stored."""
-    return [kind for kind in PICTURES if kind in output.get("data", {})]
-
-
-each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+each_notebook = pytest.mark.parametrize("path", [*LECTURES, FOLDER / "solutions.ipynb"], ids=lambda path: path.stem)
 each_lecture = pytest.mark.parametrize("path", LECTURES, ids=lambda path: path.stem)
 
 
@@ -48,28 +38,24 @@ def test_a_notebook_runs_without_error(path):
 
 @each_notebook
 def test_a_notebook_is_committed_as_it_ran_from_top_to_bottom(path):
-    cells = code_cells(path)
+    """Without an error, a warning, or a path of the machine that ran it, and with pictures, each stored once."""
+    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == [*range(1, len(cells) + 1)]
-    assert not [output for output in outputs(path) if output.output_type == "error"]
-
-
-@each_notebook
-def test_the_outputs_show_pictures_each_stored_once(path):
-    shown = [pictures(output) for output in outputs(path) if pictures(output)]
-    assert len(shown) >= 4
-    assert not [kinds for kinds in shown if len(kinds) > 1]
-
-
-@each_notebook
-def test_the_outputs_name_no_path_of_the_machine_that_ran_it_and_show_no_warning(path):
-    texts = [output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in outputs(path)]
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error"]
+    texts = [output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in outputs]
     assert not [text for text in texts if re.search(r"/(home|root|tmp|work|Users)/|Warning", text)]
+    kinds = [len(pictures(output)) for output in outputs]
+    assert kinds.count(1) >= 4 and max(kinds) == 1
 
 
 @each_lecture
-def test_a_lecture_states_its_question_its_time_and_what_it_needs(path):
-    first = nbformat.read(path, as_version=4).cells[0].source.lower()
-    assert all(word in first for word in ("the question.", "time:", "minute", "prerequisites:", "section"))
+def test_a_lecture_states_its_question_and_ends_with_exercises_that_have_times_and_solutions(path):
+    first, *_, last = (cell.source for cell in nbformat.read(path, as_version=4).cells)
+    assert all(word in first.lower() for word in ("the question.", "time:", "minute", "prerequisites:", "section"))
+    assert last.startswith("## Exercises") and "solutions.ipynb" in last
+    exercises = re.split(r"^\d\. ", last, flags=re.M)[1:]
+    assert len(exercises) >= 3 and all("minute" in text for text in exercises)
 
 
 @each_lecture
@@ -80,14 +66,6 @@ def test_a_lecture_asks_for_a_prediction_before_each_picture(path):
         if cell.cell_type == "code" and any(map(pictures, cell.outputs)):
             assert asked, cell.source
             asked = False
-
-
-@each_lecture
-def test_a_lecture_ends_with_exercises_that_have_times_and_solutions(path):
-    last = nbformat.read(path, as_version=4).cells[-1].source
-    assert last.startswith("## Exercises") and "solutions.ipynb" in last
-    exercises = re.split(r"^\d\. ", last, flags=re.M)[1:]
-    assert len(exercises) >= 3 and not [text for text in exercises if "minute" not in text]
 
 
 def test_the_notebooks_are_six_lectures_and_the_solutions_small_enough_for_a_code_host():

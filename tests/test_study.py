@@ -1,6 +1,5 @@
 """Tests: the user study: what raters get, and what their files say; the page has tests of its own."""
 
-import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import random
-from PIL import Image, ImageFilter
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import evaluate
@@ -19,29 +18,25 @@ from study import Pair, balanced_orders, plan, write_handout
 from support.datasets import Item
 from support.files import BadInput, one_line_errors, write_json
 from support.images import to_image
-from support.metrics import half_width, kendalls_w, rank_scores, resampled_means, wins
+from support.metrics import half_width, resampled_means
 from toy.world import write_world
 
 FIVE = ["controlnet", "blended-diffusion", "paint-by-example", "cg", "cg+pg"]
 
 
 def written_study(folder: Path, pairs: int = 6, names: list[str] = FIVE) -> dict:
-    """Writes a study with pictures of noise to folder/study, and its key to folder/key.json, and returns the key.
-
-    The first method's pictures are the smoothest, so that they compress best.
-    """
-    def picture(name: str, blur: float = 0) -> Path:
+    """Writes a study with pictures of noise to folder/study, and its key to folder/key.json, and returns the key."""
+    def picture(name: str) -> Path:
         path, text = folder / "made" / f"{name}.png", PngInfo()
         text.add_text("how", f"painted by {name}")
-        noise = to_image(random(3, 40, 32, seed=len([*path.parent.iterdir()])).sigmoid())
-        noise.filter(ImageFilter.GaussianBlur(blur)).save(path, pnginfo=text)
+        to_image(random(3, 40, 32, seed=len([*path.parent.iterdir()])).sigmoid()).save(path, pnginfo=text)
         return path
 
     mask = folder / "made" / "mask.png"
     mask.parent.mkdir(parents=True)
     to_image(torch.zeros(1, 40, 32).index_fill(2, torch.arange(10, 20), 1)).save(mask)
     made = [Pair(Item(picture(f"product_{i}"), mask, "mug", picture(f"reference_{i}")),
-                 {name: picture(f"{i}_{name}", blur=4 - k) for k, name in enumerate(names)}) for i in range(pairs)]
+                 {name: picture(f"{i}_{name}") for name in names}) for i in range(pairs)]
     handout = plan(made)
     write_handout(handout, folder / "study")
     key = {"study": handout.study, "methods": names, "pairs": handout.key}
@@ -59,20 +54,22 @@ def rankings(key: dict, rater: str, order: list[str], saved: str = "2026-01-01")
 # ---------------------------------------------------------------- what raters get
 
 
-@pytest.mark.parametrize("methods, count", [(5, 100), (5, 13), (2, 6), (9, 9)])
+@pytest.mark.parametrize("methods, count", [(5, 100), (5, 13), (9, 9)])
 def test_each_method_stands_equally_often_in_each_place(methods, count):
     orders = balanced_orders(count, methods)
     assert len(orders) == count and all(sorted(order) == [*range(methods)] for order in orders)
-    for method, place in itertools.product(range(methods), range(methods)):
-        times = sum(order[place] == method for order in orders)
-        assert count // methods <= times <= -(-count // methods)
+    for in_place in zip(*orders):
+        times = [in_place.count(method) for method in range(methods)]
+        assert sum(times) == count and max(times) - min(times) <= 1
 
 
 def test_nothing_in_the_folder_betrays_a_method(tmp_path):
-    """No name, text or order in it depends on the method, and the key is not in it."""
-    written_study(tmp_path, pairs=10)
-    files = [path for path in (tmp_path / "study").rglob("*") if path.is_file()]
+    """No name, text or order in it depends on the method, the key is not in it, and no seed gives its names away."""
+    written_study(tmp_path / "1", pairs=10)
+    written_study(tmp_path / "2", pairs=10)
+    files, others = ([path for path in (tmp_path / n / "study").rglob("*") if path.is_file()] for n in "12")
     assert {path.parent.name for path in files} == {"study", "pictures"} and len(files) == 1 + 10 * 7
+    assert {path.name for path in files} & {path.name for path in others} == {"index.html"}
     content = b"".join(path.read_bytes() + path.name.encode() for path in files)
     assert not [word for word in (*FIVE[:3], "cg+pg", "painted by", "product_") if word.encode() in content]
     pictures = sorted(path for path in files if path.suffix == ".png")
@@ -81,94 +78,54 @@ def test_nothing_in_the_folder_betrays_a_method(tmp_path):
         assert not Image.open(path).info.keys() - {"srgb"} and len(path.stem) == 12 and int(path.stem, 16) >= 0
 
 
-def test_the_shown_pictures_are_the_painted_ones(tmp_path):
-    key = written_study(tmp_path, pairs=2)
-    for i, pair in enumerate(key["pairs"]):
-        for method, name in pair["candidates"].items():
-            shown = Image.open(tmp_path / "study" / "pictures" / f"{name}.png")
-            assert shown.tobytes() == Image.open(tmp_path / "made" / f"{i}_{method}.png").tobytes()
-
-
-def test_the_page_lists_a_pairs_pictures_in_a_balanced_order(tmp_path):
+def test_the_page_shows_the_painted_pictures_in_a_balanced_order(tmp_path):
     """According to the key, which the page does not have, each method is equally often in each place."""
     key = written_study(tmp_path, pairs=10)
     page = (tmp_path / "study" / "index.html").read_text(encoding="utf-8")
     data = json.loads(page.split('type="application/json">')[1].split("</script>")[0])
     assert data["study"] == key["study"] and [p["pair"] for p in data["pairs"]] == [p["pair"] for p in key["pairs"]]
     places = Counter()
-    for shown, pair in zip(data["pairs"], key["pairs"]):
-        method_of = {name: method for method, name in pair["candidates"].items()}
-        places.update((method_of[name], place) for place, name in enumerate(shown["candidates"]))
+    for i, (pair, shown) in enumerate(zip(key["pairs"], data["pairs"])):
+        for method, name in pair["candidates"].items():
+            places[method, shown["candidates"].index(name)] += 1
+            picture = Image.open(tmp_path / "study" / "pictures" / f"{name}.png")
+            assert picture.tobytes() == Image.open(tmp_path / "made" / f"{i}_{method}.png").tobytes()
     assert len(places) == 25 and {*places.values()} == {2}
 
 
-def test_the_names_are_others_each_time_so_that_no_seed_gives_them_away(tmp_path):
-    first, second = written_study(tmp_path / "1", pairs=1), written_study(tmp_path / "2", pairs=1)
-    (a,), (b,) = first["pairs"], second["pairs"]
-    assert not {a["pair"], *a["candidates"].values()} & {b["pair"], *b["candidates"].values()}
-
-
 def test_the_page_asks_nothing_of_any_server():
-    page = Path(study.__file__).with_name("support") / "study_page.html"
-    text = page.read_text(encoding="utf-8")
+    text = study.PAGE.read_text(encoding="utf-8")
     assert "default-src 'none'" in text and "://" not in text and "fetch(" not in text and "@import" not in text
-
-
-# ---------------------------------------------------------------- statistics, against formulas written out
-
-
-def test_rank_scores_are_m_for_the_best_and_1_for_the_worst():
-    assert rank_scores(torch.tensor([[0.3, -2.0, 9.0, 4.0]])).tolist() == [[2, 1, 4, 3]]
-
-
-def test_win_rates_count_the_rankings_in_which_one_is_above_the_other():
-    scores = rank_scores(random(3, 4, 5))
-    for i, j in itertools.product(range(5), range(5)):
-        naive = sum(bool(scores[r, p, i] > scores[r, p, j]) for r in range(3) for p in range(4)) / 12
-        assert wins(scores).mean((0, 1))[i, j].item() == pytest.approx(naive)
-
-
-def test_kendalls_w_follows_from_the_mean_rank_correlation_of_two_raters():
-    """W = (1 + (R − 1) ρ) / R, where ρ is the mean of Spearman's correlations of all pairs of raters."""
-    scores = rank_scores(random(7, 3, 5))
-    for pair, w in enumerate(kendalls_w(scores)):
-        spearman = torch.corrcoef(scores[:, pair])  # (7, 7): of ranks
-        rho = sum(spearman[i, j].item() for i, j in itertools.combinations(range(7), 2)) / 21
-        assert w.item() == pytest.approx((1 + 6 * rho) / 7, abs=1e-5)
-
-
-def test_kendalls_w_is_1_where_all_agree_and_0_where_two_raters_disagree_wholly():
-    order = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    assert kendalls_w(order.expand(6, 2, 4)).tolist() == [1, 1]
-    assert kendalls_w(torch.stack([order, order.flip(0)])[:, None]).tolist() == [0]
-
-
-def test_a_bootstrap_sample_draws_raters_and_pairs_apart():
-    """It is compared with the draws written out, with the same generator."""
-    values, generator = random(3, 4, 2), torch.Generator().manual_seed(0)
-    raters, pairs = (torch.randint(n, (6, n), generator=generator) for n in (3, 4))
-    naive = torch.stack([torch.stack([values[r, p] for r in rs for p in ps]).mean(0) for rs, ps in zip(raters, pairs)])
-    assert torch.allclose(resampled_means(values, 6), naive, atol=1e-6)
-
-
-def test_the_interval_is_that_of_the_normal_distribution_where_only_raters_or_pairs_differ():
-    """It is ± 1.96 σ / √n, where σ has the divisor n, as in the bootstrap."""
-    x = random(50)
-    expected = 1.96 * x.std(correction=0) / 50**0.5
-    for values in (x[:, None].expand(50, 20), x[None].expand(20, 50)):
-        half = half_width(resampled_means(values, 4000))
-        assert half.item() == pytest.approx(expected.item(), rel=0.1)  # whose own error is 1 / √8000
 
 
 # ---------------------------------------------------------------- score
 
 
-def score(tmp_path: Path, *contents: dict | str, names: list[str] | None = None) -> tuple[dict, str]:
-    paths = [tmp_path / (names[i] if names else f"rankings-{i}.json") for i in range(len(contents))]
+@pytest.mark.parametrize("by_rater, by_pair", [(1, 0), (0, 1), (1, 1), (1, -1)])
+def test_the_interval_is_that_of_raters_and_pairs_drawn_apart(by_rater, by_pair):
+    """It is ± 1.96 σ / √n, where σ has the divisor n, as in the bootstrap. The variances of raters and of pairs add.
+
+    If the two were drawn together, (1, -1) would have no width.
+    """
+    x = random(50)
+    values = by_rater * x[:, None] + by_pair * x[None]
+    expected = 1.96 * x.std(correction=0) / 50**0.5 * (by_rater**2 + by_pair**2) ** 0.5
+    half = half_width(resampled_means(values, 4000))
+    assert half.item() == pytest.approx(expected.item(), rel=0.1)  # whose own error is 1 / √8000
+
+
+def score(tmp_path: Path, *contents: dict | str) -> tuple[dict, str]:
+    """Table 3 by rankings-0.json and so on."""
+    paths = [tmp_path / f"rankings-{i}.json" for i in range(len(contents))]
     for path, content in zip(paths, contents):
         path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
     study.main(["score", "--key", str(tmp_path / "key.json"), "--out", str(tmp_path / "out"), *map(str, paths)])
     return json.loads((tmp_path / "out" / "table3.json").read_text()), (tmp_path / "out" / "table3.md").read_text()
+
+
+def means(table: dict) -> list[list[float]]:
+    """The methods' mean rank scores by similarity, and by quality."""
+    return [[mean for mean, _ in table[question]["mean_rank_scores"]] for question in study.QUESTIONS]
 
 
 def test_table_3_has_the_mean_rank_scores_beside_the_papers(tmp_path, capsys):
@@ -179,15 +136,13 @@ def test_table_3_has_the_mean_rank_scores_beside_the_papers(tmp_path, capsys):
     write_json(key, tmp_path / "key.json")
     order = FIVE[::-1]
     table, text = score(tmp_path, rankings(key, "a", order), rankings(key, "李", [order[1], order[0], *order[2:]]))
-    assert [mean for mean, _ in table["similarity"]["mean_rank_scores"]] == [1, 2, 3, 4.5, 4.5]
-    assert [mean for mean, _ in table["quality"]["mean_rank_scores"]] == [5, 4, 3, 1.5, 1.5]
-    assert table["raters"] == ["a", "李"] and table["pairs"] == 6 and table["left_out"] == []
-    assert "| ControlNet | 1.00 ± 0.00 | 2.39 | 5.00 ± 0.00 | 2.61 |" in text
-    assert "| Paint by Example | 3.00 ± 0.00 | 2.03 | 3.00 ± 0.00 | 2.35 |" in text
-    assert "compare only the order" not in text
-    wins = table["similarity"]["win_rates"]
-    assert wins[4][3][0] == wins[3][4][0] == 0.5 and wins[4][0][0] == 1 and wins[0][4][0] == 0
-    assert table["similarity"]["kendalls_w"] == pytest.approx(12 * (16 + 4 + 0 + 9 + 9) / (4 * 120))
+    assert means(table) == [[1, 2, 3, 4.5, 4.5], [5, 4, 3, 1.5, 1.5]] and table["raters"] == ["a", "李"]
+    assert "| ControlNet | 1.00 ± 0.00 | 2.39 | 5.00 ± 0.00 | 2.61 |" in text and "compare only the order" not in text
+    rates = torch.tensor(table["similarity"]["win_rates"])[..., 0]  # the later method wins
+    assert rates.tolist() == [[0] * 5, [1] + [0] * 4, [1, 1] + [0] * 3, [1, 1, 1, 0, 0.5], [1, 1, 1, 0.5, 0]]
+    total_ranks = torch.tensor([2.0, 4, 6, 9, 9])  # of two raters: W = 12 S / (R² (M³ − M))
+    expected = 12 * (total_ranks - 6).square().sum().item() / (4 * 120)
+    assert table["similarity"]["kendalls_w"] == pytest.approx(expected)
     assert capsys.readouterr().out.startswith(text)
 
 
@@ -204,36 +159,31 @@ def test_other_methods_than_the_papers_are_compared_by_their_order(tmp_path):
     assert "With one rater it is over pairs alone." in text
 
 
-def unranked(content: dict, change) -> dict:
-    change(next(iter(content["rankings"].values())))
-    return content
-
-
 def test_bad_files_are_named_and_left_out_and_the_rest_is_counted(tmp_path, capsys):
     key = written_study(tmp_path)
+
+    def pair_1(change) -> dict:
+        """A file whose ranking of the first pair by quality is changed."""
+        content = rankings(key, "x", FIVE)
+        ranked = content["rankings"][key["pairs"][0]["pair"]]
+        ranked["quality"] = change(ranked["quality"])
+        return content
+
     good = rankings(key, "good", FIVE)
-    bad = {
-        "cut": (json.dumps(good)[:-40], "can't be read as JSON"),
-        "list": ("[]", "does not hold a JSON object"),
-        "other": (good | {"study": "another"}, "from another study"),
-        "half": (unranked(rankings(key, "h", FIVE), lambda pair: pair.pop("quality")), "pair 1 for quality"),
-        "short": (unranked(rankings(key, "s", FIVE), lambda pair: pair["similarity"].pop()), "pair 1 for similarity"),
-        "tie": (unranked(rankings(key, "t", FIVE), lambda pair: pair["quality"].__setitem__(0, pair["quality"][1])),
-                "pair 1 for quality"),
-        "null": (unranked(rankings(key, "n", FIVE), lambda pair: pair["quality"].__setitem__(0, None)),
-                 "pair 1 for quality"),
-        "none": ({"study": key["study"], "rater": "x", "saved": "", "rankings": None}, "pair 1 for similarity"),
-        "nameless": (rankings(key, "good", FIVE) | {"rater": 7}, "does not say who"),
-        "doubled": (good, "by rater good"),
-    }
-    names = [f"rankings-{name}.json" for name in bad]
-    table, _ = score(tmp_path, *(content for content, _ in bad.values()), good, names=[*names, "rankings-good.json"])
+    bad = [
+        (json.dumps(good)[:-40], "can't be read as JSON"),
+        ("[]", "does not hold a JSON object"),
+        (good | {"study": "another"}, "from another study"),
+        (pair_1(lambda names: names[1:]), "pair 1 for quality"),
+        (pair_1(lambda names: [names[1], *names[1:]]), "pair 1 for quality"),
+        (pair_1(lambda names: [None, *names[1:]]), "pair 1 for quality"),
+        (good | {"rankings": None}, "pair 1 for similarity"),
+        (good | {"rater": 7}, "does not say who"),
+    ]
+    table, _ = score(tmp_path, *(content for content, _ in bad), good)
     assert table["raters"] == ["good"] and len(table["left_out"]) == len(bad)
-    err = capsys.readouterr().err.splitlines()
-    assert len(err) == len(bad)
-    for line, (name, (_, reason)) in zip(err[:-1], list(bad.items())[:-1]):
-        assert line.startswith("left out: ") and f"rankings-{name}.json" in line and reason in line
-    assert "rankings-good.json is by rater good, as is" in err[-1]
+    for i, (line, (_, reason)) in enumerate(zip(capsys.readouterr().err.splitlines(), bad, strict=True)):
+        assert line.startswith("left out: ") and f"rankings-{i}.json" in line and reason in line
 
 
 def test_of_two_files_by_one_rater_the_one_saved_last_counts(tmp_path):
@@ -242,7 +192,7 @@ def test_of_two_files_by_one_rater_the_one_saved_last_counts(tmp_path):
     early = rankings(key, "a", FIVE[::-1], "2026-01-01T10:00:00.000Z")
     for contents in ((late, early), (early, late)):
         table, _ = score(tmp_path, *contents)
-        assert table["similarity"]["mean_rank_scores"][0][0] == 5 and len(table["left_out"]) == 1
+        assert means(table)[0][0] == 5 and "is by rater a, as is" in table["left_out"][0]
 
 
 # ---------------------------------------------------------------- the command line
@@ -251,24 +201,20 @@ def test_of_two_files_by_one_rater_the_one_saved_last_counts(tmp_path):
 @pytest.mark.parametrize("words, message", [
     ("make --methods cg nonsense", "--methods: there is no method nonsense; choose from "),
     ("make --methods cg shuffled", "--methods: there is no method shuffled"),
-    ("make --methods cg", "two to nine different"),
     ("make --methods cg cg", "two to nine different"),
     ("make --methods cg cg+pg --key study/key.json", "--key study/key.json is in the folder that the raters get"),
     ("make --methods cg cg+pg --out there", "--out there is there already"),
     ("make --methods cg cg+pg --key there", "--key there is there already"),
     ("make --methods cg cg+pg --pairs 0", "whole number"),
     ("score --key none.json rankings.json", "--key none.json: no such key"),
-    ("score --key other.json rankings.json", "--key other.json: no such key"),
-    ("score --key key.json none.json", "no file of rankings is left"),
+    ("score --key there/other.json rankings.json", "--key there/other.json: no such key"),
+    ("score --key there/key.json none.json", "no file of rankings is left"),
     ("score", "required: FILE"), ("nonsense", "nonsense"), ("", "required: make or score"),
 ])  # fmt: skip
 def test_bad_use_is_one_line(words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    Path("there").mkdir()
-    write_json({"study": "a", "methods": ["cg", "cg+pg"], "pairs": []}, Path("key.json"))
-    write_json({}, Path("other.json"))
-    if words.startswith("make"):
-        Path("key.json").unlink()
+    write_json({"study": "a", "methods": ["cg", "cg+pg"], "pairs": []}, Path("there", "key.json"))
+    write_json({}, Path("there", "other.json"))
     with pytest.raises(SystemExit) as left, one_line_errors():
         study.main(words.split())
     *before, line = capsys.readouterr().err.splitlines()
@@ -284,66 +230,51 @@ def test_under_torchrun_it_says_how_to_paint_on_many_gpus(tmp_path, monkeypatch)
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A study of three of the toy's pairs, at 64 pixels, and the options with which it was made."""
-    root = tmp_path_factory.mktemp("made")
-    write_world(root / "world", size=64, base=0, ads=8, bg1k=2, pairs=5, workers=1, parts=("ads",))
-    options = ["--data", str(root / "world" / "ads"), "--steps", "1", "--size", "64", "--dtype", "float32",
-               "--device", "cpu"]
-    paths = ["--pictures", str(root / "results"), "--out", str(root / "study"), "--key", str(root / "key.json")]
-    study.main(["make", "--methods", "cg", "cg+pg", "stable-diffusion", "--pairs", "3", *options, *paths])
-    return root, options
+def painting(tmp_path_factory):
+    """The options of a study of three of the toy's pairs, at 64 pixels, in one step."""
+    root = tmp_path_factory.mktemp("painting")
+    write_world(root, size=64, base=0, ads=8, bg1k=2, pairs=3, workers=1, parts=("ads",))
+    return ["--data", str(root / "ads"), "--steps", "1", "--size", "64", "--dtype", "float32", "--device", "cpu"]
 
 
-def test_make_writes_what_raters_get_and_score_counts_it(made, tmp_path):
-    root, _ = made
-    key = json.loads((root / "key.json").read_text())
-    assert len({*(root / "study" / "pictures").iterdir()}) == 3 * 5 and not (root / "study" / "key.json").exists()
+def make(root: Path, *options: str) -> dict[Path, int]:
+    """Makes a study, and returns the times at which its pictures were painted."""
+    study.main(["make", *options, "--pictures", str(root / "results"), "--out", str(root / "study"), "--key",
+                str(root / "key.json")])
+    return {path: path.stat().st_mtime_ns for path in root.glob("results/**/*.png")}
+
+
+def test_make_paints_what_is_missing_and_score_counts_it(painting, tmp_path, monkeypatch):
+    """A second, larger study and evaluate.py find the first one's pictures."""
+    before = make(tmp_path, *painting, "--methods", "cg", "stable-diffusion", "--pairs", "2")
+    key = json.loads((tmp_path / "key.json").read_text())
+    painted = {Image.open(path).tobytes(): path for path in before}
     for pair in key["pairs"]:
         for method, name in pair["candidates"].items():
-            painted = list((root / "results" / "pictures" / "ref").glob(f"{method}-????????/*.png"))
-            shown = Image.open(root / "study" / "pictures" / f"{name}.png").tobytes()
-            assert [Path(pair["product"]).stem in path.name for path in painted
-                    if Image.open(path).tobytes() == shown] == [True]
-    write_json(key, tmp_path / "key.json")
-    table, _ = score(tmp_path, rankings(key, "a", ["cg+pg", "cg", "stable-diffusion"]))
-    assert [mean for mean, _ in table["similarity"]["mean_rank_scores"]] == [2, 3, 1]
-
-
-def test_nothing_is_painted_twice_by_make_or_by_evaluates_tables(made, tmp_path, monkeypatch, capsys):
-    """A larger study paints only what is missing, and evaluate.py finds all of it."""
-    root, options = made
-    before = {path: path.stat().st_mtime_ns for path in (root / "results").rglob("*.png")}
-    assert len(before) == 3 * 3
-    study.main(["make", "--methods", "cg", "cg+pg", *options, "--pictures", str(root / "results"), "--out",
-                str(tmp_path / "study"), "--key", str(tmp_path / "key.json")])
-    after = {path: path.stat().st_mtime_ns for path in (root / "results").rglob("*.png")}
-    assert len(after) == 2 * 5 + 3 and before.items() <= after.items()
-    assert "pairs: 5\n" in capsys.readouterr().out
+            path = painted[Image.open(tmp_path / "study" / "pictures" / f"{name}.png").tobytes()]
+            assert path.parent.name.startswith(f"{method}-") and Path(pair["product"]).stem in path.name
+    table, _ = score(tmp_path, rankings(key, "a", ["stable-diffusion", "cg"]))
+    assert means(table) == [[1, 2], [2, 1]]
+    (tmp_path / "study").rename(tmp_path / "first")
+    (tmp_path / "key.json").unlink()
+    after = make(tmp_path, *painting, "--methods", "cg", "cg+pg")
+    assert len(before) == 2 * 2 and len(after) == 2 * 3 + 2 and before.items() <= after.items()
     monkeypatch.setattr(methods, "paint_items", None)  # can't be called
-    lab = lab_of(evaluate.options().parse_args(["table2", *options]), root / "results")
+    lab = lab_of(evaluate.options().parse_args(["table2", *painting]), tmp_path / "results")
     assert {path for method in ("cg", "cg+pg") for path in lab.pictures(method, lab.items("ref"), "ref")} <= {*after}
 
 
-def test_the_seed_draws_the_pairs(made, tmp_path):
-    root, options = made
+def test_the_seed_draws_the_pairs_and_one_whose_picture_cannot_be_read_is_named_and_left_out(
+        painting, tmp_path, capsys, monkeypatch):
+    def paint(lab, method, items, folder, chosen):
+        drawn.append(tuple(chosen))
+        return [items[i].image for i in chosen[:-1]] + [tmp_path / "broken.png"]
+
+    monkeypatch.setattr(methods.Lab, "pictures", paint)
+    (tmp_path / "broken.png").write_bytes(b"")
     drawn = []
-    for seed in range(4):
-        args = study.options().parse_args(["make", *options, "--seed", str(seed)])
-        lab = lab_of(args, tmp_path)
-        drawn.append(study.choose([*range(len(lab.items("ref")))], 2, lab.seed))
-    assert len({*map(tuple, drawn)}) > 1
-
-
-def test_a_pair_whose_picture_cannot_be_read_is_named_and_left_out(made, tmp_path, capsys):
-    root, options = made
-    results = tmp_path / "results"
-    words = ["--methods", "stable-diffusion", "cg", "--pairs", "2", *options, "--pictures", str(results), "--key",
-             str(tmp_path / "key.json")]
-    study.main(["make", *words, "--out", str(tmp_path / "first")])
-    broken = next(results.rglob("cg-*/*.png"))
-    broken.write_bytes(b"")
-    (tmp_path / "key.json").unlink()
-    study.main(["make", *words, "--out", str(tmp_path / "second")])
-    said = capsys.readouterr()
-    assert "pairs: 1\n" in said.out and f"left out, with its pair: {broken}" in said.err
+    for seed in "0123":
+        make(tmp_path / seed, *painting, "--methods", "cg", "cg+pg", "--pairs", "2", "--seed", seed)
+        said = capsys.readouterr()
+        assert "pairs: 1\n" in said.out and f"left out, with its pair: {tmp_path / 'broken.png'}" in said.err
+    assert len({*drawn}) > 1

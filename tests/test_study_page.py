@@ -2,7 +2,6 @@
 from the system's packages or by playwright install chromium.
 """
 
-import itertools
 import json
 import shutil
 from collections import Counter
@@ -10,12 +9,14 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from test_study import written_study
+from test_study import means, written_study
 
 import study
 
 playwright = pytest.importorskip("playwright.sync_api")
+pytestmark = pytest.mark.slow
 PAIRS = 5
+LETTERS = "abcde"  # of the candidates, by place
 LAPTOP, PHONE = {"width": 1366, "height": 768}, {"width": 390, "height": 844}
 
 
@@ -65,10 +66,19 @@ def shown(page) -> list[str]:
     return page.eval_on_selector_all(".candidate", "cards => cards.map((card) => card.dataset.name)")
 
 
-def ranked(page) -> list[str | None]:
-    """The names in the ranking, from the best to the worst."""
-    names = "places => places.map((place) => place.querySelector('button')?.dataset.name ?? null)"
-    return page.eval_on_selector_all(".place", names)
+def ranking(page) -> str:
+    """From the best to the worst: a is the first candidate, b the second; - is a free place."""
+    button = "places => places.map((place) => place.querySelector('button')?.dataset.name)"
+    letters = dict(zip(shown(page), LETTERS))
+    return "".join(letters.get(name, "-") for name in page.eval_on_selector_all(".place", button))
+
+
+def candidate(letter: str) -> str:
+    return f".candidate:nth-child({LETTERS.index(letter) + 1})"
+
+
+def place(index: int) -> str:
+    return f".place[data-place='{index}']"
 
 
 def question(page) -> str:
@@ -121,24 +131,25 @@ def test_from_the_first_key_to_table_3(visit, tmp_path):
     begin(page)
     for number in range(6):
         assert question(page) == f"{number // 2 + 1} of 3 · question {number % 2 + 1} of 2"
-        order = sorted(shown(page), key=lambda name: names.index(method[name]), reverse=number % 2 == 0)
+        places = {names.index(method[name]): letter for name, letter in zip(shown(page), LETTERS)}
+        order = places[0] + places[1] + places[2]
+        if number % 2 == 0:
+            order = order[::-1]
         if number in (1, 2):  # from the worst place to the best
-            for place in (2, 1):
-                drag(page, f".candidate[data-name='{order[place]}']", f".place[data-place='{place}']")
+            for index in (2, 1):
+                drag(page, candidate(order[index]), place(index))
         else:
-            press(page, " ".join(str(shown(page).index(name) + 1) for name in order[:-1]))
-        assert ranked(page) == order  # the last one by itself
+            press(page, " ".join(str(LETTERS.index(letter) + 1) for letter in order[:-1]))
+        assert ranking(page) == order  # the last one by itself
         if number == 3:
             page.reload()
-            assert ranked(page) == order
+            assert ranking(page) == order
         press(page, "Enter")
     file = save(page, tmp_path)
     assert file.name == "rankings-7.json"
     study.main(["score", "--key", str(tmp_path / "key.json"), "--out", str(tmp_path), str(file)])
     table = json.loads((tmp_path / "table3.json").read_text())
-    assert [mean for mean, _ in table["similarity"]["mean_rank_scores"]] == [1, 2, 3]
-    assert [mean for mean, _ in table["quality"]["mean_rank_scores"]] == [3, 2, 1]
-    assert table["raters"] == ["7"]
+    assert means(table) == [[1, 2, 3], [3, 2, 1]] and table["raters"] == ["7"]
     text = json.loads(page.input_value("#text"))
     assert text["rankings"] == json.loads(file.read_text(encoding="utf-8"))["rankings"]
 
@@ -158,88 +169,76 @@ def test_each_rater_sees_each_method_equally_often_in_each_place_and_in_an_order
 def test_every_key_does_what_the_list_of_keys_says(visit):
     page = visit("keys")
     begin(page)
-    a, b, c, d, e = shown(page)
-    press(page, "3 1")
-    assert ranked(page) == [c, a, None, None, None]
-    press(page, "3")  # takes it back
-    assert ranked(page) == [None, a, None, None, None]
-    press(page, "u u")
-    assert ranked(page) == [c, None, None, None, None]
-    press(page, "ArrowRight ArrowRight ArrowDown")  # the second picture: to the worst place
-    assert ranked(page) == [c, None, None, None, b]
-    press(page, "ArrowUp ArrowUp ArrowUp")
-    assert ranked(page) == [c, b, None, None, None]
-    press(page, "ArrowUp")  # the other one makes room
-    assert ranked(page) == [b, c, None, None, None]
-    press(page, "Enter")  # on a picture that is ranked: takes it back
-    assert ranked(page) == [None, c, None, None, None]
-    press(page, "2 4 1")
-    assert ranked(page) == [b, c, d, a, e]
+    for keys, expected in (
+        ("3 1", "ca---"),
+        ("3", "-a---"),  # takes it back
+        ("u u", "c----"),
+        ("ArrowRight ArrowRight ArrowDown", "c---b"),  # the second picture: to the worst place
+        ("ArrowUp ArrowUp ArrowUp", "cb---"),
+        ("ArrowUp", "bc---"),  # the other one makes room
+        ("Enter", "-c---"),  # on a picture that is ranked: takes it back
+        ("2 4 1", "bcdae"),
+    ):
+        press(page, keys)
+        assert ranking(page) == expected
     press(page, "Enter")
-    assert question(page).endswith("question 2 of 2") and ranked(page) == [None] * 5
+    assert question(page).endswith("question 2 of 2") and ranking(page) == "-----"
     press(page, "Enter")  # not before all are ranked
     assert question(page).endswith("question 2 of 2") and "5 left" in page.text_content("#live")
     press(page, "b")
-    assert question(page).endswith("question 1 of 2") and ranked(page) == [b, c, d, a, e]
+    assert question(page).endswith("question 1 of 2") and ranking(page) == "bcdae"
     press(page, "l")
     assert page.get_attribute("html", "lang") == "zh-CN"
     press(page, "?")
     assert page.is_visible("#keys")
     press(page, "Escape 2")
-    assert not page.is_visible("#keys") and ranked(page)[0] is None
+    assert not page.is_visible("#keys") and ranking(page) == "-cdae"
 
 
 def test_all_rankings_can_be_reached_by_dragging(visit):
     """From the candidates in any order, then from place to place, then out of the ranking."""
     page = visit("drag")
     begin(page)
-    a, b, c, d, e = shown(page)
-    for name, place in ((b, 4), (a, 0), (e, 0)):
-        drag(page, f".candidate[data-name='{name}']", f".place[data-place='{place}']")
-    assert ranked(page) == [e, a, None, None, b]
-    drag(page, ".place [data-name]", ".place[data-place='4']")  # e: b makes room
-    assert ranked(page) == [None, a, None, b, e]
-    drag(page, f".candidate[data-name='{c}']", ".place[data-place='1']")
-    assert ranked(page) in ([a, c, d, b, e], [d, c, a, b, e])  # the last one by itself
-    drag(page, f".place [data-name='{e}']", "#question")
-    assert e not in ranked(page) and c in ranked(page)
+    for letter, index in (("b", 4), ("a", 0), ("e", 0)):
+        drag(page, candidate(letter), place(index))
+    assert ranking(page) == "ea--b"
+    drag(page, place(0), place(4))  # b makes room
+    assert ranking(page) == "-a-be"
+    drag(page, candidate("c"), place(1))
+    assert ranking(page) in ("acdbe", "dcabe")  # the last one by itself
+    drag(page, place(4), "#question")
+    assert "e" not in ranking(page) and "c" in ranking(page)
 
 
 def test_insertion_moves_as_few_others_as_possible(visit):
-    """Compared with all ways to fill the places: the others keep their order, and only those up to a gap move."""
+    """Only those up to the nearest free place move; the place that the picture leaves is the nearer of two as near."""
     page = visit("insert")
     begin(page)
-    names = shown(page)[:3]
-    for gaps, place in itertools.product(itertools.combinations(range(5), 2), range(5)):
-        before = [None if i in gaps else names[i - sum(gap < i for gap in gaps)] for i in range(5)]
-        after = page.evaluate("([places, name, place]) => inserted(places, name, place)", [before, names[0], place])
-        assert after[place] == names[0] and sorted(filter(None, after)) == sorted(names)
-        others = [name for name in before if name not in (None, names[0])]
-        assert [name for name in after if name in others] == others or before.index(names[0]) != place
-        nearest = min(abs(i - place) for i in [*gaps, before.index(names[0])])
-        assert sum(before.index(name) != after.index(name) for name in others) <= nearest
+    for before, index, after in (("abc--", 4, "-bc-a"), ("abc--", 2, "-bac-"), ("-abc-", 3, "--bac"),
+                                 ("bac--", 2, "bca--"), ("-bac-", 1, "-abc-"), ("-cb-a", 1, "cab--")):
+        inserted = "([before, index]) => inserted([...before].map((x) => x === '-' ? null : x), 'a', index)"
+        assert page.evaluate(inserted, [before, index]) == [None if x == "-" else x for x in after], (before, index)
 
 
 def test_a_phone_taps_drags_by_the_grip_and_looks_in_full_size(visit):
     page = visit("phone", PHONE, touch=True)
     begin(page)
-    a, b, *_ = shown(page)
-    page.tap(f".candidate[data-name='{b}'] .pick")
-    assert ranked(page)[0] == b
+    page.tap(f"{candidate('b')} .pick")
+    assert ranking(page) == "b----"
     touch = page.context.new_cdp_session(page)
 
     def centre(selector: str) -> dict:
         box = page.locator(selector).bounding_box()
         return {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
 
-    start, end = centre(f".candidate[data-name='{a}'] .grip"), centre(".place[data-place='0']")
+    start, end = centre(f"{candidate('a')} .grip"), centre(place(0))
     between = {axis: (start[axis] + end[axis]) / 2 for axis in "xy"}
     for kind, points in (("touchStart", [start]), ("touchMove", [between]), ("touchMove", [end]), ("touchEnd", [])):
         touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
-    page.wait_for_function(f"places()[0] === '{a}'")
-    assert ranked(page)[:2] == [a, b]
+    page.wait_for_function("numberOf(places()[0]) === 1")
+    assert ranking(page) == "ab---"
     for _ in range(3):  # a busy browser may take a tap right after a drag for the drag's end
-        page.tap(f".candidate[data-name='{b}'] .look")
+        page.tap(f"{candidate('b')} .look")
         with suppress(playwright.TimeoutError):
             page.wait_for_selector("#full[open]", timeout=10_000)
             break
@@ -300,7 +299,7 @@ def test_a_screen_reader_hears_what_is_shown(visit):
     assert nameless == []
 
 
-def test_two_people_share_a_browser_and_keep_their_answers_apart(visit):
+def test_two_people_share_a_browser_and_keep_their_answers_apart(visit, tmp_path):
     page = visit()
     page.fill("#name", " 王 ")
     press(page, "Enter")
@@ -308,15 +307,13 @@ def test_two_people_share_a_browser_and_keep_their_answers_apart(visit):
     page.click("#rater")
     page.fill("#name", "Ann / B.")
     begin(page)
-    assert question(page).startswith("1 of") and ranked(page) == [None] * 5
+    assert question(page).startswith("1 of") and ranking(page) == "-----"
     finish(page)
-    with page.expect_download() as download:
-        page.click("#save")
-    assert download.value.suggested_filename == "rankings-Ann-B-.json"
+    assert save(page, tmp_path).name == "rankings-Ann-B-.json"
     page.click("#another")
     page.fill("#name", "王")
     begin(page)
-    assert question(page).endswith("question 2 of 2") and ranked(page)[0] == shown(page)[0]
+    assert question(page).endswith("question 2 of 2") and ranking(page) == "a----"
 
 
 def test_where_the_browser_keeps_nothing_it_says_so_and_the_study_can_be_finished(visit, tmp_path):
