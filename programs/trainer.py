@@ -94,6 +94,14 @@ def learning_rate(step: int, lr: float, steps: int, warmup: int, decay: float) -
     return lr * up * down
 
 
+def update_averages(averages: list[Tensor], parameters: list[Tensor], step: int, ema: float) -> None:
+    """Moves exponential averages of the weights towards the weights: each keeps the fraction `ema` of its value, at
+    first less, so that it follows faster.
+    """
+    rate = min(ema, (1 + step) / (10 + step))
+    torch._foreach_lerp_(averages, [p.detach() for p in parameters], 1 - rate)
+
+
 # ---------------------------------------------------------------- the trainer
 
 
@@ -192,8 +200,7 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.averages:
-            rate = min(s.ema, (1 + step) / (10 + step))  # they follow faster at first
-            torch._foreach_lerp_(self.averages, [p.detach() for p in self.parameters], 1 - rate)
+            update_averages(self.averages, self.parameters, step, s.ema)
 
     def record(self, step: int, loss: float) -> None:
         """Every --log-every steps shows the mean loss since the time before, and adds it to log.jsonl."""

@@ -134,3 +134,8 @@ def inputs(batch: int = 2) -> SimpleNamespace:
         prompts=Prompts(*(random(batch, 7, 24, seed=11 + i) for i in range(3))),
         hint=random(batch, 3, 128, 128, seed=14).sigmoid(), hint_ref=random(batch, 3, 128, 128, seed=15).sigmoid(),
         mask=(3 * ramp - 1).clamp(0, 1).expand(batch, 1, 128, 128).clone())  # 0, then a ramp, then 1
+
+
+def split_prompt(P_fg: Tensor, P_bg: Tensor) -> tuple[Tensor, Tensor]:
+    """The context of Eq. 3."""
+    return P_fg, P_bg
