@@ -139,3 +139,15 @@ def inputs(batch: int = 2) -> SimpleNamespace:
 def split_prompt(P_fg: Tensor, P_bg: Tensor) -> tuple[Tensor, Tensor]:
     """The context of Eq. 3."""
     return P_fg, P_bg
+
+
+class Still(nn.Module):
+    """A stand-in for the UNet: keeps the z_t and t that it sees, and predicts zero noise."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv_in, self.seen = nn.Conv2d(4, 4, 1), []
+
+    def forward(self, z, t, context, residuals=None):
+        self.seen.append((z.clone(), int(t[0])))
+        return torch.zeros(len(context), *z.shape[1:])  # a row per prompt: both guidance passes

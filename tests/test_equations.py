@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SD1, inputs, random, randomise, relative_error, split_prompt, write_tiny_toy
+from conftest import SD1, Still, inputs, random, randomise, relative_error, split_prompt, write_tiny_toy
 from torch import nn
 
 import data
@@ -131,22 +131,6 @@ def test_every_cross_attention_of_cg_is_mask_guided_with_M_at_its_resolution(une
         assert torch.equal(P_fg, i.prompts.P_fg) and torch.equal(P_bg, i.prompts.P_bg)
 
 
-def a_controlnet(branch) -> ControlNet:
-    """An ordinary ControlNet with the weights of CG or PG."""
-    plain = ControlNet(branch.config)
-    plain.load_state_dict(branch.state_dict())
-    return plain
-
-
-def test_cg_with_plain_attention_is_a_controlnet_on_P(unet, cg):
-    """`train.py cg --attention plain` writes "attention": "plain" to config.json."""
-    i, plain = inputs(), CategoryGenerator(cg.config | {"attention": "plain"})
-    plain.load_state_dict(cg.state_dict())
-    ours, theirs = (predict_noise(unet, i.z, i.t, i.prompts, [(branch, branch.hint_features(i.hint))], i.mask)
-                    for branch in (plain, a_controlnet(cg)))
-    assert torch.equal(ours, theirs)
-
-
 # ---------------------------------------------------------------- Eq. 4 and the branches (sections 3.1 and 3.3)
 
 
@@ -154,8 +138,10 @@ def test_eq4_pg_is_a_controlnet_on_P_times_one_minus_M_and_exactly_zero_on_the_p
     i = inputs()
     i.mask = torch.linspace(0, 2, 128).clamp(max=1).expand(2, 1, 128, 128)  # a ramp; the right half is the product
     assert all(conv.bias.abs().min() > 0 for conv in (*pg.controlnet_down_blocks, pg.controlnet_mid_block))
-    context = pg.reads(i.prompts)
-    ys, xs = pg(i.z, i.t, context, i.hint_ref, i.mask), a_controlnet(pg)(i.z, i.t, i.prompts.P, i.hint_ref)
+    controlnet = ControlNet(pg.config)
+    controlnet.load_state_dict(pg.state_dict())
+    xs = controlnet(i.z, i.t, i.prompts.P, i.hint_ref)
+    ys = pg(i.z, i.t, pg.reads(i.prompts), i.hint_ref, i.mask)
     assert [y.shape[-1] for y in ys] == [16, 16, 16, 8, 8, 8, 4, 4, 4, 2, 2, 2, 2]
     for y, x in zip(ys, xs, strict=True):
         h, w = y.shape[2:]
@@ -511,18 +497,6 @@ def test_guidance_1_ignores_the_unconditional_prompts(unet, prompts):
     nothing = Prompts(*(torch.full_like(p, torch.nan) for p in prompts))
     z = sample(unet, Schedule(), Conditions(prompts, nothing), seeded(0, 3), (4, 16, 16), Painting(2, guidance=1))
     assert z.isfinite().all()
-
-
-class Still(nn.Module):
-    """A stand-in for the UNet: keeps its inputs and predicts zero noise."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv_in, self.seen = nn.Conv2d(4, 4, 1), []
-
-    def forward(self, z, t, context, residuals=None):
-        self.seen.append((z.clone(), int(t[0])))
-        return torch.zeros(len(context), *z.shape[1:])  # a row per prompt: both guidance passes
 
 
 @pytest.mark.parametrize("with_reference", [False, True])
