@@ -283,7 +283,7 @@ def test_dilate_equals_eq5_written_out(theta):
 
 @pytest.mark.parametrize("given, low, high", [({}, 0.75, 0.95), ({"sigma": (1, 1)}, 1, 1)], ids=["paper", "none"])
 def test_mixup_equals_eq6_written_out_and_the_hint_is_its_background(given, low, high):
-    I, I_rand, M = (random(channels, 16, 16, seed=channels).sigmoid() for channels in (3, 3, 1))
+    I, I_rand, M = (random(channels, 16, 16, seed=n).sigmoid() for n, channels in enumerate((3, 3, 1)))
     hint = perturb(I, M, I_rand, generator(), theta=0, **given)
     sigma = low + (high - low) * torch.rand((), generator=generator())
     torch.testing.assert_close(hint, (sigma * I + (1 - sigma) * I_rand) * (1 - M))
