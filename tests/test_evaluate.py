@@ -227,7 +227,8 @@ def test_blended_diffusion_follows_the_gradient_of_the_clip_distance(sd, monkeyp
 
     monkeypatch.setattr("rivals.baselines.stable_diffusion", lambda *arguments: guides.append(arguments[-1]))
     monkeypatch.setattr(StableDiffusion, "decode", lambda self, z: decode(z))
-    blended_diffusion(sd, Canvas(None, mask, [], [], decode(reference), reference_mask), SamplerSettings(), clip, strength)
+    blended_diffusion(sd, Canvas(None, mask, [], [], decode(reference), reference_mask), SamplerSettings(), clip,
+                      strength)
     added = guides[0](eps_model, z, t) - eps_model(z, t)
     slope = (distance(z + 1e-5 * direction) - distance(z - 1e-5 * direction)).item() / 2e-5
     expected = strength * math.sqrt(1 - alpha_bar) * slope
