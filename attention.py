@@ -47,7 +47,7 @@ class Attention(nn.Module):
     x (B, N, C); context (B, L, D) or None -> (B, N, C). With the prompt's encoding P as context this is CA(x, P).
     """
 
-    on_weights: Callable[[Tensor], None] | None = None  # if set, called with (B, heads, N, L); in Eq. 3 twice
+    on_weights: Callable[[Tensor], None] | None = None  # for maps: called with (B, heads, N, L); in Eq. 3 twice
 
     def __init__(self, channels: int, heads: int, context_channels: int | None = None):
         super().__init__()
@@ -112,7 +112,10 @@ def one_row_per_prompt(x: Tensor, context: Tensor | SplitPrompt) -> Tensor:
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention, feed-forward, each added to its input."""
+    """Self-attention, cross-attention, feed-forward, each added to its input.
+
+    "All the attention layers" that the paper replaces in CG are read as all cross-attentions.
+    """
 
     def __init__(self, channels: int, heads: int, context_channels: int):
         super().__init__()
@@ -124,7 +127,7 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(channels)
 
     def forward(self, x: Tensor, context: Tensor | SplitPrompt, M: Tensor | None = None) -> Tensor:
-        """x (B, N, C) -> (B, N, C). context: P (B, L, D), or P_fg and P_bg with M (B, N, 1)."""
+        """x (B, N, C) -> (B, N, C), or (2B, N, C). context: P (B, L, D), or P_fg and P_bg with M (B, N, 1)."""
         x = one_row_per_prompt(x + self.attn1(self.norm1(x)), context)
         if isinstance(context, Tensor):
             x = x + self.attn2(self.norm2(x), context)  # Eq. 2
@@ -149,7 +152,7 @@ class SpatialTransformer(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | SplitPrompt, mask: Tensor | None = None) -> Tensor:
         """context: P, or P_fg and P_bg with mask M (B, 1, H, W), at any resolution."""
-        residual, (h, w) = x, x.shape[2:]  # (B, 320, 64, 64) in SD 1.5's first level, at 512 px
+        residual, (h, w) = x, x.shape[2:]  # (B, 320, 64, 64) in SD 1.5's first layer, at 512 px
         M = None if isinstance(context, Tensor) else mask_at(mask, h, w).flatten(2).transpose(1, 2)  # (2B, 4096, 1)
         x = self.norm(x).flatten(2).transpose(1, 2).contiguous()  # (B, 4096, 320), copied once for all layers below
         x = self.proj_in(x)

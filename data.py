@@ -32,7 +32,7 @@ TRANSLATION = 0.15  # the mask's copy moves at most this far, up or down and lef
 
 # ---------------------------------------------------------------- prompts
 
-PRODUCT, SCENE = "A photo of {}", "in the background of {}"  # section 3.2: P_fg, P_bg, and both as P
+FOREGROUND, BACKGROUND = "A photo of {}", "in the background of {}"  # section 3.2: P_fg, P_bg, and joined P
 IDENTIFIER = "sks {}"  # [D], section 5.1: 'sks' and the category's id
 
 
@@ -41,13 +41,11 @@ def prompt_texts(category: str, identifier: str | None, tokenizer=None) -> tuple
 
     With a tokenizer, a category that is too long for the text encoder is cut, but never the identifier after it.
     """
-    if identifier is None:
-        return (PRODUCT.format(category),) * 3
-    P_bg = SCENE.format(identifier)
-    if tokenizer:
-        category = tokenizer.shorten(category, PRODUCT.format(""), f", {P_bg}")
-    P_fg = PRODUCT.format(category)
-    return f"{P_fg}, {P_bg}", P_fg, P_bg
+    if tokenizer and identifier:
+        category = tokenizer.shorten(category, *prompt_texts("{}", identifier)[0].split("{}"))
+    fg = FOREGROUND.format(category)
+    bg = BACKGROUND.format(identifier)
+    return (f"{fg}, {bg}", fg, bg) if identifier else (fg, fg, fg)
 
 
 def prompts_by_category(identifiers: dict[str, str | None], tokenizer) -> dict[str, tuple[str, str, str]]:
@@ -55,9 +53,9 @@ def prompts_by_category(identifiers: dict[str, str | None], tokenizer) -> dict[s
     return {name: prompt_texts(name, identifier, tokenizer) for name, identifier in identifiers.items()}
 
 
-def caption_of(item: Item) -> tuple[str, str] | None:
-    """An item's own words in the two halves of the prompt; None if it has none."""
-    return (PRODUCT.format(item.product), SCENE.format(item.scene)) if item.product and item.scene else None
+def caption_texts(item: Item) -> tuple[str, str, str] | None:
+    """The same of an item's own words for product and scene; None if it has none."""
+    return prompt_texts(item.product, item.scene) if item.product and item.scene else None
 
 
 # ---------------------------------------------------------------- what an ad is painted from
@@ -70,7 +68,7 @@ class AdInputs(NamedTuple):
     mask: Tensor  # (1, H, W), M
     texts: tuple[str, str, str]  # for P, P_fg, P_bg
     seed: int
-    reference: tuple[Tensor, Tensor] | None = None  # I_ref (3, H', W') and M_ref (1, H', W')
+    reference: tuple[Tensor, Tensor | None] | None = None  # I_ref (3, H', W') and M_ref (1, H', W'), which PG needs
 
 
 class Canvas(NamedTuple):
@@ -87,7 +85,7 @@ class Canvas(NamedTuple):
 def load_ad(item: Item, size: int) -> tuple[Tensor, Tensor]:
     """A whole ad and its mask, (3, size, size) and (1, size, size). Raises BadInput.
 
-    Both are cropped to the largest square, centred as near to the product's centroid as it fits.
+    Both are cropped to the largest square, centred as near to the product's centroid as it fits; ours.
     """
     image, mask = load_masked(item.image, item.mask, "image", MASK_OF_ITEM, item.inverted)
     h, w = mask.shape[1:]
@@ -145,7 +143,7 @@ def background_hint(image: Tensor, mask: Tensor) -> Tensor:
 
 
 def dilate(mask: Tensor, theta: int) -> Tensor:
-    """Eq. 5: Dilate(M | θ), the maximum over θ x θ pixels around each pixel. (1, H, W) -> (1, H, W)."""
+    """Eq. 5: Dilate(M | θ), the maximum over θ x θ pixels around each, (1, H, W) -> (1, H, W). The square is ours."""
     before, after = theta // 2, (theta - 1) // 2
     mask = F.pad(mask, (before, after, before, after))
     mask = F.max_pool2d(mask, (theta, 1), stride=1)  # a square's maximum is its columns' largest maximum:
@@ -157,15 +155,15 @@ def perturb(image: Tensor, mask: Tensor, other: Tensor, generator: Generator, th
     """PG's hint in training: a background whose outline and elements can't simply be copied.
 
     image I, other I_rand (3, H, W), mask M (1, H, W) -> (3, H, W). theta is in pixels of a 512 x 512 image; σ is
-    uniform in the range sigma. theta 0 leaves the mask as it is, and sigma (1, 1) leaves out the mixup: Fig. 7 compares
-    no perturbation, dilation alone, and both. All randomness comes from the CPU `generator`, so a run can be resumed.
+    uniform in the range sigma. theta 0 leaves the mask as it is, and sigma (1, 1) leaves out the mixup (Fig. 7). Eq. 4
+    keeps the true M, so that PG learns to paint M_aug − M. All randomness comes from `generator`: a run can be resumed.
     """
     h, w = mask.shape[1:]
     M_aug = mask
     if theta:
         M_aug = dilate(mask, max(1, round(theta * min(h, w) / 512)))  # Eq. 5
         dy, dx = ((torch.rand(2, generator=generator) * 2 - 1) * TRANSLATION * torch.tensor([h, w])).int().tolist()
-        moved = F.pad(M_aug, (dx, -dx, dy, -dy))
+        moved = F.pad(M_aug, (dx, -dx, dy, -dy))  # by dx and dy, with zeros behind
         # Their union hides the product itself, whatever is drawn
         M_aug = M_aug.maximum(moved).maximum(random_masks(h, w, generator))
     s = sigma[0] + (sigma[1] - sigma[0]) * torch.rand((), generator=generator)  # σ
@@ -194,7 +192,7 @@ class TrainingSamples(Dataset):
     Each has "index". `pictures` adds "image" and "mask". `perturbed` adds PG's hint, "background" (Eq. 5, 6), with
     `theta` and `sigma` as in `perturb`. `latents` adds what one step of Eq. 1 draws: "z_0", "eps" and "t" (see
     `diffuse`), and "drop" in [0, 1), which decides whether the prompt is dropped; for an inpainting UNet also
-    "inpainting" (5, h, w). They come from programs/latents.py in equal parts; `scale` makes them the UNet's z.
+    "inpainting" (5, h, w). latents: equally many ads in each part (programs/latents.py), unscaled; z is `scale` larger.
     """
 
     def __init__(self, items: list[Item], size: int, latents: list[dict[str, Tensor]] | None = None, scale: float = 1.0,

@@ -40,12 +40,12 @@ def encode_prompts(sd: StableDiffusion, texts: list[tuple[str, str, str]]) -> Pr
 
 @torch.inference_mode()
 def paint(sd: StableDiffusion, canvas: Canvas, settings: SamplerSettings, cg: ControlNet | None = None,
-          pg: ControlNet | None = None, on_step: Callable | None = None, begin: Tensor | None = None,
+          pg: ControlNet | None = None, on_step: Callable | None = None, initial: Tensor | None = None,
           start: int | None = None) -> Tensor:
     """Paints backgrounds (Fig. 2) -> (B, 3, H, W) float32 in [0, 1], the products not yet pasted back.
 
     cg: CG, or a plain ControlNet in its place; without it the base paints alone. pg sees the references, if any.
-    begin (B, 3, H, W), start: what z_T is made from, and at which timestep; by default the references, at the first.
+    initial (B, 3, H, W), start: pictures that z_T is made from, and its timestep; else the whole references, the first.
     """
     weight, branches = sd.unet.conv_in.weight, []
     rgb, mask = canvas.rgb.to(weight), canvas.mask.to(weight)  # (B, 3, 512, 512), (B, 1, 512, 512)
@@ -55,9 +55,9 @@ def paint(sd: StableDiffusion, canvas: Canvas, settings: SamplerSettings, cg: Co
     if pg and canvas.reference is not None:
         hint = background_hint(canvas.reference.to(weight), canvas.reference_mask.to(weight))
         branches.append((pg, pg.hint_features(hint)))
-    if begin is None and settings.from_reference:
-        begin = canvas.reference
-    z_ref = None if begin is None else sd.encode(begin)  # (B, 4, 64, 64)
+    if initial is None and settings.from_reference:
+        initial = canvas.reference
+    z_ref = None if initial is None else sd.encode(initial)  # (B, 4, 64, 64)
     conditions = Conditions(encode_prompts(sd, canvas.texts), encode_prompts(sd, [("", "", "")] * len(rgb)), branches,
                             mask, sd.inpainting(rgb, mask))
     z = sample(sd.unet, sd.schedule, conditions, canvas.generators, sd.latent_shape(*rgb.shape[2:]), settings, z_ref,
@@ -69,7 +69,7 @@ def paste_back(painted: Tensor, painted_mask: Tensor, box: tuple[int, int, int, 
                spread: int = 1) -> Tensor:
     """Pastes the product over the painted canvas (3, h, w) -> (3, H, W) uint8 in its own frame. box is from `fit`.
 
-    Where M = 1 the result has exactly the product's pixels: the product must stay unchanged (section 1). The networks
+    Where M = 1 the result has exactly the product's pixels: the product must stay unchanged (section 2.2). The networks
     paint the product too, and it spreads about `spread` pixels beyond its edge in painted_mask, which is M (1, h, w) on
     the canvas. There the scene is continued from further out, so that no glow surrounds the product.
     """
@@ -77,7 +77,7 @@ def paste_back(painted: Tensor, painted_mask: Tensor, box: tuple[int, int, int, 
     top, left, h, w = box
     M = mask.masked_fill(mask >= SOLID, 1)
     scene = resize(painted[:, top : top + h, left : left + w], *rgb.shape[1:])
-    return torch.cat([to_bytes(F * M + B * (1 - M)) for F, B in zip(rgb.split(1), scene.split(1))])  # saves memory
+    return torch.cat([to_bytes(fg * M + bg * (1 - M)) for fg, bg in zip(rgb.split(1), scene.split(1))])  # saves memory
 
 
 def canvas_of(ads: list[AdInputs], h: int, w: int, generators: list[torch.Generator]) -> tuple[Canvas, list[tuple]]:
@@ -108,11 +108,10 @@ def paint_ads(ads: list[AdInputs], models: Models, settings: SamplerSettings, pa
     for i, ad in enumerate(ads):
         size = canvas_size(*ad.mask.shape[1:], models.size, models.multiple)
         batches[size, ad.reference is not None].append(i)
-    for ((h, w), with_reference), batch in batches.items():
+    for ((h, w), _), batch in batches.items():
         chosen, painted = [ads[i] for i in batch], None
         generators = [seeded(ad.seed)[0] for ad in chosen]
-        text = f"{len(batch)} at once{', with references' if with_reference else ''}"
-        with tqdm(total=count_steps(models, settings), desc=text, unit="step", leave=False, disable=None) as bar:
+        with tqdm(total=count_steps(models, settings), desc=f"{len(batch)} at once", leave=False, disable=None) as bar:
             for n in dict.fromkeys((1, settings.refine)):  # the canvas of the second pass is n times larger
                 canvas, boxes = canvas_of(chosen, n * h, n * w, generators)
                 paint_pass = painter if painted is None else partial(second_pass, paint, models, settings, painted)

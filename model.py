@@ -5,6 +5,7 @@ differ from ControlNet in one function each; `predict_noise`, which runs SD, CG 
 from a public config.json, and its parameters carry the names of the public diffusers folders.
 
 Shapes: images (B, 3, H, W); latents z (B, 4, h, w), h = H/f, f = 8 for SD 1.5; prompts P (B, L, D); hints (B, 3, H, W).
+With guidance, prompts, masks and all that comes after the first cross-attention have 2B rows, those of '' first.
 """
 
 import math
@@ -135,7 +136,7 @@ class MidBlock(nn.Module):
 class UpBlock(nn.Module):
     """One level of the decoder. x (B, C_in, h, w) -> (B, C, 2h, 2w), or (B, C, h, w) in the last level.
 
-    Each layer takes x and one skip connection (B, S, h, w), most recent first.
+    Each layer takes x and one skip connection (B, S, h, w), the last of `skips`, which it removes.
     """
 
     def __init__(self, layers: int, in_channels: int, out_channels: int, skip_channels: list[int], time_channels: int,
@@ -240,7 +241,7 @@ class UNet(UNetEncoder):
 
         residuals: what the branches add, one tensor per skip connection and one for the middle block (13 for SD 1.5).
         """
-        time = self.embed_time(t)  # (B, 1280) for SD 1.5, as all shapes below
+        time = self.embed_time(t)  # (B or 1, 1280) for SD 1.5, as all shapes below
         x, skips = self.encode(self.conv_in(z), time, context)  # (2B, 1280, 8, 8) and 12 skips
         if residuals is not None:
             *skip_residuals, middle = residuals
@@ -352,7 +353,8 @@ class PersonalityGenerator(ControlNet):
     def residuals(self, z: Tensor, t: Tensor, context: Tensor, features: Tensor, mask: Tensor) -> list[Tensor]:
         """Eq. 4: y_i := y_i ⊗ (1 − M), for each output y_i (2B, C, h, w); M is the product's, never the reference's.
 
-        Where, the paper leaves open: here after the zero convolution, so that its bias can't leak onto the product.
+        The paper's y_i are cross-attentions' outputs. Here they are all 13 outputs of the branch, as in ControlNet,
+        after the zero convolutions, so that no bias leaks onto the product.
         """
         ys = super().residuals(z, t, context, features)
         return [y * (1 - mask_at(mask, *y.shape[2:])).to(y) for y in ys]

@@ -113,10 +113,11 @@ def ddim(eps_model: Callable[[Tensor, int], Tensor], z_T: Tensor, schedule: Sche
     """Walks from z_T (B, 4, h, w) to z_0; yields (t, z_{t−1}, ẑ_0) after every step.
 
     eps_model(z, t) -> eps. For η > 0, generators, one per picture, draw each step's noise. edit(z, t) -> z can put
-    known parts of the picture back into each step's result; t is that result's timestep, below 0 at the end.
+    known parts of the picture back into each step's result (rivals/); t is the result's timestep, below 0 at the end.
     With `start`, only timesteps up to it are visited, and z_T belongs to the first of them.
     """
-    z, stride = z_T, schedule.T // steps  # (B, 4, 64, 64) for SD 1.5 at 512 px; 20 for 50 steps
+    z = z_T  # (B, 4, 64, 64) for SD 1.5 at 512 px
+    stride = schedule.T // steps  # 20 for 50 steps
     for t in schedule.timesteps(steps, start):
         eps = eps_model(z, t)
         noise = torch.cat([draw_noise(z.shape[1:], g) for g in generators]).to(z) if eta > 0 else None
@@ -126,14 +127,6 @@ def ddim(eps_model: Callable[[Tensor, int], Tensor], z_T: Tensor, schedule: Sche
 
 
 SAMPLERS = {"ddim": ddim, "dpm++": dpm}
-
-
-def walk(eps_model: Callable[[Tensor, int], Tensor], z_T: Tensor, schedule: Schedule, settings: SamplerSettings,
-         generators: list[torch.Generator], edit: Callable[[Tensor, int], Tensor] | None = None,
-         start: int | None = None) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Runs the sampler that the settings name."""
-    noise = {"eta": settings.eta, "generators": generators} if settings.eta else {}  # DDIM's alone
-    return SAMPLERS[settings.sampler](eps_model, z_T, schedule, settings.steps, edit=edit, start=start, **noise)
 
 
 def seeded(seed: int, count: int = 1) -> list[torch.Generator]:
@@ -152,14 +145,15 @@ class Conditions(NamedTuple):
     prompts: Prompts
     unconditional: Prompts  # the encodings of '', for guidance
     branches: tuple = ()  # as in `predict_noise`: pairs of a branch and its hint's features
-    mask: Tensor | None = None  # M (B, 1, H, W) of the products
+    mask: Tensor | None = None  # M (B, 1, H, W) of the products, at any size
     inpainting: Tensor | None = None  # (B, 5, h, w), for an inpainting UNet
 
 
 def guided(unet: UNet, schedule: Schedule, conditions: Conditions, guidance: float) -> Callable[[Tensor, int], Tensor]:
     """Classifier-free guidance (section 5.1) -> eps_model(z, t) = ε('') + guidance · (ε(P) − ε('')), (B, 4, h, w).
 
-    Both passes run as one batch of 2 B rows. With guidance 1 only the pass with the prompt runs.
+    Both passes run as one batch: of prompts and masks 2B rows, of z and hints B, which the networks repeat where they
+    first read a prompt (attention.one_row_per_prompt). With guidance 1 only the pass with the prompt runs.
     """
     prompts, mask = conditions.prompts, conditions.mask
     if guidance != 1:
@@ -202,7 +196,8 @@ def sample(unet: UNet, schedule: Schedule, conditions: Conditions, generators: l
         conditions = conditions._replace(mask=mask_at(conditions.mask, *shape[1:]))
     z_T = first_latent(schedule, generators, shape, settings.steps, z_ref, unet.conv_in.weight.device, start)
     eps_model = guided(unet, schedule, conditions, settings.guidance)
-    for t, z, z_0 in walk(eps_model, z_T, schedule, settings, generators, start=start):
+    noise = {"eta": settings.eta, "generators": generators} if settings.eta else {}  # DDIM's alone
+    for t, z, z_0 in SAMPLERS[settings.sampler](eps_model, z_T, schedule, settings.steps, start=start, **noise):
         if on_step:
             on_step(t, z, z_0)
     return z

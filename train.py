@@ -7,9 +7,10 @@
     python train.py cg --resume                                             # continues exactly where it stopped
     torchrun --nproc_per_node 8 train.py cg --data BG60K --weights SD15     # on eight GPUs
 
-Stages: cg, then pg beside the frozen CG, or joint, train the paper's branches on a frozen base; controlnet, for
-comparison, a ControlNet on captions. vae, clip and unet (toy/stages.py) make a base. One loop serves all. A sample
-depends only on the run's seed and its position in the run, so neither interruptions nor more processes change it.
+Stages: cg, then pg beside the frozen CG, or joint (the paper does not say which), train the paper's branches on a
+frozen base; controlnet, for comparison, a ControlNet on captions. vae, clip and unet (toy/stages.py) make a base. One
+loop serves all. A sample depends only on the run's seed and its position in the run, so neither interruptions nor more
+processes change it.
 """
 
 from collections.abc import Callable
@@ -37,7 +38,7 @@ from weights import StableDiffusion, control_config, save_control
 PAPER = dict(lr=1e-5, batch=128, epochs=300, size=512, ema=0.0, warmup=0, decay=0.0, clip_gradient=0.0,
              noise_offset=0.0, weighting="uniform", prompt_dropout=0.5)
 WEIGHT_DECAY = 0.01  # AdamW's, as ControlNet's
-# The toy's own settings, found by trial. CG must rely on the prompt to choose the scene, so only a tenth is dropped.
+# The toy's own settings, found by trial
 TOY_BRANCH = dict(lr=1e-3, batch=16, steps=2600, size=128, ema=0.99, warmup=50, decay=0.3, clip_gradient=1.0,
                   noise_offset=0.1, weighting="debias", prompt_dropout=0.5)
 
@@ -46,12 +47,12 @@ TOY_BRANCH = dict(lr=1e-3, batch=16, steps=2600, size=128, ema=0.99, warmup=50, 
 
 @dataclass
 class Eq1:
-    """Eq. 1: E ‖ε − ε_θ(z_t, t, prompts, hints)‖², to be minimised over the parameters of the trained branches.
+    """Eq. 1: E ‖ε − ε_θ(z_t, t, prompts, hints)‖², as a mean, to be minimised over the trained branches' parameters.
 
     An ad is its own target: z_0 is its latent, its product is CG's hint, and its perturbed background is PG's.
     """
 
-    unet: UNet  # frozen
+    unet: UNet  # frozen: loaded without gradients
     schedule: Schedule
     branches: list[tuple[ControlNet, str]]  # each with its hint's name: "product" or "background"
     prompts: Callable[[Tensor, Tensor], Prompts]  # (index, dropped), both (B,) -> the ads' prompts, or ''
@@ -59,7 +60,7 @@ class Eq1:
     weight: Tensor  # (T,): weight of the error at each timestep; in Eq. 1 all are 1
 
     def __call__(self, batch: dict[str, Tensor]) -> Tensor:
-        """A batch of `Samples` -> the loss, ()."""
+        """A batch of `TrainingSamples` -> the loss, ()."""
         z_0, eps, t, image, mask = (batch[name] for name in ("z_0", "eps", "t", "image", "mask"))
         z_t = self.schedule.add_noise(z_0, eps, t)
         prompts = self.prompts(batch["index"], batch["drop"] < self.prompt_dropout)
@@ -84,7 +85,7 @@ def train(task: Task, settings: Settings) -> None:
             for part in run.parts(batch):  # --micro-batch samples at once
                 with s.autocast():
                     loss = run.share(task.loss(part, generator))  # for the paper's branches Eq. 1
-                scaler.scale(loss).backward()
+                    scaler.scale(loss).backward()
             run.sum_over_processes()
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(parameters, s.clip_gradient or torch.inf)
@@ -132,7 +133,7 @@ def branch_task(settings: Settings) -> Task:
     sd, items, identifiers = load_base_and_ads(settings)
     trained = build_branches(sd, settings)
     frozen = [load_branch("category", settings.cg, sd)] if settings.stage == "pg" else []
-    cg, *_ = *frozen, *trained.values()  # in stage controlnet the ControlNet in its place
+    cg = frozen[0] if frozen else next(iter(trained.values()))  # in stage controlnet the ControlNet in its place
     pg = trained.get("pg")
     for network in (sd.unet, sd.vae, sd.text_encoder, *frozen):
         network.to(settings.amp or torch.float32, memory_format=settings.memory_format)
@@ -155,7 +156,7 @@ def branch_task(settings: Settings) -> Task:
                 next_commands(settings, [*trained]), identifiers)
 
 
-STAGES = BASE_STAGES | {
+STAGES = BASE_STAGES | {  # on the toy CG must rely on the prompt to choose the scene: only a tenth is dropped
     "cg": Stage(branch_task, TOY_BRANCH | dict(steps=4500, prompt_dropout=0.1), PAPER),
     "pg": Stage(branch_task, TOY_BRANCH, PAPER),
     "joint": Stage(branch_task, TOY_BRANCH | dict(prompt_dropout=0.1), PAPER),

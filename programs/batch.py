@@ -132,8 +132,8 @@ def second_pass(paint: Callable, models: Models, settings: SamplerSettings, firs
         cg = pg = None
     # Enlarged as pictures, since enlarged latents decode blurred; with the real products put in
     enlarged = torch.stack([resize(picture, *canvas.rgb.shape[2:]) for picture in first])
-    begin = canvas.rgb.lerp(enlarged, 1 - canvas.mask)
-    return paint(models.sd, canvas, settings, cg, pg, on_step, begin, second_start(models.sd.schedule, settings))
+    initial = canvas.rgb.lerp(enlarged, 1 - canvas.mask)
+    return paint(models.sd, canvas, settings, cg, pg, on_step, initial, second_start(models.sd.schedule, settings))
 
 
 def refuse_not_finite(painted: Tensor) -> None:

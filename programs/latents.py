@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from data import AdDataset, Canvas, TrainingSamples, caption_of, load_ad, product_hint, prompts_by_category
+from data import AdDataset, Canvas, TrainingSamples, caption_texts, load_ad, product_hint, prompts_by_category
 from model import ControlNet, Prompts, UNet
 from programs.settings import Settings, category_identifiers
 from sampler import SamplerSettings, seeded
@@ -41,7 +41,7 @@ def load_base_and_ads(settings: Settings) -> tuple[StableDiffusion, list[Item], 
         print(*notes, sep="\n", file=sys.stderr)
     if settings.stage != "controlnet":
         return sd, items, category_identifiers(items, settings)
-    if not all(map(caption_of, items)):
+    if not all(map(caption_texts, items)):
         raise BadInput(f"{settings.data}: stage controlnet trains on captions, which this data set lacks; to train an "
                        "ordinary ControlNet on these ads, give train.py cg --attention plain")
     return sd, items, None
@@ -130,7 +130,7 @@ def batch_prompts(sd: StableDiffusion, items: list[Item], identifiers: dict[str,
                   settings: Settings) -> Callable[[Tensor, Tensor], Prompts]:
     """Eq1.prompts: each category's, with its identifier, encoded here once; without identifiers, the captions."""
     if identifiers is None:
-        return caption_prompts(sd, [", ".join(caption_of(item)) for item in items])
+        return caption_prompts(sd, [caption_texts(item)[0] for item in items])
     texts = [*prompts_by_category(identifiers, sd.tokenizer).values(), ("", "", "")]
     rows = {name: row for row, name in enumerate(identifiers)}
     return category_prompts(prompt_table(sd, texts, settings), [rows[item.category] for item in items], settings.device)
@@ -167,7 +167,7 @@ def held_out_canvas(sd: StableDiffusion, items: list[Item], identifiers: dict[st
     split = "bgpair" if with_references else "bg1k"
     ads, (rgb, mask, *references) = held_out_ads(settings.data, split, items, identifiers, settings.size)
     texts = prompts_by_category(identifiers, sd.tokenizer) if identifiers else None
-    texts = [texts[ad.category] if texts else (", ".join(caption_of(ad)),) * 3 for ad in ads]
+    texts = [texts[ad.category] if texts else caption_texts(ad)[:1] * 3 for ad in ads]
     return Canvas(rgb, mask, texts, [], *(references if with_references else ()))  # draw_branches adds generators
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from clip import CLIP
 from data import Canvas, background_hint
 from generate import encode_prompts
-from sampler import Conditions, SamplerSettings, draw_noise, first_latent, guided, walk
+from sampler import SAMPLERS, Conditions, SamplerSettings, draw_noise, first_latent, guided
 from weights import StableDiffusion
 
 # Strength of Blended Diffusion's guidance; our choice. On pairs of training ads, 0 left the scene to chance, 50 and 150
@@ -55,7 +55,7 @@ def stable_diffusion(sd: StableDiffusion, canvas: Canvas, how: SamplerSettings, 
         eps_model = partial(guide, eps_model)
     z_T = first_latent(sd.schedule, canvas.generators, shape, how.steps,
                        None if canvas.reference is None else z_known, z_known.device)
-    for t, z, z_0 in walk(eps_model, z_T, sd.schedule, how, canvas.generators, put_back):
+    for t, z, z_0 in SAMPLERS[how.sampler](eps_model, z_T, sd.schedule, how.steps, edit=put_back):
         if on_step:
             on_step(t, z, z_0)
     return sd.decode(z)

@@ -336,7 +336,7 @@ def test_a_listing_that_fails_leaves_nothing_and_can_be_given_again(tmp_path, mo
         check(tmp_path, "--list")
     shutil.rmtree(tmp_path / GBK)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(data, "check_ads", interrupt)
+        patch.setattr("support.datasets.check_ads", interrupt)
         check(tmp_path, "--list")
     (tmp_path / "mug" / "b.png").write_text("broken")
     with pytest.raises(BadInput, match="b.png: not a readable image"):

@@ -21,6 +21,7 @@ from programs.latents import category_prompts
 from programs.settings import number_categories
 from programs.trainer import batches_of_keys, update_averages
 from sampler import Conditions, SamplerSettings, Schedule, ddim, ddim_step, sample, seeded
+from support.datasets import list_folder
 from support.images import save_image
 from weights import control_config
 
@@ -335,7 +336,7 @@ def pgs_training(tmp_path_factory):
     for n in range(3):
         save_image(torch.full((3, 64, 64), float(n == 0)), root / "ads" / "mug" / f"{n}.png")
         save_image(M_64, root / "ads" / "mug" / f"{n}_mask.png")
-    data.list_folder(root / "ads")
+    list_folder(root / "ads")
     found = SimpleNamespace()
 
     def task(settings):

@@ -10,7 +10,7 @@ from attention import Attention
 from data import diffuse
 from model import CategoryGenerator, Prompts, UNet, predict_noise
 from programs.trainer import recompute_activations
-from sampler import Conditions, SamplerSettings, Schedule, ddim, sample, seeded, walk
+from sampler import SAMPLERS, Conditions, SamplerSettings, Schedule, ddim, sample, seeded
 from support.files import BadInput
 from support.solvers import dpm, timestep_weights
 from weights import control_config
@@ -73,8 +73,7 @@ def test_an_edited_walk_ends_at_what_is_put_back(sampler):
         seen.append(t)
         return M * z_known + (1 - M) * z
 
-    how = SamplerSettings(steps=5, sampler=sampler)
-    *_, (_, z, _) = walk(model, random(1, 4, 8, 8, seed=3), Schedule(), how, seeded(0), edit)
+    *_, (_, z, _) = SAMPLERS[sampler](model, random(1, 4, 8, 8, seed=3), Schedule(), 5, edit=edit)
     assert torch.equal(z * M, z_known * M) and not torch.allclose(z * (1 - M), z_known * (1 - M))
     assert seen[:4] == [601, 401, 201, 1] and seen[4] < 0
 

@@ -72,7 +72,7 @@ def test_the_unets_loss_adds_a_second_pass_without_words_or_weights():
     t, drop = torch.tensor([350, 350, 150, 150]), torch.tensor([1, 0.5, 1, 0])
     second = {"z_0": z_0, "z_first": z_first, "eps": eps, "t": t, "drop": drop}
     batch = first | {f"large_{name}": x for name, x in second.items()}
-    loss = UNetLoss(sd, [("a mug", "a wall")] * 4, weight)(batch, torch.Generator())
+    loss = UNetLoss(sd, [("a mug, a wall", "a mug", "a wall")] * 4, weight)(batch, torch.Generator())
     a, far = sd.schedule.alpha_bar[t].view(-1, 1, 1, 1), torch.tensor([1, 0.5, 0.5, 0]).view(-1, 1, 1, 1)
     z_t = a.sqrt() * ((1 - far) * z_0 + far * z_first) + (1 - a).sqrt() * eps
     wanted = (z_t - a.sqrt() * z_0) / (1 - a).sqrt()  # so that (z_t − √(1 − ᾱ) ε) / √ᾱ = z_0

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from clip import CLIP, TextEncoder, clip_bpe, load_tokenizer
-from data import IDENTIFIER, AdDataset, Canvas, TrainingSamples, caption_of
+from data import IDENTIFIER, AdDataset, Canvas, TrainingSamples, caption_texts
 from generate import paint
 from model import UNet
 from programs.latents import PART, latent_keys, latent_samples, sheet_of
@@ -59,9 +59,9 @@ TOY_VISION = TOWER | {"model_type": "clip_vision_model", "image_size": 128, "pat
 TOY_VOCABULARY = 1024  # 512 for single bytes, the rest grown from the captions
 
 
-def captions_of(items: list) -> list[tuple[str, str]]:
-    """The two halves of each picture's caption, in the form of the paper's prompt."""
-    captions = [caption_of(item) for item in items]
+def captions_of(items: list) -> list[tuple[str, str, str]]:
+    """Each picture's caption and its two halves, in the form of the paper's prompt."""
+    captions = [caption_texts(item) for item in items]
     if None in captions:
         raise BadInput("this stage trains on captions: metadata.jsonl with 'product' and 'scene' on each line")
     return captions
@@ -191,7 +191,7 @@ def clip_task(settings: Settings) -> Task:
     if settings.micro_batch < settings.batch:
         raise BadInput("stage clip compares the pictures in a batch and needs all at once: one process, and no "
                        "--micro-batch")
-    texts = [", ".join(pair) for pair in captions]
+    texts = [whole for whole, *_ in captions]
     if settings.size % TOY_VISION["patch_size"]:
         raise BadInput(f"--size {settings.size}: must be a multiple of {TOY_VISION['patch_size']}")
     if not settings.resume:  # the vocabulary needs the identifiers' words, which are in no caption
@@ -227,7 +227,7 @@ class UNetLoss:
     """The error of ε with prompts of five kinds, weighted by timestep, plus that of the second pass (see TwoSizes)."""
 
     sd: StableDiffusion
-    captions: list[tuple[str, str]]
+    captions: list[tuple[str, str, str]]
     weight: Tensor  # (T,)
 
     def __call__(self, batch: dict, generator: torch.Generator) -> Tensor:
@@ -237,8 +237,8 @@ class UNetLoss:
         kinds = torch.multinomial(torch.tensor([0.46, 0.12, 0.17, 0.10, 0.15]), len(indices), True, generator=generator)
         texts = []
         for i, kind in zip(indices, kinds.tolist()):
-            product, scene = self.captions[i]
-            texts.append((f"{product}, {scene}", product, scene, "", f"{product}, {scene.split(', ')[0]}")[kind])
+            whole, product, scene = self.captions[i]
+            texts.append((whole, product, scene, "", f"{product}, {scene.split(', ')[0]}")[kind])
         sd, z_0, eps, t = self.sd, batch["z_0"], batch["eps"], batch["t"]
         loss = (self.errors(sd.schedule.add_noise(z_0, eps, t), t, texts, eps) * self.weight[t]).mean()
         if "large_z_0" in batch:
@@ -289,7 +289,7 @@ def first_passes(sd: StableDiffusion, small: TrainingSamples, size: int, setting
     """
     items = small.ads.items
     networks = [weights_fingerprint(module) for module in (sd.vae, sd.unet, sd.text_encoder)]
-    texts = [[", ".join(caption_of(item)) for item in items[i : i + PART]] for i in range(0, len(items), PART)]
+    texts = [[caption_texts(item)[0] for item in items[i : i + PART]] for i in range(0, len(items), PART)]
 
     def encode(k: int) -> dict[str, Tensor]:
         means, latents = small.latents[k]["mean"], []
@@ -350,7 +350,7 @@ def unet_task(settings: Settings) -> Task:
 
 def draw_captions(sd: StableDiffusion, items: list, size: int):
     """Pictures painted by the captions of the first items, above the items' own pictures."""
-    ads, texts = AdDataset(items[:8], size), [(", ".join(caption_of(item)),) * 3 for item in items[:8]]
+    ads, texts = AdDataset(items[:8], size), [caption_texts(item)[:1] * 3 for item in items[:8]]
     images = torch.stack([ads[i]["image"] for i in range(len(ads))])
     blank = torch.zeros_like(images)
     painted = paint(sd, Canvas(blank, blank[:, :1], texts, seeded(0, len(images))), SamplerSettings(steps=25))
