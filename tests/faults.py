@@ -271,9 +271,8 @@ def fuzzed(folder: Path, kind: str, number: int) -> None:
 def hostile(folder: Path, layout: str, kind: str) -> None:
     """A pickle that would make a file makes none. That it would is a test in test_pickles.py."""
     made = folder / "made"
-    {"zip": archive, "legacy": legacy}[layout](folder / "in.ckpt", HOSTILE[kind](made))
-    program, arguments = fuzz.CONVERT
-    Run(program, arguments, folder).ends(0, 2)
+    (folder / "in.ckpt").write_bytes({"zip": archive, "legacy": legacy}[layout](HOSTILE[kind](made)))
+    Run(*fuzz.CONVERT, folder).ends(0, 2)
     assert not made.exists()
 
 

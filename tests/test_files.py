@@ -1,25 +1,31 @@
-"""Tests: support/: files are written whole or not at all, names of any kind work, and errors of use are one line."""
+"""Tests: support/: files are written whole or not at all, one run at a time writes into a folder, names of any kind
+work, and errors of use are one line."""
 
 import argparse
 import errno
+import io
 import os
+import re
 import subprocess
 import sys
 import unicodedata
-from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 
-from support import machine
+import evaluate
+import generate
+import train
+from support import files, machine
 from support.files import (
     BadInput,
     append_line,
     check_folder,
-    explain,
     is_hidden,
     is_unicode,
+    locked,
     one_line_errors,
     read_json,
     read_log,
@@ -37,61 +43,57 @@ ROOT = Path(__file__).resolve().parent.parent
 GBK = os.fsdecode("杯".encode("gbk"))  # a name as a Chinese zip leaves it on Linux
 
 
-def names(folder):
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+def start(code, *arguments):
+    """A process that runs a few lines, given when it has printed one; they may use these names."""
+    code = f"import os, signal, sys, time\nfrom pathlib import Path\nfrom support.files import *\n{code}"
+    process = subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=ROOT, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    return process
 
 
-def python(code, **options):
-    """Runs a few lines of Python in the project."""
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, **options)
-
+FORK = "if not os.fork(): os.close(1), signal.alarm(20), signal.pause()"  # like a loader's worker, which outlives us
 
 # ---------------------------------------------------------------- written whole
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(error, tmp_path):
+DISK_FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("error, seen", [(RuntimeError(), RuntimeError), (KeyboardInterrupt(), KeyboardInterrupt),
+                                         (DISK_FULL, BadInput)])
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(error, seen, tmp_path):
     (tmp_path / "file").write_text("old")
 
     def fails(new):
         new.write_text("half of the n")
         raise error
 
-    with pytest.raises(error):
+    with pytest.raises(seen, match="file can't be written: No space left" if seen is BadInput else None):
         write_atomic(tmp_path / "file", fails)
-    assert names(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "old"
+    assert os.listdir(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "old"
 
 
-def test_what_can_not_be_written_is_one_line_that_names_it_and_leaves_nothing(tmp_path, monkeypatch):
-    def full(new):
-        new.write_text("half")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
+def test_what_can_not_be_written_is_one_line_that_names_it_and_leaves_nothing(tmp_path):
     (tmp_path / "folder").mkdir()
-    for path, write, reason in [("full", full, "No space left on device"), ("folder", Path.touch, "Is a directory"),
-                                ("n" * 300, Path.touch, "File name too long")]:
-        with pytest.raises(BadInput, match=f"{tmp_path / path} can't be written: {reason}; check the path, its"):
-            write_atomic(tmp_path / path, write)
-    assert names(tmp_path) == ["folder"]
+    for name, reason in [("folder", "Is a directory"), ("n" * 300, "File name too long")]:
+        with pytest.raises(BadInput, match=f"^{tmp_path / name} can't be written: {reason}; check the path, its"):
+            write_text("", tmp_path / name)
+    assert os.listdir(tmp_path) == ["folder"]
 
 
-def test_a_file_is_on_the_disk_before_it_is_renamed(tmp_path, monkeypatch):
+def test_a_file_is_on_the_disk_before_it_is_renamed_and_has_the_users_usual_mode(tmp_path, monkeypatch):
     events, sync, rename = [], os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda file: (events.append(Path(file.name).read_text()), sync(file)))
     monkeypatch.setattr(os, "replace", lambda *paths: (events.append("rename"), rename(*paths)))
-    write_text("whole", tmp_path / "file")
-    assert events == ["whole", "rename"]
 
-
-def test_written_files_have_the_users_usual_mode(tmp_path):
     def only_mine(new):
-        new.write_text("")
+        new.write_text("whole")
         new.chmod(0o600)  # as safetensors does
 
-    (tmp_path / "usual").write_text("")
     write_atomic(tmp_path / "file", only_mine)
+    assert events == ["whole", "rename"]
+    (tmp_path / "usual").touch()
     assert (tmp_path / "file").stat().st_mode == (tmp_path / "usual").stat().st_mode
-    assert python("import os, support.files; print(os.umask(0))", umask=0o027).stdout.strip() == str(0o027)
 
 
 @pytest.mark.parametrize("name", ["n" * 255, "杯" * 85, f"{GBK}.png", "a\nb"])
@@ -103,103 +105,125 @@ def test_names_as_long_as_a_file_system_takes_and_odd_ones_are_written(name, tmp
 
 # ---------------------------------------------------------------- what killed processes leave
 
-KILLED = """
-import os, signal, sys
-from support.files import write_atomic
+
+@pytest.mark.slow
+def test_scratch_of_a_killed_process_is_swept_at_the_next_write_and_that_of_a_living_one_is_not(tmp_path):
+    code = """
 def write(new):
     new.write_text("half")
-    os.kill(os.getpid(), signal.SIGKILL)
-write_atomic(sys.argv[1], write)
-"""
-
-
-@contextmanager
-def writer(path, fork=""):
-    """A process that is writing `path`, and has forked a child if asked to."""
-    code = f"""
-import os, signal, sys
-from pathlib import Path
-from support.files import write_atomic
-def write(new):
-    new.write_text("half")
-    {fork}
+    {}
     print("writing", flush=True)
     signal.pause()
 write_atomic(Path(sys.argv[1]), write)
 """
-    process = subprocess.Popen([sys.executable, "-c", code, path], cwd=ROOT, stdout=subprocess.PIPE)
-    assert process.stdout.readline() == b"writing\n"
-    yield
-    process.kill()
-    process.wait()
-
-
-def test_scratch_of_a_killed_process_is_swept_at_the_next_write_and_that_of_a_living_one_is_not(tmp_path):
-    with writer(tmp_path / "living"):
-        with writer(tmp_path / "killed", "if not os.fork(): os.close(1), signal.alarm(20), signal.pause()"):
-            assert len(os.listdir(tmp_path)) == 2
-        for empty in ("b", "c"):  # a process that was killed before it could lock its folder
-            (tmp_path / f".scratch-{empty}").mkdir()
-        (tmp_path / ".scratch-paper" / "the user's").mkdir(parents=True)
-        write_text("whole", tmp_path / "file")
-        left = set(os.listdir(tmp_path)) - {".scratch-paper", "file"}
-        assert len(left) == 1 and (tmp_path / left.pop() / "new").read_text() == "half"
-    write_text("more", tmp_path / "file")
+    living, killed = start(code.format(""), tmp_path / "living"), start(code.format(FORK), tmp_path / "killed")
+    killed.kill()
+    killed.wait()
+    assert len(os.listdir(tmp_path)) == 2
+    (tmp_path / ".scratch-empty").mkdir()  # of a process that was killed before it could lock its folder
+    (tmp_path / ".scratch-paper" / "the user's").mkdir(parents=True)
+    write_text("whole", tmp_path / "file")
+    [left] = set(os.listdir(tmp_path)) - {".scratch-paper", "file"}
+    assert (tmp_path / left / "new").read_text() == "half"
+    living.kill()
+    living.wait()
     sweep.cache_clear()
     write_text("more", tmp_path / "file")
-    assert names(tmp_path) == [".scratch-paper", ".scratch-paper/the user's", "file"]
+    assert sorted(os.listdir(tmp_path)) == [".scratch-paper", "file"] and os.listdir(tmp_path / ".scratch-paper")
 
 
+@pytest.mark.slow
 def test_processes_that_begin_to_write_together_do_not_sweep_one_another(tmp_path):
     code = """
-import sys
-from pathlib import Path
-from support.files import sweep, write_text
 folder = Path(sys.argv[1])
 (folder / sys.argv[2]).touch()
+print(flush=True)
 while len(list(folder.glob("p?"))) < 3:
-    pass
-for i in range(100):
+    time.sleep(0.001)
+for i in range(30):
     sweep.cache_clear()
     write_text("whole", folder / f"{sys.argv[2]}_{i}")
 """
-    processes = [subprocess.Popen([sys.executable, "-c", code, tmp_path, f"p{i}"], cwd=ROOT) for i in range(3)]
+    processes = [start(code, tmp_path, f"p{i}") for i in range(3)]
     assert [process.wait() for process in processes] == [0] * 3
-    assert len(os.listdir(tmp_path)) == 303 and not list(tmp_path.glob(".*"))
+    assert len(os.listdir(tmp_path)) == 93 and not list(tmp_path.glob(".*"))
+
+
+# ---------------------------------------------------------------- one run per folder
+
+
+@pytest.mark.slow
+def test_a_second_run_is_refused_in_one_line_and_not_after_the_first_was_killed(tmp_path):
+    """The first run's workers notice only seconds later that it has ended; they do not keep its lock."""
+    process = start(f"with locked(Path(sys.argv[1])):\n    {FORK}\n    print(flush=True)\n    signal.pause()", tmp_path)
+    for main, *arguments in ((train.main, "cg", "--data", "none", "--steps", "1"), (generate.main, "--prompt", "a mug"),
+                             (generate.main, "--data", "none"), (evaluate.main, "table1", "--data", "none")):
+        with pytest.raises(BadInput, match=f"^--out {re.escape(str(tmp_path))}: another run writes into it; .*$"):
+            main([*arguments, "--out", str(tmp_path)])
+    process.kill()
+    process.wait()
+    with locked(tmp_path):
+        pass
+    assert not os.listdir(tmp_path)
+
+
+def test_what_a_run_wrote_stays_and_neither_the_lock_nor_folders_made_for_nothing_do(tmp_path):
+    with pytest.raises(BadInput), locked(tmp_path / "a" / "b"):
+        raise BadInput
+    assert not os.listdir(tmp_path)
+    (tmp_path / "old").mkdir()
+    for name in ("new", "old"):
+        with locked(tmp_path / name):
+            (tmp_path / name / "picture").touch()
+        assert os.listdir(tmp_path / name) == ["picture"]
+
+
+@pytest.mark.parametrize("rank, lock", [("0", [".in_use"]), ("1", [])])
+def test_the_first_process_of_a_torchrun_locks_for_all(rank, lock, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", rank)
+    with locked(tmp_path):
+        assert os.listdir(tmp_path) == lock
+
+
+def test_a_lock_that_another_process_holds_is_respected(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.fcntl, "lockf", Mock(side_effect=BlockingIOError))
+    with pytest.raises(BadInput, match="another run writes into it"), locked(tmp_path):
+        pass
+
+
+def test_a_file_system_without_locks_is_borne(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.fcntl, "lockf", Mock(side_effect=OSError))  # "not implemented"
+    with locked(tmp_path):
+        pass
 
 
 # ---------------------------------------------------------------- JSON
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
-def test_json_is_read_with_a_byte_order_mark_too(encoding, tmp_path):
-    (tmp_path / "a.json").write_bytes('{\r\n"a": "杯"}'.encode(encoding))
-    assert read_json(tmp_path / "a.json") == {"a": "杯"}
+def test_json_is_read_with_a_byte_order_mark_too(tmp_path):
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        (tmp_path / "a.json").write_text('{\r\n"a": "杯"}', encoding)
+        assert read_json(tmp_path / "a.json") == {"a": "杯"}
 
 
 @pytest.mark.parametrize("content, message", [(b"{", "can't be read as JSON .*; fix it, or get it again"),
                                               (b"[1]", "does not hold a JSON object; fix it"),
                                               (b"[" * 10**5, "can't be read as JSON"), (b"\xb1\xad", "can't be read"),
-                                              (None, "a.json is missing")])
+                                              (None, "is missing")])
 def test_what_is_no_json_object_is_refused_in_one_line_that_names_it(content, message, tmp_path):
     if content:
         (tmp_path / "a.json").write_bytes(content)
-    with pytest.raises(BadInput, match=message) as error:
+        (tmp_path / "log").write_bytes(b"{}\n" + content + b"\n")
+        with pytest.raises(BadInput, match="log:2 .*; remove that line$"):
+            read_log(tmp_path / "log")
+    with pytest.raises(BadInput, match=f"^{tmp_path / 'a.json'} {message}[^\n]*$"):
         read_json(tmp_path / "a.json")
-    assert str(tmp_path / "a.json") in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_log_loses_only_the_line_that_was_cut_even_within_a_letter(tmp_path):
     (tmp_path / "log").write_bytes('{"a": "杯\u2028"}\n{"a": "杯'.encode()[:-1])
     assert read_log(tmp_path / "log") == [{"a": "杯\u2028"}] and (tmp_path / "log").read_bytes().endswith(b"}\n")
     assert read_log(tmp_path / "none") == []
-
-
-def test_a_broken_line_of_a_log_is_named(tmp_path):
-    for line in ("{", "[1]", "[" * 10**5):
-        (tmp_path / "log").write_text(f'{{"a": 1}}\n{line}\n')
-        with pytest.raises(BadInput, match="log:2 .*; remove that line"):
-            read_log(tmp_path / "log")
 
 
 def test_names_that_are_no_unicode_are_written_as_escapes_and_read_back(tmp_path):
@@ -209,12 +233,6 @@ def test_names_that_are_no_unicode_are_written_as_escapes_and_read_back(tmp_path
     assert r'{"image": "\udcb1\udcad", "category": "杯"}' in (tmp_path / "log").read_text(encoding="utf-8")
     assert [os.fsencode(line["image"]) for line in read_log(tmp_path / "log")] == ["杯".encode("gbk"), b"b"]
     assert read_json(tmp_path / "a.json") == {GBK: 1}
-
-
-def test_a_process_whose_partner_has_ended_says_so_in_one_line():
-    for lost in ("[../gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:40372: Connection reset by peer",
-                 "NCCL communicator was aborted on rank 1"):
-        assert explain(RuntimeError(lost)) == "another process of this run has ended; its own message says why"
 
 
 def test_a_broken_file_of_a_cache_is_named(tmp_path):
@@ -229,50 +247,49 @@ def test_a_broken_file_of_a_cache_is_named(tmp_path):
 
 
 def test_a_results_name_is_as_it_was_where_it_fits():
-    for stem in ("mug_0", "n" * 251, "杯" * 83, GBK * 125):
+    for stem in ("n" * 251, "杯" * 83, GBK * 125):
         assert result_name(stem, ".png") == stem + ".png"
 
 
-@pytest.mark.parametrize("stem", ["杯" * 45 + "_like_" + "壶" * 45 + "_12", "n" * 300 + "_12", "a" + "杯" * 100 + "_12",
-                                  "😀" * 80 + "_12", "n" * 100 + GBK * 100 + "_12"])
+@pytest.mark.parametrize("stem", ["杯" * 45 + "_like_" + "壶" * 45 + "_12", "a" + "杯" * 100 + "_12", "😀" * 80 + "_12",
+                                  "n" * 100 + GBK * 100 + "_12"])
 def test_a_long_name_is_cut_between_characters_keeps_its_end_and_its_difference(stem, tmp_path):
-    name = result_name(stem, ".png")
-    assert len(os.fsencode(name)) <= 255 and name.endswith("_12.png") and name[:45] == stem[:45] and is_unicode(name)
-    assert set(name) - set(stem) <= set("~.png0123456789abcdef")
+    name, middle = result_name(stem, ".png"), len(stem) // 2
     (tmp_path / name).touch()
-    middle = len(stem) // 2
-    assert name == result_name(stem, ".png")
-    assert name != result_name(stem[:middle] + "x" + stem[middle + 1 :], ".png")
+    assert name.startswith(stem[:45]) and name.endswith("_12.png") and is_unicode(name)
+    assert set(name) - set(stem) <= set("~.png0123456789abcdef")
+    assert name == result_name(stem, ".png") != result_name(stem[:middle] + "x" + stem[middle + 1 :], ".png")
 
 
 def test_hidden_names_are_those_of_systems():
-    assert all(map(is_hidden, [".a", "._a.png", ".DS_Store", "@eaDir", "__MACOSX", "THUMBS.DB", "lost+found"]))
-    assert not any(map(is_hidden, ["a.png", "_a.png", "#1.png", "mug", "lost and found", "a.b", "@home.png"]))
+    assert all(map(is_hidden, [".a", ".DS_Store", "@eaDir", "__MACOSX", "THUMBS.DB", "lost+found"]))
+    assert not any(map(is_hidden, ["a.png", "#1.png", "lost and found", "@home.png"]))
 
 
 # ---------------------------------------------------------------- errors of use
 
+FULL = "error: the memory is full; lower --batch (in training --micro-batch) or --size"
+LOST = "error: another process of this run has ended; its own message says why"
 
-@pytest.mark.parametrize("error, line, status", [
-    (BadInput("--mask m.png is empty; give another"), "error: --mask m.png is empty; give another", 2),
-    (BadInput("a\nb.png: no such file"), r"error: a\nb.png: no such file", 2),
+
+@pytest.mark.parametrize("error, line", [
+    (BadInput("a\nb.png: no such file"), r"error: a\nb.png: no such file"),
     (BadInput("Caught BadInput in DataLoader worker process 0.\n  File x\nsupport.files.BadInput: why\n"),
-     "error: why", 2),
-    (OSError(errno.ENOSPC, "No space left on device", "a.png"),
-     "error: [Errno 28] No space left on device: 'a.png'; check the path, its permissions and the room on the disk", 2),
-    (torch.OutOfMemoryError("x"), "error: the memory is full; lower --batch (in training --micro-batch) or --size", 2),
-    (MemoryError(), "error: the memory is full; lower --batch (in training --micro-batch) or --size", 2),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
-     "error: the memory is full; lower --batch (in training --micro-batch) or --size", 2),
+     "error: why"),
+    (DISK_FULL, "error: [Errno 28] No space left on device; check the path, its permissions and the room on the disk"),
+    (torch.OutOfMemoryError("x"), FULL), (MemoryError(), FULL),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), FULL),
+    (RuntimeError("[../gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer"), LOST),
+    (RuntimeError("NCCL communicator was aborted"), LOST),
     (UnicodeDecodeError("utf-8", b"\xb1", 0, 1, "invalid start byte"),
      "error: 'utf-8' codec can't decode byte 0xb1 in position 0: invalid start byte; rename the file, or write the "
-     "text as UTF-8", 2),
-    (KeyboardInterrupt(), "interrupted; all files written are complete, and the same command can be given again", 130),
+     "text as UTF-8"),
+    (KeyboardInterrupt(), "interrupted; all files written are complete, and the same command can be given again"),
 ], ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "")  # fmt: skip
-def test_what_a_user_can_mend_is_one_line_without_a_traceback(error, line, status, capsys):
+def test_what_a_user_can_mend_is_one_line_without_a_traceback(error, line, capsys):
     with pytest.raises(SystemExit) as end, one_line_errors():
         raise error
-    assert end.value.code == status and capsys.readouterr().err == line + "\n"
+    assert end.value.code == (2 if line.startswith("error") else 130) and capsys.readouterr().err == line + "\n"
 
 
 def test_a_fault_of_the_program_keeps_its_traceback():
@@ -280,19 +297,23 @@ def test_a_fault_of_the_program_keeps_its_traceback():
         raise RuntimeError("shapes do not fit")
 
 
-@pytest.mark.parametrize("encoding", ["utf-8:strict", "ascii:strict"])
-def test_names_that_a_console_cannot_show_are_printed_as_escapes(encoding):
-    code = f"from support.files import one_line_errors\nwith one_line_errors(): print({GBK!r} + '\\u676f')"
-    result = python(code, env=os.environ | {"PYTHONIOENCODING": encoding})
-    shown = r"\udcb1\udcad" + ("杯" if encoding.startswith("utf") else r"\u676f")
-    assert (result.stdout, result.stderr, result.returncode) == (shown + "\n", "", 0)
+@pytest.mark.parametrize("encoding, shown", [("utf-8", r"\udcb1\udcad杯"), ("ascii", r"\udcb1\udcad\u676f")])
+def test_names_that_a_console_cannot_show_are_printed_as_escapes(encoding, shown, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
+    with one_line_errors():
+        print(GBK + "杯", end="")
+    assert sys.stdout.buffer.getvalue().decode(encoding) == shown
 
 
-def test_a_reader_of_the_output_that_leaves_is_no_error():
-    code = "from support.files import one_line_errors\nwith one_line_errors(): [print(i) for i in range(10**5)]"
-    piped = f"{sys.executable} -c '{code}' | head -1"
-    result = subprocess.run(piped, shell=True, capture_output=True, text=True, cwd=ROOT)
-    assert (result.stdout, result.stderr) == ("0\n", "")
+def test_a_reader_of_the_output_that_leaves_is_no_error(monkeypatch, capfd):
+    """As `| head` does."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as output, pytest.raises(SystemExit):
+        monkeypatch.setattr(sys, "stdout", output)
+        with one_line_errors():
+            print("a line")
+    assert not capfd.readouterr().err
 
 
 # ---------------------------------------------------------------- options
@@ -302,10 +323,10 @@ def test_numbers_outside_of_their_range_are_refused_by_name():
     parser = Parser()
     parser.add_argument("--steps", type=whole_number(1, 500))
     parser.add_argument("--guidance", type=real_number(1, 30))
-    given = parser.parse_args(["--steps", "50", "--guidance", "2.5"])
-    assert (given.steps, given.guidance) == (50, 2.5)
+    given = parser.parse_args(["--steps", "500", "--guidance", "2.5"])
+    assert (given.steps, given.guidance) == (500, 2.5)
     for option, value, what in [("--steps", "0", "whole number from 1 to 500"), ("--steps", "2.5", "whole number"),
-                                ("--guidance", "nan", "number from 1 to 30"), ("--guidance", "x", "number from 1")]:
+                                ("--guidance", "nan", "number from 1 to 30")]:
         with pytest.raises(BadInput, match=f"{option}: '{value}' must be a {what}"):
             parser.parse_args([option, value])
 
@@ -317,7 +338,7 @@ def test_text_is_composed_and_must_be_unicode():
 
 
 def test_an_output_folder_that_cannot_be_made_is_refused_before_any_work(tmp_path):
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").touch()
     check_folder(tmp_path / "new" / "deep")
     with pytest.raises(BadInput, match="--out .*file is not a folder that can be written to; choose another"):
         check_folder(tmp_path / "file" / "out")
@@ -329,22 +350,17 @@ def test_an_output_folder_that_cannot_be_made_is_refused_before_any_work(tmp_pat
 
 
 def test_cores_are_those_that_this_process_may_use(monkeypatch):
-    if hasattr(os, "sched_setaffinity"):
-        code = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\nfrom support.machine import cores\n"
-        loader = ("from torch.utils.data import DataLoader\n"
-                  "print(cores(), *DataLoader([1, 2], batch_size=None, num_workers=min(8, cores())))")
-        result = python(code + loader)
-        assert result.stdout == "1 1 2\n" and "Warning" not in result.stderr
-    monkeypatch.delattr(os, "sched_getaffinity", raising=False)  # as on macOS
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3}, raising=False)
+    assert cores() == 1
+    monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
     assert cores() == (os.cpu_count() or 1)
 
 
 @pytest.mark.parametrize("ratio, dtype", [(1.95, torch.bfloat16), (1.2, torch.float32), (0.5, torch.float32)])
 def test_auto_is_bfloat16_where_it_is_clearly_faster_and_only_there(ratio, dtype, monkeypatch):
-    measured = []
-    monkeypatch.setattr(machine, "bfloat16_speedup", lambda: measured.append(True) or ratio)
+    monkeypatch.setattr(machine, "bfloat16_speedup", lambda: ratio)
     bfloat16_is_faster.cache_clear()
-    assert [pick_dtype("auto", "cpu") for _ in range(2)] == [dtype] * 2 and len(measured) == 1, "once a process"
+    assert pick_dtype("auto", "cpu") == dtype
     assert pick_dtype("auto", "cuda:0") == torch.float16 and pick_dtype("bfloat16", "cpu") == torch.bfloat16
     bfloat16_is_faster.cache_clear()
 
