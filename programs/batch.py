@@ -133,7 +133,8 @@ def second_pass(paint: Callable, models: Models, settings: SamplerSettings, firs
     # Enlarged as pictures, since enlarged latents decode blurred; with the real products put in
     enlarged = torch.stack([resize(picture, *canvas.rgb.shape[2:]) for picture in first])
     initial = canvas.rgb.lerp(enlarged, 1 - canvas.mask)
-    return paint(models.sd, canvas, settings, cg, pg, on_step, initial, second_start(models.sd.schedule, settings))
+    return paint(models.sd, canvas, settings=settings, cg=cg, pg=pg, on_step=on_step, initial=initial,
+                 start=second_start(models.sd.schedule, settings))
 
 
 def refuse_not_finite(painted: Tensor) -> None:

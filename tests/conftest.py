@@ -5,6 +5,7 @@ another width, so that a tensor that goes the wrong way does not fit.
 """
 
 import os
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from clip import TextEncoder, load_tokenizer
 from model import CategoryGenerator, PersonalityGenerator, Prompts, UNet
 from rivals.lama import LaMa
+from support.files import BadInput
 from toy.stages import TOY_TEXT, TOY_UNET, TOY_VAE, train_tokenizer
 from vae import VAE
 from weights import TEXT_FILE, UNET_FILE, control_config, public_tensors, save_control, save_module
@@ -146,3 +148,11 @@ class Still(nn.Module):
     def forward(self, z, t, context, residuals=None):
         self.seen.append((z.clone(), int(t[0])))
         return torch.zeros(len(context), *z.shape[1:])  # a row per prompt: both guidance passes
+
+
+@contextmanager
+def refused(message: str, source: object = ""):
+    """What runs here is refused in one line, which matches the message and names the source."""
+    with pytest.raises(BadInput, match=message) as error:
+        yield
+    assert "\n" not in str(error.value) and str(source) in str(error.value)
