@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rivals.lab import METHODS, Lab, add_lab_options, lab_of
+from rivals.lab import METHODS, ORIGINALS, Lab, add_lab_options, lab_of
 from support.datasets import Item
 from support.files import (
     BadInput,
@@ -314,7 +314,7 @@ def win_table(methods: list[str], question: str, rates: list[list[list[float]]])
 
 def check_methods(names: list[str]) -> None:
     """Raises BadInput for methods that paint nothing, and for more than can be ranked by digit keys."""
-    painting = [name for name in METHODS if name != "shuffled" and not name.startswith("fig7")]
+    painting = [name for name in METHODS if name not in ORIGINALS and not name.startswith("fig7")]
     if unknown := [name for name in names if name not in painting]:
         raise BadInput(f"--methods: there is no method {unknown[0]}; choose from {', '.join(painting)}")
     if not len({*names}) == len(names) in range(2, 10):

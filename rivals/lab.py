@@ -74,6 +74,7 @@ class Method(NamedTuple):
         return [name for name in (self.own or "weights", self.controlnet, self.cg, self.pg, self.clip) if name]
 
 
+ORIGINALS = ("shuffled", "others", "references")  # ads in the place of pictures: these paint nothing
 METHODS = {
     "lama": Method(plain_prompt=True, own="lama", settings={"refine": 1}),  # only the base has a second pass
     "paint-by-example": Method(plain_prompt=True, own="paint-by-example", settings={"refine": 1, "guidance": GUIDANCE}),
@@ -90,8 +91,7 @@ METHODS = {
     "fig7-none": Method("cg", "pg-none"),
     "fig7-dilation": Method("cg", "pg-dilation"),
     "fig7-mixup": Method("cg", "pg-mixup"),
-    "shuffled": Method(plain_prompt=True),  # paints nothing: the original ads, each beside another product's
-}
+} | {name: Method(plain_prompt=True) for name in ORIGINALS}
 
 
 def load(method: Method, networks: Networks, choice: ModelChoice, size: int | None, how: Painting,
