@@ -119,13 +119,11 @@ def measure(lab: Lab, name: str, protocol: str) -> Measured:
 
 
 def other_ads(lab: Lab, items: list[Item]) -> list[Path]:
-    """As many further ads of the same categories from the training set; none if a category has too few."""
-    taken, left = {item.image for item in items}, defaultdict(list)
+    """For each item another ad of its category, from the training set; a path to nothing where there are too few."""
+    left = defaultdict(list)
     for ad in read_items(lab.data)[0]:
-        if ad.image not in taken:
-            left[ad.category].append(ad.image)
-    enough = all(len(left[name]) >= count for name, count in Counter(item.category for item in items).items())
-    return [left[item.category].pop() for item in items] if enough else []
+        left[ad.category].append(ad.image)
+    return [left[item.category].pop() if left[item.category] else lab.out / "no other ad" for item in items]
 
 
 def table(lab: Lab, name: str) -> None:
@@ -160,9 +158,9 @@ def table(lab: Lab, name: str) -> None:
 
 
 def available(lab: Lab, method: str) -> bool:
-    """Whether a method can paint. With --weights, a rival needs the option that names its network."""
+    """Whether there is what a row needs. With --weights, a rival needs the option that names its network."""
     if method == "others":
-        return bool(other_ads(lab, lab.items("bg1k")))
+        return not (lab.data / "metadata.jsonl").is_file()  # without splits there are no others
     return lab.networks.options["weights"] is None or not METHODS[method].own or bool(lab.networks.options[method])
 
 
@@ -292,7 +290,7 @@ COMMANDS = {  # each with what to look at next
     "fig6": (figure_methods, "table2 measures these methods"),
     "fig7": (figure_perturbations,
              "train.py pg --theta N --sigma LOW HIGH trains with other perturbations"),
-    "swapped": (swapped, "its sheets show what each category's identifier paints around each product"),
+    "swapped": (swapped, "its sheet shows Eq. 3 beside Eq. 2"),
     "fig9": (partial(figure_grid, name="fig9"), "fig10 shows many products in one style"),
     "fig10": (partial(figure_grid, name="fig10"), "fig9 shows one product in many styles"),
 }

@@ -50,13 +50,14 @@ def swapped(lab: Lab) -> None:
     probe, exam = tested_probe(lab, categories)
     painted = [paint(lab, method, products) for method in COMPARED.values()]
 
-    shares = [outcomes(pictures, products, probe) for pictures in painted]
-    (lead, *_), *intervals = [[interval(lambda i, x=x: x[i].nanmean(), len(x)) for x in figures.unbind(dim=1)]
-                              for figures in (shares[0] - shares[1], *shares)]
-    rows = [[label, *(f"{plus_minus(x)} %" for x in row)] for label, row in zip(COMPARED, intervals)]
-    lines = [*markdown_table([["", *OUTCOMES], *rows]), "",
+    table = [["", *OUTCOMES]]
+    for label, pictures in zip(COMPARED, painted):
+        shares = outcomes(pictures, products, probe).unbind(dim=1)
+        figures = [interval(lambda i, x=x: x[i].nanmean(), len(products)) for x in shares]
+        table.append([label, *(f"{plus_minus(figure)} %" for figure in figures)])
+    lines = [*markdown_table(table), "",
              f"{len(products)} products, each with {len(categories) - 1} identifiers; ± is half of a 95% interval over "
-             f"the products. Eq. 3 leads by {plus_minus(lead)} points. The probe is right for {exam}."]
+             f"the products. The probe is right for {exam}."]
     write_text("\n".join(lines) + "\n", lab.out / "swapped.md")
     print(*lines, "", lab.out / "swapped.md", sep="\n")
 
@@ -160,4 +161,4 @@ def tested_probe(lab: Lab, categories: list[str]) -> tuple[Callable[[Tensor], li
     exam = views(held_out)
     once, twice = (sum(named == scene for named, (*_, scene) in zip(probe(backgrounds(exam, twice)), exam))
                    for twice in (False, True))
-    return probe, f"{once} of {len(exam)} held-out ads, for {twice} with another category's product masked too"
+    return probe, f"{once} of {len(exam)} held-out ads, and for {twice} with another category's product masked too"
