@@ -16,7 +16,7 @@ Pictures and embeddings stay in --out: the tables share them, and an interrupted
 
 import argparse
 import io
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
 from datetime import timedelta
@@ -33,7 +33,7 @@ from programs.gallery import save
 from rivals.eq3 import swapped
 from rivals.lab import METHODS, PROTOCOLS, Lab, add_lab_options, lab_of
 from rivals.tsne import scatter, tsne
-from support.datasets import Item
+from support.datasets import Item, read_items
 from support.files import BadInput, locked, one_line_errors, write_json, write_text
 from support.images import load_masked, sheet
 from support.machine import processes
@@ -65,7 +65,8 @@ TABLES = {
         Row("ControlNet", "controlnet", (84.80, 5.79)),
         Row("CG", "cg", (89.58, 3.94)),
         Row("CG with plain attention", "cg-plain"),
-        Row("originals of other products", "shuffled"),
+        Row("originals of other products, the same set: Fréchet 0 by construction", "shuffled"),
+        Row("other ads of the same categories: the floor", "others"),
     ]),
     "table2": Table(["ref", "self"], ["similarity", "frechet"], "cg+pg", [
         Row("Blended Diffusion", "blended-diffusion", (63.51, 3.62, 89.02, 2.73)),
@@ -73,6 +74,7 @@ TABLES = {
         Row("Stable Diffusion", "stable-diffusion", (57.10, 7.92, 76.10, 7.29)),
         Row("ControlNet", "controlnet", (62.78, 3.92, 87.21, 3.27)),
         Row("CG + PG", "cg+pg", (68.26, 2.39, 93.63, 1.39)),
+        Row("the references themselves", "references"),
     ]),
     "table4": Table(["ref"], ["similarity", "frechet"], "cg+pg", [
         Row("(a) ControlNet in CG's place, PG trained beside CG", "controlnet+pg", (66.17, 4.01)),
@@ -89,7 +91,7 @@ METRICS = {"similarity": "similarity ↑", "frechet": "Fréchet ↓", "joint": "
 
 
 def measure(lab: Lab, name: str, protocol: str) -> Measured:
-    """Paints a protocol's items by the method `name` and embeds them. 'shuffled' takes other items' originals instead.
+    """Paints a protocol's items by the method `name` and embeds them, or takes ads in the pictures' place.
 
     Items that can't be painted or read are left out. Raises BadInput if fewer than two are left.
     """
@@ -97,6 +99,10 @@ def measure(lab: Lab, name: str, protocol: str) -> Measured:
     if name == "shuffled":
         order = torch.randperm(len(items), generator=Generator().manual_seed(0))
         paths = [items[i].image for i in order.roll(1)[order.argsort()].tolist()]  # a cycle: no item keeps its own
+    elif name == "others":
+        paths = other_ads(lab, items)
+    elif name == "references":
+        paths = [item.reference for item in items]
     else:
         paths = lab.pictures(name, items, protocol)
     kept = [i for i, path in enumerate(paths) if path.exists()]
@@ -110,6 +116,14 @@ def measure(lab: Lab, name: str, protocol: str) -> Measured:
     readable = (painted + originals + targets).isfinite().all(dim=1).tolist()
     measured = Measured(kept, similarity(painted, targets), painted, originals, categories)
     return measured.of_items([i for i, finite in zip(kept, readable) if finite])
+
+
+def other_ads(lab: Lab, items: list[Item]) -> list[Path]:
+    """For each item another ad of its category, from the training set; a path to nothing where there are too few."""
+    left = defaultdict(list)
+    for ad in read_items(lab.data)[0]:
+        left[ad.category].append(ad.image)
+    return [left[item.category].pop() if left[item.category] else lab.out / "no other ad" for item in items]
 
 
 def table(lab: Lab, name: str) -> None:
@@ -132,18 +146,21 @@ def table(lab: Lab, name: str) -> None:
     our_label = next(row.label for row in rows if row.method == ours)
     counts = " or ".join(map(str, sorted({len(m.kept) for m in measured.values()})))
     lines = [*markdown(results, protocols, metrics), *lines_ahead(results, our_label, protocols, metrics), "",
-             f"Each number is from {counts} pictures; ± is half of its 95% interval ({RESAMPLES} bootstrap samples)."]
+             f"Each number is from {counts} pictures; ± is 1.96 standard deviations over {RESAMPLES} bootstrap "
+             "samples, half of a 95% interval. Fréchet distances are biased upwards, so compare their differences."]
     if not own_base:
         lines[-1] += " The paper's are from BG60k and another CLIP: compare only the order."
-    settings = {"data": str(lab.data), "steps": lab.how.steps, "sampler": lab.how.sampler,
-                "guidance": lab.how.guidance, "refine": lab.how.refine, "seed": lab.seed}
+    settings = {"data": str(lab.data), "steps": lab.settings.steps, "sampler": lab.settings.sampler,
+                "guidance": lab.settings.guidance, "refine": lab.settings.refine, "seed": lab.seed}
     write_json(settings | {"rows": results}, lab.out / f"{name}.json")
     write_text("\n".join(lines) + "\n", lab.out / f"{name}.md")
     print(*lines, "", lab.out / f"{name}.md", lab.out / f"{name}.json", sep="\n")
 
 
 def available(lab: Lab, method: str) -> bool:
-    """Whether a method can paint. With --weights, a rival needs the option that names its network."""
+    """Whether there is what a row needs. With --weights, a rival needs the option that names its network."""
+    if method == "others":
+        return not (lab.data / "metadata.jsonl").is_file()  # without splits there are no others
     return lab.networks.options["weights"] is None or not METHODS[method].own or bool(lab.networks.options[method])
 
 
@@ -273,7 +290,7 @@ COMMANDS = {  # each with what to look at next
     "fig6": (figure_methods, "table2 measures these methods"),
     "fig7": (figure_perturbations,
              "train.py pg --theta N --sigma LOW HIGH trains with other perturbations"),
-    "swapped": (swapped, "its sheets show what each category's identifier paints around each product"),
+    "swapped": (swapped, "its sheet shows Eq. 3 beside Eq. 2"),
     "fig9": (partial(figure_grid, name="fig9"), "fig10 shows many products in one style"),
     "fig10": (partial(figure_grid, name="fig10"), "fig9 shows one product in many styles"),
 }

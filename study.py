@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rivals.lab import METHODS, Lab, add_lab_options, lab_of
+from rivals.lab import METHODS, ORIGINALS, Lab, add_lab_options, lab_of
 from support.datasets import Item
 from support.files import (
     BadInput,
@@ -149,7 +149,7 @@ def make(args: argparse.Namespace) -> None:
     lab = lab_of(args, args.pictures)
     pairs = painted_pairs(lab, args.methods, args.pairs)
     handout = plan(pairs)
-    write_json({"study": handout.study, "methods": args.methods, "how": vars(lab.how), "pairs": handout.key}, args.key)
+    write_json({"study": handout.study, "methods": args.methods, "how": vars(lab.settings), "pairs": handout.key}, args.key)
     write_handout(handout, args.out)
     print(f"{args.out}: for the raters, who open index.html; pairs: {len(pairs)}", f"{args.key}: keep it from them",
           f"next: python study.py score --key {args.key} rankings-*.json, with the files that they send back", sep="\n")
@@ -314,7 +314,7 @@ def win_table(methods: list[str], question: str, rates: list[list[list[float]]])
 
 def check_methods(names: list[str]) -> None:
     """Raises BadInput for methods that paint nothing, and for more than can be ranked by digit keys."""
-    painting = [name for name in METHODS if name != "shuffled" and not name.startswith("fig7")]
+    painting = [name for name in METHODS if name not in ORIGINALS and not name.startswith("fig7")]
     if unknown := [name for name in names if name not in painting]:
         raise BadInput(f"--methods: there is no method {unknown[0]}; choose from {', '.join(painting)}")
     if not len({*names}) == len(names) in range(2, 10):

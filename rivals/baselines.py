@@ -27,7 +27,7 @@ STRENGTH = 50.0
 
 
 @torch.no_grad()
-def stable_diffusion(sd: StableDiffusion, canvas: Canvas, how: SamplerSettings, on_step: Callable | None = None,
+def stable_diffusion(sd: StableDiffusion, canvas: Canvas, settings: SamplerSettings, on_step: Callable | None = None,
                      guide: Callable[[Callable, Tensor, int], Tensor] | None = None) -> Tensor:
     """Inpainting around the products -> (B, 3, H, W) float32 in [0, 1], the products not yet pasted back.
 
@@ -50,18 +50,18 @@ def stable_diffusion(sd: StableDiffusion, canvas: Canvas, how: SamplerSettings, 
             return M * known + (1 - M) * z
 
     with_prompt, without = (encode_prompts(sd, texts) for texts in (canvas.texts, [("", "", "")] * len(rgb)))
-    eps_model = guided(sd.unet, sd.schedule, Conditions(with_prompt, without, inpainting=inpainting), how.guidance)
+    eps_model = guided(sd.unet, sd.schedule, Conditions(with_prompt, without, inpainting=inpainting), settings.guidance)
     if guide:
         eps_model = partial(guide, eps_model)
-    z_T = first_latent(sd.schedule, canvas.generators, shape, how.steps,
+    z_T = first_latent(sd.schedule, canvas.generators, shape, settings.steps,
                        None if canvas.reference is None else z_known, z_known.device)
-    for t, z, z_0 in SAMPLERS[how.sampler](eps_model, z_T, sd.schedule, how.steps, edit=put_back):
+    for t, z, z_0 in SAMPLERS[settings.sampler](eps_model, z_T, sd.schedule, settings.steps, edit=put_back):
         if on_step:
             on_step(t, z, z_0)
     return sd.decode(z)
 
 
-def blended_diffusion(sd: StableDiffusion, canvas: Canvas, how: SamplerSettings, clip: CLIP, strength: float = STRENGTH,
+def blended_diffusion(sd: StableDiffusion, canvas: Canvas, settings: SamplerSettings, clip: CLIP, strength: float = STRENGTH,
                       on_step: Callable | None = None) -> Tensor:
     """stable_diffusion, guided by a distance D between two backgrounds -> (B, 3, H, W) float32 in [0, 1].
 
@@ -89,4 +89,4 @@ def blended_diffusion(sd: StableDiffusion, canvas: Canvas, how: SamplerSettings,
             gradient = torch.autograd.grad(D.sum(), z)[0]
         return eps.detach() + strength * (1 - alpha_bar) ** 0.5 * gradient
 
-    return stable_diffusion(sd, canvas, how, on_step, guide)
+    return stable_diffusion(sd, canvas, settings, on_step, guide)

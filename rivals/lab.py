@@ -74,6 +74,7 @@ class Method(NamedTuple):
         return [name for name in (self.own or "weights", self.controlnet, self.cg, self.pg, self.clip) if name]
 
 
+ORIGINALS = ("shuffled", "others", "references")  # ads in the place of pictures: these paint nothing
 METHODS = {
     "lama": Method(plain_prompt=True, own="lama", settings={"refine": 1}),  # only the base has a second pass
     "paint-by-example": Method(plain_prompt=True, own="paint-by-example", settings={"refine": 1, "guidance": GUIDANCE}),
@@ -90,27 +91,26 @@ METHODS = {
     "fig7-none": Method("cg", "pg-none"),
     "fig7-dilation": Method("cg", "pg-dilation"),
     "fig7-mixup": Method("cg", "pg-mixup"),
-    "shuffled": Method(plain_prompt=True),  # paints nothing: the original ads, each beside another product's
-}
+} | {name: Method(plain_prompt=True) for name in ORIGINALS}
 
 
-def load(method: Method, networks: Networks, choice: ModelChoice, size: int | None, how: SamplerSettings,
+def load(method: Method, networks: Networks, choice: ModelChoice, size: int | None, settings: SamplerSettings,
          categories: set[str]) -> tuple[Models, Callable[[list[AdInputs]], list[list[Tensor]]]]:
     """A method's models, and what paints ads with them. choice: the base, and where it runs; size: the canvas's longer
     side in pixels [the base's]. Raises BadInput for wrong weights, dtype or size.
     """
     if method.own:
-        return load_rival(method.own, networks.path(method.own), choice, size, how)
+        return load_rival(method.own, networks.path(method.own), choice, size, settings)
     branches = {role: name for role in ("cg", "pg", "controlnet") if (name := getattr(method, role))}
     choice = replace(choice, **{role: networks.path(name) for role, name in branches.items()})
     models = load_models(choice, size, categories if branches else set(), with_pg="pg" in branches)
     guide = {"clip": networks.load_clip(method.clip)} if method.clip else {}
-    painter = method.painter and partial(method.painter, models.sd, how=how, **guide)
-    return models, partial(paint_ads, models=models, how=how, painter=painter)
+    painter = method.painter and partial(method.painter, models.sd, settings=settings, **guide)
+    return models, partial(paint_ads, models=models, settings=settings, painter=painter)
 
 
 def load_rival(name: str, path: Path, choice: ModelChoice, size: int | None,
-               how: SamplerSettings) -> tuple[Models, Callable]:
+               settings: SamplerSettings) -> tuple[Models, Callable]:
     """As `load`, for a rival with networks of its own. Its exemplars are whole references, squashed to a square."""
     device, dtype = pick_device(choice.device), torch.float32
     if name == "lama":  # its Fourier transforms need float32
@@ -126,7 +126,7 @@ def load_rival(name: str, path: Path, choice: ModelChoice, size: int | None,
     def paint_all(ads: list[AdInputs]) -> list[list[Tensor]]:
         if side := rival.exemplar:
             ads = [ad._replace(reference=(resize(ad.reference[0], side, side), None)) for ad in ads]
-        return paint_ads(ads, models, how, partial(rival.paint, how=how))
+        return paint_ads(ads, models, settings, partial(rival.paint, settings=settings))
 
     return models, paint_all
 
@@ -144,7 +144,7 @@ class Lab:
     limit: int | None  # at most so many items are painted
     networks: Networks
     choice: ModelChoice  # the base and where it runs; the branches are the methods'
-    how: SamplerSettings
+    settings: SamplerSettings
     size: int | None
     seed: int
     batch: int
@@ -193,10 +193,10 @@ class Lab:
         """
         method = METHODS[name]
         used = [model_fingerprint(self.networks.path(network)) for network in method.networks()]
-        how = replace(self.how, **method.settings)
+        settings = replace(self.settings, **method.settings)
         if not method.controlnet:
-            how = replace(how, hint="product")  # --hint is --controlnet's
-        record = vars(how) | {
+            settings = replace(settings, hint="product")  # --hint is --controlnet's
+        record = vars(settings) | {
             "method": name, "size": self.size, "seed": self.seed, "dtype": self.choice.dtype, "models": used,
             "texts": texts, "strength": STRENGTH if method.clip else None}
         split = self.all_items(folder) if folder in PROTOCOLS else items
@@ -212,7 +212,7 @@ class Lab:
         if missing:
             print(f"painting {folder}, {name}", file=sys.stderr)
             categories = {item.category for item in items}
-            models, paint_all = load(method, self.networks, self.choice, self.size, how, categories)
+            models, paint_all = load(method, self.networks, self.choice, self.size, settings, categories)
             if texts is None:
                 cg = None if method.plain_prompt else self.networks.given("cg")
                 texts = prompts_by_category(identifiers_of(categories, cg), models.sd and models.sd.tokenizer)
@@ -328,9 +328,9 @@ def paint(args: argparse.Namespace) -> None:
     exemplars = {path: (to_tensor(open_image(path).convert("RGB")), None) for path in args.reference or ()}
     ads = [AdInputs(*load_cutout(item.image, item.mask), ("", "", ""), seed, exemplars.get(item.reference))
            for _, item, seed in jobs]
-    how = SamplerSettings(args.steps, args.guidance)
-    models, paint_all = load_rival(name, path, ModelChoice(device=args.device, dtype=args.dtype), args.size, how)
-    record = {"method": name, "steps": how.steps, "guidance": how.guidance, "size": models.size,
+    settings = SamplerSettings(args.steps, args.guidance)
+    models, paint_all = load_rival(name, path, ModelChoice(device=args.device, dtype=args.dtype), args.size, settings)
+    record = {"method": name, "steps": settings.steps, "guidance": settings.guidance, "size": models.size,
               "dtype": models.dtype, "models": models.fingerprints}
     with locked(args.out):
         paint_jobs(jobs, ads, paint_all, record, batch=4)

@@ -194,8 +194,8 @@ class LaMa(nn.Module):
         return rgb * known + filled[:, :, :h, :w] * (1 - known)
 
     @torch.inference_mode()
-    def paint(self, canvas, how, on_step: Callable | None = None) -> Tensor:
-        """As generate.paint: a Canvas -> (B, 3, H, W) float32, in one step, whatever `how` says."""
+    def paint(self, canvas, settings, on_step: Callable | None = None) -> Tensor:
+        """As generate.paint: a Canvas -> (B, 3, H, W) float32, in one step, whatever the settings."""
         weight = self.model[1].bn_l.weight
         return self(canvas.rgb.to(weight), canvas.mask.to(weight))
 

@@ -137,7 +137,7 @@ class PaintByExample:
         return F.interpolate((mask >= 0.5).float(), size=(h, w), mode="bilinear")
 
     @torch.inference_mode()
-    def paint(self, canvas, how: SamplerSettings, on_step: Callable | None = None) -> Tensor:
+    def paint(self, canvas, settings: SamplerSettings, on_step: Callable | None = None) -> Tensor:
         """As generate.paint: a Canvas, whose references of any size are the exemplars -> (B, 3, H, W) float32.
 
         z_T is pure noise. on_step as in `sampler.sample`.
@@ -148,7 +148,7 @@ class PaintByExample:
         given = Conditions(Prompts(c, c, c), Prompts(u, u, u),
                            inpainting=self.inpainting(canvas.rgb.to(weight), canvas.mask.to(weight)))
         shape = self.sd.latent_shape(*canvas.rgb.shape[2:])
-        z = sample(self.sd.unet, self.sd.schedule, given, canvas.generators, shape, how, on_step=on_step)
+        z = sample(self.sd.unet, self.sd.schedule, given, canvas.generators, shape, settings, on_step=on_step)
         return self.sd.decode(z)
 
     @property

@@ -89,10 +89,12 @@ def joint_frechet(x: Tensor, y: Tensor, conditions: Tensor) -> Tensor:
 
 
 def interval(statistic: Callable[[Tensor], Tensor], n: int, resamples: int = RESAMPLES) -> tuple[float, float]:
-    """A statistic of n items, statistic(indices), and half the width of its 95% interval.
+    """A statistic of n items, statistic(indices), and 1.96 times its standard deviation over bootstrap samples of n
+    items, drawn with replacement.
 
-    That is 1.96 times its standard deviation over bootstrap samples of n items, drawn with replacement. Percentiles
-    would not do: a sample with repetitions varies less, so its Fréchet distance is larger than the reported one.
+    For a mean, or a difference of two methods, that is half the width of its 95% interval. A Fréchet distance of few
+    pictures is biased upwards, by a floor that two sets of the same kind show: no interval around it holds the truth.
+    Percentiles would not do either: a sample with repetitions varies less, so its distance is larger still.
     """
     generator = Generator().manual_seed(0)
     values = [statistic(torch.randint(n, (n,), generator=generator)) for _ in range(resamples)]

@@ -17,7 +17,7 @@ from conftest import write_tiny_toy
 from PIL import Image, ImageOps
 
 import generate
-from data import AdInputs, background_hint, product_hint
+from data import AdInputs, background_hint, product_hint, prompt_texts
 from model import CategoryGenerator
 from programs import gallery, models
 from sampler import SamplerSettings
@@ -195,7 +195,7 @@ def test_a_prompt_paints_at_the_bases_size_or_the_given_or_as_much_larger(run, o
 
 def test_with_plain_prompt_known_categories_keep_their_identifier_and_others_do_without(toy):
     assert models.identifiers_of({"mug", "teapot"}, toy / "cg", plain_prompt=True) == {"mug": "sks 0", "teapot": None}
-    assert generate.prompt_texts("teapot", None) == ("A photo of teapot",) * 3
+    assert prompt_texts("teapot", None) == ("A photo of teapot",) * 3
 
 
 def test_branches_belong_together_if_they_share_categories_and_know_each_by_one_identifier(tmp_path):

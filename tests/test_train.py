@@ -573,7 +573,7 @@ def test_a_base_whose_vae_is_broken_is_named_before_training(branch, toy, tmp_pa
     "cg --init d": "--init belongs to stage vae and unet",
     "cg --theta 0": "--theta belongs to stage pg and joint",
     "pg --attention plain": "--attention belongs to stage cg and joint",
-    "paint": "stage paint does not exist; the stages are vae, clip, unet, cg, pg, joint",
+    "paint": "argument stage: invalid choice: 'paint' .*vae",
     "cg --resume": "nothing to resume",
     "vae --decoder-only": "--decoder-only goes with --init",
     "vae --size 100": "--size 100: must be a multiple of 8",
