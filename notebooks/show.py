@@ -45,7 +45,7 @@ def pictures(rows: list[list], labels: list[str] | None = None, row_labels: list
     """Rows of pictures (see `large`), labelled, stored once, as a JPEG; `file` in notebooks/pictures gets it too."""
     page = sheet([[large(picture, side, smooth) for picture in row] for row in rows], labels, row_labels)
     data = io.BytesIO()
-    page.convert("RGB").save(data, "JPEG", quality=88)
+    page.convert("RGB").save(data, "JPEG", quality=70)
     if file:
         (ROOT / "notebooks" / "pictures" / file).write_bytes(data.getvalue())
     return Image(data.getvalue(), format="jpeg", width=page.width)
