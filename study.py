@@ -149,7 +149,8 @@ def make(args: argparse.Namespace) -> None:
     lab = lab_of(args, args.pictures)
     pairs = painted_pairs(lab, args.methods, args.pairs)
     handout = plan(pairs)
-    write_json({"study": handout.study, "methods": args.methods, "how": vars(lab.settings), "pairs": handout.key}, args.key)
+    write_json({"study": handout.study, "methods": args.methods, "how": vars(lab.settings), "pairs": handout.key},
+               args.key)
     write_handout(handout, args.out)
     print(f"{args.out}: for the raters, who open index.html; pairs: {len(pairs)}", f"{args.key}: keep it from them",
           f"next: python study.py score --key {args.key} rankings-*.json, with the files that they send back", sep="\n")

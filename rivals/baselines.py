@@ -61,8 +61,8 @@ def stable_diffusion(sd: StableDiffusion, canvas: Canvas, settings: SamplerSetti
     return sd.decode(z)
 
 
-def blended_diffusion(sd: StableDiffusion, canvas: Canvas, settings: SamplerSettings, clip: CLIP, strength: float = STRENGTH,
-                      on_step: Callable | None = None) -> Tensor:
+def blended_diffusion(sd: StableDiffusion, canvas: Canvas, settings: SamplerSettings, clip: CLIP,
+                      strength: float = STRENGTH, on_step: Callable | None = None) -> Tensor:
     """stable_diffusion, guided by a distance D between two backgrounds -> (B, 3, H, W) float32 in [0, 1].
 
     D is the cosine distance between the CLIP embeddings of the reference's background, I_ref ⊗ (1 − M_ref), and of the

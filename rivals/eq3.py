@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import prompt_texts
+from data import AdDataset, prompt_texts
 from programs.gallery import save
 from programs.models import identifiers_of
 from rivals.lab import Lab
@@ -103,7 +103,7 @@ View = tuple[Tensor, Tensor, str]  # a picture (3, SIDE, SIDE), M (1, SIDE, SIDE
 
 
 def views(items: list[Item]) -> list[View]:
-    """AdDataset, each in its category's scene."""
+    """Ads, each in its category's scene."""
     return [(ad["image"], ad["mask"], items[ad["index"]].category) for ad in AdDataset(items, SIDE)]
 
 
