@@ -584,8 +584,9 @@ def test_what_is_missing_is_said_before_anything_is_painted(ads, tiny, tmp_path,
     command(ads, tmp_path / "results", given, "table1", "--limit", "2")
     rows = read_json(tmp_path / "results" / "table1.json")["rows"]
     assert [row["method"] for row in rows] == [
-        "LaMa", "Stable Diffusion", "ControlNet", "CG", "other ads of the same categories: the floor",
-        "originals of other products, the same set: Fréchet 0 by construction"]
+        "LaMa", "Stable Diffusion", "ControlNet", "CG",
+        "originals of other products, the same set: Fréchet 0 by construction",
+        "other ads of the same categories: the floor"]
     assert [row["method"] for row in rows if not row["measured"]] == ["LaMa"]
     assert "| LaMa | not given | 88.33 |" in (tmp_path / "results" / "table1.md").read_text()
 
