@@ -73,7 +73,7 @@ def own_edge(solid: Tensor, empty: Tensor) -> Tensor:
     """
     beside, facing = near(solid), near(empty)
     if not facing[beside & ~solid].float().mean() < 0.25:
-        return beside & facing
+        return near(beside & facing)
     blocks = own_edge(sum_blocks(solid), sum_blocks(empty))  # of bools: whether any of 2 x 2 is true
     return blocks.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, : solid.shape[1], : solid.shape[2]]
 
@@ -88,7 +88,7 @@ def edge_holds(rgb: Tensor, mask: Tensor) -> str:
 
     Programs store F (STRAIGHT), M F (PREMULTIPLIED, over black) or the photo's M F + (1 − M) B (STORED). With F and B
     continued from where M is 1 and 0, each predicts the colours C at the product's own edge. The answer is STRAIGHT
-    unless another has less than half its error, and half that of a black shadow. So what can't be told apart stays as
+    unless another has less than half its error, and a quarter of a black shadow's. So what can't be told apart stays as
     it is stored: a premultiplied product with a shadow on all sides, and premultiplied glass without a soft edge.
     """
     most = mask.max()
@@ -100,7 +100,7 @@ def edge_holds(rgb: Tensor, mask: Tensor) -> str:
         explained = first, torch.zeros_like(C), first * M, torch.lerp(B, first, M)
         errors += torch.stack([(C - colours).abs().sum() for colours in explained])
     straight, shadow, premultiplied, stored = errors
-    if 2 * min(premultiplied, stored) >= min(straight, shadow):
+    if min(premultiplied, stored) >= min(straight / 2, shadow / 4):
         return STRAIGHT
     return PREMULTIPLIED if premultiplied < stored else STORED
 
