@@ -71,9 +71,10 @@ def paste_back(painted: Tensor, painted_mask: Tensor, box: tuple[int, int, int, 
 
     Where M = 1 the result has exactly the product's pixels: the product must stay unchanged (section 2.2). The networks
     paint the product too, and it spreads about `spread` pixels beyond its edge in painted_mask, which is M (1, h, w) on
-    the canvas. There the scene is continued from further out, so that no glow surrounds the product.
+    the canvas. There the scene is continued from further out, so that no glow surrounds the product. Under its shadow,
+    or a haze in M, the scene stays as painted.
     """
-    painted = extend(painted, dilate(painted_mask, 1 + 2 * spread) <= 1 - SOLID)
+    painted = extend(painted, dilate(painted_mask, 3 + 2 * spread) <= 0.5)  # an antialiased edge adds a pixel
     top, left, h, w = box
     M = mask.masked_fill(mask >= SOLID, 1)
     scene = resize(painted[:, top : top + h, left : left + w], *rgb.shape[1:])

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+FAINT = 0.1  # up to this M a pixel shows the background: a haze or the end of a shadow hides none of it
 SOLID = 0.99  # from this M on a pixel is all product: its colour is never touched
 
 # JPEG and video change a mask's black and white by some levels of 255
@@ -65,20 +66,61 @@ def sum_blocks(x: Tensor) -> Tensor:
     return x[:, :, ::2] + x[:, :, 1::2]
 
 
+def own_edge(solid: Tensor, empty: Tensor) -> Tensor:
+    """Where the product itself ends: where both kinds of pixels are as near as they are along a quarter of its outline.
+
+    All (1, H, W) bool. A shadow, a glow and glass lie deeper than that; a wide feather, soft all around, does not.
+    """
+    beside, facing = near(solid), near(empty)
+    if not facing[beside & ~solid].float().mean() < 0.25:
+        return near(beside & facing)
+    blocks = own_edge(sum_blocks(solid), sum_blocks(empty))  # of bools: whether any of 2 x 2 is true
+    return blocks.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, : solid.shape[1], : solid.shape[2]]
+
+
+def near(x: Tensor) -> Tensor:
+    """Whether a pixel or one of its eight neighbours is true."""
+    return F.max_pool2d(x.float(), 3, 1, 1) > 0
+
+
+def edge_holds(rgb: Tensor, mask: Tensor) -> str:
+    """What the soft edges of a picture with an alpha channel hold: STRAIGHT, PREMULTIPLIED or STORED.
+
+    Programs store F (STRAIGHT), M F (PREMULTIPLIED, over black) or the photo's M F + (1 − M) B (STORED). With F and B
+    continued from where M is 1 and 0, each predicts the colours C at the product's own edge. The answer is STRAIGHT
+    unless another has less than half its error, and a quarter of a black shadow's. So what can't be told apart stays as
+    it is stored: a premultiplied product with a shadow on all sides, and premultiplied glass without a soft edge.
+    """
+    most = mask.max()
+    solid, empty = mask >= SOLID * most, mask <= 1 - SOLID
+    edge = own_edge(solid, mask <= FAINT) & ~solid & (mask > FAINT)
+    M, errors = mask[edge] / most, torch.zeros(4)  # of each explanation
+    for channel in rgb.split(1):
+        C, first, B = channel[edge], extend(channel, solid)[edge], extend(channel, empty)[edge]
+        explained = first, torch.zeros_like(C), first * M, torch.lerp(B, first, M)
+        errors += torch.stack([(C - colours).abs().sum() for colours in explained])
+    straight, shadow, premultiplied, stored = errors
+    if min(premultiplied, stored) >= min(straight / 2, shadow / 4):
+        return STRAIGHT
+    return PREMULTIPLIED if premultiplied < stored else STORED
+
+
 def unmix_edges(rgb: Tensor, mask: Tensor) -> Tensor:
     """The product's pure colours F at soft edges, where a photo shows C = M F + (1 − M) B and B is the old background.
 
     rgb (3, H, W), mask (1, H, W) -> (3, H, W); the colours of solid pixels are untouched, bit for bit.
     B and a first F are continued from the pixels that are all background or all product. They leave a part of C
-    unexplained, and M times that part is added to F, as in Forte's 'Approximate Fast Foreground Colour Estimation'
-    (2021): next to nothing at an ordinary edge, but the texture of a product that is half clear, such as glass.
+    unexplained. In a shadow or glass it is divided by M and added to F, which explains C exactly. At the product's own
+    edge, errors of M and B would shine then: there M times that part is added, as in Forte's 'Approximate Fast
+    Foreground Colour Estimation' (2021).
     """
     solid, empty = mask >= SOLID * mask.max(), mask <= 1 - SOLID
+    share = torch.where(own_edge(solid, mask <= FAINT), mask, 1 / mask.clamp(min=FAINT))
 
     def pure(C: Tensor) -> Tensor:
         first, B = extend(C, solid), extend(C, empty)
         unexplained = C - mask * first - (1 - mask) * B
-        return torch.where(solid, C, (first + mask * unexplained).clamp(0, 1))
+        return torch.where(mask >= SOLID, C, (first + share * unexplained).clamp(0, 1))
 
     return torch.cat([pure(channel) for channel in rgb.split(1)])  # one by one, because photos may have 100 megapixels
 
@@ -94,26 +136,3 @@ def pure_colours(rgb: Tensor, mask: Tensor, holds: str) -> Tensor:
     if holds == PREMULTIPLIED:
         return extend((rgb / mask.clamp(min=0.01)).clamp(0, 1), mask > 0.05)
     return extend(rgb, mask > 0)
-
-
-def edge_holds(rgb: Tensor, mask: Tensor) -> str:
-    """What the soft edges of a picture with an alpha channel hold: STRAIGHT, PREMULTIPLIED or STORED.
-
-    Programs store F (STRAIGHT), M F (PREMULTIPLIED, over black) or the photo's M F + (1 − M) B (STORED). With F and B
-    continued from where M is 1 and 0, the answer is the one that explains the stored colours C best; it is STRAIGHT
-    unless another halves the error. Colours under M = 0 prove nothing: programs leave anything there, lossy formats
-    noise.
-    """
-    most = mask.max()
-    solid, empty = mask >= SOLID * most, mask <= 1 - SOLID
-    soft = ~solid & ~empty
-    M, errors = mask[soft], torch.zeros(3)  # of each explanation
-    for channel in rgb.split(1):
-        C, first, B = channel[soft], extend(channel, solid)[soft], extend(channel, empty)[soft]
-        explained = first, first * M / most, torch.lerp(B, first, M)
-        errors += torch.stack([(C - colours).abs().sum() for colours in explained])
-    straight, premultiplied, stored = errors
-    brighter = rgb.amax(0, keepdim=True)[soft] > M + NOISE / 255  # M times a colour can't be
-    if premultiplied < straight / 2 and brighter.sum() <= 0.02 * M.numel():
-        return PREMULTIPLIED
-    return STORED if stored < straight / 2 else STRAIGHT

@@ -193,8 +193,9 @@ def load_masked(
     black, white = black_and_white(histogram)
     rgb, mask = to_tensor(image.convert("RGB")), to_tensor(mask)
     if covers_border(mask):
-        note(f"{source} covers the picture's border on all sides; is it white on the background? It must be white on "
-             "the product")
+        doubt = ("is it white on the background? It must be white on the product" if mask_path else
+                 "to make room for a background, leave room around the product in the file")
+        note(f"{source} covers the picture's border on all sides; {doubt}")
     return rgb, mask.sub_(black / 255).div_((white - black) / 255).clamp_(0, 1)
 
 
