@@ -513,16 +513,3 @@ def test_z_T_is_noise_of_each_pictures_seed_or_the_references_latent_noised_to_t
     torch.testing.assert_close(still.seen[0][0], noised if with_reference else own_noise(7), rtol=1e-4, atol=1e-5)
     assert [t for _, t in still.seen] == [t for t, _ in steps] == list(range(981, 0, -20))
     assert torch.equal(steps[-1][1], z), "on_step sees the result last"
-
-
-@pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_a_seed_gives_the_same_picture_alone_and_in_a_batch(unet, cg, pg, prompts, unconditional, eta):
-    """With η > 0 the noise of every step, too, comes from the picture's own generator."""
-    i, z_ref, pictures = inputs(3), random(3, 4, 16, 16, seed=8), []
-    for rows in (slice(0, 3), slice(1, 2)):
-        branches = [(cg, cg.hint_features(i.hint[rows])), (pg, pg.hint_features(i.hint_ref[rows]))]
-        own, empty = (Prompts(*(p[rows] for p in three)) for three in (prompts, unconditional))
-        generators = seeded(5 + rows.start, rows.stop - rows.start)
-        pictures.append(sample(unet, Schedule(), Conditions(own, empty, branches, i.mask[rows]), generators,
-                               (4, 16, 16), SamplerSettings(steps=3, eta=eta), z_ref[rows]))
-    assert relative_error(pictures[1], pictures[0][1:2]) < 1e-5
