@@ -25,7 +25,7 @@ from torch import nn
 
 import train
 from clip import TextEncoder
-from data import load_ad
+from data import caption_texts, load_ad
 from model import ControlNet
 from programs import latents, settings
 from programs.settings import number_categories
@@ -365,7 +365,7 @@ def test_stage_controlnet_trains_on_captions_what_opens_as_an_ordinary_controlne
     texts, encode = [], StableDiffusion.prompts
     monkeypatch.setattr(StableDiffusion, "prompts", lambda self, t: texts.extend(t) or encode(self, t))
     branch("controlnet", tmp_path, "--data", world / "base", "--prompt-dropout", 0)
-    captions = {", ".join(item.caption) for item in read_items(world / "base")[0]}
+    captions = {caption_texts(item)[0] for item in read_items(world / "base")[0]}
     assert len(texts) >= 4 and captions.issuperset(texts[:4])
     assert type(load_control(tmp_path / "controlnet")) is ControlNet
     assert not (tmp_path / "controlnet" / "categories.json").exists(), "captions name no identifiers"
