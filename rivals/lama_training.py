@@ -61,7 +61,7 @@ class LaMaLoss:
     discriminator: Discriminator
 
     def __call__(self, batch: dict, generator: torch.Generator) -> Tensor:
-        """A batch of `Samples` -> the loss, ()."""
+        """A batch of `TrainingSamples` -> the loss, ()."""
         real, known = batch["image"], (batch["mask"] >= SOLID).to(batch["image"])
         painted = self.lama.fill(real, known)
         return self.of_discriminator(real, painted.detach(), known) + self.of_lama(real, painted)

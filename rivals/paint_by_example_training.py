@@ -59,7 +59,7 @@ class ExampleLoss:
     weight: Tensor  # (T,): weight of the error at each timestep
 
     def __call__(self, batch: dict[str, Tensor], generator: Generator) -> Tensor:
-        """A batch of `Samples`, "inpainting" as for an inpainting Stable Diffusion -> the loss, ()."""
+        """A batch of `TrainingSamples`, "inpainting" as for an inpainting Stable Diffusion -> the loss, ()."""
         z_0, eps, t, masked = batch["z_0"], batch["eps"], batch["t"], batch["inpainting"][:, 1:]
         unet, schedule = self.pbe.sd.unet, self.pbe.sd.schedule
         dropped = (batch["drop"] < self.dropout)[:, None, None]
