@@ -65,14 +65,14 @@ def test_each_method_stands_equally_often_in_each_place(methods, count):
 
 def test_nothing_in_the_folder_betrays_a_method(tmp_path):
     """No name, text or order in it depends on the method, the key is not in it, and no seed gives its names away."""
-    written_study(tmp_path / "1", pairs=10)
-    written_study(tmp_path / "2", pairs=10)
-    files, others = ([path for path in (tmp_path / n / "study").rglob("*") if path.is_file()] for n in "12")
-    assert {path.parent.name for path in files} == {"study", "pictures"} and len(files) == 1 + 10 * 7
-    assert {path.name for path in files} & {path.name for path in others} == {"index.html"}
-    content = b"".join(path.read_bytes() + path.name.encode() for path in files)
+    for number in "12":
+        written_study(tmp_path / number, pairs=10)
+    (page, folder), (_, other) = (sorted((tmp_path / n / "study").iterdir()) for n in "12")
+    assert (page.name, folder.name) == ("index.html", "pictures")
+    pictures = sorted(folder.iterdir())
+    assert len({path.name for path in (*pictures, *other.iterdir())}) == 2 * 10 * 7
+    content = b"".join(path.read_bytes() + path.name.encode() for path in (page, *pictures))
     assert not [word for word in (*FIVE[:3], "cg+pg", "painted by", "product_") if word.encode() in content]
-    pictures = sorted(path for path in files if path.suffix == ".png")
     assert sorted(pictures, key=lambda path: path.stat().st_mtime_ns) == pictures, "random names give the order"
     for path in pictures:
         assert not Image.open(path).info.keys() - {"srgb"} and len(path.stem) == 12 and int(path.stem, 16) >= 0
