@@ -166,7 +166,7 @@ def canvas(ads) -> Canvas:
 @pytest.mark.parametrize("with_reference", [False, True])
 def test_inpainting_keeps_the_products_latent_and_paints_the_rest(sd, canvas, with_reference, monkeypatch):
     """It keeps the latent of the product on grey, or of the product pasted onto the reference, where M > 0.5."""
-    scene = canvas.reference if with_reference else torch.full_like(canvas.rgb, 0.5)
+    scene = canvas.reference if with_reference else 0.5
     monkeypatch.setattr(StableDiffusion, "decode", lambda self, z: z)
     z = stable_diffusion(sd, canvas if with_reference else canvas._replace(reference=None), SamplerSettings(steps=3))
     z_known = sd.encode(canvas.rgb * canvas.mask + scene * (1 - canvas.mask))
@@ -457,7 +457,7 @@ def test_pictures_are_kept_for_what_they_were_painted_of(ads, tiny, tmp_path, no
     monkeypatch.setattr(methods, "paint_items", lambda *_, **__: None)
     data = shutil.copytree(ads, tmp_path / "ads")
 
-    def folder(options: str) -> Path:
+    def folder(options):
         lab = lab_with(data, tmp_path, tiny, *options.split())
         return lab.pictures("cg", lab.items("ref"), "ref")[0].parent
 
