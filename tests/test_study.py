@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random
+from conftest import random, refused
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -16,7 +16,7 @@ from rivals import lab as methods
 from rivals.lab import lab_of
 from study import Pair, balanced_orders, plan, write_handout
 from support.datasets import Item
-from support.files import BadInput, one_line_errors, write_json
+from support.files import read_json, write_json
 from support.images import to_image
 from support.metrics import half_width, resampled_means
 from toy.world import write_world
@@ -26,18 +26,18 @@ FIVE = ["controlnet", "blended-diffusion", "paint-by-example", "cg", "cg+pg"]
 
 def written_study(folder: Path, pairs: int = 6, names: list[str] = FIVE) -> dict:
     """Writes a study with pictures of noise to folder/study, and its key to folder/key.json, and returns the key."""
+    made = folder / "made"
+    made.mkdir(parents=True)
+
     def picture(name: str) -> Path:
-        path, text = folder / "made" / f"{name}.png", PngInfo()
+        path, text = made / f"{name}.png", PngInfo()
         text.add_text("how", f"painted by {name}")
-        to_image(random(3, 40, 32, seed=len([*path.parent.iterdir()])).sigmoid()).save(path, pnginfo=text)
+        to_image(random(3, 40, 32, seed=len([*made.iterdir()])).sigmoid()).save(path, pnginfo=text)
         return path
 
-    mask = folder / "made" / "mask.png"
-    mask.parent.mkdir(parents=True)
-    to_image(torch.zeros(1, 40, 32).index_fill(2, torch.arange(10, 20), 1)).save(mask)
-    made = [Pair(Item(picture(f"product_{i}"), mask, "mug", picture(f"reference_{i}")),
-                 {name: picture(f"{i}_{name}") for name in names}) for i in range(pairs)]
-    handout = plan(made)
+    to_image(torch.eye(40, 32)[None]).save(made / "mask.png")
+    handout = plan([Pair(Item(picture(f"product_{i}"), made / "mask.png", "mug", picture(f"reference_{i}")),
+                         {name: picture(f"{i}_{name}") for name in names}) for i in range(pairs)])
     write_handout(handout, folder / "study")
     key = {"study": handout.study, "methods": names, "pairs": handout.key}
     write_json(key, folder / "key.json")
@@ -60,19 +60,19 @@ def test_each_method_stands_equally_often_in_each_place(methods, count):
     assert len(orders) == count and all(sorted(order) == [*range(methods)] for order in orders)
     for in_place in zip(*orders):
         times = [in_place.count(method) for method in range(methods)]
-        assert sum(times) == count and max(times) - min(times) <= 1
+        assert max(times) - min(times) <= 1
 
 
 def test_nothing_in_the_folder_betrays_a_method(tmp_path):
     """No name, text or order in it depends on the method, the key is not in it, and no seed gives its names away."""
-    written_study(tmp_path / "1", pairs=10)
-    written_study(tmp_path / "2", pairs=10)
-    files, others = ([path for path in (tmp_path / n / "study").rglob("*") if path.is_file()] for n in "12")
-    assert {path.parent.name for path in files} == {"study", "pictures"} and len(files) == 1 + 10 * 7
-    assert {path.name for path in files} & {path.name for path in others} == {"index.html"}
-    content = b"".join(path.read_bytes() + path.name.encode() for path in files)
+    for number in "12":
+        written_study(tmp_path / number, pairs=10)
+    (page, folder), (_, other) = (sorted((tmp_path / n / "study").iterdir()) for n in "12")
+    assert (page.name, folder.name) == ("index.html", "pictures")
+    pictures = sorted(folder.iterdir())
+    assert len({path.name for path in (*pictures, *other.iterdir())}) == 2 * 10 * 7
+    content = b"".join(path.read_bytes() + path.name.encode() for path in (page, *pictures))
     assert not [word for word in (*FIVE[:3], "cg+pg", "painted by", "product_") if word.encode() in content]
-    pictures = sorted(path for path in files if path.suffix == ".png")
     assert sorted(pictures, key=lambda path: path.stat().st_mtime_ns) == pictures, "random names give the order"
     for path in pictures:
         assert not Image.open(path).info.keys() - {"srgb"} and len(path.stem) == 12 and int(path.stem, 16) >= 0
@@ -80,16 +80,16 @@ def test_nothing_in_the_folder_betrays_a_method(tmp_path):
 
 def test_the_page_shows_the_painted_pictures_in_a_balanced_order(tmp_path):
     """According to the key, which the page does not have, each method is equally often in each place."""
-    key = written_study(tmp_path, pairs=10)
+    key, places = written_study(tmp_path, pairs=10), Counter()
     page = (tmp_path / "study" / "index.html").read_text(encoding="utf-8")
     data = json.loads(page.split('type="application/json">')[1].split("</script>")[0])
-    assert data["study"] == key["study"] and [p["pair"] for p in data["pairs"]] == [p["pair"] for p in key["pairs"]]
-    places = Counter()
-    for i, (pair, shown) in enumerate(zip(key["pairs"], data["pairs"])):
+    assert data["study"] == key["study"]
+    for i, (pair, shown) in enumerate(zip(key["pairs"], data["pairs"], strict=True)):
+        assert shown["pair"] == pair["pair"]
         for method, name in pair["candidates"].items():
             places[method, shown["candidates"].index(name)] += 1
-            picture = Image.open(tmp_path / "study" / "pictures" / f"{name}.png")
-            assert picture.tobytes() == Image.open(tmp_path / "made" / f"{i}_{method}.png").tobytes()
+            picture, made = tmp_path / "study" / "pictures" / f"{name}.png", tmp_path / "made" / f"{i}_{method}.png"
+            assert Image.open(picture).tobytes() == Image.open(made).tobytes()
     assert len(places) == 25 and {*places.values()} == {2}
 
 
@@ -101,7 +101,7 @@ def test_the_page_asks_nothing_of_any_server():
 # ---------------------------------------------------------------- score
 
 
-@pytest.mark.parametrize("by_rater, by_pair", [(1, 0), (0, 1), (1, 1), (1, -1)])
+@pytest.mark.parametrize("by_rater, by_pair", [(1, 0), (0, 1), (1, -1)])
 def test_the_interval_is_that_of_raters_and_pairs_drawn_apart(by_rater, by_pair):
     """It is ± 1.96 σ / √n, where σ has the divisor n, as in the bootstrap. The variances of raters and of pairs add.
 
@@ -118,9 +118,9 @@ def score(tmp_path: Path, *contents: dict | str) -> tuple[dict, str]:
     """Table 3 by rankings-0.json and so on."""
     paths = [tmp_path / f"rankings-{i}.json" for i in range(len(contents))]
     for path, content in zip(paths, contents):
-        path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
-    study.main(["score", "--key", str(tmp_path / "key.json"), "--out", str(tmp_path / "out"), *map(str, paths)])
-    return json.loads((tmp_path / "out" / "table3.json").read_text()), (tmp_path / "out" / "table3.md").read_text()
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+    study.main(["score", "--key", str(tmp_path / "key.json"), "--out", str(tmp_path), *map(str, paths)])
+    return read_json(tmp_path / "table3.json"), (tmp_path / "table3.md").read_text()
 
 
 def means(table: dict) -> list[list[float]]:
@@ -134,15 +134,15 @@ def test_table_3_has_the_mean_rank_scores_beside_the_papers(tmp_path, capsys):
     for pair in key["pairs"]:
         pair["candidates"] = dict(sorted(pair["candidates"].items()))
     write_json(key, tmp_path / "key.json")
-    order = FIVE[::-1]
-    table, text = score(tmp_path, rankings(key, "a", order), rankings(key, "李", [order[1], order[0], *order[2:]]))
+    first, second, *others = FIVE[::-1]
+    files = rankings(key, "a", [first, second, *others]), rankings(key, "李", [second, first, *others])
+    table, text = score(tmp_path, *files)
     assert means(table) == [[1, 2, 3, 4.5, 4.5], [5, 4, 3, 1.5, 1.5]] and table["raters"] == ["a", "李"]
     assert "| ControlNet | 1.00 ± 0.00 | 2.39 | 5.00 ± 0.00 | 2.61 |" in text and "compare only the order" not in text
     rates = torch.tensor(table["similarity"]["win_rates"])[..., 0]  # the later method wins
     assert rates.tolist() == [[0] * 5, [1] + [0] * 4, [1, 1] + [0] * 3, [1, 1, 1, 0, 0.5], [1, 1, 1, 0.5, 0]]
-    total_ranks = torch.tensor([2.0, 4, 6, 9, 9])  # of two raters: W = 12 S / (R² (M³ − M))
-    expected = 12 * (total_ranks - 6).square().sum().item() / (4 * 120)
-    assert table["similarity"]["kendalls_w"] == pytest.approx(expected)
+    S = 16 + 4 + 0 + 9 + 9  # total ranks 2, 4, 6, 9, 9 around their mean; W = 12 S / (R² (M³ − M))
+    assert table["similarity"]["kendalls_w"] == pytest.approx(12 * S / (4 * 120))
     assert capsys.readouterr().out.startswith(text)
 
 
@@ -161,22 +161,19 @@ def test_other_methods_than_the_papers_are_compared_by_their_order(tmp_path):
 
 def test_bad_files_are_named_and_left_out_and_the_rest_is_counted(tmp_path, capsys):
     key = written_study(tmp_path)
+    good, pair = rankings(key, "good", FIVE), key["pairs"][0]["pair"]
+    similarity, (best, *others) = good["rankings"][pair].values()
 
-    def pair_1(change) -> dict:
-        """A file whose ranking of the first pair by quality is changed."""
-        content = rankings(key, "x", FIVE)
-        ranked = content["rankings"][key["pairs"][0]["pair"]]
-        ranked["quality"] = change(ranked["quality"])
-        return content
+    def with_pair_1(quality: list) -> dict:
+        return good | {"rankings": good["rankings"] | {pair: {"similarity": similarity, "quality": quality}}}
 
-    good = rankings(key, "good", FIVE)
     bad = [
         (json.dumps(good)[:-40], "can't be read as JSON"),
         ("[]", "does not hold a JSON object"),
         (good | {"study": "another"}, "from another study"),
-        (pair_1(lambda names: names[1:]), "pair 1 for quality"),
-        (pair_1(lambda names: [names[1], *names[1:]]), "pair 1 for quality"),
-        (pair_1(lambda names: [None, *names[1:]]), "pair 1 for quality"),
+        (with_pair_1(others), "pair 1 for quality"),
+        (with_pair_1([others[0], *others]), "pair 1 for quality"),
+        (with_pair_1([None, *others]), "pair 1 for quality"),
         (good | {"rankings": None}, "pair 1 for similarity"),
         (good | {"rater": 7}, "does not say who"),
     ]
@@ -211,21 +208,19 @@ def test_of_two_files_by_one_rater_the_one_saved_last_counts(tmp_path):
     ("score --key there/key.json none.json", "no file of rankings is left"),
     ("score", "required: FILE"), ("nonsense", "nonsense"), ("", "required: make or score"),
 ])  # fmt: skip
-def test_bad_use_is_one_line(words, message, tmp_path, monkeypatch, capsys):
+def test_bad_use_is_one_line(words, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_json({"study": "a", "methods": ["cg", "cg+pg"], "pairs": []}, Path("there", "key.json"))
     write_json({}, Path("there", "other.json"))
-    with pytest.raises(SystemExit) as left, one_line_errors():
+    with refused(message):
         study.main(words.split())
-    *before, line = capsys.readouterr().err.splitlines()
-    assert left.value.code == 2 and line.startswith("error: ") and message in line
-    assert all(text.startswith("left out: ") for text in before) and not Path("study").exists()
+    assert not Path("study").exists()
 
 
 def test_under_torchrun_it_says_how_to_paint_on_many_gpus(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(BadInput, match="torchrun evaluate.py table2"):
+    with refused("torchrun evaluate.py table2"):
         study.main(["make", "--methods", "cg", "cg+pg"])
 
 
@@ -247,7 +242,7 @@ def make(root: Path, *options: str) -> dict[Path, int]:
 def test_make_paints_what_is_missing_and_score_counts_it(painting, tmp_path, monkeypatch):
     """A second, larger study and evaluate.py find the first one's pictures."""
     before = make(tmp_path, *painting, "--methods", "cg", "stable-diffusion", "--pairs", "2")
-    key = json.loads((tmp_path / "key.json").read_text())
+    key = read_json(tmp_path / "key.json")
     painted = {Image.open(path).tobytes(): path for path in before}
     for pair in key["pairs"]:
         for method, name in pair["candidates"].items():
