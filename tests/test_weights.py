@@ -24,6 +24,7 @@ from weights import (
     TEXT_FILE,
     UNET_FILE,
     StableDiffusion,
+    control_config,
     load_clip,
     load_control,
     load_module,
@@ -107,6 +108,13 @@ def test_a_branch_is_a_controlnets_folder_and_its_weights_are_written_last(tmp_p
     assert json.loads((tmp_path / "categories.json").read_text(encoding="utf-8")) == {"手机": "sks 0"}
     assert json.loads((tmp_path / "config.json").read_text())["_class_name"] == "ControlNetModel"
     assert written == ["config.json", "categories.json", CONTROL_FILE]
+
+
+def test_a_branch_beside_an_inpainting_base_reads_z_alone():
+    unet = UNet(UNETS["sd1"] | {"in_channels": 9})
+    branch = CategoryGenerator(control_config(unet.config, factor=8))
+    branch.init_from_unet(unet)
+    assert torch.equal(branch.conv_in.weight, unet.conv_in.weight[:, :4])
 
 
 @pytest.fixture
