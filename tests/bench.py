@@ -246,6 +246,7 @@ dtype = getattr(torch, dtype)
 """
 OURS_TRAIN = (TRAIN_ARGUMENTS + """
 from model import CategoryGenerator, PersonalityGenerator, Prompts, predict_noise
+from programs.trainer import recompute_activations
 from weights import control_config, load_control, load_stable_diffusion
 """, """
 layout = torch.preserve_format if dtype == torch.float32 else torch.channels_last
@@ -256,9 +257,8 @@ branch.to(device, memory_format=layout)
 frozen = [load_control(f"{folder}/cg", "category")] if stage == "pg" else []
 for network in (unet, *frozen):
     network.to(device, dtype, memory_format=layout)
-if recompute:
-    unet.recompute_activations()
-    branch.recompute_activations()
+for network in (unet, branch) if recompute else ():
+    recompute_activations(network)
 
 def forward():
     branches = [(network, network.hint_features(hint)) for network in (*frozen, branch)]
