@@ -213,10 +213,8 @@ def test_branches_belong_together_if_they_share_categories_and_know_each_by_one_
 
 
 def test_a_sheet_is_never_an_earlier_commands(run):
-    cutout("mug.png")
-    run(*MUG, "--num", 2)
-    assert Path("out/sheet.png").exists()
-    run("--prompt", "a mug")
+    for num in (2, 1):
+        run("--prompt", "a mug", "--num", num)
     assert not Path("out/sheet.png").exists()
 
 
@@ -517,8 +515,9 @@ BAD = {  # options: what the line says
     "--prompt mug --refine 2 --sampler dpm++ --steps 1 --weights trailing": "none of the 1 steps is that late",
     "--prompt mug --refine-from 300": "--refine-from and --keep-first go with a second pass; add --refine 2",
     "--prompt mug --keep-first": "--keep-first go with a second pass; add --refine 2",
-    "--prompt mug --guidance nan": "--guidance",
-    "--prompt mug --out mug.png": "--out mug.png:",
+    "--prompt mug --steps 2.5": "--steps: '2.5' must be a whole number",
+    "--prompt mug --guidance nan": "--guidance: 'nan' must be a number from 1 to 30",
+    "--prompt mug --out mug.png/new": "mug.png is not a folder that can be written to; choose another",
     "--prompt mug --out " + "o" * 300: "File name too long",
 }
 
