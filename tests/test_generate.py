@@ -213,8 +213,10 @@ def test_branches_belong_together_if_they_share_categories_and_know_each_by_one_
 
 
 def test_a_sheet_is_never_an_earlier_commands(run):
-    for num in (2, 1):
-        run("--prompt", "a mug", "--num", num)
+    cutout("mug.png")
+    run(*MUG, "--num", 2)
+    assert Path("out/sheet.png").exists()
+    run("--prompt", "a mug")
     assert not Path("out/sheet.png").exists()
 
 

@@ -139,7 +139,7 @@ def test_a_mask_may_be_stored_in_any_form(name, photo, tmp_path):
 
 def test_a_mask_on_all_four_borders_is_pointed_out(photo, tmp_path, capsys):
     standing = disc()
-    standing[:, 12:, 8:16] = 1  # on the lower border
+    standing[:, 12:, 4:20] = 1  # on the lower border
     for name, mask in ("standing.png", standing), ("inverse.png", 1 - disc()):
         images.save_image(mask, tmp_path / name)
         images.load_masked(photo[0], tmp_path / name)
