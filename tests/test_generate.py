@@ -517,8 +517,9 @@ BAD = {  # options: what the line says
     "--prompt mug --refine 2 --sampler dpm++ --steps 1 --weights trailing": "none of the 1 steps is that late",
     "--prompt mug --refine-from 300": "--refine-from and --keep-first go with a second pass; add --refine 2",
     "--prompt mug --keep-first": "--keep-first go with a second pass; add --refine 2",
-    "--prompt mug --guidance nan": "--guidance",
-    "--prompt mug --out mug.png": "--out mug.png:",
+    "--prompt mug --steps 2.5": "--steps: '2.5' must be a whole number",
+    "--prompt mug --guidance nan": "--guidance: 'nan' must be a number from 1 to 30",
+    "--prompt mug --out mug.png/new": "mug.png is not a folder that can be written to; choose another",
     "--prompt mug --out " + "o" * 300: "File name too long",
 }
 

@@ -1,4 +1,4 @@
-"""Tests: support/images.py and cutouts.py: files become sRGB, cut-outs have no halos, fitting does not stretch."""
+"""Tests: support/images.py: files become sRGB, masks mean 0 to 1, fitting does not stretch."""
 
 import struct
 from itertools import product
@@ -6,10 +6,9 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms, ImageDraw, ImageFilter
+from PIL import Image, ImageCms
 
 from support import images
-from support.cutouts import SOLID
 from support.files import BadInput
 
 SIZE = 24  # pixels of the test images
@@ -114,57 +113,6 @@ def test_a_saved_picture_keeps_its_numbers_says_that_it_is_srgb_and_carries_its_
     assert torch.equal(images.to_tensor(images.open_image(path)), levels / 255)
 
 
-# ---------------------------------------------------------------- cut-outs
-
-ROUND = Image.new("L", (128, 128))
-ImageDraw.Draw(ROUND).rounded_rectangle([40, 20, 90, 110], 12, fill=255)
-ROUND = ROUND.filter(ImageFilter.GaussianBlur(2))
-M_ROUND = np.asarray(ROUND) / 255
-SOFT = (M_ROUND > 0.15) & (M_ROUND < 0.85)
-WALL = Image.linear_gradient("L").resize((128, 128)).convert("RGB")
-
-
-def cutout(colour, hidden, mixed):
-    """A product with a soft edge over `hidden`. At the edge it has its own colour, or the two `mixed`."""
-    picture = hidden.copy() if isinstance(hidden, Image.Image) else Image.new("RGB", ROUND.size, hidden)
-    picture.paste(colour, (0, 0, *ROUND.size), ROUND if mixed else ROUND.point(lambda v: 255 * (v > 0)))
-    picture.putalpha(ROUND)
-    return picture
-
-
-def error_of(rgb, colour):
-    """How far each pixel is from a colour, in levels of 255."""
-    return np.abs(255 * rgb.permute(1, 2, 0).numpy() - colour)
-
-
-CUT_OUTS = {  # what lies under alpha 0; whether soft edges are mixed with it; how the file is written
-    "straight, over white": ("white", False, {}), "straight, over black": ("black", False, {}),
-    "straight, with noise under alpha 0": ("white", False, dict(format="WEBP", quality=80)),
-    "premultiplied": ("black", True, {}), "the photo, hidden by alpha alone": (WALL, True, {})}
-
-
-@pytest.mark.parametrize("colour", [(245, 240, 235), (40, 90, 210), (20, 20, 20)])
-@pytest.mark.parametrize("hidden, mixed, how", CUT_OUTS.values(), ids=CUT_OUTS)
-def test_a_cut_outs_edge_and_what_lies_under_alpha_0_get_the_products_colour(hidden, mixed, how, colour, tmp_path):
-    cutout(colour, hidden, mixed).save(tmp_path / "x.png", **how)
-    rgb, _ = images.load_cutout(tmp_path / "x.png")
-    error = error_of(rgb, colour)
-    assert error[SOFT].mean() < 4 and error[M_ROUND == 0].mean() < 4
-
-
-@pytest.mark.parametrize("name, black, white", [("mask.png", 0, 255), ("mask.jpg", 4, 250)])
-def test_a_photo_and_its_mask_leave_no_old_background_and_solid_pixels_as_they_are(name, black, white, tmp_path):
-    """A JPEG's mask has noise and, as here, a raised black."""
-    photo = cutout((245, 240, 235), WALL, mixed=True).convert("RGB")
-    photo.save(tmp_path / "x.png")
-    ROUND.point(lambda v: black + (white - black) * v / 255).save(tmp_path / name)
-    rgb, M = images.load_cutout(tmp_path / "x.png", tmp_path / name)
-    M = M[0].numpy()
-    assert error_of(rgb, (245, 240, 235))[SOFT].mean() < 4
-    assert error_of(rgb, np.asarray(photo))[M == 1].max() < 0.01
-    assert (M[M_ROUND == 0] <= 1 - SOLID).mean() > 0.9
-
-
 # ---------------------------------------------------------------- masks
 
 
@@ -189,15 +137,12 @@ def test_a_mask_may_be_stored_in_any_form(name, photo, tmp_path):
     assert torch.allclose(M, levels, atol=0.01) and M[levels == 0].max() == 0 and M[levels == 1].min() == 1
 
 
-def test_an_inverted_mask_is_turned_and_a_mask_on_all_four_borders_is_pointed_out(photo, tmp_path, capsys):
-    images.save_image(1 - disc(), tmp_path / "inverse.png")
+def test_a_mask_on_all_four_borders_is_pointed_out(photo, tmp_path, capsys):
     standing = disc()
-    standing[:, 12:, 8:16] = 1  # on the lower border
-    images.save_image(standing, tmp_path / "standing.png")
-    M = images.load_masked(photo[0], tmp_path / "inverse.png", inverted=True)[1]
-    images.load_masked(photo[0], tmp_path / "standing.png")
-    assert torch.allclose(M, disc(), atol=0.01) and not capsys.readouterr().err
-    assert images.load_masked(photo[0], tmp_path / "inverse.png")[1][0, 0, 0] == 1
+    standing[:, 12:, 4:20] = 1  # on the lower border
+    for name, mask in ("standing.png", standing), ("inverse.png", 1 - disc()):
+        images.save_image(mask, tmp_path / name)
+        images.load_masked(photo[0], tmp_path / name)
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "inverse.png covers the picture's border" in err
 
@@ -232,14 +177,6 @@ def test_pictures_in_every_format_are_read_whatever_their_suffix_and_of_several_
     first, second = (Image.new("RGB", (8, 8), colour) for colour in ("red", "lime"))
     first.save(tmp_path / "x", kind, save_all=kind not in ("JPEG", "BMP"), append_images=[second])
     assert np.abs(opened(tmp_path / "x")[..., :3] - [255, 0, 0]).max() < 9
-
-
-def test_a_photo_is_turned_upright_by_its_exif_tag(tmp_path):
-    image, exif = Image.linear_gradient("L").resize((40, 20)), Image.Exif()  # black at the top
-    exif[0x0112] = 6  # to be turned by 90 degrees, clockwise
-    image.save(tmp_path / "x.jpg", exif=exif)
-    upright = opened(tmp_path / "x.jpg")
-    assert upright.shape == (40, 20, 3) and upright[:, 0].min() > 235 and upright[:, -1].max() < 20
 
 
 def test_the_transparent_colour_of_every_kind_of_png_is_alpha(tmp_path):
