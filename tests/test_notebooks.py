@@ -8,10 +8,11 @@ import pytest
 nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 LECTURES = sorted(FOLDER.glob("0*.ipynb"))
-SHORTER = {  # lecture 3 trains for fewer steps, lecture 6 paints fewer pictures in fewer steps
+SHORTER = {  # lecture 3 trains for fewer steps, lecture 6 paints fewer pictures, all paint in fewer steps
     "STEPS, BATCH = 120, 8": "STEPS, BATCH = 12, 8",
     "n = 64": "n = 24",
     "steps=15": "steps=2",
+    "SamplerSettings(steps=25": "SamplerSettings(steps=2",
 }
 
 
