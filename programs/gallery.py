@@ -23,7 +23,7 @@ from support.images import save_image, sheet, thumbnail
 from support.options import Parser, check_together, one_for_each, real_number, unicode_text, whole_number
 from support.plots import picture_of
 
-SAMPLE = "perfume"  # from toy/samples, painted if no product is given
+SAMPLE = "sneaker"  # from toy/samples, painted if no product is given
 SHEET = "sheet.png"
 LARGEST = 4096  # pixels: the longest side that is painted
 # The toy's second pass. Only the base was trained at 256 px, on little noise and without prompts. From 201 it sharpens

@@ -222,8 +222,8 @@ def test_a_sheet_is_never_an_earlier_commands(run):
 
 def test_no_arguments_paint_the_sample_with_the_toys_second_pass_by_the_base_alone(run):
     paths, _ = run(refine=None)
-    assert [str(p) for p in paths] == ["out/perfume_0.png", "out/perfume_like_perfume_reference_0.png", "out/sheet.png"]
-    product = pixels(ROOT / "toy" / "samples" / "perfume.png")
+    assert [str(p) for p in paths] == ["out/sneaker_0.png", "out/sneaker_like_sneaker_reference_0.png", "out/sheet.png"]
+    product = pixels(ROOT / "toy" / "samples" / "sneaker.png")
     solid = product[..., 3] == 255
     for path in paths[:2]:
         assert (pixels(path)[solid] == product[solid, :3]).all()
