@@ -18,9 +18,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 from torch.utils.data import Dataset
 
-from support.datasets import MASK_OF_ITEM, Item, check_data_set, refuse_many_broken
+from support.datasets import Item, check_data_set, load_square, refuse_many_broken
 from support.files import BadInput, one_line_errors
-from support.images import fit, load_masked
 
 # Background perturbation, section 5.1
 THETA = 50  # kernel of the dilation in pixels of a 512 x 512 image; scaled with the image's size
@@ -83,20 +82,13 @@ class Canvas(NamedTuple):
 
 
 def load_ad(item: Item, size: int) -> tuple[Tensor, Tensor]:
-    """A whole ad and its mask, (3, size, size) and (1, size, size). Raises BadInput.
-
-    Both are cropped to the largest square, centred as near to the product's centroid as it fits; ours.
-    """
-    image, mask = load_masked(item.image, item.mask, "image", MASK_OF_ITEM, item.inverted)
-    h, w = mask.shape[1:]
-    y, x = torch.arange(h) + 0.5, torch.arange(w) + 0.5
-    rows, columns = mask[0].sum(1), mask[0].sum(0)
-    centre = float(rows @ y / rows.sum()), float(columns @ x / columns.sum())
-    return fit(image, size, size, "cover", centre)[0], fit(mask, size, size, "cover", centre)[0]
+    """A whole ad and its mask, (3, size, size) and (1, size, size), as load_square crops them. Raises BadInput."""
+    return load_square(item, size)[:2]
 
 
 class AdDataset(Dataset):
-    """The ads of a data set: {"image": (3, S, S), "mask": (1, S, S), "index": position in items}.
+    """The ads of a data set: {"image": (3, S, S), "mask": (1, S, S), "kept": the part of the product that the crop to a
+    square leaves, "index": position in items}.
 
     A broken item is reported once on stderr, and its index is kept in `broken`. The next item takes its place ("index"
     says which). Raises BadInput once more than 1% are broken. Each worker of a DataLoader has its own `broken`.
@@ -112,13 +104,13 @@ class AdDataset(Dataset):
         while index in self.broken:
             index = (index + 1) % len(self)
         try:
-            image, mask = load_ad(self.items[index], self.size)
+            image, mask, kept = load_square(self.items[index], self.size)
         except BadInput as error:
             self.broken[index] = str(error)
             print(f"skipped: {error}", file=sys.stderr)
             refuse_many_broken(list(self.broken.values()), len(self), "data set")
             return self[index]
-        return {"image": image, "mask": mask, "index": index}
+        return {"image": image, "mask": mask, "kept": kept, "index": index}
 
 
 # ---------------------------------------------------------------- what the generators see

@@ -58,8 +58,8 @@ def paint(sd: StableDiffusion, canvas: Canvas, settings: SamplerSettings, cg: Co
     if initial is None and settings.from_reference:
         initial = canvas.reference
     z_ref = None if initial is None else sd.encode(initial)  # (B, 4, 64, 64)
-    conditions = Conditions(encode_prompts(sd, canvas.texts), encode_prompts(sd, [("", "", "")] * len(rgb)), branches,
-                            mask, sd.inpainting(rgb, mask))
+    prompts, without = (encode_prompts(sd, texts) for texts in (canvas.texts, [(settings.negative,) * 3] * len(rgb)))
+    conditions = Conditions(prompts, without, branches, mask, sd.inpainting(rgb, mask))
     z = sample(sd.unet, sd.schedule, conditions, canvas.generators, sd.latent_shape(*rgb.shape[2:]), settings, z_ref,
                on_step, start)
     return sd.decode(z)

@@ -292,6 +292,7 @@ class ControlNet(UNetEncoder):
 
     def __init__(self, config: dict):
         super().__init__(config)
+        self.scale = 1.0  # its outputs are multiplied by it: generate.py's --cg-scale and --pg-scale
         channels = config["block_out_channels"]
         self.controlnet_cond_embedding = HintEncoder(config["conditioning_embedding_out_channels"], channels[0])
         self.controlnet_down_blocks = nn.ModuleList(nn.Conv2d(c, c, 1) for c in skip_channels(config))
@@ -325,7 +326,8 @@ class ControlNet(UNetEncoder):
         """As `forward`, but for a hint whose features (B, C, h, w) have been computed."""
         x = self.conv_in(z) + features  # (B, 320, 64, 64) for SD 1.5
         middle, skips = self.encode(x, self.embed_time(t), context, mask)  # (2B, 1280, 8, 8) and 12 skips
-        return [conv(s) for conv, s in zip(self.controlnet_down_blocks, skips)] + [self.controlnet_mid_block(middle)]
+        convs = [*self.controlnet_down_blocks, self.controlnet_mid_block]
+        return [self.scale * conv(y) for conv, y in zip(convs, [*skips, middle])]
 
     def context(self, prompts: Prompts) -> Tensor | SplitPrompt:
         """What its cross-attentions read: P."""

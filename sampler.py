@@ -26,6 +26,7 @@ class SamplerSettings:
     guidance: float = 2.0  # weight of the prompt in classifier-free guidance; 1: no guidance
     eta: float = 0.0  # η of DDIM: 0 deterministic, 1 as much noise at each step as DDPM
     from_reference: bool = True  # z_T is the reference's latent, noised; without a reference it is pure noise
+    negative: str = ""  # the prompt that guidance leads away from
     hint: str = "product"  # CG, or a ControlNet in its place, sees I ⊗ M; with "inpaint", data.inpaint_hint
     # Ours, not the paper's:
     sampler: str = "ddim"  # or "dpm++", DPM-Solver++ (2M), for fewer steps
@@ -143,7 +144,7 @@ class Conditions(NamedTuple):
     """The networks' inputs beside z_t and t, for a batch of B pictures."""
 
     prompts: Prompts
-    unconditional: Prompts  # the encodings of '', for guidance
+    unconditional: Prompts  # the encodings of '', or of a negative prompt, for guidance
     branches: tuple = ()  # as in `predict_noise`: pairs of a branch and its hint's features
     mask: Tensor | None = None  # M (B, 1, H, W) of the products, at any size
     inpainting: Tensor | None = None  # (B, 5, h, w), for an inpainting UNet

@@ -130,7 +130,7 @@ def branch_task(settings: Settings) -> Task:
     """Stages cg, pg, joint and controlnet: Eq. 1 over the parameters of CG, of PG beside a frozen CG, of both, or of an
     ordinary ControlNet that reads captions.
     """
-    sd, items, identifiers = load_base_and_ads(settings)
+    sd, *both, identifiers = load_base_and_ads(settings)  # both: ads to train on, and held-out ones
     trained = build_branches(sd, settings)
     frozen = [load_branch("category", settings.cg, sd)] if settings.stage == "pg" else []
     cg = frozen[0] if frozen else next(iter(trained.values()))  # in stage controlnet the ControlNet in its place
@@ -140,20 +140,20 @@ def branch_task(settings: Settings) -> Task:
     for network in (sd.unet, *trained.values()) if settings.checkpointing else ():
         recompute_activations(network)
 
-    samples = latent_samples(sd, items, settings.size, settings, perturbed=pg is not None, theta=settings.theta,
-                             sigma=settings.sigma, noise_offset=settings.noise_offset)
+    samples, held_out = (latent_samples(sd, ads, settings.size, settings, perturbed=pg is not None) for ads in both)
     branches = [(cg, "product")] + ([(pg, "background")] if pg else [])
-    eq1 = Eq1(sd.unet, sd.schedule, branches, batch_prompts(sd, items, identifiers, settings), settings.prompt_dropout,
-              timestep_weights(sd.schedule, settings.weighting).to(settings.device))
+    weight = timestep_weights(sd.schedule, settings.weighting).to(settings.device)
+    loss, check = (Eq1(sd.unet, sd.schedule, branches, batch_prompts(sd, ads, identifiers, settings),
+                       settings.prompt_dropout, weight) for ads in both)
 
     def save(out: Path) -> None:
         for folder, branch in trained.items():
             save_control(branch, out / folder, settings.save_dtype, identifiers)
 
     name = " and ".join({"cg": "CG", "pg": "PG"}.get(name, "a ControlNet") for name in trained)
-    return Task(name, trained, samples, lambda batch, generator: eq1(batch),
-                sheet_painter(paint, sd, cg, pg, items, identifiers, settings), save,
-                next_commands(settings, [*trained]), identifiers)
+    return Task(name, trained, samples, lambda batch, generator: loss(batch),
+                sheet_painter(paint, sd, cg, pg, both[0], identifiers, settings), save,
+                next_commands(settings, [*trained]), identifiers, held_out, check)
 
 
 STAGES = BASE_STAGES | {  # on the toy CG must rely on the prompt to choose the scene: only a tenth is dropped

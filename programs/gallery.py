@@ -7,11 +7,11 @@ import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from data import AdInputs, prompts_by_category
 from programs.batch import Job, count_steps, jobs_of_items, load_ads, paint_items, save_data_sheet, save_pictures
@@ -19,8 +19,8 @@ from programs.models import TOY, ModelChoice, Models, add_model_options, load_mo
 from sampler import SAMPLERS, SamplerSettings
 from support.datasets import BROKEN, Item, read_items
 from support.files import BadInput, locked, result_name
-from support.images import save_image, sheet, thumbnail
-from support.options import Parser, check_together, one_for_each, real_number, unicode_text, whole_number
+from support.images import grow_frame, save_image, sheet, thumbnail
+from support.options import Parser, check_together, one_for_each, ratio, real_number, unicode_text, whole_number
 from support.plots import picture_of
 
 SAMPLE = "sneaker"  # from toy/samples, painted if no product is given
@@ -103,6 +103,8 @@ def sampler_settings(args: Namespace, **others) -> SamplerSettings:
     settings = SamplerSettings(**({} if args.weights else TOY_REFINE) | others | given)
     if settings.eta and settings.sampler != "ddim":
         raise BadInput(f"--eta goes with --sampler ddim; leave it out, or --sampler {settings.sampler}")
+    if settings.negative and settings.guidance == 1:
+        raise BadInput("--negative goes with guidance; leave it out, or give a --guidance above 1")
     if settings.hint == "inpaint" and not args.controlnet:
         raise BadInput("--hint goes with --controlnet; add that one")
     if settings.refine == 1 and (args.refine_from or vars(args).get("keep_first")):
@@ -191,6 +193,16 @@ def options(description: str) -> Parser:
     add_walk_options(add)
     add("--eta", type=real_number(0, 1), default=SamplerSettings.eta,
         help="DDIM's η: part of DDPM's noise that is added at each step [0: none, the paper's]")
+    add("--negative", type=unicode_text, default="", help="prompt that guidance leads away from, in place of ''")
+    add("--cg-scale", type=real_number(0, 4), default=1.0,
+        help="factor of CG's or --controlnet's outputs: how strongly product and category count [1]")
+    add("--pg-scale", type=real_number(0, 4), default=1.0,
+        help="factor of PG's outputs: how strongly the reference counts [1]")
+    add("--spacing", choices=["leading", "trailing", "linspace"],
+        help="which timesteps are visited; trailing for few steps of dpm++ [the base's, in the toy and SD 1.5 leading]")
+    add("--margin", type=real_number(0, 0.45), default=0.0,
+        help="widen the frame until so large a part of it is free on each side of the product [0]")
+    add("--aspect", type=ratio, help="widen the frame to this ratio of width to height, such as 16:9 [the photo's]")
     add("--keep-first", action="store_true", help="save the picture of the first pass too, as NAME_first.png")
     add("--start", choices=["reference", "noise"], default="reference",
         help="z_T: the reference's latent, noised, or pure noise [reference, the paper's; noise without a reference]")
@@ -206,7 +218,7 @@ def options(description: str) -> Parser:
 def check(args: Namespace) -> None:
     """Raises BadInput for options that do not go together."""
     check_together(args, [("product", "data", "prompt"), ("prompt", "controlnet", "cg"), ("prompt", "pg"),
-                          ("data", "num")],
+                          ("data", "num"), ("prompt", "margin"), ("prompt", "aspect")],
                    [("product", "category"), ("mask", "product"), ("category", "product"), ("reference", "product"),
                     ("reference_mask", "reference"), ("split", "data"), ("limit", "data")])
 
@@ -222,10 +234,21 @@ def load(args: Namespace, items: list[Item], paint_ads: Callable) -> tuple[dict,
     choice = ModelChoice(args.weights, args.tokenizer, args.cg, args.pg, args.controlnet, args.device, args.dtype)
     models = load_models(choice, args.size, {item.category for item in items}, any(item.reference for item in items),
                          args.plain_prompt)
+    if args.spacing:
+        models.sd.schedule.config["timestep_spacing"] = args.spacing
     if (side := settings.refine * models.size) > LARGEST:
         raise BadInput(f"--refine {settings.refine}: paints {side} pixels, more than {LARGEST}; lower it, or --size")
     count_steps(models, settings)  # raises BadInput for impossible ones
-    paint_all = partial(paint_ads, models=models, settings=settings, keep_first=args.keep_first)
+    for branch, scale in (models.cg, args.cg_scale), (models.pg, args.pg_scale):
+        if branch:
+            branch.scale = scale
+
+    def paint_all(ads: list[AdInputs]) -> list[list[Tensor]]:
+        if args.margin or args.aspect:
+            frames = [grow_frame(ad.rgb, ad.mask, args.margin, args.aspect) for ad in ads]
+            ads = [ad._replace(rgb=rgb, mask=mask) for ad, (rgb, mask) in zip(ads, frames)]
+        return paint_ads(ads, models, settings, keep_first=args.keep_first)
+
     return prompts_by_category(models.identifiers, models.sd.tokenizer), paint_all, record_of(args, settings, models)
 
 

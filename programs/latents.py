@@ -3,7 +3,7 @@ needed to understand the paper.
 """
 
 import sys
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -27,31 +27,36 @@ from support.tensors import compute_parts, file_fingerprint, not_finite, weights
 from weights import StableDiffusion, load_stable_diffusion
 
 PART = 1024  # items in a file of latents
+ON_SHEET, CHECKED = 8, 64  # ads on a sheet, and held-out ads whose loss is checked
 
 
-def load_base_and_ads(settings: Settings) -> tuple[StableDiffusion, list[Item], dict[str, str] | None]:
-    """The base, the ads, and their categories' identifiers; None in stage controlnet, which reads captions instead.
-
-    Raises BadInput if they can't be read, or do not fit the settings.
+def load_base_and_ads(settings: Settings) -> tuple[StableDiffusion, list[Item], list[Item], dict[str, str] | None]:
+    """The base, the ads, those that are held out, and their categories' identifiers; None in stage controlnet, which
+    reads captions instead. Raises BadInput if they can't be read, or do not fit the settings.
     """
     sd = load_stable_diffusion(settings.weights, settings.device, tokenizer=settings.tokenizer)
     canvas_size(1, 1, settings.size, sd.multiple)  # raises BadInput if the size does not fit the base
     items, notes = read_items(settings.data)
-    if processes()[0] == 0:
-        print(*notes, sep="\n", file=sys.stderr)
-    if settings.stage != "controlnet":
-        return sd, items, category_identifiers(items, settings)
-    if not all(map(caption_texts, items)):
+    captions = settings.stage == "controlnet"
+    if captions and not all(map(caption_texts, items)):
         raise BadInput(f"{settings.data}: stage controlnet trains on captions, which this data set lacks; to train an "
                        "ordinary ControlNet on these ads, give train.py cg --attention plain")
-    return sd, items, None
+    identifiers = None if captions else category_identifiers(items, settings)
+    held_out = held_out_ads(settings, "bg1k", items, identifiers, CHECKED)
+    if processes()[0] == 0:
+        print(*notes, sep="\n", file=sys.stderr)
+    if processes()[0] == 0 and not held_out:
+        print(f"no ads are held out; python data.py {settings.data} --hold-out 0.02 does that", file=sys.stderr)
+    return sd, items, held_out, identifiers
 
 
-def latent_samples(sd: StableDiffusion, items: list[Item], size: int, settings: Settings, **others) -> TrainingSamples:
-    """Training samples with latents, which are encoded first if settings.cache lacks them; others: its own."""
+def latent_samples(sd: StableDiffusion, items: list[Item], size: int, settings: Settings, perturbed: bool = False,
+                   pictures: bool = True) -> TrainingSamples:
+    """Training samples with latents, which are encoded first if settings.cache lacks them."""
     latents = encode_items(sd, items, size, settings.cache, min(8, settings.micro_batch), settings.amp,
                            settings.workers)
-    return TrainingSamples(items, size, latents, sd.vae.scaling_factor, sd.schedule.T, **others)
+    return TrainingSamples(items, size, latents, sd.vae.scaling_factor, sd.schedule.T, pictures, perturbed,
+                           settings.theta, settings.sigma, settings.noise_offset)
 
 
 def encode_items(sd: StableDiffusion, items: list[Item], size: int, folder: Path, batch: int = 8,
@@ -136,24 +141,40 @@ def batch_prompts(sd: StableDiffusion, items: list[Item], identifiers: dict[str,
     return category_prompts(prompt_table(sd, texts, settings), [rows[item.category] for item in items], settings.device)
 
 
-def held_out_ads(data: Path, split: str, items: list[Item], categories: Container[str] | None, size: int,
-                 count: int = 8) -> tuple[list[Item], list[Tensor]]:
-    """The first ads of a test split, or of the whole list if that is metadata.jsonl, then the last ones of the training
-    set; only those in the given categories, if any are given.
+def usable(item: Item, identifiers: dict[str, str] | None, settings: Settings) -> bool:
+    """Whether a run's branches can paint an ad: its category has an identifier or, where they are read, captions."""
+    return item.category in identifiers if identifiers else settings.stage != "controlnet" or bool(caption_texts(item))
 
-    Returns the ads; and their images, masks, references and references' masks, all (n, 3 or 1, size, size). An ad
-    without a reference is its own reference.
-    """
-    test, ads, pictures = [], [], []
+
+def held_out_ads(settings: Settings, split: str, items: list[Item], identifiers: dict[str, str] | None,
+                 count: int) -> list[Item]:
+    """The first `count` usable ads of a test split that load and are not among `items`, the training set."""
+    test, trained, ads = [], {*items}, []
     with suppress(BadInput):  # if there is no such split
-        test = read_items(data, split)[0]
-    for item in (*test, *items[::-1]):
-        if len(ads) < count and (categories is None or item.category in categories):
-            reference = replace(item, image=item.reference, mask=item.reference_mask) if item.reference else item
+        test = read_items(settings.data, split)[0]
+    for item in test:
+        if len(ads) < count and item not in trained and usable(item, identifiers, settings):
             with suppress(BadInput):  # reported when it is read as part of the data set
-                pictures.append((*load_ad(item, size), *load_ad(reference, size)))
+                load_ad(item, settings.size)
                 ads.append(item)
-    return ads, [torch.stack(parts) for parts in zip(*pictures)]
+    return ads
+
+
+def sheet_ads(settings: Settings, split: str, items: list[Item],
+              identifiers: dict[str, str] | None = None) -> tuple[str, list[Item], list[Tensor]]:
+    """The ads on a run's sheets: the first of a test split, or else the last ones of the training set.
+
+    Returns what they are called, the ads, and their images, masks, references and references' masks, all (n, 3 or 1,
+    size, size). An ad without a reference is its own reference.
+    """
+    held_out, ads, pictures = held_out_ads(settings, split, items, identifiers, ON_SHEET), [], []
+    for item in held_out or items[::-1]:
+        if len(ads) < ON_SHEET and usable(item, identifiers, settings):
+            reference = replace(item, image=item.reference, mask=item.reference_mask) if item.reference else item
+            with suppress(BadInput):
+                pictures.append((*load_ad(item, settings.size), *load_ad(reference, settings.size)))
+                ads.append(item)
+    return "held-out ads" if held_out else "training ads", ads, [torch.stack(parts) for parts in zip(*pictures)]
 
 
 def sheet_of(rows: dict[str, Tensor]) -> Image.Image:
@@ -161,25 +182,21 @@ def sheet_of(rows: dict[str, Tensor]) -> Image.Image:
     return sheet([list(pictures) for pictures in rows.values()], row_labels=list(rows))
 
 
-def held_out_canvas(sd: StableDiffusion, items: list[Item], identifiers: dict[str, str] | None, settings: Settings,
-                    with_references: bool) -> Canvas:
-    """The ads that sheets are painted from, with their categories' prompts or, without identifiers, their captions."""
-    split = "bgpair" if with_references else "bg1k"
-    ads, (rgb, mask, *references) = held_out_ads(settings.data, split, items, identifiers, settings.size)
-    texts = prompts_by_category(identifiers, sd.tokenizer) if identifiers else None
-    texts = [texts[ad.category] if texts else caption_texts(ad)[:1] * 3 for ad in ads]
-    return Canvas(rgb, mask, texts, [], *(references if with_references else ()))  # draw_branches adds generators
-
-
 def sheet_painter(paint: Callable, sd: StableDiffusion, cg: ControlNet, pg: ControlNet | None, items: list[Item],
                   identifiers: dict[str, str] | None, settings: Settings) -> Callable[[], Image.Image]:
-    """Task.draw for the paper's branches. paint: generate.paint."""
-    canvas = held_out_canvas(sd, items, identifiers, settings, with_references=pg is not None)
-    return partial(draw_branches, paint, sd.unet, cg, pg, canvas, settings)
+    """Task.draw for the paper's branches: ads with their categories' prompts or, without identifiers, their captions.
+
+    paint: generate.paint.
+    """
+    label, ads, (rgb, mask, *references) = sheet_ads(settings, "bgpair" if pg else "bg1k", items, identifiers)
+    texts = prompts_by_category(identifiers, sd.tokenizer) if identifiers else None
+    texts = [texts[ad.category] if texts else caption_texts(ad)[:1] * 3 for ad in ads]
+    canvas = Canvas(rgb, mask, texts, [], *(references if pg else ()))  # draw_branches adds generators
+    return partial(draw_branches, paint, sd.unet, cg, pg, canvas, label, settings)
 
 
 def draw_branches(paint: Callable, unet: UNet, cg: ControlNet, pg: ControlNet | None, canvas: Canvas,
-                  settings: Settings) -> Image.Image:
+                  label: str, settings: Settings) -> Image.Image:
     """A sheet with a column per ad: the product, for PG also the reference, the painted picture, the original ad."""
     base = load_stable_diffusion(settings.weights, "cpu", tokenizer=settings.tokenizer)  # training dropped its VAE
     vae, text_encoder = base.vae.to(settings.device), base.text_encoder.to(settings.device)
@@ -187,4 +204,4 @@ def draw_branches(paint: Callable, unet: UNet, cg: ControlNet, pg: ControlNet | 
     canvas = canvas._replace(generators=seeded(settings.seed, len(canvas.texts)))
     painted = paint(sd, canvas, SamplerSettings(steps=25), cg, pg)
     rows = {"product": product_hint(canvas.rgb, canvas.mask)} | ({"reference": canvas.reference} if pg else {})
-    return sheet_of(rows | {"painted": painted, "ad": canvas.rgb})
+    return sheet_of(rows | {"painted": painted, label: canvas.rgb})

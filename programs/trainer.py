@@ -23,16 +23,16 @@ from PIL import Image
 from torch import Generator, Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
 from attention import SpatialTransformer
 from model import ResnetBlock
-from programs.settings import Settings
+from programs.settings import BRANCHES, Settings
 from support.files import BadInput, append_line, explain, read_log, write_atomic, write_text
 from support.images import save_image
 from support.machine import barrier, processes
-from support.plots import draw_curves
+from support.plots import draw_curves, draw_film
 from support.tensors import not_finite
 
 CHECKPOINTS = 2  # so many are kept
@@ -52,6 +52,8 @@ class Task:
     save: Callable[[Path], None]  # writes the public folders
     next_commands: list[list[str]]  # to go on with after the training
     identifiers: dict[str, str] | None = None  # [D] of each category, which a resumed run must keep
+    held_out: Dataset | None = None  # samples of ads that are not trained on
+    held_out_loss: Callable[[dict], Tensor] | None = None  # (batch of them) -> scalar
 
 
 @dataclass
@@ -172,6 +174,8 @@ class Trainer:
         keys = batches_of_keys(len(self.task.samples), s.batch, s.seed, self.start, s.steps, self.rank, self.world)
         loader = DataLoader(self.task.samples, batch_sampler=keys, num_workers=s.workers, pin_memory=s.device != "cpu",
                             worker_init_fn=ignore_sigterm)
+        if self.start == 0 and self.rank == 0:
+            self.draw(-1)  # what the modules do at first
         bar = tqdm(loader, initial=self.start, total=s.steps, unit="step", disable=self.rank > 0 or None)
         return enumerate(bar, self.start)
 
@@ -184,8 +188,8 @@ class Trainer:
         s = self.settings
         # On a CPU the fused attention's backward pass is slow: at the toy's size plain matrix products train faster
         with sdpa_kernel(SDPBackend.MATH) if s.device == "cpu" and s.size <= 128 else nullcontext():
-            for i in range(self.part_count):
-                rows = slice(i * s.micro_batch, (i + 1) * s.micro_batch)
+            for i in range(0, len(batch["index"]), s.micro_batch):
+                rows = slice(i, i + s.micro_batch)
                 yield {name: x[rows].to(s.device, non_blocking=True) for name, x in batch.items()}
 
     @property
@@ -304,15 +308,35 @@ class Trainer:
             self.task.save(self.settings.out)
 
     def draw(self, step: int) -> None:
-        """Draws the loss as a curve, and a sheet that shows what the modules do now."""
-        folder, points = self.settings.folder, [(line["step"], line["loss"]) for line in read_log(self.log)]
-        if points:
-            save_image(draw_curves({"loss": points}, f"loss of {self.task.name}", "step"), folder / "loss.png")
+        """Draws the loss as a curve, beside it that of held-out ads, and a sheet that shows what the modules do now."""
+        folder, held_out = self.settings.folder, self.check_held_out(step)
+        curves = {"loss": [(line["step"], line["loss"]) for line in read_log(self.log) if "loss" in line]}
+        if curves["loss"]:
+            curves |= {"held-out ads": held_out} if held_out else {}
+            save_image(draw_curves(curves, f"loss of {self.task.name}", "step"), folder / "loss.png")
         try:
             with self.averaged():
                 save_image(self.task.draw(), folder / f"sheet_{step + 1:06}.png")
         except torch.OutOfMemoryError:
             print("no sheet: painting it does not fit the GPU's memory", file=sys.stderr)
+
+    def check_held_out(self, step: int) -> list[tuple[int, float]]:
+        """Adds the loss of held-out ads, always with the same noise and timesteps, to the log; while it is the lowest,
+        the models are kept in OUT/best. Returns its curve; [] if no ads are held out.
+        """
+        s, held_out = self.settings, self.task.held_out
+        if not held_out:
+            return []
+        batch = default_collate([held_out[i, seed_of(s.seed, "held out", i)] for i in range(len(held_out))])
+        with self.averaged():
+            losses = [(self.task.held_out_loss(part).item(), len(part["index"]))
+                      for part in self.parts(batch)]
+            loss = sum(mean * count for mean, count in losses) / len(held_out)
+            append_line({"step": step + 1, "held_out_loss": loss}, self.log)
+            curve = [(line["step"], line["held_out_loss"]) for line in read_log(self.log) if "held_out_loss" in line]
+            if loss <= min(loss for _, loss in curve):
+                self.task.save(s.out / "best")
+        return curve
 
     def leave_if_stopped(self, step: int) -> None:
         """If any process has received SIGTERM, ends all of them with status 143."""
@@ -325,8 +349,13 @@ class Trainer:
         """Says what was written and what can be done with it."""
         barrier()  # no process goes on before the first has saved
         if self.rank == 0:
-            out = self.settings.out
+            s, out = self.settings, self.settings.out
             print(f"trained {self.task.name}: {', '.join(str(out / name) for name in self.task.modules)}; "
-                  f"{self.settings.folder} holds the loss as a curve, sheets and the log")
+                  f"{s.folder} holds the loss as a curve, sheets and the log")
+            if self.task.held_out:
+                print(f"{out / 'best'} holds the models at the lowest loss of held-out ads")
+            if s.stage in BRANCHES:
+                film = draw_film(sorted(s.folder.glob("sheet_*.png")), s.size, s.folder / "loss.png")
+                save_image(film, s.folder / "film.png")
             for command in self.task.next_commands:
                 print("next:", shlex.join(command))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from data import TrainingSamples, product_hint
-from programs.latents import held_out_ads, sheet_of
+from programs.latents import sheet_ads, sheet_of
 from programs.settings import Settings
 from programs.trainer import Task
 from rivals.lama import LAMA_FILE, LaMa
@@ -97,13 +97,13 @@ def lama_task(settings: Settings) -> Task:
     discriminator = Discriminator().to(settings.device)
     if settings.size % (2 * lama.multiple):
         raise BadInput(f"--size {settings.size}: must be a multiple of {2 * lama.multiple}")
-    _, (rgb, mask, *_) = held_out_ads(settings.data, "bg1k", items, None, settings.size)
+    label, _, (rgb, mask, *_) = sheet_ads(settings, "bg1k", items)
 
     def draw():
         lama.eval()
         painted = lama(rgb.to(settings.device), mask.to(settings.device))
         lama.train()
-        return sheet_of({"product": product_hint(rgb, mask), "painted": painted, "ad": rgb})
+        return sheet_of({"product": product_hint(rgb, mask), "painted": painted, label: rgb})
 
     def save(out: Path) -> None:
         save_module(lama, out / "lama", LAMA_FILE, settings.save_dtype)

@@ -18,7 +18,7 @@ from torch import Generator, Tensor, nn
 
 from data import Canvas, product_hint
 from model import UNet
-from programs.latents import held_out_ads, latent_samples, sheet_of
+from programs.latents import latent_samples, sheet_ads, sheet_of
 from programs.models import TOY
 from programs.settings import Settings
 from programs.trainer import Task
@@ -95,16 +95,16 @@ def paint_by_example_task(settings: Settings) -> Task:
     canvas_size(1, 1, size, sd.multiple)  # refuses a size that does not fit the base
     sd.vae.to(memory_format=settings.memory_format)
     # The masked ad's latent is the same as for an inpainting Stable Diffusion, for which latent_samples keeps it
-    samples = latent_samples(sd, items, size, settings, noise_offset=settings.noise_offset)
+    samples = latent_samples(sd, items, size, settings)
     loss = ExampleLoss(pbe, settings.prompt_dropout,
                        timestep_weights(sd.schedule, settings.weighting).to(settings.device))
-    _, (rgb, mask, reference, _) = held_out_ads(settings.data, "bgpair", items, None, size)
+    label, _, (rgb, mask, reference, _) = sheet_ads(settings, "bgpair", items)
 
     def draw():
         """A sheet with a column for each ad: product, exemplar, the painted picture, and the original ad."""
         canvas = Canvas(rgb, mask, [], seeded(settings.seed, len(rgb)), reference)
         painted = pbe.paint(canvas, SamplerSettings(25, GUIDANCE))
-        return sheet_of({"product": product_hint(rgb, mask), "exemplar": reference, "painted": painted, "ad": rgb})
+        return sheet_of({"product": product_hint(rgb, mask), "exemplar": reference, "painted": painted, label: rgb})
 
     trained = nn.ModuleDict({"unet": sd.unet, "image_encoder": pbe.image_encoder})
     return Task("Paint by Example", {FOLDER: trained}, samples, loss, draw,

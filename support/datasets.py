@@ -1,6 +1,7 @@
 """Support: lists of ads: BG60k as released, imagefolders, folders of categories; not needed to understand the paper."""
 
 import argparse
+import hashlib
 import json
 import os
 import unicodedata
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -18,9 +20,9 @@ from tqdm import tqdm
 
 from support.cutouts import SOLID, covers_border
 from support.files import BadInput, check_folder, is_hidden, is_unicode, nfc, one_line, read_json, write_text
-from support.images import FORMATS, load_mask, save_image, sheet
+from support.images import FORMATS, fit, load_mask, load_masked, save_image, sheet
 from support.machine import cores
-from support.options import Parser, whole_number
+from support.options import Parser, real_number, whole_number
 
 MASK_OF_ITEM = "'mask' in metadata.jsonl, or in the folders of masks"  # where messages say that a mask belongs
 BROKEN = 0.01  # so large a part may be missing or unreadable, and is skipped; more is an error
@@ -45,8 +47,10 @@ class Item:
 def read_items(root: Path | str, split: str = "bg60k") -> tuple[list[Item], list[str]]:
     """The items of a folder, and notes for people: how many, the long tail, what was assumed, what was skipped.
 
-    A folder with metadata.jsonl is read by the imagefolder convention and has no splits; any other is read as BG60k
-    was released. Raises BadInput if the folder is neither, if a line can't be read, or if over 1% is missing.
+    A folder with metadata.jsonl is read by the imagefolder convention, any other as BG60k was released. A list's lines
+    are for training, but for those with "split": "test", which are both BG1k and, with a reference, BG-pair; a list
+    without such lines is all of them. Raises BadInput if the folder is neither, if a line can't be read, or if over 1%
+    is missing.
     """
     root = Path(root)
     if split not in SPLITS:
@@ -56,7 +60,7 @@ def read_items(root: Path | str, split: str = "bg60k") -> tuple[list[Item], list
     if not file.is_file():
         raise BadInput(f"{root}: no such data set; expected a folder with metadata.jsonl or with {split}_info.txt and "
                        f"{SPLITS[split]}_imgs_0, {SPLITS[split]}_masks_0, ...")
-    items, missing = read_imagefolder(file) if own_format else read_bg60k(file, split)
+    items, missing = read_imagefolder(file, split) if own_format else read_bg60k(file, split)
     refuse_many_broken(missing, len(items) + len(missing), root)
     if not items:
         raise BadInput(f"{root}: the data set is empty; add lines to its list")
@@ -112,6 +116,31 @@ def read_identifiers(file: Path) -> dict[str, str]:
     return {nfc(name): identifier for name, identifier in read_json(file).items()}
 
 
+def load_square(item: Item, size: int) -> tuple[Tensor, Tensor, float]:
+    """An ad and its mask, (3, size, size) and (1, size, size), cropped to a square of the shorter side; ours. It holds
+    as much of the product as it can, its centroid as near to the middle as that allows. Also returns the part of the
+    product that it holds. Raises BadInput.
+    """
+    image, mask = load_masked(item.image, item.mask, "image", MASK_OF_ITEM, item.inverted)
+    (rows, cols), side = (mask[0].sum(1), mask[0].sum(0)), min(mask.shape[1:])
+    (y, kept_y), (x, kept_x) = best_window(rows, side), best_window(cols, side)
+    square = [fit(picture, size, size, "cover", (y, x))[0] for picture in (image, mask)]
+    return *square, kept_y * kept_x
+
+
+def best_window(line: Tensor, length: int) -> tuple[float, float]:
+    """The middle of the window of a line of weights (n,) that holds the most, and the part that it holds. Of equal ones
+    the nearest to the centroid.
+    """
+    position, total = torch.arange(len(line)) + 0.5, float(line.sum())
+    held = F.pad(line.cumsum(0), (1, 0))
+    held = (held[length:] - held[:-length]) / total  # by each window's start
+    middles = torch.arange(len(held)) + length / 2
+    distance = (middles - line @ position / total).abs()
+    best = int(distance.where(held > held.max() - 1e-4, torch.inf).argmin())
+    return float(middles[best]), float(held[best])
+
+
 # ---------------------------------------------------------------- the two formats
 
 
@@ -128,9 +157,9 @@ def check_name(name: str, where: str) -> None:
                        "it relative to that, with / between folders")
 
 
-def read_imagefolder(file: Path) -> tuple[list[Item], list[str]]:
+def read_imagefolder(file: Path, split: str) -> tuple[list[Item], list[str]]:
     """Items and missing files, from metadata.jsonl: one JSON object a line, its paths relative to the folder."""
-    items, missing = [], []
+    train, test, missing = [], [], []
     for number, line in read_lines(file):
         where = f"{file}:{number}"
         try:
@@ -147,8 +176,12 @@ def read_imagefolder(file: Path) -> tuple[list[Item], list[str]]:
         if absent := [name for name, path in zip(names, paths) if name and not path]:
             missing.append(f"{where}: no file {absent[0]}")
         else:
-            items.append(Item(*paths[:2], category, *paths[2:], *words, line=number))
-    return items, missing
+            chosen = test if entry.get("split") == "test" else train
+            chosen.append(Item(*paths[:2], category, *paths[2:], *words, line=number))
+    if split == "bg60k" or not test:
+        return train, missing
+    pairs = [item for item in test if item.reference] if split == "bgpair" else []
+    return pairs or test, missing
 
 
 def find_file(root: Path, name: str, where: str) -> Path | None:
@@ -267,15 +300,20 @@ def check_ads(ads: Dataset, count: int, where: Path) -> list[Item]:
     """Loads every ad and prints a report. Returns those of the first `count`, the items without their references, whose
     background is blank. Raises BadInput if more than 1% can't be used.
     """
-    broken, blank = [], []
+    broken, blank, cut = [], [], []
     loader = DataLoader(ads, batch_size=None, num_workers=min(8, cores()))
     for i, sample in enumerate(tqdm(loader, desc="loading", disable=None)):
         if sample["index"] != i:  # another was taken in its place
             broken.append(str(ads.items[i].image))
-        elif i < count and is_blank(sample["image"], sample["mask"]):
+            continue
+        if sample["kept"] < 0.99:
+            cut.append(sample["kept"])
+        if i < count and is_blank(sample["image"], sample["mask"]):
             blank.append(ads.items[i])
     refuse_many_broken(broken, len(ads), where)
     print(f"{len(ads) - len(broken):,} images load, {len(broken):,} are broken; {len(blank):,} have a blank background")
+    if cut:
+        print(f"a crop to a square cuts {len(cut):,} products, and leaves {min(cut):.0%} to {max(cut):.0%} of them")
     for item in blank[:10]:
         print(f"  {one_line(str(item.image))}")
     return blank
@@ -291,6 +329,23 @@ def drop_lines(file: Path, items: list[Item]) -> Path:
     return kept
 
 
+def hold_out(file: Path, part: float) -> str:
+    """Marks the ads of a list whose name's hash falls in the lowest `part` as "split": "test"; they stay the same when
+    others are added. A category's last ad stays in the training set. Returns what was done.
+    """
+    entries = [json.loads(line) for _, line in read_lines(file)]
+    train = [entry for entry in entries if entry.get("split") != "test"]
+    left = Counter(entry["category"] for entry in train)
+    for entry in train:
+        name = hashlib.blake2b(entry["file_name"].encode("utf-8", "surrogateescape"), digest_size=4)
+        if int(name.hexdigest(), 16) < part * 2**32 and left[entry["category"]] > 1:
+            entry["split"] = "test"
+            left[entry["category"]] -= 1
+    write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries), file, "surrogateescape")
+    held_out = len(entries) - left.total()
+    return f"{file}: {held_out:,} of {len(entries):,} ads are held out" + ("" if held_out else "; raise --hold-out")
+
+
 def check_data_set(arguments: list[str] | None, dataset: type[Dataset], product_hint: Callable,
                    perturb: Callable) -> None:
     """The command line of data.py, with its AdDataset and, for the sheet, its hints. Raises BadInput."""
@@ -300,6 +355,8 @@ def check_data_set(arguments: list[str] | None, dataset: type[Dataset], product_
     if args.list:
         print(list_folder(args.dir))
     file = list_of(args.dir, args.split)
+    if args.hold_out and file.suffix == ".txt":
+        raise BadInput(f"--hold-out: {args.dir} has no metadata.jsonl, and BG60k's BG1k is held out; leave it out")
     try:
         items, notes = read_items(args.dir, args.split)
         print("\n".join(notes))
@@ -314,6 +371,8 @@ def check_data_set(arguments: list[str] | None, dataset: type[Dataset], product_
         raise
     if args.drop_blank and blank:
         print(f"dropped them from {file}; the whole list is {drop_lines(file, blank)}")
+    if args.hold_out:
+        print(hold_out(file, args.hold_out))
     if args.split == "bg60k":
         print(f"next, train CG on it: python train.py cg --data {args.dir} --weights SD15")
     else:
@@ -346,4 +405,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="first write metadata.jsonl, from DIR/CATEGORY/NAME.png and NAME_mask.png or alpha")
     add("--drop-blank", action="store_true",
         help="take images with a blank background out of the list; the whole list stays as FILE.all")
+    add("--hold-out", metavar="PART", type=real_number(1e-4, 0.5),
+        help='mark so large a part of metadata.jsonl as "split": "test": training leaves it out, and is checked on it')
     return parser.parse_args(arguments)

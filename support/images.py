@@ -1,7 +1,9 @@
 """Support: images to tensors, cut-outs, fitting to a canvas, contact sheets; not needed to understand the paper."""
 
+import math
 import sys
 import warnings
+from fractions import Fraction
 from functools import cache
 from io import BytesIO
 from pathlib import Path
@@ -26,6 +28,7 @@ Image.MAX_IMAGE_PIXELS = 120_000_000  # admits a phone's 108 megapixels
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # decode refuses them
 
 SRGB = ImageCms.createProfile("sRGB")
+THUMBNAIL, GAP = 256, 4  # pixels: the largest cells of a sheet, and what lies between them
 LARGE = 4_000_000  # pixels; larger PNGs are compressed a little less, in a third of the time
 
 
@@ -194,7 +197,7 @@ def load_masked(
     rgb, mask = to_tensor(image.convert("RGB")), to_tensor(mask)
     if covers_border(mask):
         doubt = ("is it white on the background? It must be white on the product" if mask_path else
-                 "to make room for a background, leave room around the product in the file")
+                 "to make room for a background, give generate.py --margin 0.15")
         note(f"{source} covers the picture's border on all sides; {doubt}")
     return rgb, mask.sub_(black / 255).div_((white - black) / 255).clamp_(0, 1)
 
@@ -270,10 +273,43 @@ def canvas_size(height: int, width: int, size: int, multiple: int) -> tuple[int,
     return -(-height * size // longer) * multiple, -(-width * size // longer) * multiple  # -(-a // b): a / b rounded up
 
 
+def grow_frame(rgb: Tensor, mask: Tensor, margin: float, aspect: Fraction | None) -> tuple[Tensor, Tensor]:
+    """Adds pixels around a picture (3, H, W) and its mask (1, H, W) until on each side of the product's box at least
+    `margin` of the frame is free, and the width is `aspect` of the height. Nothing is cut off or resampled.
+
+    Raises BadInput if the frame would be larger than pictures may be.
+    """
+    left, right = missing_room(mask[0].amax(0), margin)
+    top, bottom = missing_room(mask[0].amax(1), margin)
+    h, w = mask.shape[1] + top + bottom, mask.shape[2] + left + right
+    if aspect:
+        wider, higher = max(0, round(h * aspect) - w), max(0, round(w / aspect) - h)
+        left, right = left + wider // 2, right + (wider + 1) // 2
+        top, bottom = top + higher // 2, bottom + (higher + 1) // 2
+        h, w = h + higher, w + wider
+    if h * w > Image.MAX_IMAGE_PIXELS:
+        raise BadInput(f"--margin: the frame would have {w} x {h} pixels, over {Image.MAX_IMAGE_PIXELS:,}; lower it "
+                       "or give a smaller picture")
+    pad = (left, right, top, bottom)
+    return F.pad(rgb, pad, mode="replicate"), F.pad(mask, pad)
+
+
+def missing_room(line: Tensor, margin: float) -> tuple[int, int]:
+    """How many pixels to add before and after a line of mask values (n,), so that both sides of the product in it are
+    at least `margin` of the whole.
+    """
+    n, inside = len(line), (line > 0.1).nonzero().flatten().tolist() or [0, len(line) - 1]
+    before, after = inside[0], n - 1 - inside[-1]
+    # the longest that is needed if no side grows, the one, the other, or both
+    whole = max(n, (n - before) / (1 - margin), (n - after) / (1 - margin), (n - before - after) / (1 - 2 * margin))
+    free = math.ceil(margin * whole)
+    return max(0, free - before), max(0, free - after)
+
+
 # ---------------------------------------------------------------- small pictures
 
 
-def thumbnail(picture: Tensor | Image.Image, side: int = 256, mask: Tensor | None = None) -> Image.Image:
+def thumbnail(picture: Tensor | Image.Image, side: int = THUMBNAIL, mask: Tensor | None = None) -> Image.Image:
     """A picture as an image, reduced if it is larger than `side` pixels; white outside the mask (1, H, W)."""
     if mask is not None:
         picture = picture * mask + 1 - mask
@@ -290,7 +326,7 @@ def sheet(
     """
     rows = [[cell if cell is None else thumbnail(cell) for cell in row] for row in rows]
     w, h = (max(cell.size[axis] for row in rows for cell in row if cell) for axis in (0, 1))
-    gap, text = 4, max(12, h // 16)
+    gap, text = GAP, max(12, h // 16)
     font = ImageFont.load_default(text)
     left = int(max(map(font.getlength, row_labels))) + 2 * gap if row_labels else gap
     top = text + 3 * gap if labels else gap

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable
 from contextlib import suppress
+from fractions import Fraction
 from functools import partial
 
 from support.files import BadInput, is_unicode, nfc
@@ -35,6 +36,14 @@ def whole_number(low: int, high: int) -> Callable[[str], int]:
 def real_number(low: float, high: float) -> Callable[[str], float]:
     """The type of an option that takes a number within [low, high]."""
     return partial(_number, float, "number", low, high)
+
+
+def ratio(text: str) -> Fraction:
+    """The type of an option that takes a ratio such as 16:9, from 1:8 to 8:1."""
+    with suppress(ValueError, ZeroDivisionError):
+        if 1 / 8 <= (value := Fraction(text.replace(":", "/"))) <= 8:
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} must be a ratio of width to height from 1:8 to 8:1")
 
 
 def unicode_text(text: str) -> str:

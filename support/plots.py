@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Generator, Tensor
 
 from support.datasets import Item
-from support.images import load_masked, open_image, thumbnail
+from support.images import GAP, THUMBNAIL, load_masked, open_image, sheet, thumbnail
 
 COLOURS = ("#1f4e8c", "#c2521a")
 
@@ -39,6 +39,25 @@ def draw_curves(curves: dict[str, list[tuple[float, float]]], title: str, x_labe
         draw.line([place(*point) for point in curves[name]], colour, 4, joint="curve")
         draw.text((1760 - 300 * i, 48), name, colour, font, anchor="rs")
     return page.reduce(2)
+
+
+def draw_film(sheets: list[Path], side: int, curve: Path) -> Image.Image:
+    """Film strips of a training: what is painted for four ads (rows) after more and more steps (columns), over the
+    loss. sheets: those of the run, in order, for pictures of `side` pixels; each column skips half of the sheets before
+    the next one.
+    """
+    chosen = [sheets[k] for k in sorted({(len(sheets) - 1) >> halvings for halvings in range(6)})]
+    side = min(side, THUMBNAIL)
+    columns = []
+    for page in map(Image.open, chosen):
+        top, right = page.height - 2 * (side + GAP), page.width - (side + GAP)  # the row above the last
+        columns.append([page.crop((x, top, x + side, top + side)) for x in range(right, 0, -side - GAP)][:4])
+    strips = sheet([*zip(*columns)], [f"step {int(path.stem[6:]):,}" for path in chosen])
+    loss = ImageOps.contain(Image.open(curve), (strips.width, strips.width))
+    page = Image.new("RGB", (strips.width, strips.height + loss.height), "white")
+    page.paste(strips)
+    page.paste(loss, (0, strips.height))
+    return page
 
 
 # ---------------------------------------------------------------- small pictures

@@ -428,7 +428,7 @@ def test_data_with_an_unknown_category_stops_before_painting(run, refused, items
     lines.write_text(lines.read_text().replace("watch", "teapot"))
     assert refused("--data", items) == (
         f"error: CG was not trained on category 'teapot'; choose one from {toy / 'cg' / 'categories.json'}, such "
-        "as mug, running shoe, watch, perfume; generate.py --plain-prompt paints others too\n")
+        "as mug, running shoe, watch, sneaker; generate.py --plain-prompt paints others too\n")
     assert not Path("out").exists()
 
 
@@ -477,7 +477,7 @@ BAD = {  # options: what the line says
     "--product text.png --category mug": "text.png: not a readable image",
     "--product rgb.png --category mug": "by --mask",
     "--product rgb.png --category mug --mask small.png": "small.png is 48 x 40",
-    "--product mug.png --category teapot": "such as mug, running shoe, watch, perfume; generate.py --plain-prompt",
+    "--product mug.png --category teapot": "such as mug, running shoe, watch, sneaker; generate.py --plain-prompt",
     "--product mug.png": "--product goes with --category; add that one",
     "--category mug": "--category goes with --product",
     "--mask mask.png": "--mask goes with --product",

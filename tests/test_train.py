@@ -163,7 +163,8 @@ def test_a_run_says_what_it_trains_on_what_it_wrote_and_what_is_next(tmp_path, c
         f"trained a line: {tmp_path / 'line'}; {folder} holds the loss as a curve, sheets and the log",
         "next: python paint.py 'two words'"]
     assert {path.name for path in folder.iterdir()} == {
-        "checkpoint_00000004.pt", "checkpoint_00000005.pt", "log.jsonl", "loss.png", "sheet_000005.png"}
+        "checkpoint_00000004.pt", "checkpoint_00000005.pt", "log.jsonl", "loss.png", "sheet_000000.png",
+            "sheet_000005.png"}
     assert log_of(tmp_path)[-1].keys() == {"step", "loss", "lr", "images_per_second"}
 
 

@@ -9,7 +9,7 @@ the UNet by denoising. VAE and UNet are then trained further for the second pass
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -336,10 +336,10 @@ def unet_task(settings: Settings) -> Task:
     canvas_size(1, 1, settings.size, sd.multiple)
     loss = UNetLoss(sd, captions_of(items), timestep_weights(sd.schedule, settings.weighting).to(device))
 
-    samples = latent_samples(sd, items, settings.size, settings, pictures=False, noise_offset=settings.noise_offset)
+    samples = latent_samples(sd, items, settings.size, settings, pictures=False)
     if settings.refine and settings.refine > 1:
         size = settings.refine * settings.size
-        large = latent_samples(sd, items, size, settings, pictures=False)
+        large = latent_samples(sd, items, size, replace(settings, noise_offset=0.0), pictures=False)
         first = first_passes(sd, samples, size, settings)
         large.latents = [latents | starts for latents, starts in zip(large.latents, first)]
         samples = TwoSizes(samples, large)
