@@ -12,7 +12,16 @@ import torch
 from PIL import Image
 
 import data
-from support.datasets import Item, categories_of, drop_lines, list_folder, read_identifiers, read_items
+from support.datasets import (
+    Item,
+    categories_of,
+    drop_lines,
+    hold_out,
+    list_folder,
+    load_square,
+    read_identifiers,
+    read_items,
+)
 from support.files import BadInput
 from support.images import save_image
 
@@ -257,6 +266,19 @@ def test_load_ad_keeps_the_background_and_crops_around_the_product(tmp_path):
     assert torch.allclose(image, picture[:, :, 33:53], atol=1 / 500) and torch.equal(cropped, mask[:, :, 33:53])
 
 
+def test_a_wide_ad_is_cropped_to_what_holds_most_of_its_product_and_the_check_says_what_is_cut(tmp_path, capsys):
+    """Between two products, at the centroid, a crop would show none."""
+    mask = torch.zeros(1, 20, 100)
+    mask[:, 5:15, 2:12] = mask[:, 5:15, 80:98] = 1
+    save_image(mask, tmp_path / "m.png")
+    save_image(torch.rand(3, 20, 100), tmp_path / "x.png")
+    _, cropped, kept = load_square(Item(tmp_path / "x.png", tmp_path / "m.png", "mug"), 20)
+    assert torch.equal(cropped, mask[:, :, 78:98]) and kept == pytest.approx(18 / 28)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "x.png", "mask": "m.png", "category": "mug"}')
+    check(tmp_path)
+    assert "cuts 1 products, and leaves 64% to 64% of them" in capsys.readouterr().out
+
+
 def test_ads_replace_a_broken_item_name_it_once_and_stop_above_one_percent(tmp_path, capsys):
     put(tmp_path / "mug.png")
     good, bad = (Item(tmp_path / name, None, "mug") for name in ("mug.png", "gone.png"))
@@ -265,6 +287,43 @@ def test_ads_replace_a_broken_item_name_it_once_and_stop_above_one_percent(tmp_p
     assert capsys.readouterr().err.count("gone.png") == 1
     with pytest.raises(BadInput, match="2 of 100"):
         data.AdDataset([bad, bad] + [good] * 98, SIZE)[0]
+
+
+# ---------------------------------------------------------------- held-out ads
+
+
+def test_test_lines_are_held_out_and_those_with_a_reference_are_pairs(tmp_path):
+    write_imagefolder(tmp_path, [MUG, POT, MUG | {"split": "test"}, POT | {"split": "test"}])
+    lines = {split: [item.line for item in read_items(tmp_path, split)[0]] for split in ("bg60k", "bg1k", "bgpair")}
+    assert lines == {"bg60k": [1, 2], "bg1k": [3, 4], "bgpair": [4]}
+    write_imagefolder(tmp_path, [MUG, POT])
+    assert [item.line for item in read_items(tmp_path, "bg1k")[0]] == [1, 2], "without test lines a list is all of them"
+
+
+def test_ads_are_held_out_by_their_names_and_stay_so_when_others_are_added(tmp_path, capsys):
+    def held_out(count):
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines + [
+            {"file_name": f"{i}.png", "category": "mug"} for i in range(len(lines), count)]))
+        said = hold_out(file, 0.1)
+        names = [line["file_name"] for line in map(json.loads, file.read_text().splitlines()) if "split" in line]
+        assert said == f"{file}: {len(names):,} of {count:,} ads are held out"
+        return names
+
+    file = tmp_path / "metadata.jsonl"
+    file.touch()
+    some, more = held_out(500), held_out(1000)
+    assert 30 < len(some) < 75 and 70 < len(more) < 135 and some == more[: len(some)]
+    file.write_text('{"file_name": "a", "category": "mug"}\n{"file_name": "b", "category": "pot"}\n')
+    assert hold_out(file, 1.0).endswith("0 of 2 ads are held out; raise --hold-out"), "a category keeps its last ad"
+    for name in "abc":
+        put(tmp_path / "ads" / "mug" / f"{name}.png")
+    check(tmp_path / "ads", "--list", "--hold-out", 0.5)
+    assert "ads are held out" in capsys.readouterr().out
+    assert len(read_items(tmp_path / "ads")[0]) + len(read_items(tmp_path / "ads", "bg1k")[0]) == 3
+    write_bg60k(tmp_path / "release", [("1.jpg", "mug")])
+    with pytest.raises(BadInput, match="--hold-out: .* has no metadata.jsonl"):
+        check(tmp_path / "release", "--hold-out", 0.5)
 
 
 # ---------------------------------------------------------------- a folder of categories, and the command

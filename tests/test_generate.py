@@ -22,7 +22,7 @@ from model import CategoryGenerator
 from programs import gallery, models
 from sampler import SamplerSettings
 from support.files import BadInput, one_line_errors, write_json
-from support.images import fit, resize
+from support.images import fit, grow_frame, resize
 from toy.stages import TOY_UNET
 from weights import UNET_FILE, StableDiffusion, control_config, save_control
 
@@ -231,6 +231,53 @@ def test_no_arguments_paint_the_sample_with_the_toys_second_pass_by_the_base_alo
         assert (how["refine"], how["refine_from"], how["refine_alone"]) == (2, gallery.TOY_REFINE["refine_from"], True)
 
 
+# ---------------------------------------------------------------- room, and how strongly
+
+
+def test_a_margin_and_an_aspect_widen_the_frame_and_resample_nothing(run):
+    cutout("mug.png", 60, 40)  # the disc fills 38 of 60 rows and 26 of 40 columns
+    product = pixels("mug.png")
+    solid = product[..., 3] == 255
+    for options, (h, w) in {"--margin 0.2": (64, 44), "--aspect 3:2": (60, 90), "--aspect 1:3": (120, 40)}.items():
+        [path], _ = run(*MUG, *options.split())
+        picture = pixels(path)
+        top, left = (h - 60) // 2, (w - 40) // 2
+        assert picture.shape == (h, w, 3)
+        assert (picture[top : top + 60, left : left + 40][solid] == product[solid, :3]).all()
+
+
+@pytest.mark.parametrize("box, margin, pads", [
+    ((10, 20, 90, 80), 0.1, (0, 0, 0, 0)),  # left, top, right, bottom of 100 x 100: there is room
+    ((0, 0, 100, 100), 0.25, (50, 50, 50, 50)), ((0, 20, 50, 80), 0.2, (25, 0, 0, 0))])
+def test_a_frame_grows_only_where_a_margin_is_missing(box, margin, pads):
+    mask, (left, top, right, bottom) = torch.zeros(1, 100, 100), box
+    mask[:, top:bottom, left:right] = 1
+    rgb, grown = grow_frame(torch.rand(3, 100, 100), mask, margin, None)
+    assert torch.equal(grown, F.pad(mask, pads)) and rgb.shape[1:] == grown.shape[1:]
+
+
+def test_a_scale_multiplies_a_branchs_outputs_and_a_negative_prompt_stands_for_the_empty_one(run, monkeypatch):
+    """Scale 0 of PG, from noise, is CG alone; what a walk is given shows the rest."""
+    given, paint = [], generate.sample
+
+    def look(unet, schedule, conditions, *others):
+        given.append((schedule.config["timestep_spacing"], conditions))
+        return paint(unet, schedule, conditions, *others)
+
+    monkeypatch.setattr(generate, "sample", look)
+    cutout("mug.png"), cutout("ad.png", seed=1)
+    [alone], _ = run(*MUG)
+    style = *MUG, "--reference", "ad.png", "--start", "noise"
+    [styled], _ = run(*style)
+    [off], _ = run(*style, "--pg-scale", 0, "--out", "off")
+    assert same(alone, off) and not same(alone, styled)
+    run(*style, "--cg-scale", 0.5, "--pg-scale", 1.5, "--negative", "a blurred mug", "--spacing", "trailing")
+    spacing, conditions = given[-1]
+    assert spacing == "trailing" and [branch.scale for branch, _ in conditions.branches] == [0.5, 1.5]
+    sd = models.load_stable_diffusion(models.TOY / "base", "cpu", torch.float32, None)
+    assert torch.equal(conditions.unconditional.P, sd.prompts(["a blurred mug"]))
+
+
 # ---------------------------------------------------------------- the second pass
 
 REFINED = "--refine", 2, "--refine-from", 400  # begins at the last of two steps
@@ -329,7 +376,8 @@ def test_a_new_option_is_part_of_the_record_unless_it_is_listed_as_harmless():
     assert record["sparkle"] == 3 and not record.keys() & gallery.HARMLESS
     assert {*vars(args)} - gallery.HARMLESS == {
         "steps", "sampler", "guidance", "eta", "size", "refine", "refine_from", "start", "plain_prompt", "weights",
-        "tokenizer", "cg", "pg", "controlnet", "hint", "dtype", "prompt", "sparkle"}
+        "tokenizer", "cg", "pg", "controlnet", "hint", "dtype", "prompt", "negative", "cg_scale", "pg_scale", "spacing",
+        "margin", "aspect", "sparkle"}
 
 
 # ---------------------------------------------------------------- data sets
@@ -473,6 +521,13 @@ def files(toy, tmp_path_factory):
 
 
 BAD = {  # options: what the line says
+    "--product mug.png --category mug --margin 0.5": "'0.5' must be a number from 0 to 0.45",
+    "--product mug.png --category mug --margin nan": "--margin: 'nan' must be a number",
+    "--product mug.png --category mug --aspect 0:3": "--aspect: '0:3' must be a ratio of width to height",
+    "--product mug.png --category mug --aspect 3:0": "--aspect: '3:0' must be a ratio of width to height",
+    "--product mug.png --category mug --pg-scale nan": "--pg-scale: 'nan' must be a number",
+    "--product mug.png --category mug --guidance 1 --negative x": "--negative goes with guidance",
+    "--prompt mug --margin 0.1": "--prompt and --margin exclude each other",
     "--product gone.png --category mug": "gone.png: no such file",
     "--product text.png --category mug": "text.png: not a readable image",
     "--product rgb.png --category mug": "by --mask",

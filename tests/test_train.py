@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,8 @@ from programs.settings import number_categories
 from programs.trainer import Stage, Task
 from support.datasets import categories_of, read_items
 from support.files import BadInput, sweep
+from support.images import save_image, sheet
+from support.plots import draw_film
 from toy.world import write_world
 from vae import VAE
 from weights import UNET_FILE, StableDiffusion, load_control, load_module, load_stable_diffusion
@@ -103,7 +106,7 @@ class Line:
         return self.faults.get(len(self.noise), lambda loss, line: loss)(loss, self.line)
 
     def save(self, out):
-        (out / "line").mkdir(exist_ok=True)
+        (out / "line").mkdir(parents=True, exist_ok=True)
         save_file(self.line.state_dict(), out / "line" / UNET_FILE)
 
 
@@ -335,7 +338,7 @@ def branch(world, toy, monkeypatch):
 
     The sheets, which would take most of the time, are blank.
     """
-    monkeypatch.setattr("programs.latents.draw_branches", lambda *_: Image.new("RGB", (8, 8)))
+    monkeypatch.setattr("programs.latents.draw_branches", lambda *_: Image.new("RGB", (600, 300)))
 
     def run(stage, out, *options):
         cg = ("--cg", toy / "cg") if stage == "pg" else ()
@@ -354,7 +357,7 @@ def test_a_stage_trains_the_branches_that_it_names(branch, toy, tmp_path, option
     stage, *options = options
     branch(stage, tmp_path, *options)
     assert f"training {' and '.join(name.upper() for name in folders)}, " in capsys.readouterr().err
-    assert {path.name for path in tmp_path.iterdir()} == {*folders, "training"}
+    assert {path.name for path in tmp_path.iterdir()} == {*folders, "training", "best"}
     identifiers = (toy / "cg" / "categories.json").read_text()
     for name, attention in folders.items():
         assert json.loads((tmp_path / name / "config.json").read_text()).get("attention") == attention
@@ -438,6 +441,77 @@ def test_training_holds_neither_vae_nor_text_encoder_and_the_base_is_frozen(bran
     monkeypatch.setattr(train.Eq1, "__call__", look)
     with pytest.raises(Seen):
         branch("cg", tmp_path)
+
+
+# ---------------------------------------------------------------- held-out ads
+
+
+@pytest.fixture
+def own_ads(world, tmp_path):
+    """The toy's ads in a folder with metadata.jsonl -> a function that holds every fifth one out, or drops it."""
+    items = read_items(world / "ads")[0]
+    for name in ("bg60k_imgs_0", "bg60k_masks_0"):
+        (tmp_path / name).symlink_to(world / "ads" / name)
+
+    def write(held_out):
+        lines = [{"file_name": f"bg60k_imgs_0/{item.image.name}", "mask": f"bg60k_masks_0/{item.mask.name}",
+                  "category": item.category, "split": "train" if i % 5 else "test"} for i, item in enumerate(items)]
+        lines = [line for line in lines if held_out or line["split"] == "train"]
+        (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return tmp_path
+
+    return write
+
+
+def test_held_out_ads_change_no_bit_of_a_training_and_their_loss_is_eq1_on_the_same_noise(
+        own_ads, branch, tmp_path, capsys, monkeypatch):
+    labels, draw = [], lambda *given: labels.append(given[-2]) or Image.new("RGB", (600, 300))
+    monkeypatch.setattr(latents, "draw_branches", draw)
+    for held_out in (False, True):
+        branch("cg", tmp_path / str(held_out), "--steps", 2, "--data", own_ads(held_out), "--sample-every", 1)
+        assert ("no ads are held out; python data.py" in capsys.readouterr().err) != held_out
+    assert labels == ["training ads"] * 3 + ["held-out ads"] * 3
+    without, beside = (state(checkpoints(tmp_path / run, "cg")[-1]) for run in ("False", "True"))
+    identical(without, beside)
+    assert not any("held_out_loss" in line for line in log_of(tmp_path / "False", "cg"))
+    curve = {line["step"]: line["held_out_loss"] for line in log_of(tmp_path / "True", "cg") if "held_out_loss" in line}
+    assert [*curve] == [0, 1, 2] and curve[0] != curve[1] != curve[2]
+    branch("cg", tmp_path / "still", "--lr", 1e-9, "--data", own_ads(True))
+    first, *_, last = log_of(tmp_path / "still", "cg")
+    assert first["held_out_loss"] == pytest.approx(last["held_out_loss"], rel=1e-5) == pytest.approx(curve[0])
+
+
+@pytest.mark.parametrize("losses, best", [([3, 2, 1, 5], 2), ([3, 2, 4, 1], 3)])
+def test_the_models_of_the_lowest_loss_of_held_out_ads_are_kept(losses, best, tmp_path, capsys):
+    """The ten held-out samples are seen in parts of 4, 4 and 2, which count by their number."""
+    line, parts = Line(), iter([loss for loss in losses for _ in range(3)])
+    task = line.task
+
+    def with_held_out(settings):
+        loss = lambda batch: next(parts) + batch["index"].float().mean()  # noqa: E731
+        return replace(task(settings), held_out=line, held_out_loss=loss)
+
+    line.task = with_held_out
+    line.train(tmp_path, "--sample-every", 1, steps=3, ema=0)
+    weights = {step: state(path)["weights"] for step, path in enumerate(checkpoints(tmp_path), 2)}
+    saved = weights_of(tmp_path / "best" / "line")
+    identical([saved["weight"], saved["bias"]], [*weights[best].values()])
+    assert [entry["held_out_loss"] for entry in log_of(tmp_path) if "loss" not in entry] == [x + 4.5 for x in losses]
+    assert f"{tmp_path / 'best'} holds the models at the lowest loss of held-out ads" in capsys.readouterr().out
+    assert Image.open(tmp_path / "training" / "line" / "loss.png").size == (900, 450)
+
+
+def test_a_film_has_a_column_for_the_first_the_last_and_steps_between(tmp_path):
+    """Four products in rows, cut from the row above the last; each column skips half of the sheets before the next."""
+    steps = [*range(0, 4501, 250)]
+    for step in steps:
+        cells = [[Image.new("RGB", (64, 64), (step // 18, column, row)) for column in range(8)] for row in range(3)]
+        save_image(sheet(cells, row_labels=["product", "painted", "held-out ads"]), tmp_path / f"sheet_{step:06}.png")
+    Image.new("RGB", (900, 450)).save(tmp_path / "loss.png")
+    film = draw_film(sorted(tmp_path.glob("sheet_*.png")), 64, tmp_path / "loss.png")
+    top, pitch = film.height - film.width // 2 - 4 * 68, 68  # the strips end where the loss begins
+    seen = [[film.getpixel((4 + pitch * x + 32, top + pitch * y + 32)) for x in range(6)] for y in range(4)]
+    assert seen == [[(step // 18, column, 1) for step in (0, 250, 500, 1000, 2250, 4500)] for column in (7, 6, 5, 4)]
 
 
 # ---------------------------------------------------------------- identifiers: once given, they stay
