@@ -172,8 +172,8 @@ class Trainer:
         """Yields each step still to be taken, counted from 0, and this process's share of its batch."""
         s = self.settings
         keys = batches_of_keys(len(self.task.samples), s.batch, s.seed, self.start, s.steps, self.rank, self.world)
-        loader = DataLoader(self.task.samples, batch_sampler=keys, num_workers=s.workers, pin_memory=s.device != "cpu",
-                            worker_init_fn=ignore_sigterm)
+        loader = DataLoader(self.task.samples, batch_sampler=keys, num_workers=s.workers,
+                            pin_memory=s.device.startswith("cuda"), worker_init_fn=ignore_sigterm)
         if self.start == 0 and self.rank == 0:
             self.draw(-1)  # what the modules do at first
         bar = tqdm(loader, initial=self.start, total=s.steps, unit="step", disable=self.rank > 0 or None)

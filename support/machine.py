@@ -1,6 +1,7 @@
 """Support: the machine: device, cores, processes, which precision is fast; not needed to understand the paper."""
 
 import os
+import sys
 import time
 import timeit
 from functools import cache
@@ -19,6 +20,8 @@ def pick_device(name: str) -> str:
     device = name
     if name == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cpu" and torch.backends.mps.is_available():
+            print("this machine has an Apple GPU: --device mps, which has not been tested, uses it", file=sys.stderr)
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
@@ -58,7 +61,7 @@ def pick_dtype(name: str, device: str) -> torch.dtype:
     if name == "auto" and device.startswith("cuda"):
         return torch.float16
     if name == "auto":
-        return torch.bfloat16 if bfloat16_is_faster() else torch.float32
+        return torch.bfloat16 if device == "cpu" and bfloat16_is_faster() else torch.float32
     return getattr(torch, name)
 
 

@@ -331,6 +331,7 @@ def test_auto_is_bfloat16_where_it_is_clearly_faster_and_only_there(ratio, dtype
     monkeypatch.setattr(machine, "bfloat16_speedup", lambda: ratio)
     bfloat16_is_faster.cache_clear()
     assert pick_dtype("auto", "cpu") == dtype
+    assert pick_dtype("auto", "mps") == torch.float32
     assert pick_dtype("auto", "cuda:0") == torch.float16 and pick_dtype("bfloat16", "cpu") == torch.bfloat16
     bfloat16_is_faster.cache_clear()
 
@@ -345,6 +346,14 @@ def test_under_torchrun_cuda_is_this_processs_own_gpu(monkeypatch):
     monkeypatch.setattr(torch, "ones", lambda *_, device: torch.zeros(1))  # as if every device were here
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert [pick_device(name) for name in ("auto", "cuda", "cuda:1", "cpu")] == ["cuda:3", "cuda:3", "cuda:1", "cpu"]
+
+
+def test_an_apple_gpu_is_named_and_used_only_if_it_is_asked_for(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "ones", lambda *_, device: torch.zeros(1))
+    assert [pick_device(name) for name in ("auto", "mps")] == ["cpu", "mps"]
+    assert capsys.readouterr().err.count("--device mps") == 1
 
 
 def test_a_device_that_is_not_here_is_refused():
