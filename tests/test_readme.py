@@ -1,5 +1,5 @@
-"""Tests: what README.md, RESULTS.md and REAL_WEIGHTS.md say is so: their commands, through the real command line, in
-a copy of the project; their code, their counts of lines, their links.
+"""Tests: what the pages say is so: their commands, through the real command line, in a copy of the project; their code,
+their lengths, their links.
 """
 
 import os
@@ -62,8 +62,8 @@ def test_every_command_of_the_pages_runs(example, tmp_path):  # noqa: F811
 
 
 def test_the_eleven_lines_of_python_paint_a_picture(tmp_path, monkeypatch):
-    """From the project's root, with two steps instead of fifty."""
-    code, = blocks(README, "python")
+    """The toy's page's, from the project's root, with two steps instead of fifty."""
+    code, = blocks((ROOT / "toy/README.md").read_text(encoding="utf-8"), "python")
     assert len([line for line in code.splitlines() if line]) <= 12
     monkeypatch.chdir(ROOT)
     exec(code.replace("steps=50", "steps=2").replace('"sneaker.png"', repr(str(tmp_path / "sneaker.png"))), {})
@@ -78,19 +78,59 @@ def test_equation_3_stands_in_the_readme_as_in_the_code():
     assert [line for line in source[start:] if line in shown][: len(shown)] == shown
 
 
+def number(text: str) -> int:
+    return int(text.replace(",", ""))
+
+
 def test_the_readme_is_short_and_counts_lines():
-    """To the line for the method, to a tenth for what stands beside it. It has at most 1,200 words."""
-    rows = re.findall(r"^\| (\[.*?) \| ([\d,]+) \|", README, re.M)
-    assert len(README.split()) <= 1200 and len(rows) >= 12
-    for number, (row, lines) in enumerate(rows):
-        paths = [ROOT / path for path in re.findall(r"\]\(([^)]+)\)", row) if not path.endswith(".md")]
+    """To the line for the method, to a tenth for what stands around it. It has at most 900 words."""
+    rows, counted = re.findall(r"^\| (\[.*?) \| ([\d,]+) \|", README, re.M), []
+    assert len(README.split()) <= 900 and len(rows) == 12
+    for row, _ in rows:
+        paths = [ROOT / path for path in re.findall(r"\]\(([^)]+)\)", row)]
         files = [file for path in paths for file in (path.glob("*.py") if path.is_dir() else [path])]
-        counted = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
-        assert abs(int(lines.replace(",", "")) - counted) <= (0 if number < 6 else counted / 10), row
+        counted.append(sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files))
+    said = [number(lines) for _, lines in rows]
+    method, around = map(number, re.search(r"The method in ([\d,]+) lines.* in ([\d,]+)\.", README).groups())
+    assert said[:6] == counted[:6] and method == sum(counted[:6])
+    assert [*said, around] == pytest.approx([*counted, sum(counted[6:])], rel=0.1)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=("README", "RESULTS", "REAL_WEIGHTS"))
-def test_every_link_and_picture_of_a_page_is_there(page):
-    text = re.sub(r"^```.*?^```", "", page, flags=re.M | re.S)
-    links = [link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
-    assert links and not [link for link in links if not (ROOT / link).exists()]
+@pytest.mark.parametrize("name, lines", [("PAPER.md", 130), ("RESULTS.md", 180), ("toy/README.md", 150)])
+def test_the_pages_beside_it_are_short_too(name, lines):
+    assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= lines
+
+
+LINKED = ("README.md", "PAPER.md", "RESULTS.md", "REAL_WEIGHTS.md", "toy/README.md")
+
+
+def headings(page: Path) -> set[str]:
+    """A page's anchors, as GitHub makes them."""
+    lines = re.findall(r"^#+ (.*)", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", line).lower().replace(" ", "-") for line in lines}
+
+
+@pytest.mark.parametrize("name", LINKED)
+def test_every_link_and_picture_of_a_page_is_there(name):
+    text = re.sub(r"^```.*?^```", "", (ROOT / name).read_text(encoding="utf-8"), flags=re.M | re.S)
+    links = re.findall(r"\]\(([^)]+)\)|(?:src|href)=\"([^\"]+)\"", text)
+    links = [link for link in map("".join, links) if "://" not in link]
+    for path, _, anchor in (link.partition("#") for link in links):
+        target = (ROOT / name).parent / path if path else ROOT / name
+        assert target.exists(), path
+        assert target.suffix != ".md" or not anchor or anchor in headings(target), f"{path}#{anchor}"
+    assert links
+
+
+@pytest.mark.parametrize("name", LINKED)
+def test_every_link_to_code_names_what_stands_there(name):
+    """[`a.b`](file.py) where the file defines a and b, and [Eq. 3](file.py#L7) where line 7 holds its words."""
+    page = (ROOT / name).read_text(encoding="utf-8")
+    for words, path, number in re.findall(r"\[([^\]]+)\]\(([\w/]+\.py)(?:#L(\d+))?\)", page):
+        source = ((ROOT / name).parent / path).read_text(encoding="utf-8")
+        if number:
+            lines = [n for n, line in enumerate(source.splitlines(), 1) if words.strip("`") in line]
+            assert int(number) in lines, f"{path}: {words} stands in {lines}, not in {number}"
+        elif words.startswith("`"):
+            for part in words.strip("`").split("."):
+                assert re.search(rf'(^|def |class |"){part}\b', source, re.M), f"{path} lacks {part}"
