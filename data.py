@@ -5,6 +5,7 @@ keeps PG from copying and pasting (section 3.3); training samples. To check a da
 
     python data.py DIR --sheet sheet.png            # BG60k as released, or a folder with metadata.jsonl
     python data.py DIR --list --sheet sheet.png     # DIR/CATEGORY/NAME.png: writes metadata.jsonl first
+    python data.py DIR --hold-out 0.02              # marks ads that training leaves out
 
 Everywhere a picture is (3, H, W) float32 in [0, 1]. Its mask M is (1, H, W): 1 on the product, 0 on the background,
 values between at soft edges.
