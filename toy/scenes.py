@@ -50,7 +50,7 @@ def plant(canvas, x, foot, size, pot, green=(70, 150, 90)):
     for i, angle in enumerate((-1.1, 1.1, -0.55, 0.55, 0.0)):
         leaf(canvas, x, foot - 0.35 * size, 0.7 * size, angle, shade(green, (0.8, 0.9, 1.0, 1.1, 1.2)[i]))
     top, rim, base = foot - 0.42 * size, 0.24 * size, 0.17 * size
-    canvas.polygon([(x - rim, top), (x + rim, top), (x + base, foot), (x - base, foot)], barrel(pot))
+    canvas.trapezium(top, x - rim, x + rim, foot, x - base, x + base, barrel(pot))
 
 
 def shadow(canvas, x0, x1, foot):
@@ -68,7 +68,7 @@ def ball(canvas, x, foot, radius, colour):
 def cube(canvas, x, foot, side, colour):
     shadow(canvas, x - 0.55 * side, x + 0.75 * side, foot)
     left, right, top, d = x - side / 2, x + side / 2, foot - side, 0.24 * side
-    canvas.polygon([(left, top), (left + d, top - d), (right + d, top - d), (right, top)], mix(colour, WHITE, 0.4))
+    canvas.trapezium(top - d, left + d, right + d, top, left, right, mix(colour, WHITE, 0.4))
     canvas.polygon([(right, top), (right + d, top - d), (right + d, foot - d), (right, foot)], shade(colour, 0.62))
     canvas.rectangle(left, top, right, foot, shades(colour, 1.05, 0.85))
 
@@ -77,8 +77,7 @@ def lamp(canvas, x, drop, colour):
     """A lamp hanging from the ceiling."""
     canvas.line(x, -0.1, x, drop, (60, 60, 66), 0.008)
     canvas.ellipse(x - 0.075, drop + 0.06, x + 0.075, drop + 0.12, (255, 246, 205))
-    rim = drop + 0.095
-    canvas.polygon([(x - 0.03, drop), (x + 0.03, drop), (x + 0.1, rim), (x - 0.1, rim)], barrel(colour))
+    canvas.trapezium(drop, x - 0.03, x + 0.03, drop + 0.095, x - 0.1, x + 0.1, barrel(colour))
     canvas.light(x, drop + 0.12, 0.2, 0.18, (255, 246, 205), 0.3)
 
 
@@ -140,8 +139,8 @@ def neon_room(canvas, brand, layout, elements):
             x, colour = 0.14 + 0.26 * i, (first, second)[i % 2]
             tubes.line(x, horizon - 0.06, x - 0.12, 0.05, colour, 0.018)
     elif layout == "rings":
-        tubes.ring(0.5, 0.32, 0.3, first, 0.018)
-        tubes.ring(0.5, 0.32, 0.2, second, 0.018)
+        tubes.circle(0.5, 0.32, 0.3, first, rim=0.018)
+        tubes.circle(0.5, 0.32, 0.2, second, rim=0.018)
     if elements == "tiles":
         for x in (-0.9, -0.25, 0.25, 0.9):
             tubes.line(0.5 + 0.45 * x, horizon, 0.5 + 1.1 * x, 1.1, shade(second, 0.6), 0.008)
@@ -185,8 +184,7 @@ def wooden_table(canvas, brand, layout, elements):
     for y in (0.07, 0.16, 0.28):
         canvas.level(horizon + y, shade(wood, 0.76), 0.008)
     canvas.level(horizon, shade(wood, 1.35), 0.016)
-    sunlight = [(0.3, horizon + 0.03), (0.7, horizon + 0.03), (0.95, 1.1), (0.35, 1.1)]
-    canvas.polygon(sunlight, (255, 250, 225), alpha=0.25, blur=0.02)
+    canvas.trapezium(horizon + 0.03, 0.3, 0.7, 1.1, 0.35, 0.95, (255, 250, 225), alpha=0.25, blur=0.02)
     if elements == "plant":
         plant(canvas, 0.13, horizon + 0.08, 0.32, accent)
     elif elements == "lamp":
@@ -245,9 +243,8 @@ def kitchen(canvas, brand, layout, elements):
     rows = [horizon + (1.1 - horizon) * t for t in (0.0, 0.16, 0.4, 1.0)]
     for row, (y0, y1) in enumerate(zip(rows, rows[1:])):
         for k in range(row % 2 - 6, 6, 2):
-            spread = [0.14 + 0.4 * (y - horizon) for y in (y0, y1)]
-            canvas.polygon([(0.5 + k * spread[0], y0), (0.5 + (k + 1) * spread[0], y0),
-                            (0.5 + (k + 1) * spread[1], y1), (0.5 + k * spread[1], y1)], dark)
+            far, near = (0.14 + 0.4 * (y - horizon) for y in (y0, y1))
+            canvas.trapezium(y0, 0.5 + k * far, 0.5 + (k + 1) * far, y1, 0.5 + k * near, 0.5 + (k + 1) * near, dark)
     canvas.level(horizon, (252, 250, 246), 0.022)
     return Floor(horizon + 0.08, 0.95)
 
@@ -327,8 +324,7 @@ def running_track(canvas, brand, layout, elements):
     lanes = canvas.band(horizon + 0.06, 1.1, shades(track, 1.15, 0.88))
     for i in (-3, -2, -1, 0, 1, 2, 3):
         x0, x1, far = 0.5 + 0.05 * (i + 0.5), 0.5 + 0.42 * (i + 0.5), horizon - 0.04
-        edges = [(x0 - 0.003, far), (x0 + 0.003, far), (x1 + 0.022, 1.1), (x1 - 0.022, 1.1)]
-        canvas.polygon(edges, (254, 252, 248), clip=lanes)
+        canvas.trapezium(far, x0 - 0.003, x0 + 0.003, 1.1, x1 - 0.022, x1 + 0.022, (254, 252, 248), clip=lanes)
     return Floor(horizon + 0.22, 0.93)
 
 
@@ -340,8 +336,9 @@ def dark_marble(canvas, brand, layout, elements):
                                ((0.72, -0.1), (0.84, 0.14), (1.1, 0.24)), ((1.1, 0.42), (0.9, 0.46), (0.8, 0.68))):
         canvas.stroke([start, middle, end], vein, 0.012, alpha=0.55)
     metal = tint(brand.accent, 0.5, 0.92)
+    polished = [mix(metal, WHITE, 0.4), metal, shade(metal, 0.7)]
     if layout == "rings":
-        canvas.ring(0.5, 0.36, 0.32, [mix(metal, WHITE, 0.4), metal, shade(metal, 0.7)], 0.022)
+        canvas.circle(0.5, 0.36, 0.32, polished, rim=0.022)
     elif layout == "columns":
         for x in (0.04, 0.8):
             canvas.rectangle(x, -0.1, x + 0.16, horizon, barrel(shade(metal, 0.62)))
@@ -350,14 +347,13 @@ def dark_marble(canvas, brand, layout, elements):
         canvas.light(0.5, 0.36, 0.5, 0.5, metal, 0.5)
         canvas.circle(0.5, 0.36, 0.28, shades(metal, 1, 0.5))
     elif layout == "arch":
-        canvas.stroke(arched(0.2, 0.06, 0.8, horizon), [mix(metal, WHITE, 0.4), metal, shade(metal, 0.7)], 0.022)
+        canvas.stroke(arched(0.2, 0.06, 0.8, horizon), polished, 0.022)
     if elements == "curtains":
         curtains(canvas, horizon, shade(metal, 0.5))
     canvas.band(horizon, 1.1, [tint(hue, 0.6, 0.34), tint(hue, 0.7, 0.12)])
     canvas.reflect(horizon, 0.4)
     lit = mix(metal, (255, 248, 230), 0.65)
-    beam = [(0.46, -0.1), (0.54, -0.1), (0.86, horizon + 0.16), (0.14, horizon + 0.16)]
-    canvas.polygon(beam, lit, alpha=0.16, blur=0.02)
+    canvas.trapezium(-0.1, 0.46, 0.54, horizon + 0.16, 0.14, 0.86, lit, alpha=0.16, blur=0.02)
     if elements == "cubes":
         cube(canvas, 0.1, horizon + 0.14, 0.18, shade(metal, 0.75))
         cube(canvas, 0.86, horizon + 0.12, 0.13, tint(hue, 0.55, 0.6))
@@ -392,7 +388,7 @@ def beach(canvas, brand, layout, elements):
         x, y = 0.8, horizon + 0.02
         canvas.polygon([(x, y - 0.27), (x, y - 0.02), (x - 0.17, y - 0.02)], WHITE)
         canvas.polygon([(x + 0.02, y - 0.22), (x + 0.02, y - 0.02), (x + 0.13, y - 0.02)], tint(brand.hue, 0.6, 0.9))
-        canvas.polygon([(x - 0.18, y), (x + 0.16, y), (x + 0.1, y + 0.06), (x - 0.12, y + 0.06)], (150, 92, 60))
+        canvas.trapezium(y, x - 0.18, x + 0.16, y + 0.06, x - 0.12, x + 0.1, (150, 92, 60))
     sand = mix((252, 234, 198), tint(brand.hue, 0.3, 0.95), 0.2)  # pale, to differ from a yellow sea
     for lift, colours in ((0.03, [WHITE, WHITE]), (0.0, shades(sand, 1.04, 0.9))):
         waves = [(x, shore - lift + 0.014 * math.sin(9 * x)) for x in np.linspace(-0.1, 1.1, 25)]
