@@ -20,6 +20,10 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}
 
 
+def layer_norm(config: dict) -> nn.LayerNorm:
+    return nn.LayerNorm(config["hidden_size"], config.get("layer_norm_eps", 1e-5))
+
+
 class CLIPAttention(nn.Module):
     """Multi-head self-attention whose projections have biases. (B, L, C) -> (B, L, C)."""
 
@@ -50,10 +54,10 @@ class CLIPLayer(nn.Module):
 
     def __init__(self, config: dict, causal: bool):
         super().__init__()
-        channels, eps = config["hidden_size"], config.get("layer_norm_eps", 1e-5)
-        self.layer_norm1 = nn.LayerNorm(channels, eps)
+        channels = config["hidden_size"]
+        self.layer_norm1 = layer_norm(config)
         self.self_attn = CLIPAttention(channels, config["num_attention_heads"], causal)
-        self.layer_norm2 = nn.LayerNorm(channels, eps)
+        self.layer_norm2 = layer_norm(config)
         self.mlp = CLIPMLP(channels, config["intermediate_size"], config.get("hidden_act", "quick_gelu"))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -93,7 +97,7 @@ class TextTransformer(nn.Module):
         super().__init__()
         self.embeddings = TextEmbeddings(config)
         self.encoder = CLIPLayers(config, causal=True)
-        self.final_layer_norm = nn.LayerNorm(config["hidden_size"], config.get("layer_norm_eps", 1e-5))
+        self.final_layer_norm = layer_norm(config)
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.final_layer_norm(self.encoder(self.embeddings(ids)))
@@ -132,9 +136,9 @@ class VisionTransformer(nn.Module):
     def __init__(self, config: dict):
         super().__init__()
         self.embeddings = VisionEmbeddings(config)
-        self.pre_layrnorm = nn.LayerNorm(config["hidden_size"], config.get("layer_norm_eps", 1e-5))  # (sic)
+        self.pre_layrnorm = layer_norm(config)  # (sic)
         self.encoder = CLIPLayers(config, causal=False)
-        self.post_layernorm = nn.LayerNorm(config["hidden_size"], config.get("layer_norm_eps", 1e-5))
+        self.post_layernorm = layer_norm(config)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.encoder(self.pre_layrnorm(self.embeddings(x)))

@@ -227,7 +227,7 @@ class Lab:
         return self.networks.load_clip("clip")
 
     def embeddings(self, pictures: list[tuple[Path, Item | None]]) -> Tensor:
-        """The pictures' embeddings (n, d), see embed_pictures."""
+        """The pictures' embeddings (n, d), NaN where there is no picture; see embed_pictures."""
         return embed_pictures(self.clip, pictures, self.out / "embeddings")
 
     def backgrounds(self, pictures: Iterable[tuple[Path, Item]]) -> tuple[Tensor, list[Item]]:
@@ -235,12 +235,12 @@ class Lab:
 
         Raises BadInput if there is none.
         """
-        there = [(path, item) for path, item in pictures if path.exists()]
-        if not there:
-            raise BadInput(f"{self.data}: there is no picture to measure; raise --limit")
-        x = F.normalize(self.embeddings(there), dim=1)
+        pictures = [*pictures]
+        x = F.normalize(self.embeddings(pictures), dim=1)
         readable = x.isfinite().all(dim=1)
-        return x[readable], [item for (_, item), r in zip(there, readable.tolist()) if r]
+        if not readable.any():
+            raise BadInput(f"{self.data}: there is no picture to measure; raise --limit")
+        return x[readable], [item for (_, item), r in zip(pictures, readable.tolist()) if r]
 
     @cached_property
     def centres(self) -> tuple[list[str], Tensor]:

@@ -72,24 +72,25 @@ class SpectralTransform(nn.Module):
 
 
 class FFC(nn.Module):
-    """A layer's convolutions, between all groups of features, local and global, that it has. Sizes as in FFCLayer."""
+    """A layer's convolutions, between all groups of features, local and global, that it has; they mirror the edges.
+
+    Sizes as in FFCLayer.
+    """
 
     def __init__(self, channels: tuple[int, int], out: tuple[int, int], kernel: int, stride: int):
         super().__init__()
         (l, g), (l_out, g_out) = channels, out
-        conv = partial(nn.Conv2d, kernel_size=kernel, stride=stride, bias=False)
+        conv = partial(nn.Conv2d, kernel_size=kernel, stride=stride, padding=kernel // 2, padding_mode="reflect",
+                       bias=False)
         self.convl2l = conv(l, l_out)
         self.convl2g = conv(l, g_out) if g_out else None
         self.convg2l = conv(g, l_out) if g else None
         self.convg2g = SpectralTransform(g) if g else None
 
-    def forward(self, l: Tensor, g: Tensor | None, padding: int) -> Pair:
-        """l, g: local and global features; the edges are mirrored by `padding` pixels."""
-        l = F.pad(l, (padding,) * 4, mode="reflect")
+    def forward(self, l: Tensor, g: Tensor | None) -> Pair:
         l_out, g_out = self.convl2l(l), self.convl2g(l) if self.convl2g else None
         if g is not None:
-            l_out = l_out + self.convg2l(F.pad(g, (padding,) * 4, mode="reflect"))
-            g_out = g_out + self.convg2g(g)
+            l_out, g_out = l_out + self.convg2l(g), g_out + self.convg2g(g)
         return l_out, g_out
 
 
@@ -98,12 +99,11 @@ class FFCLayer(nn.Module):
 
     def __init__(self, channels: tuple[int, int], out: tuple[int, int], kernel: int = 3, stride: int = 1):
         super().__init__()
-        self.padding = kernel // 2
         self.ffc = FFC(channels, out, kernel, stride)
         self.bn_l, self.bn_g = BatchNorm(out[0]), BatchNorm(out[1]) if out[1] else None
 
     def forward(self, features: Pair) -> Pair:
-        l, g = self.ffc(*features, self.padding)
+        l, g = self.ffc(*features)
         return F.relu(self.bn_l(l)), F.relu(self.bn_g(g)) if self.bn_g else None
 
 

@@ -305,7 +305,7 @@ def results(ads, tiny, tmp_path_factory):
     out = tmp_path_factory.mktemp("results")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(methods, "load", noise)
-        patch.setattr(metrics, "interval", partial(interval, resamples=5))
+        patch.setattr(evaluate, "interval", partial(interval, resamples=5))
         for what in evaluate.TABLES:
             with (out / f"{what}.printed").open("w") as printed, redirect_stdout(printed):
                 command(ads, out, tiny, what)
