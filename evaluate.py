@@ -14,7 +14,6 @@ paints and embeds. By default everything is the toy's, and networks that are not
 Pictures and embeddings stay in --out: the tables share them, and an interrupted evaluation continues where it stopped.
 """
 
-import argparse
 import io
 from collections import Counter, defaultdict
 from contextlib import nullcontext, redirect_stdout
@@ -37,7 +36,7 @@ from support.datasets import Item, read_items
 from support.files import BadInput, locked, one_line_errors, write_json, write_text
 from support.images import load_masked, sheet
 from support.machine import processes
-from support.metrics import RESAMPLES, frechet, interval, joint_frechet, markdown_table, plus_minus, similarity
+from support.metrics import RESAMPLES, frechet, interval, joint_frechet, markdown_table, plus_minus
 from support.options import Parser, whole_number
 from support.plots import choose, cutout_of, picture_of
 from toy.world import draw_on_first_use
@@ -94,13 +93,14 @@ class Measured(NamedTuple):
     """A method's pictures of n items, as embeddings. A metric takes the rows (m,) to use -> ()."""
 
     readable: Tensor  # (n,): whether there is all to measure an item by; else its rows hold NaN
-    similarities: Tensor  # (n,): to the originals (Table 1) or to the references
     painted: Tensor  # (n, d)
     originals: Tensor  # (n, d)
+    targets: Tensor  # (n, d): the originals (Table 1) or the references
     categories: Tensor  # (n, C), one-hot
 
     def similarity(self, rows: Tensor) -> Tensor:
-        return self.similarities[rows].mean()
+        """CLIP similarity: 100 times the mean cosine of the embeddings of each picture and its target."""
+        return 100 * F.cosine_similarity(self.painted[rows], self.targets[rows]).mean()
 
     def frechet(self, rows: Tensor) -> Tensor:
         return frechet(self.painted[rows], self.originals[rows])
@@ -151,7 +151,7 @@ def measure(lab: Lab, name: str, protocol: str) -> Measured:
     readable = (painted + originals + targets).isfinite().all(dim=1)
     if (n := readable.sum()) < 2:
         raise BadInput(f"{lab.data}: {n} pictures are too few to measure; raise --limit")
-    return Measured(readable, similarity(painted, targets), painted, originals, categories)
+    return Measured(readable, painted, originals, targets, categories)
 
 
 def other_ads(lab: Lab, items: list[Item]) -> list[Path]:
@@ -301,19 +301,21 @@ def figure_grid(lab: Lab, name: str, count: int = 8, groups: int = 4) -> None:
 
     Both show up to `groups` categories with up to `count` pairs each. Raises BadInput if no category has two pairs.
     """
-    items, cells = lab.items("ref"), []
+    items, many_styles = lab.items("ref"), name == "fig9"
     by_category = {c: [i for i in items if i.category == c][:count] for c in sorted({i.category for i in items})}
     chosen = [group for group in by_category.values() if len(group) > 1][:groups]
     if not chosen:
         raise BadInput(f"{lab.data}: no category has two pairs of a product and a reference; raise --limit")
-    pairs = [replace(group[0], reference=item.reference, reference_mask=item.reference_mask) if name == "fig9" else
-             replace(item, reference=group[0].reference, reference_mask=group[0].reference_mask)
-             for group in chosen for item in group]
-    lab.check(["cg+pg"], pairs)
-    paths = iter(lab.pictures("cg+pg", pairs, name))
+    pairs = []
     for group in chosen:
-        heads = [picture_of(item.reference) if name == "fig9" else cutout_of(item) for item in group]
-        one = cutout_of(group[0]) if name == "fig9" else picture_of(group[0].reference)
+        for item in group:
+            product, ad = (group[0], item) if many_styles else (item, group[0])
+            pairs.append(replace(product, reference=ad.reference, reference_mask=ad.reference_mask))
+    lab.check(["cg+pg"], pairs)
+    paths, cells = iter(lab.pictures("cg+pg", pairs, name)), []
+    for group in chosen:
+        products, ads = [cutout_of(item) for item in group], [picture_of(item.reference) for item in group]
+        one, heads = (products[0], ads) if many_styles else (ads[0], products)
         cells += [[None, *heads], [one, *(picture_of(next(paths)) for _ in group)]]
     save(sheet(cells), lab.out / f"{name}.png")
 
@@ -336,29 +338,22 @@ COMMANDS = {  # each with what to look at next
 
 def options() -> Parser:
     parser = Parser(description=__doc__)
-    parser.add_argument("what", help=", ".join(COMMANDS))
+    parser.add_argument("what", choices=COMMANDS)
     add = add_lab_options(parser)
-    add("--limit", metavar="N", type=whole_number(2, 10**9), help="only the first N items of the split [all]")
-    add("--out", metavar="DIR", type=Path, default=Path("results"), help="folder for all results [results]")
+    add("--limit", type=whole_number(2, 10**9), help="only the first N items of the split [all]")
+    add("--out", type=Path, default=Path("results"), help="folder for all results [results]")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = options().parse_args(arguments)
-    if args.what not in COMMANDS:
-        raise BadInput(f"{args.what}: must be one of {', '.join(COMMANDS)}")
-    with locked(args.out):
-        evaluate(args)
-
-
-def evaluate(args: argparse.Namespace) -> None:
     """Carries out one command. Under torchrun all processes paint, and only the first one prints."""
+    args = options().parse_args(arguments)
     rank, world = processes()
-    if world > 1:
-        dist.init_process_group("gloo", timeout=timedelta(days=7))  # processes wait for one another while all paint
-    lab, (command, following) = lab_of(args, args.out, args.limit), COMMANDS[args.what]
-    draw_on_first_use(lab.data)
-    with redirect_stdout(io.StringIO()) if rank else nullcontext():
+    with locked(args.out), redirect_stdout(io.StringIO()) if rank else nullcontext():
+        if world > 1:
+            dist.init_process_group("gloo", timeout=timedelta(days=7))  # processes wait for one another while all paint
+        lab, (command, following) = lab_of(args, args.out, args.limit), COMMANDS[args.what]
+        draw_on_first_use(lab.data)
         command(lab)
         print(f"next: {following}; the pictures are in {args.out / 'pictures'}")
 

@@ -263,6 +263,7 @@ class UNetLoss:
         return (self.sd.unet(z_t, t, P) - eps).square().mean(dim=(1, 2, 3))
 
 
+@dataclass
 class TwoSizes(Dataset):
     """Samples of the same pictures at two sizes.
 
@@ -270,8 +271,8 @@ class TwoSizes(Dataset):
     SECOND_PASS least noisy timesteps, and `z_first`, the latent that the pass starts from.
     """
 
-    def __init__(self, small: TrainingSamples, large: TrainingSamples):
-        self.small, self.large = small, large
+    small: TrainingSamples
+    large: TrainingSamples
 
     def __len__(self) -> int:
         return len(self.small)
@@ -379,14 +380,13 @@ def train_tokenizer(texts: list[str], size: int, length: int, folder: Path) -> N
     single = [c + end for end in ("", "</w>") for c in sorted(pre_tokenizers.ByteLevel.alphabet())]
     bpe.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=size - len(single) - 2, end_of_word_suffix="</w>", show_progress=False, special_tokens=[]))
-    grown = json.loads(bpe.to_str())["model"]
-    merges = [m if isinstance(m, list) else m.split(" ") for m in grown["merges"]]
+    folder.mkdir(parents=True, exist_ok=True)
+    bpe.model.save(str(folder))  # merges.txt, and a vocab.json in another order than CLIP's
+    merges = (folder / "merges.txt").read_text("utf-8").splitlines()[1:]
     # CLIP's order: single bytes, the same as ends of words, merges; the two special tokens get the largest ids
-    tokens = [*single, *dict.fromkeys("".join(m) for m in merges), "<|startoftext|>", "<|endoftext|>"]
-
+    tokens = [*single, *dict.fromkeys(m.replace(" ", "") for m in merges), "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     write_text(json.dumps(vocabulary, ensure_ascii=False), folder / "vocab.json")
-    write_text("\n".join(["#version: 0.2", *(f"{a} {b}" for a, b in merges)]) + "\n", folder / "merges.txt")
     settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": length, "do_lower_case": True,
                 "bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>",
                 "unk_token": "<|endoftext|>"}
