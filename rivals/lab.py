@@ -261,26 +261,26 @@ def check_attention(option: str, cg: Path) -> None:
 
 def add_rival_options(add: Callable) -> None:
     """Adds those that name rivals. add: a parser's add_argument."""
-    add("--lama", metavar="PATH", type=Path, help="LaMa: big-lama.safetensors or the like")
+    add("--lama", type=Path, help="LaMa: big-lama.safetensors or the like")
     add("--paint-by-example", metavar="PATH", type=Path, help="Paint by Example: its public folder or single file")
 
 
 def add_lab_options(parser: Parser) -> Callable:
     """Adds them. Returns the add_argument of the group for the program's own options."""
     own = parser.add_argument_group("what is painted, and where it goes")
-    own.add_argument("--data", metavar="DIR", type=Path, default=TOY_DATA / "ads",
+    own.add_argument("--data", type=Path, default=TOY_DATA / "ads",
                      help="BG60k as released, or metadata.jsonl [the toy's ads]")
     add = parser.add_argument_group("how the methods paint").add_argument
     add_walk_options(add)
-    add("--seed", metavar="N", type=whole_number(0, 2**32 - 1), default=0, help="item i is painted with SEED + i [0]")
+    add("--seed", type=whole_number(0, 2**32 - 1), default=0, help="item i is painted with SEED + i [0]")
     add = parser.add_argument_group("models [the toy's; those not shipped are trained on first use]").add_argument
     add_model_options(add)
     add_rival_options(add)
     add("--pg-controlnet", metavar="PATH", type=Path, help="PG trained beside --controlnet, for Table 4's (a)")
-    add("--cg-plain", metavar="PATH", type=Path, help="CG with plain attention, from train.py cg --attention plain")
-    add("--clip", metavar="DIR", type=Path, help="CLIP that measures, such as openai/clip-vit-base-patch32")
-    add("--guide-clip", metavar="DIR", type=Path, help="CLIP that guides Blended Diffusion: not the one that measures")
-    add("--batch", metavar="N", type=whole_number(1, 1024), default=16, help="pictures painted at once [16]")
+    add("--cg-plain", type=Path, help="CG with plain attention, from train.py cg --attention plain")
+    add("--clip", type=Path, help="CLIP that measures, such as openai/clip-vit-base-patch32")
+    add("--guide-clip", type=Path, help="CLIP that guides Blended Diffusion: not the one that measures")
+    add("--batch", type=whole_number(1, 1024), default=16, help="pictures painted at once [16]")
     return own.add_argument
 
 
@@ -299,21 +299,21 @@ def lab_of(args: argparse.Namespace, out: Path, limit: int | None = None) -> Lab
 def options() -> Parser:
     parser = Parser(description=__doc__)
     parser.add_argument("what", choices=["paint", "train"], help="paint; `train STAGE --help` shows that one's options")
-    add, files = parser.add_argument, dict(metavar="FILE", type=Path, nargs="+")
+    add, files = parser.add_argument, dict(type=Path, nargs="+")
     add_rival_options(add)
     add("--product", **files, required=True, help="photo, or several; its alpha channel is its mask")
     add("--mask", **files, help="the product's mask, white on the product; one for each product")
     add("--reference", **files, help="exemplar of Paint by Example, or several: whole pictures, without a mask")
-    add("--seed", metavar="N", type=whole_number(0, 2**32 - 1), default=0, help="seed of the noise [0]")
-    add("--steps", metavar="N", type=whole_number(1, 500), default=SamplerSettings.steps,
+    add("--seed", type=whole_number(0, 2**32 - 1), default=0, help="seed of the noise [0]")
+    add("--steps", type=whole_number(1, 500), default=SamplerSettings.steps,
         help=f"Paint by Example's steps of denoising [{SamplerSettings.steps}]")
-    add("--guidance", metavar="X", type=real_number(1, 30), default=GUIDANCE,
+    add("--guidance", type=real_number(1, 30), default=GUIDANCE,
         help=f"weight of the exemplar in Paint by Example [{GUIDANCE}, its authors']")
-    add("--size", metavar="N", type=whole_number(8, 4096), help="longer side of the canvas in pixels [the rival's]")
-    add("--device", metavar="NAME", default="auto", help="cpu, cuda, cuda:1, ... [auto: cuda where there is one]")
+    add("--size", type=whole_number(8, 4096), help="longer side of the canvas in pixels [the rival's]")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ... [auto: cuda where there is one]")
     add("--dtype", choices=["auto", "float32", "float16", "bfloat16"], default="auto",
         help="of Paint by Example; LaMa is always in float32. float16 and bfloat16 are less precise [auto]")
-    add("--out", metavar="DIR", type=Path, default=Path("out"), help="where the pictures go [out]")
+    add("--out", type=Path, default=Path("out"), help="where the pictures go [out]")
     parser.set_defaults(category=[""], reference_mask=None, prompt=None, num=1)  # rivals read no words
     return parser
 

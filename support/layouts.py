@@ -94,7 +94,7 @@ RENAMES = [(re.compile(pattern), name) for pattern, name in (
 
 
 def under_our_names(tensors: dict[str, Tensor], renames: list[tuple] = RENAMES) -> dict[str, Tensor]:
-    """Tensors by public names, without prefix, under our names. A matrix of queries, keys and values is split into three.
+    """Tensors of a public file under our names. A matrix of queries, keys and values is split into three.
 
     A tensor that is there by an older and a newer name keeps the second under a name that no network has.
     """

@@ -52,9 +52,9 @@ def barrel(colour: tuple) -> Across:
     return Across(shades(colour, 0.62, 1.0, 1.22, 1.05, 0.95, 0.62))
 
 
-def another_colour(colour: tuple, names: tuple, rng: random.Random) -> tuple:
+def another_colour(colour: tuple, names: str, rng: random.Random) -> tuple:
     """One of the named colours, but not this one."""
-    return rng.choice([COLOURS[name] for name in names if COLOURS[name] != colour])
+    return rng.choice([COLOURS[name] for name in names.split() if COLOURS[name] != colour])
 
 
 def gradient(colours: list, size: tuple) -> Image.Image:

@@ -493,33 +493,33 @@ class Scene(NamedTuple):
 
     paint: Callable[[Canvas, Brand, str, str], Floor]
     phrase: str
-    layouts: tuple[str, str, str, str]  # a brand has one of them
-    elements: tuple[str, str, str, str]  # and one of these
+    layouts: str  # four words; a brand has one of them
+    elements: str  # and one of these four
 
     def words(self, brand: Brand) -> tuple[str, str]:
         """The words of a brand's layout and elements in this scene."""
-        return self.layouts[brand.layout], self.elements[brand.elements]
+        return self.layouts.split()[brand.layout], self.elements.split()[brand.elements]
 
 
 SCENES = {
-    "neon room": Scene(neon_room, "a dark room with neon lights", ("bars", "frames", "stripes", "rings"),
-                       ("tiles", "cubes", "spheres", "plants")),
-    "wooden table": Scene(wooden_table, "a wooden table by a window", ("wide", "arch", "twin", "round"),
-                          ("plant", "lamp", "curtains", "fruit")),
-    "kitchen": Scene(kitchen, "a kitchen with tiled floor", ("left", "right", "sides", "counter"),
-                     ("tiles", "lamps", "plants", "clock")),
-    "podium": Scene(podium, "a pastel podium with petals", ("disc", "arch", "columns", "stripes"),
-                    ("steps", "leaves", "spheres", "curtains")),
-    "running track": Scene(running_track, "a running track under the sky", ("city", "hills", "trees", "stands"),
-                           ("sun", "clouds", "flags", "balloons")),
-    "dark marble": Scene(dark_marble, "dark marble with a spotlight", ("rings", "columns", "disc", "arch"),
-                         ("steps", "cubes", "spheres", "curtains")),
-    "beach": Scene(beach, "a beach by the sea", ("palm", "umbrella", "rocks", "boat"),
-                   ("sun", "clouds", "ball", "starfish")),
-    "nursery": Scene(nursery, "a nursery with toy blocks", ("dots", "stripes", "rainbow", "clouds"),
-                     ("flags", "balloons", "lamp", "bear")),
-    "plain wall": Scene(plain_wall, "a plain wall", ("skirting", "sweep", "panels", "edge"),
-                        ("daylight", "dusk", "boards", "rug")),  # of no category
+    "neon room": Scene(neon_room, "a dark room with neon lights",
+                       "bars frames stripes rings", "tiles cubes spheres plants"),
+    "wooden table": Scene(wooden_table, "a wooden table by a window",
+                          "wide arch twin round", "plant lamp curtains fruit"),
+    "kitchen": Scene(kitchen, "a kitchen with tiled floor",
+                     "left right sides counter", "tiles lamps plants clock"),
+    "podium": Scene(podium, "a pastel podium with petals",
+                    "disc arch columns stripes", "steps leaves spheres curtains"),
+    "running track": Scene(running_track, "a running track under the sky",
+                           "city hills trees stands", "sun clouds flags balloons"),
+    "dark marble": Scene(dark_marble, "dark marble with a spotlight",
+                         "rings columns disc arch", "steps cubes spheres curtains"),
+    "beach": Scene(beach, "a beach by the sea",
+                   "palm umbrella rocks boat", "sun clouds ball starfish"),
+    "nursery": Scene(nursery, "a nursery with toy blocks",
+                     "dots stripes rainbow clouds", "flags balloons lamp bear"),
+    "plain wall": Scene(plain_wall, "a plain wall",
+                        "skirting sweep panels edge", "daylight dusk boards rug"),  # of no category
 }
 
 

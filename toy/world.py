@@ -215,33 +215,32 @@ def draw_on_first_use(wanted: Path) -> None:
 
 
 class Sample(NamedTuple):
-    """A product that the repository ships as a picture, and the ad that serves as its reference, if any."""
+    """A product that the repository ships as a picture, and the brand of the ad that serves as its reference."""
 
     product: str
     seed: int
-    brand: int  # the reference's; it is in no data set
-    reference_seed: int | None = None
+    brand: int  # it is in no data set; 0 if there is no reference
 
 
 SAMPLES = {  # by file name
-    "laptop": Sample("laptop", 103, 1_000_507, 107), "rice_cooker": Sample("rice cooker", 104, 1_000_603, 103),
-    "refrigerator": Sample("refrigerator", 104, 1_000_705, 105), "sneaker": Sample("sneaker", 105, 1_000_902, 102),
-    "watch": Sample("watch", 103, 1_001_007, 107), "sunscreen": Sample("sunscreen", 101, 1_001_103, 103),
-    "toy_car": Sample("toy car", 108, 1_001_209, 109), "perfume": Sample("perfume", 106, 1_000_808, 108),
-    "perfume_2": Sample("perfume", 102, 1_000_801, 101), "perfume_3": Sample("perfume", 104, 1_000_800, 100),
-    "perfume_4": Sample("perfume", 108, 1_000_804, 104), "mug": Sample("mug", 0, 0),
+    "laptop": Sample("laptop", 103, 1_000_507), "rice_cooker": Sample("rice cooker", 104, 1_000_603),
+    "refrigerator": Sample("refrigerator", 104, 1_000_705), "sneaker": Sample("sneaker", 105, 1_000_902),
+    "watch": Sample("watch", 103, 1_001_007), "sunscreen": Sample("sunscreen", 101, 1_001_103),
+    "toy_car": Sample("toy car", 108, 1_001_209), "perfume": Sample("perfume", 106, 1_000_808),
+    "perfume_2": Sample("perfume", 102, 1_000_801), "perfume_3": Sample("perfume", 104, 1_000_800),
+    "perfume_4": Sample("perfume", 108, 1_000_804), "mug": Sample("mug", 0, 0),
 }
 
 
 def write_samples(folder: Path, size: int) -> None:
     """Writes cut-out products, NAME.png, and ads whose alpha channel is their product's mask, NAME_reference.png."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, (product, seed, brand, reference_seed) in SAMPLES.items():
+    for name, (product, seed, brand) in SAMPLES.items():
         scene = ALL_PRODUCTS[product].scene
         _, placed = draw_layers(product, scene, brand, seed, size)
         placed.reduce(SUPERSAMPLE).save(folder / f"{name}.png", optimize=True)
-        if reference_seed is not None:
-            image, mask = draw_picture(product, scene, brand, reference_seed, size)
+        if brand:
+            image, mask = draw_picture(product, scene, brand, 100 + brand % 100, size)
             Image.fromarray(np.dstack([image, mask])).save(folder / f"{name}_reference.png", optimize=True)
 
 
