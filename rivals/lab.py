@@ -48,7 +48,7 @@ from support.files import BadInput, locked, one_line_errors, read_json
 from support.images import canvas_size, load_cutout, open_image, resize, to_tensor
 from support.machine import barrier, pick_device, pick_dtype
 from support.metrics import embed_pictures
-from support.options import Parser, check_together, real_number, whole_number
+from support.options import Parser, check_together, whole_number
 from support.tensors import file_fingerprint, fingerprint, model_fingerprint
 from toy.world import TOY_DATA
 
@@ -305,10 +305,6 @@ def options() -> Parser:
     add("--mask", **files, help="the product's mask, white on the product; one for each product")
     add("--reference", **files, help="exemplar of Paint by Example, or several: whole pictures, without a mask")
     add("--seed", type=whole_number(0, 2**32 - 1), default=0, help="seed of the noise [0]")
-    add("--steps", type=whole_number(1, 500), default=SamplerSettings.steps,
-        help=f"Paint by Example's steps of denoising [{SamplerSettings.steps}]")
-    add("--guidance", type=real_number(1, 30), default=GUIDANCE,
-        help=f"weight of the exemplar in Paint by Example [{GUIDANCE}, its authors']")
     add("--size", type=whole_number(8, 4096), help="longer side of the canvas in pixels [the rival's]")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... [auto: cuda where there is one]")
     add("--dtype", choices=["auto", "float32", "float16", "bfloat16"], default="auto",
@@ -328,7 +324,7 @@ def paint(args: argparse.Namespace) -> None:
     exemplars = {path: (to_tensor(open_image(path).convert("RGB")), None) for path in args.reference or ()}
     ads = [AdInputs(*load_cutout(item.image, item.mask), ("", "", ""), seed, exemplars.get(item.reference))
            for _, item, seed in jobs]
-    settings = SamplerSettings(args.steps, args.guidance)
+    settings = SamplerSettings(guidance=GUIDANCE)
     models, paint_all = load_rival(name, path, ModelChoice(device=args.device, dtype=args.dtype), args.size, settings)
     record = {"method": name, "steps": settings.steps, "guidance": settings.guidance, "size": models.size,
               "dtype": models.dtype, "models": models.fingerprints}

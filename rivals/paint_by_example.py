@@ -34,21 +34,15 @@ GUIDANCE = 5.0  # in all commands that its authors published
 # ---------------------------------------------------------------- exemplar to token
 
 
-class MapperAttention(Attention):
-    """Self-attention with one head and biases. For a single token it is to_out(to_v(x)), since softmax is 1."""
-
-    def __init__(self, channels: int):
-        super().__init__(channels, heads=1)
-        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in "qkv")
-
-
 class MapperBlock(nn.Module):
     """Self-attention and MLP, each on the normalised input and added to it. (B, L, C) -> (B, L, C)."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.norm1 = nn.LayerNorm(channels)
-        self.attn1 = MapperAttention(channels)
+        self.attn1 = Attention(channels, heads=1)  # for a single token to_out(to_v(x)), since softmax is 1
+        for name in ("to_q", "to_k", "to_v"):  # with biases
+            setattr(self.attn1, name, nn.Linear(channels, channels))
         self.norm3 = nn.LayerNorm(channels)  # there is no cross-attention, hence no norm2
         self.ff = FeedForward(channels)
         # the exact GELU, unlike CLIP's, and without a gate, unlike the UNet's

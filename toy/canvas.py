@@ -132,9 +132,8 @@ class Canvas:
         mask, left, top = mask.crop(box), left + box[0], top + box[1]
         if isinstance(fill, list):
             fill = gradient(fill, mask.size)
-        corners = (left, top, left + mask.width, top + mask.height)
-        self.image.paste(fill, corners, mask)
-        self.cover.paste(255, corners, mask)
+        self.image.paste(fill, (left, top), mask)
+        self.cover.paste(255, (left, top), mask)
         return mask, (left, top)
 
     def pen(self, width):
@@ -192,7 +191,7 @@ class Canvas:
         left, top, right, bottom = (round(v) for v in ((x - radius_x) * self.width, (y - radius_y) * self.height,
                                                        (x + radius_x) * self.width, (y + radius_y) * self.height))
         pool = FALLOFF.resize((right - left, bottom - top)).point(lambda v: v * strength)
-        self.image.paste(colour, (left, top, right, bottom), pool)
+        self.image.paste(colour, (left, top), pool)
 
     def glow(self, tubes: "Canvas"):
         """Light up neon tubes, which are drawn on a canvas of their own: bright glass and a wide halo."""

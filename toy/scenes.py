@@ -20,9 +20,9 @@ class Brand:
 
     def __init__(self, seed: int):
         rng = random.Random(f"brand {seed}")
-        first = rng.randrange(len(HUES))
+        names, first = [*HUES], rng.randrange(len(HUES))
         second = (first + rng.randrange(2, len(HUES) - 1)) % len(HUES)  # at least 60 degrees away
-        self.hue_names = tuple(list(HUES)[i] for i in (first, second))
+        self.hue_names = names[first], names[second]
         self.hue, self.accent = (HUES[name] + rng.uniform(-0.012, 0.012) for name in self.hue_names)
         self.layout, self.elements = rng.randrange(4), rng.randrange(4)
         self.horizon = rng.uniform(0.57, 0.66)

@@ -122,8 +122,7 @@ def vae_task(settings: Settings) -> Task:
             raise BadInput("--decoder-only goes with --init: name the VAE whose encoder is kept")
         for part in (vae.encoder, vae.quant_conv):
             part.requires_grad_(False)
-    if settings.size % 8:
-        raise BadInput(f"--size {settings.size}: must be a multiple of 8: the VAE is trained on crops of half the side")
+    canvas_size(1, 1, settings.size, 8)  # refuses a size that does not fit: crops have half the side
     ads = AdDataset(items, settings.size)
     some = torch.stack([ads[i]["image"] for i in range(0, len(items), max(1, len(items) // 256))])
     values, axes = torch.linalg.eigh(torch.cov(2 * some.transpose(0, 1).flatten(1)[:, ::16]))
@@ -192,8 +191,7 @@ def clip_task(settings: Settings) -> Task:
         raise BadInput("stage clip compares the pictures in a batch and needs all at once: one process, and no "
                        "--micro-batch")
     texts = [whole for whole, *_ in captions]
-    if settings.size % TOY_VISION["patch_size"]:
-        raise BadInput(f"--size {settings.size}: must be a multiple of {TOY_VISION['patch_size']}")
+    canvas_size(1, 1, settings.size, TOY_VISION["patch_size"])
     if not settings.resume:  # the vocabulary needs the identifiers' words, which are in no caption
         words = [IDENTIFIER.format(" ".join("0123456789"))] * len(texts)
         train_tokenizer(texts + words, TOY_VOCABULARY, TOY_TEXT["max_position_embeddings"], out / "tokenizer")

@@ -214,21 +214,15 @@ def draw_on_first_use(wanted: Path) -> None:
 # ---------------------------------------------------------------- pictures to look at and to try
 
 
-class Sample(NamedTuple):
-    """A product that the repository ships as a picture, and the brand of the ad that serves as its reference."""
-
-    product: str
-    seed: int
-    brand: int  # it is in no data set; 0 if there is no reference
-
-
-SAMPLES = {  # by file name
-    "laptop": Sample("laptop", 103, 1_000_507), "rice_cooker": Sample("rice cooker", 104, 1_000_603),
-    "refrigerator": Sample("refrigerator", 104, 1_000_705), "sneaker": Sample("sneaker", 105, 1_000_902),
-    "watch": Sample("watch", 103, 1_001_007), "sunscreen": Sample("sunscreen", 101, 1_001_103),
-    "toy_car": Sample("toy car", 108, 1_001_209), "perfume": Sample("perfume", 106, 1_000_808),
-    "perfume_2": Sample("perfume", 102, 1_000_801), "perfume_3": Sample("perfume", 104, 1_000_800),
-    "perfume_4": Sample("perfume", 108, 1_000_804), "mug": Sample("mug", 0, 0),
+# The products that the repository ships as pictures, by file name: a product, its seed, and the brand of the ad that
+# serves as its reference, which is in no data set; 0 if there is none.
+SAMPLES = {
+    "laptop": ("laptop", 103, 1_000_507), "rice_cooker": ("rice cooker", 104, 1_000_603),
+    "refrigerator": ("refrigerator", 104, 1_000_705), "sneaker": ("sneaker", 105, 1_000_902),
+    "watch": ("watch", 103, 1_001_007), "sunscreen": ("sunscreen", 101, 1_001_103),
+    "toy_car": ("toy car", 108, 1_001_209), "perfume": ("perfume", 106, 1_000_808),
+    "perfume_2": ("perfume", 102, 1_000_801), "perfume_3": ("perfume", 104, 1_000_800),
+    "perfume_4": ("perfume", 108, 1_000_804), "mug": ("mug", 0, 0),
 }
 
 
