@@ -165,10 +165,7 @@ def other_ads(lab: Lab, items: list[Item]) -> list[Path]:
 def table(lab: Lab, name: str) -> None:
     """Prints a table as Markdown, with the paper's numbers beside ours, and writes it to NAME.md and NAME.json."""
     protocols, metrics, ours, rows = TABLES[name]
-    own_base = lab.networks.options["weights"] is not None
-    if own_base:  # rows that the paper does not have need their option
-        left_out = [name for name in ("cg-plain", "pg-controlnet") if not lab.networks.options[name]]
-        rows = [row for row in rows if not {*METHODS[row.method].networks()} & {*left_out}]
+    rows = [row for row in rows if row.paper or available(lab, row.method)]  # the paper's stay, as "not given"
     methods = [row.method for row in rows if available(lab, row.method)]
     lab.check(methods, [item for protocol in protocols for item in lab.items(protocol)])
     measured = {(method, protocol): measure(lab, method, protocol) for method in methods for protocol in protocols}
@@ -184,20 +181,20 @@ def table(lab: Lab, name: str) -> None:
     lines = [*markdown(results, protocols, metrics), *lines_ahead(results, our_label, protocols, metrics), "",
              f"Each number is from {counts} pictures; ± is 1.96 standard deviations over {RESAMPLES} bootstrap "
              "samples, half of a 95% interval. Fréchet distances are biased upwards, so compare their differences."]
-    if not own_base:
+    if lab.networks.options["weights"] is None:
         lines[-1] += " The paper's are from BG60k and another CLIP: compare only the order."
-    settings = {"data": str(lab.data), "steps": lab.settings.steps, "sampler": lab.settings.sampler,
-                "guidance": lab.settings.guidance, "refine": lab.settings.refine, "seed": lab.seed}
+    settings = vars(lab.settings) | {"data": str(lab.data), "seed": lab.seed}
     write_json(settings | {"rows": results}, lab.out / f"{name}.json")
     write_text("\n".join(lines) + "\n", lab.out / f"{name}.md")
     print(*lines, "", lab.out / f"{name}.md", lab.out / f"{name}.json", sep="\n")
 
 
 def available(lab: Lab, method: str) -> bool:
-    """Whether there is what a row needs. With --weights, a rival needs the option that names its network."""
+    """Whether there is what a row needs. With --weights, networks that not every table needs must be given."""
     if method == "others":
         return not (lab.data / "metadata.jsonl").is_file()  # without splits there are no others
-    return lab.networks.options["weights"] is None or not METHODS[method].own or bool(lab.networks.options[method])
+    optional = {"lama", "paint-by-example", "cg-plain", "pg-controlnet"} & {*METHODS[method].networks()}
+    return lab.networks.options["weights"] is None or all(lab.networks.options[name] for name in optional)
 
 
 def markdown(results: list[dict], protocols: list[str], metrics: list[str]) -> list[str]:

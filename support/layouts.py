@@ -235,8 +235,9 @@ def allows(allowed: object, value: object) -> bool:
 
 def check_config(config: dict, file: Path, supported: dict[str, object] = SUPPORTED) -> None:
     """Raises BadInput for a configuration that our networks don't support."""
-    towers = [value for value in config.values() if isinstance(value, dict)]  # in a CLIP's configuration
-    for name, value in [field for part in (config, *towers) for field in part.items()]:
+    for name, value in config.items():
+        if isinstance(value, dict):  # a tower in a CLIP's configuration
+            check_config(value, file, supported)
         if name in supported and not allows(supported[name], value):
             raise BadInput(f"{file}: {name} {json.dumps(value)[:60]} is not supported: it differs from Stable "
                            "Diffusion's; choose another model or configuration")

@@ -163,7 +163,7 @@ def neon_room(canvas, brand, layout, elements):
 def wooden_table(canvas, brand, layout, elements):
     horizon, wall, accent = brand.horizon, tint(brand.hue, 0.42, 0.88), tint(brand.accent, 0.6, 0.85)
     canvas.band(-0.1, horizon + 0.1, shades(wall, 1.05, 0.88))
-    bottom = horizon - 0.08
+    bottom, frame = horizon - 0.08, (252, 250, 246)
     windows = {
         "wide": [[(0.16, 0.08), (0.84, 0.08), (0.84, bottom), (0.16, bottom)]],
         "arch": [arched(0.26, 0.05, 0.74, bottom)],
@@ -176,9 +176,9 @@ def wooden_table(canvas, brand, layout, elements):
         canvas.circle(x0 + 0.06, y1 + 0.04, 0.2, (150, 196, 140), clip=glass)
         canvas.circle(x1 - 0.04, y1 + 0.06, 0.19, (122, 180, 128), clip=glass)
         middle, bar = (x0 + x1) / 2, y0 + 0.4 * (y1 - y0)
-        canvas.line(middle, y0, middle, y1, (252, 250, 246), 0.016)
-        canvas.line(x0, bar, x1, bar, (252, 250, 246), 0.016)
-        canvas.stroke([*outline, outline[0]], (252, 250, 246), 0.026)
+        canvas.line(middle, y0, middle, y1, frame, 0.016)
+        canvas.line(x0, bar, x1, bar, frame, 0.016)
+        canvas.stroke([*outline, outline[0]], frame, 0.026)
     wood = mix((186, 124, 74), tint(brand.accent, 0.55, 0.72), 0.35)
     canvas.band(horizon, 1.1, shades(wood, 1.12, 0.82))
     for y in (0.07, 0.16, 0.28):
@@ -204,8 +204,9 @@ def kitchen(canvas, brand, layout, elements):
     canvas.band(-0.1, 1.1, shades(wall, 1.05, 0.9))
     if elements == "tiles":
         for i in range(-1, 9):
-            canvas.level(0.02 + 0.1 * i, mix(wall, WHITE, 0.6), 0.01)
-            canvas.line(0.06 + 0.125 * i, -0.1, 0.06 + 0.125 * i, horizon, mix(wall, WHITE, 0.6), 0.01)
+            x, joint = 0.06 + 0.125 * i, mix(wall, WHITE, 0.6)
+            canvas.level(0.02 + 0.1 * i, joint, 0.01)
+            canvas.line(x, -0.1, x, horizon, joint, 0.01)
     elif elements == "clock":
         clear = {"left": (0.7, 0.17), "right": (0.3, 0.17), "sides": (0.32, 0.17), "counter": (0.2, 0.3)}
         x, y = clear[layout]  # free of cupboards and product
@@ -275,14 +276,15 @@ def podium(canvas, brand, layout, elements):
         ball(canvas, 0.91, horizon + 0.12, 0.08, mix(base, WHITE, 0.5))
     top = horizon + 0.02
     stone = mix(tint(brand.accent, 0.2, 1.0), WHITE, 0.25)
+    side = barrel(shade(stone, 0.9))
     tiers = [(0.38, top, top + 0.16)]
     if elements == "steps":
         tiers = [(0.45, top + 0.13, top + 0.26), (0.34, top, top + 0.13)]
     for reach, y, foot in tiers:
         x0, x1 = 0.5 - reach, 0.5 + reach
         canvas.ellipse(x0 - 0.02, foot, x1 + 0.06, foot + 0.16, shade(base, 0.5), alpha=0.35, blur=0.02)
-        canvas.ellipse(x0, foot, x1, foot + 0.13, barrel(shade(stone, 0.9)))
-        canvas.rectangle(x0, y + 0.065, x1, foot + 0.065, barrel(shade(stone, 0.9)))
+        canvas.ellipse(x0, foot, x1, foot + 0.13, side)
+        canvas.rectangle(x0, y + 0.065, x1, foot + 0.065, side)
         canvas.ellipse(x0, y, x1, y + 0.13, [shade(stone, 0.97), mix(stone, WHITE, 0.6)])
     for x, y, angle in ((0.08, 0.3, 0.6), (0.2, 0.12, 2.2), (0.9, 0.2, -0.5),
                         (0.8, 0.42, 1.0), (0.07, 0.95, 1.3), (0.93, 0.93, -0.9)):
@@ -399,8 +401,8 @@ def beach(canvas, brand, layout, elements):
             leaf(canvas, 0.18, 0.16, 0.3, angle, shade((66, 150, 84), k), width=0.34)
     elif layout == "umbrella":
         canvas.line(0.86, 0.1, 0.86, 0.84, (250, 246, 238), 0.02)
-        for reach, colour in ((0.28, tint(brand.hue, 0.75, 0.9)), (0.18, WHITE), (0.07, tint(brand.hue, 0.75, 0.9))):
-            half = np.linspace(0, math.pi, 25)
+        cloth, half = tint(brand.hue, 0.75, 0.9), np.linspace(0, math.pi, 25)
+        for reach, colour in ((0.28, cloth), (0.18, WHITE), (0.07, cloth)):
             canvas.polygon([(0.86 - reach * math.cos(a), 0.34 - 0.26 * math.sin(a)) for a in half], colour)
     if elements == "ball":
         x, y = 0.5 - side * 0.36, 0.88

@@ -284,40 +284,32 @@ class TwoSizes(Dataset):
 def first_passes(sd: StableDiffusion, small: TrainingSamples, size: int, settings: Settings) -> list[dict[str, Tensor]]:
     """A first pass's version of each picture, enlarged to `size` pixels and encoded again: "z_first" (n, 4, h, w).
 
-    They are computed once, in the same parts as the latents of `small`.
+    They are computed once, float16, in the same parts as the latents of `small`. Pictures from a real first pass have no
+    counterpart among the drawn ones. So each drawn picture is noised to a timestep in FIRST_PASS, and the UNet's guess
+    ẑ_0 from there, with the caption, is decoded and enlarged.
     """
-    items = small.ads.items
+    items, device = small.ads.items, settings.device
     networks = [weights_fingerprint(module) for module in (sd.vae, sd.unet, sd.text_encoder)]
     texts = [[caption_texts(item)[0] for item in items[i : i + PART]] for i in range(0, len(items), PART)]
 
+    @torch.no_grad()
     def encode(k: int) -> dict[str, Tensor]:
         means, latents = small.latents[k]["mean"], []
         for i in tqdm(range(0, len(means), 8), "first passes", disable=None):
-            z_0 = means[i : i + 8].float() * small.scale
-            latents.append(first_pass(sd, z_0, texts[k][i : i + 8], size, k * PART + i, settings))
+            z_0, generator = means[i : i + 8].float() * small.scale, torch.Generator().manual_seed(k * PART + i)
+            eps = torch.randn(z_0.shape, generator=generator)
+            t = torch.randint(*FIRST_PASS, (len(z_0),), generator=generator)
+            t, a = t.to(device), sd.schedule.alpha_bar[t].view(-1, 1, 1, 1).to(device)
+            z_t = sd.schedule.add_noise(z_0.to(device), eps.to(device), t)
+            with settings.autocast():
+                guess = (z_t - (1 - a).sqrt() * sd.unet(z_t, t, sd.prompts(texts[k][i : i + 8]))) / a.sqrt()
+                pictures = torch.stack([resize(picture, size, size) for picture in sd.decode(guess)])
+                latents.append(sd.encode(pictures).to("cpu", torch.float16))
         return {"z_first": torch.cat(latents)}
 
     parts = zip(latent_keys(sd, items, small.ads.size, settings.amp), texts)
     keys = [["first pass", *networks, size, str(settings.amp), *part] for part in parts]
     return compute_parts(settings.cache, keys, encode)
-
-
-@torch.no_grad()
-def first_pass(sd: StableDiffusion, z_0: Tensor, texts: list[str], size: int, seed: int,
-               settings: Settings) -> Tensor:
-    """Latents (n, 4, h, w) of drawn pictures -> float16 latents of a first pass's versions of them, at `size` pixels.
-
-    Pictures from a real first pass have no counterpart among the drawn ones. So each drawn picture is noised to a
-    timestep in FIRST_PASS, and the UNet's guess ẑ_0 from there, with the caption, is decoded and enlarged.
-    """
-    generator, device = torch.Generator().manual_seed(seed), settings.device
-    eps, t = torch.randn(z_0.shape, generator=generator), torch.randint(*FIRST_PASS, (len(z_0),), generator=generator)
-    t, a = t.to(device), sd.schedule.alpha_bar[t].view(-1, 1, 1, 1).to(device)
-    z_t = sd.schedule.add_noise(z_0.to(device), eps.to(device), t)
-    with settings.autocast():
-        pictures = sd.decode((z_t - (1 - a).sqrt() * sd.unet(z_t, t, sd.prompts(texts))) / a.sqrt())
-        z = sd.encode(torch.stack([resize(picture, size, size) for picture in pictures]))
-    return z.to("cpu", torch.float16)
 
 
 def unet_task(settings: Settings) -> Task:
