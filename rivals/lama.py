@@ -74,14 +74,14 @@ class SpectralTransform(nn.Module):
 class FFCLayer(nn.Module):
     """Convolutions between all groups of features, local and global, that there are; normalisation and ReLU.
 
-    channels, out: of the local and the global features, 0 where there are none. The convolutions mirror the edges.
+    channels, out: of the local and the global features, 0 where there are none. The edges are mirrored.
     """
 
     def __init__(self, channels: tuple[int, int], out: tuple[int, int], kernel: int = 3, stride: int = 1):
         super().__init__()
         (l, g), (l_out, g_out) = channels, out
-        conv = partial(nn.Conv2d, kernel_size=kernel, stride=stride, padding=kernel // 2, padding_mode="reflect",
-                       bias=False)
+        conv = partial(nn.Conv2d, kernel_size=kernel, stride=stride, bias=False)
+        self.edges = (kernel // 2,) * 4
         self.ffc = nn.ModuleDict({"convl2l": conv(l, l_out)})
         if g_out:
             self.ffc["convl2g"] = conv(l, g_out)
@@ -91,9 +91,11 @@ class FFCLayer(nn.Module):
 
     def forward(self, features: Pair) -> Pair:
         l, g = features
+        l = F.pad(l, self.edges, mode="reflect")
         l_out, g_out = self.ffc["convl2l"](l), self.ffc["convl2g"](l) if self.bn_g else None
         if g is not None:
-            l_out, g_out = l_out + self.ffc["convg2l"](g), g_out + self.ffc["convg2g"](g)
+            l_out = l_out + self.ffc["convg2l"](F.pad(g, self.edges, mode="reflect"))
+            g_out = g_out + self.ffc["convg2g"](g)
         return F.relu(self.bn_l(l_out)), F.relu(self.bn_g(g_out)) if self.bn_g else None
 
 

@@ -284,9 +284,9 @@ class TwoSizes(Dataset):
 def first_passes(sd: StableDiffusion, small: TrainingSamples, size: int, settings: Settings) -> list[dict[str, Tensor]]:
     """A first pass's version of each picture, enlarged to `size` pixels and encoded again: "z_first" (n, 4, h, w).
 
-    They are computed once, float16, in the same parts as the latents of `small`. Pictures from a real first pass have no
-    counterpart among the drawn ones. So each drawn picture is noised to a timestep in FIRST_PASS, and the UNet's guess
-    ẑ_0 from there, with the caption, is decoded and enlarged.
+    They are computed once, in float16, in the same parts as the latents of `small`. Pictures from a real first pass
+    have no counterpart among the drawn ones. So each drawn picture is noised to a timestep in FIRST_PASS, and the
+    UNet's guess ẑ_0 from there, with the caption, is decoded and enlarged.
     """
     items, device = small.ads.items, settings.device
     networks = [weights_fingerprint(module) for module in (sd.vae, sd.unet, sd.text_encoder)]
