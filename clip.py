@@ -6,6 +6,7 @@ The networks are built from the fields of the public config.json files, and use 
 
 import sys
 from bisect import bisect_right
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -18,6 +19,10 @@ from support.files import BadInput, read_json
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}
+
+
+def layer_norm(config: dict) -> nn.LayerNorm:
+    return nn.LayerNorm(config["hidden_size"], config.get("layer_norm_eps", 1e-5))
 
 
 class CLIPAttention(nn.Module):
@@ -50,10 +55,10 @@ class CLIPLayer(nn.Module):
 
     def __init__(self, config: dict, causal: bool):
         super().__init__()
-        channels, eps = config["hidden_size"], config.get("layer_norm_eps", 1e-5)
-        self.layer_norm1 = nn.LayerNorm(channels, eps)
+        channels = config["hidden_size"]
+        self.layer_norm1 = layer_norm(config)
         self.self_attn = CLIPAttention(channels, config["num_attention_heads"], causal)
-        self.layer_norm2 = nn.LayerNorm(channels, eps)
+        self.layer_norm2 = layer_norm(config)
         self.mlp = CLIPMLP(channels, config["intermediate_size"], config.get("hidden_act", "quick_gelu"))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,17 +66,10 @@ class CLIPLayer(nn.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
-class CLIPLayers(nn.Module):
+def clip_layers(config: dict, causal: bool) -> nn.Sequential:
     """The `encoder` of either tower: (B, L, C) -> (B, L, C)."""
-
-    def __init__(self, config: dict, causal: bool):
-        super().__init__()
-        self.layers = nn.ModuleList(CLIPLayer(config, causal) for _ in range(config["num_hidden_layers"]))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
+    layers = (CLIPLayer(config, causal) for _ in range(config["num_hidden_layers"]))
+    return nn.Sequential(OrderedDict(layers=nn.Sequential(*layers)))
 
 
 class TextEmbeddings(nn.Module):
@@ -86,17 +84,10 @@ class TextEmbeddings(nn.Module):
         return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
 
 
-class TextTransformer(nn.Module):
+def text_transformer(config: dict) -> nn.Sequential:
     """(B, L) int64 -> (B, L, D), the last hidden state after the final norm."""
-
-    def __init__(self, config: dict):
-        super().__init__()
-        self.embeddings = TextEmbeddings(config)
-        self.encoder = CLIPLayers(config, causal=True)
-        self.final_layer_norm = nn.LayerNorm(config["hidden_size"], config.get("layer_norm_eps", 1e-5))
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.final_layer_norm(self.encoder(self.embeddings(ids)))
+    return nn.Sequential(OrderedDict(embeddings=TextEmbeddings(config), encoder=clip_layers(config, causal=True),
+                                     final_layer_norm=layer_norm(config)))
 
 
 class TextEncoder(nn.Module):
@@ -105,7 +96,7 @@ class TextEncoder(nn.Module):
     def __init__(self, config: dict):
         super().__init__()
         self.config = config
-        self.text_model = TextTransformer(config)
+        self.text_model = text_transformer(config)
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.text_model(ids)
@@ -132,9 +123,9 @@ class VisionTransformer(nn.Module):
     def __init__(self, config: dict):
         super().__init__()
         self.embeddings = VisionEmbeddings(config)
-        self.pre_layrnorm = nn.LayerNorm(config["hidden_size"], config.get("layer_norm_eps", 1e-5))  # (sic)
-        self.encoder = CLIPLayers(config, causal=False)
-        self.post_layernorm = nn.LayerNorm(config["hidden_size"], config.get("layer_norm_eps", 1e-5))
+        self.pre_layrnorm = layer_norm(config)  # (sic)
+        self.encoder = clip_layers(config, causal=False)
+        self.post_layernorm = layer_norm(config)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.encoder(self.pre_layrnorm(self.embeddings(x)))
@@ -156,7 +147,7 @@ class CLIP(nn.Module):
         text, vision = (config[f"{tower}_config"] | (config.get(f"{tower}_config_dict") or {})
                         for tower in ("text", "vision"))
         n = config["projection_dim"]
-        self.text_model, self.vision_model = TextTransformer(text), VisionTransformer(vision)
+        self.text_model, self.vision_model = text_transformer(text), VisionTransformer(vision)
         self.text_projection = nn.Linear(text["hidden_size"], n, bias=False)
         self.visual_projection = nn.Linear(vision["hidden_size"], n, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(config.get("logit_scale_init_value", 2.6592)))
@@ -293,10 +284,9 @@ def load_tokenizer(folder: Path | str, pad: str | None = None) -> Tokenizer:
     bpe = read_bpe(folder)
     settings = {"pad_token": pad or END}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):  # in SD 2.x they differ, and the second is right
-        if (folder / name).is_file():
-            settings |= {field: value for field, value in read_json(folder / name).items() if value is not None}
-    settings = {field: value.get("content", value) if isinstance(value, dict) else value  # a special token with flags
-                for field, value in settings.items()}
+        for field, value in read_json(folder / name).items() if (folder / name).is_file() else ():
+            if value is not None:  # a dict may be a special token with flags
+                settings[field] = value.get("content", value) if isinstance(value, dict) else value
     supported = {"bos_token": START, "eos_token": END, "padding_side": "right", "truncation_side": "right"}
     for field, value in supported.items():
         if settings.get(field, value) != value:

@@ -14,7 +14,6 @@ paints and embeds. By default everything is the toy's, and networks that are not
 Pictures and embeddings stay in --out: the tables share them, and an interrupted evaluation continues where it stopped.
 """
 
-import argparse
 import io
 from collections import Counter, defaultdict
 from contextlib import nullcontext, redirect_stdout
@@ -27,7 +26,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Generator
+from torch import Generator, Tensor
 
 from programs.gallery import save
 from rivals.eq3 import swapped
@@ -37,7 +36,7 @@ from support.datasets import Item, read_items
 from support.files import BadInput, locked, one_line_errors, write_json, write_text
 from support.images import load_masked, sheet
 from support.machine import processes
-from support.metrics import RESAMPLES, Measured, compare, interval, markdown_table, plus_minus, similarity
+from support.metrics import RESAMPLES, frechet, interval, joint_frechet, markdown_table, plus_minus
 from support.options import Parser, whole_number
 from support.plots import choose, cutout_of, picture_of
 from toy.world import draw_on_first_use
@@ -90,11 +89,51 @@ METRICS = {"similarity": "similarity ↑", "frechet": "Fréchet ↓", "joint": "
 # ---------------------------------------------------------------- tables
 
 
+class Measured(NamedTuple):
+    """A method's pictures of n items, as embeddings. A metric takes the rows (m,) to use -> ()."""
+
+    readable: Tensor  # (n,): whether there is all to measure an item by; else its rows hold NaN
+    painted: Tensor  # (n, d)
+    originals: Tensor  # (n, d)
+    targets: Tensor  # (n, d): the originals (Table 1) or the references
+    categories: Tensor  # (n, C), one-hot
+
+    def similarity(self, rows: Tensor) -> Tensor:
+        """CLIP similarity: 100 times the mean cosine of the embeddings of each picture and its target."""
+        return 100 * F.cosine_similarity(self.painted[rows], self.targets[rows]).mean()
+
+    def frechet(self, rows: Tensor) -> Tensor:
+        return frechet(self.painted[rows], self.originals[rows])
+
+    def joint(self, rows: Tensor) -> Tensor:
+        return joint_frechet(self.painted[rows], self.originals[rows], self.categories[rows])
+
+
+def compare(theirs: Measured, ours: Measured, metrics: list[str]) -> dict:
+    """A method's metrics with their intervals, and how far ours is ahead.
+
+    That is the paired difference between the two methods. It varies less than either, because both are measured on the
+    same items.
+    """
+    rows, both = theirs.readable.argwhere()[:, 0], (theirs.readable & ours.readable).argwhere()[:, 0]
+    figures, ahead = {"n": len(rows)}, {}
+    for metric in metrics:
+        a, b = getattr(ours, metric), getattr(theirs, metric)
+        figures[metric] = interval(lambda i, b=b: b(rows[i]), len(rows))
+        if metric != "similarity":  # a smaller distance is better
+            a, b = b, a
+        ahead[metric] = interval(lambda i, a=a, b=b: a(both[i]) - b(both[i]), len(both))
+    return figures | {"ours_ahead": ahead}
+
+
 def measure(lab: Lab, name: str, protocol: str) -> Measured:
     """Paints a protocol's items by the method `name` and embeds them, or takes ads in the pictures' place.
 
     Items that can't be painted or read are left out. Raises BadInput if fewer than two are left.
     """
+    def embedded(paths: list[Path]) -> Tensor:
+        return lab.embeddings([(path, None) for path in paths])
+
     items = lab.items(protocol)
     if name == "shuffled":
         order = torch.randperm(len(items), generator=Generator().manual_seed(0))
@@ -105,17 +144,14 @@ def measure(lab: Lab, name: str, protocol: str) -> Measured:
         paths = [item.reference for item in items]
     else:
         paths = lab.pictures(name, items, protocol)
-    kept = [i for i, path in enumerate(paths) if path.exists()]
-    if len(kept) < 2:
-        raise BadInput(f"{lab.data}: {len(kept)} pictures are too few to measure; raise --limit")
-    painted = lab.embeddings([(paths[i], None) for i in kept])
-    originals = lab.embeddings([(items[i].image, None) for i in kept])
-    targets = originals if protocol == "bg1k" else lab.embeddings([(items[i].reference, None) for i in kept])
+    painted, originals = embedded(paths), embedded([item.image for item in items])
+    targets = originals if protocol == "bg1k" else embedded([item.reference for item in items])
     names = sorted({item.category for item in items})
-    categories = F.one_hot(torch.tensor([names.index(items[i].category) for i in kept]), len(names))
-    readable = (painted + originals + targets).isfinite().all(dim=1).tolist()
-    measured = Measured(kept, similarity(painted, targets), painted, originals, categories)
-    return measured.of_items([i for i, finite in zip(kept, readable) if finite])
+    categories = F.one_hot(torch.tensor([names.index(item.category) for item in items]))
+    readable = (painted + originals + targets).isfinite().all(dim=1)
+    if (n := readable.sum()) < 2:
+        raise BadInput(f"{lab.data}: {n} pictures are too few to measure; raise --limit")
+    return Measured(readable, painted, originals, targets, categories)
 
 
 def other_ads(lab: Lab, items: list[Item]) -> list[Path]:
@@ -129,10 +165,7 @@ def other_ads(lab: Lab, items: list[Item]) -> list[Path]:
 def table(lab: Lab, name: str) -> None:
     """Prints a table as Markdown, with the paper's numbers beside ours, and writes it to NAME.md and NAME.json."""
     protocols, metrics, ours, rows = TABLES[name]
-    own_base = lab.networks.options["weights"] is not None
-    if own_base:  # rows that the paper does not have need their option
-        left_out = [name for name in ("cg-plain", "pg-controlnet") if not lab.networks.options[name]]
-        rows = [row for row in rows if not {*METHODS[row.method].networks()} & {*left_out}]
+    rows = [row for row in rows if row.paper or available(lab, row.method)]  # the paper's stay, as "not given"
     methods = [row.method for row in rows if available(lab, row.method)]
     lab.check(methods, [item for protocol in protocols for item in lab.items(protocol)])
     measured = {(method, protocol): measure(lab, method, protocol) for method in methods for protocol in protocols}
@@ -144,24 +177,24 @@ def table(lab: Lab, name: str) -> None:
                 figures = compare(measured[method, protocol], measured[ours, protocol], metrics)
             results.append({"method": label, "protocol": protocol, "measured": figures, "paper": paper[2 * k :][:2]})
     our_label = next(row.label for row in rows if row.method == ours)
-    counts = " or ".join(map(str, sorted({len(m.kept) for m in measured.values()})))
+    counts = " or ".join(map(str, sorted({int(m.readable.sum()) for m in measured.values()})))
     lines = [*markdown(results, protocols, metrics), *lines_ahead(results, our_label, protocols, metrics), "",
              f"Each number is from {counts} pictures; ± is 1.96 standard deviations over {RESAMPLES} bootstrap "
              "samples, half of a 95% interval. Fréchet distances are biased upwards, so compare their differences."]
-    if not own_base:
+    if lab.networks.options["weights"] is None:
         lines[-1] += " The paper's are from BG60k and another CLIP: compare only the order."
-    settings = {"data": str(lab.data), "steps": lab.settings.steps, "sampler": lab.settings.sampler,
-                "guidance": lab.settings.guidance, "refine": lab.settings.refine, "seed": lab.seed}
+    settings = vars(lab.settings) | {"data": str(lab.data), "seed": lab.seed}
     write_json(settings | {"rows": results}, lab.out / f"{name}.json")
     write_text("\n".join(lines) + "\n", lab.out / f"{name}.md")
     print(*lines, "", lab.out / f"{name}.md", lab.out / f"{name}.json", sep="\n")
 
 
 def available(lab: Lab, method: str) -> bool:
-    """Whether there is what a row needs. With --weights, a rival needs the option that names its network."""
+    """Whether there is what a row needs. With --weights, networks that not every table needs must be given."""
     if method == "others":
         return not (lab.data / "metadata.jsonl").is_file()  # without splits there are no others
-    return lab.networks.options["weights"] is None or not METHODS[method].own or bool(lab.networks.options[method])
+    optional = {"lama", "paint-by-example", "cg-plain", "pg-controlnet"} & {*METHODS[method].networks()}
+    return lab.networks.options["weights"] is None or all(lab.networks.options[name] for name in optional)
 
 
 def markdown(results: list[dict], protocols: list[str], metrics: list[str]) -> list[str]:
@@ -236,7 +269,7 @@ def figure_perturbations(lab: Lab, each: int = 2) -> None:
     items = lab.items("ref")
     masks = [load_masked(item.reference, item.reference_mask)[1] for item in items]
     area = [float(M.mean()) for M in masks]
-    away = [abs(2 * float((M.sum(dim=(0, 1)) * torch.linspace(0, 1, M.shape[2])).sum() / M.sum()) - 1) for M in masks]
+    away = [abs(float((M.sum(dim=(0, 1)) * torch.linspace(-1, 1, M.shape[2])).sum() / M.sum())) for M in masks]
     chosen = [(what, items[i]) for what, of in (("large", area), ("off centre", away))
               for i in sorted(range(len(items)), key=of.__getitem__)[-each:]]
     for item in items[:each]:
@@ -265,19 +298,21 @@ def figure_grid(lab: Lab, name: str, count: int = 8, groups: int = 4) -> None:
 
     Both show up to `groups` categories with up to `count` pairs each. Raises BadInput if no category has two pairs.
     """
-    items, cells = lab.items("ref"), []
+    items, many_styles = lab.items("ref"), name == "fig9"
     by_category = {c: [i for i in items if i.category == c][:count] for c in sorted({i.category for i in items})}
     chosen = [group for group in by_category.values() if len(group) > 1][:groups]
     if not chosen:
         raise BadInput(f"{lab.data}: no category has two pairs of a product and a reference; raise --limit")
-    pairs = [replace(group[0], reference=item.reference, reference_mask=item.reference_mask) if name == "fig9" else
-             replace(item, reference=group[0].reference, reference_mask=group[0].reference_mask)
-             for group in chosen for item in group]
-    lab.check(["cg+pg"], pairs)
-    paths = iter(lab.pictures("cg+pg", pairs, name))
+    pairs = []
     for group in chosen:
-        heads = [picture_of(item.reference) if name == "fig9" else cutout_of(item) for item in group]
-        one = cutout_of(group[0]) if name == "fig9" else picture_of(group[0].reference)
+        for item in group:
+            product, ad = (group[0], item) if many_styles else (item, group[0])
+            pairs.append(replace(product, reference=ad.reference, reference_mask=ad.reference_mask))
+    lab.check(["cg+pg"], pairs)
+    paths, cells = iter(lab.pictures("cg+pg", pairs, name)), []
+    for group in chosen:
+        products, ads = [cutout_of(item) for item in group], [picture_of(item.reference) for item in group]
+        one, heads = (products[0], ads) if many_styles else (ads[0], products)
         cells += [[None, *heads], [one, *(picture_of(next(paths)) for _ in group)]]
     save(sheet(cells), lab.out / f"{name}.png")
 
@@ -300,29 +335,22 @@ COMMANDS = {  # each with what to look at next
 
 def options() -> Parser:
     parser = Parser(description=__doc__)
-    parser.add_argument("what", help=", ".join(COMMANDS))
+    parser.add_argument("what", choices=COMMANDS)
     add = add_lab_options(parser)
-    add("--limit", metavar="N", type=whole_number(2, 10**9), help="only the first N items of the split [all]")
-    add("--out", metavar="DIR", type=Path, default=Path("results"), help="folder for all results [results]")
+    add("--limit", type=whole_number(2, 10**9), help="only the first N items of the split [all]")
+    add("--out", type=Path, default=Path("results"), help="folder for all results [results]")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = options().parse_args(arguments)
-    if args.what not in COMMANDS:
-        raise BadInput(f"{args.what}: must be one of {', '.join(COMMANDS)}")
-    with locked(args.out):
-        evaluate(args)
-
-
-def evaluate(args: argparse.Namespace) -> None:
     """Carries out one command. Under torchrun all processes paint, and only the first one prints."""
+    args = options().parse_args(arguments)
     rank, world = processes()
-    if world > 1:
-        dist.init_process_group("gloo", timeout=timedelta(days=7))  # processes wait for one another while all paint
-    lab, (command, following) = lab_of(args, args.out, args.limit), COMMANDS[args.what]
-    draw_on_first_use(lab.data)
-    with redirect_stdout(io.StringIO()) if rank else nullcontext():
+    with locked(args.out), redirect_stdout(io.StringIO()) if rank else nullcontext():
+        if world > 1:
+            dist.init_process_group("gloo", timeout=timedelta(days=7))  # processes wait for one another while all paint
+        lab, (command, following) = lab_of(args, args.out, args.limit), COMMANDS[args.what]
+        draw_on_first_use(lab.data)
         command(lab)
         print(f"next: {following}; the pictures are in {args.out / 'pictures'}")
 

@@ -48,7 +48,7 @@ from support.files import BadInput, locked, one_line_errors, read_json
 from support.images import canvas_size, load_cutout, open_image, resize, to_tensor
 from support.machine import barrier, pick_device, pick_dtype
 from support.metrics import embed_pictures
-from support.options import Parser, check_together, real_number, whole_number
+from support.options import Parser, check_together, whole_number
 from support.tensors import file_fingerprint, fingerprint, model_fingerprint
 from toy.world import TOY_DATA
 
@@ -227,7 +227,7 @@ class Lab:
         return self.networks.load_clip("clip")
 
     def embeddings(self, pictures: list[tuple[Path, Item | None]]) -> Tensor:
-        """The pictures' embeddings (n, d), see embed_pictures."""
+        """The pictures' embeddings (n, d), NaN where there is no picture; see embed_pictures."""
         return embed_pictures(self.clip, pictures, self.out / "embeddings")
 
     def backgrounds(self, pictures: Iterable[tuple[Path, Item]]) -> tuple[Tensor, list[Item]]:
@@ -235,12 +235,12 @@ class Lab:
 
         Raises BadInput if there is none.
         """
-        there = [(path, item) for path, item in pictures if path.exists()]
-        if not there:
-            raise BadInput(f"{self.data}: there is no picture to measure; raise --limit")
-        x = F.normalize(self.embeddings(there), dim=1)
+        pictures = [*pictures]
+        x = F.normalize(self.embeddings(pictures), dim=1)
         readable = x.isfinite().all(dim=1)
-        return x[readable], [item for (_, item), r in zip(there, readable.tolist()) if r]
+        if not readable.any():
+            raise BadInput(f"{self.data}: there is no picture to measure; raise --limit")
+        return x[readable], [item for (_, item), r in zip(pictures, readable.tolist()) if r]
 
     @cached_property
     def centres(self) -> tuple[list[str], Tensor]:
@@ -261,26 +261,26 @@ def check_attention(option: str, cg: Path) -> None:
 
 def add_rival_options(add: Callable) -> None:
     """Adds those that name rivals. add: a parser's add_argument."""
-    add("--lama", metavar="PATH", type=Path, help="LaMa: big-lama.safetensors or the like")
+    add("--lama", type=Path, help="LaMa: big-lama.safetensors or the like")
     add("--paint-by-example", metavar="PATH", type=Path, help="Paint by Example: its public folder or single file")
 
 
 def add_lab_options(parser: Parser) -> Callable:
     """Adds them. Returns the add_argument of the group for the program's own options."""
     own = parser.add_argument_group("what is painted, and where it goes")
-    own.add_argument("--data", metavar="DIR", type=Path, default=TOY_DATA / "ads",
+    own.add_argument("--data", type=Path, default=TOY_DATA / "ads",
                      help="BG60k as released, or metadata.jsonl [the toy's ads]")
     add = parser.add_argument_group("how the methods paint").add_argument
     add_walk_options(add)
-    add("--seed", metavar="N", type=whole_number(0, 2**32 - 1), default=0, help="item i is painted with SEED + i [0]")
+    add("--seed", type=whole_number(0, 2**32 - 1), default=0, help="item i is painted with SEED + i [0]")
     add = parser.add_argument_group("models [the toy's; those not shipped are trained on first use]").add_argument
     add_model_options(add)
     add_rival_options(add)
     add("--pg-controlnet", metavar="PATH", type=Path, help="PG trained beside --controlnet, for Table 4's (a)")
-    add("--cg-plain", metavar="PATH", type=Path, help="CG with plain attention, from train.py cg --attention plain")
-    add("--clip", metavar="DIR", type=Path, help="CLIP that measures, such as openai/clip-vit-base-patch32")
-    add("--guide-clip", metavar="DIR", type=Path, help="CLIP that guides Blended Diffusion: not the one that measures")
-    add("--batch", metavar="N", type=whole_number(1, 1024), default=16, help="pictures painted at once [16]")
+    add("--cg-plain", type=Path, help="CG with plain attention, from train.py cg --attention plain")
+    add("--clip", type=Path, help="CLIP that measures, such as openai/clip-vit-base-patch32")
+    add("--guide-clip", type=Path, help="CLIP that guides Blended Diffusion: not the one that measures")
+    add("--batch", type=whole_number(1, 1024), default=16, help="pictures painted at once [16]")
     return own.add_argument
 
 
@@ -299,21 +299,17 @@ def lab_of(args: argparse.Namespace, out: Path, limit: int | None = None) -> Lab
 def options() -> Parser:
     parser = Parser(description=__doc__)
     parser.add_argument("what", choices=["paint", "train"], help="paint; `train STAGE --help` shows that one's options")
-    add, files = parser.add_argument, dict(metavar="FILE", type=Path, nargs="+")
+    add, files = parser.add_argument, dict(type=Path, nargs="+")
     add_rival_options(add)
     add("--product", **files, required=True, help="photo, or several; its alpha channel is its mask")
     add("--mask", **files, help="the product's mask, white on the product; one for each product")
     add("--reference", **files, help="exemplar of Paint by Example, or several: whole pictures, without a mask")
-    add("--seed", metavar="N", type=whole_number(0, 2**32 - 1), default=0, help="seed of the noise [0]")
-    add("--steps", metavar="N", type=whole_number(1, 500), default=SamplerSettings.steps,
-        help=f"Paint by Example's steps of denoising [{SamplerSettings.steps}]")
-    add("--guidance", metavar="X", type=real_number(1, 30), default=GUIDANCE,
-        help=f"weight of the exemplar in Paint by Example [{GUIDANCE}, its authors']")
-    add("--size", metavar="N", type=whole_number(8, 4096), help="longer side of the canvas in pixels [the rival's]")
-    add("--device", metavar="NAME", default="auto", help="cpu, cuda, cuda:1, ... [auto: cuda where there is one]")
+    add("--seed", type=whole_number(0, 2**32 - 1), default=0, help="seed of the noise [0]")
+    add("--size", type=whole_number(8, 4096), help="longer side of the canvas in pixels [the rival's]")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ... [auto: cuda where there is one]")
     add("--dtype", choices=["auto", "float32", "float16", "bfloat16"], default="auto",
         help="of Paint by Example; LaMa is always in float32. float16 and bfloat16 are less precise [auto]")
-    add("--out", metavar="DIR", type=Path, default=Path("out"), help="where the pictures go [out]")
+    add("--out", type=Path, default=Path("out"), help="where the pictures go [out]")
     parser.set_defaults(category=[""], reference_mask=None, prompt=None, num=1)  # rivals read no words
     return parser
 
@@ -328,7 +324,7 @@ def paint(args: argparse.Namespace) -> None:
     exemplars = {path: (to_tensor(open_image(path).convert("RGB")), None) for path in args.reference or ()}
     ads = [AdInputs(*load_cutout(item.image, item.mask), ("", "", ""), seed, exemplars.get(item.reference))
            for _, item, seed in jobs]
-    settings = SamplerSettings(args.steps, args.guidance)
+    settings = SamplerSettings(guidance=GUIDANCE)
     models, paint_all = load_rival(name, path, ModelChoice(device=args.device, dtype=args.dtype), args.size, settings)
     record = {"method": name, "steps": settings.steps, "guidance": settings.guidance, "size": models.size,
               "dtype": models.dtype, "models": models.fingerprints}

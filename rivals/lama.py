@@ -71,40 +71,32 @@ class SpectralTransform(nn.Module):
         return self.conv2(x + self.fu(x))
 
 
-class FFC(nn.Module):
-    """A layer's convolutions, between all groups of features, local and global, that it has. Sizes as in FFCLayer."""
-
-    def __init__(self, channels: tuple[int, int], out: tuple[int, int], kernel: int, stride: int):
-        super().__init__()
-        (l, g), (l_out, g_out) = channels, out
-        conv = partial(nn.Conv2d, kernel_size=kernel, stride=stride, bias=False)
-        self.convl2l = conv(l, l_out)
-        self.convl2g = conv(l, g_out) if g_out else None
-        self.convg2l = conv(g, l_out) if g else None
-        self.convg2g = SpectralTransform(g) if g else None
-
-    def forward(self, l: Tensor, g: Tensor | None, padding: int) -> Pair:
-        """l, g: local and global features; the edges are mirrored by `padding` pixels."""
-        l = F.pad(l, (padding,) * 4, mode="reflect")
-        l_out, g_out = self.convl2l(l), self.convl2g(l) if self.convl2g else None
-        if g is not None:
-            l_out = l_out + self.convg2l(F.pad(g, (padding,) * 4, mode="reflect"))
-            g_out = g_out + self.convg2g(g)
-        return l_out, g_out
-
-
 class FFCLayer(nn.Module):
-    """Convolutions, normalisation and ReLU. channels: of the local and the global features, 0 where there are none."""
+    """Convolutions between all groups of features, local and global, that there are; normalisation and ReLU.
+
+    channels, out: of the local and the global features, 0 where there are none. The edges are mirrored.
+    """
 
     def __init__(self, channels: tuple[int, int], out: tuple[int, int], kernel: int = 3, stride: int = 1):
         super().__init__()
-        self.padding = kernel // 2
-        self.ffc = FFC(channels, out, kernel, stride)
-        self.bn_l, self.bn_g = BatchNorm(out[0]), BatchNorm(out[1]) if out[1] else None
+        (l, g), (l_out, g_out) = channels, out
+        conv = partial(nn.Conv2d, kernel_size=kernel, stride=stride, bias=False)
+        self.edges = (kernel // 2,) * 4
+        self.ffc = nn.ModuleDict({"convl2l": conv(l, l_out)})
+        if g_out:
+            self.ffc["convl2g"] = conv(l, g_out)
+        if g:
+            self.ffc.update({"convg2l": conv(g, l_out), "convg2g": SpectralTransform(g)})
+        self.bn_l, self.bn_g = BatchNorm(l_out), BatchNorm(g_out) if g_out else None
 
     def forward(self, features: Pair) -> Pair:
-        l, g = self.ffc(*features, self.padding)
-        return F.relu(self.bn_l(l)), F.relu(self.bn_g(g)) if self.bn_g else None
+        l, g = features
+        l = F.pad(l, self.edges, mode="reflect")
+        l_out, g_out = self.ffc["convl2l"](l), self.ffc["convl2g"](l) if self.bn_g else None
+        if g is not None:
+            l_out = l_out + self.ffc["convg2l"](F.pad(g, self.edges, mode="reflect"))
+            g_out = g_out + self.ffc["convg2g"](g)
+        return F.relu(self.bn_l(l_out)), F.relu(self.bn_g(g_out)) if self.bn_g else None
 
 
 class Block(nn.Module):

@@ -21,7 +21,7 @@ from programs.trainer import Task
 from rivals.lama import LAMA_FILE, LaMa
 from support.cutouts import SOLID
 from support.datasets import read_items
-from support.files import BadInput
+from support.images import canvas_size
 from weights import save_module
 
 TOY_LAMA = {"_class_name": "LaMa", "width": 16, "levels": 3, "blocks": 6, "global_channels": 96}
@@ -95,8 +95,7 @@ def lama_task(settings: Settings) -> Task:
     torch.manual_seed(settings.seed)
     lama = LaMa(TOY_LAMA | {"sample_size": settings.size}).to(settings.device)
     discriminator = Discriminator().to(settings.device)
-    if settings.size % (2 * lama.multiple):
-        raise BadInput(f"--size {settings.size}: must be a multiple of {2 * lama.multiple}")
+    canvas_size(1, 1, settings.size, 2 * lama.multiple)  # refuses a size that does not fit
     label, _, (rgb, mask, *_) = sheet_ads(settings, "bg1k", items)
 
     def draw():

@@ -10,6 +10,7 @@ In Table 2 "we encode the reference image as the condition" (section 5.3.2): the
 
 import math
 import re
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,35 +34,19 @@ GUIDANCE = 5.0  # in all commands that its authors published
 # ---------------------------------------------------------------- exemplar to token
 
 
-class MapperAttention(Attention):
-    """Self-attention with one head and biases. For a single token it is to_out(to_v(x)), since softmax is 1."""
-
-    def __init__(self, channels: int):
-        super().__init__(channels, heads=1)
-        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in "qkv")
-
-
-class GELU(nn.Module):
-    """A linear layer and the exact GELU. (B, L, C) -> (B, L, C_out)."""
-
-    def __init__(self, channels: int, out_channels: int):
-        super().__init__()
-        self.proj = nn.Linear(channels, out_channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.proj(x))  # exact, unlike CLIP's
-
-
 class MapperBlock(nn.Module):
     """Self-attention and MLP, each on the normalised input and added to it. (B, L, C) -> (B, L, C)."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.norm1 = nn.LayerNorm(channels)
-        self.attn1 = MapperAttention(channels)
+        self.attn1 = Attention(channels, heads=1)  # for a single token to_out(to_v(x)), since softmax is 1
+        for name in ("to_q", "to_k", "to_v"):  # with biases
+            setattr(self.attn1, name, nn.Linear(channels, channels))
         self.norm3 = nn.LayerNorm(channels)  # there is no cross-attention, hence no norm2
         self.ff = FeedForward(channels)
-        self.ff.net[0] = GELU(channels, 4 * channels)
+        # the exact GELU, unlike CLIP's, and without a gate, unlike the UNet's
+        self.ff.net[0] = nn.Sequential(OrderedDict(proj=nn.Linear(channels, 4 * channels), gelu=nn.GELU()))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn1(self.norm1(x))

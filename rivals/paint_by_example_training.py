@@ -106,15 +106,12 @@ def paint_by_example_task(settings: Settings) -> Task:
         painted = pbe.paint(canvas, SamplerSettings(25, GUIDANCE))
         return sheet_of({"product": product_hint(rgb, mask), "exemplar": reference, "painted": painted, label: rgb})
 
+    def save(out: Path) -> None:
+        parts = (pbe.image_encoder, "image_encoder", CLIP_FILE), (sd.unet, "unet", UNET_FILE), (sd.vae, "vae", VAE_FILE)
+        for module, part, file in parts:
+            save_module(module, out / FOLDER / part, file, settings.save_dtype)
+        write_json(sd.schedule.config, out / FOLDER / "scheduler" / "scheduler_config.json")
+
     trained = nn.ModuleDict({"unet": sd.unet, "image_encoder": pbe.image_encoder})
-    return Task("Paint by Example", {FOLDER: trained}, samples, loss, draw,
-                lambda out: save(pbe, out / FOLDER, settings.save_dtype),
+    return Task("Paint by Example", {FOLDER: trained}, samples, loss, draw, save,
                 [["python", "evaluate.py", "table2", "--paint-by-example", str(settings.out / FOLDER)]])
-
-
-def save(pbe: PaintByExample, folder: Path, dtype: torch.dtype) -> None:
-    """Writes the folder that load_paint_by_example reads."""
-    save_module(pbe.image_encoder, folder / "image_encoder", CLIP_FILE, dtype)
-    save_module(pbe.sd.unet, folder / "unet", UNET_FILE, dtype)
-    save_module(pbe.sd.vae, folder / "vae", VAE_FILE, dtype)
-    write_json(pbe.sd.schedule.config, folder / "scheduler" / "scheduler_config.json")

@@ -39,18 +39,18 @@ IMAGE_TOWER = re.compile(r"(vision_model|visual|visual_projection)\..*")  # in t
 # From the names in public files, without prefix, to ours. A pattern's number is the function's argument, and {}
 # stands for q, k and v, which share one matrix. Our own names stay unchanged.
 RENAMES = [(re.compile(pattern), name) for pattern, name in (
-    # The UNet's and ControlNet's levels: three input_blocks each, two layers and the downsampling
     (r"^time_embed\.([02])\.", lambda i: f"time_embedding.linear_{i // 2 + 1}."),
     (r"^input_blocks\.0\.0\.", "conv_in."),
-    (r"^input_blocks\.(\d+)\.0\.op\.", lambda i: f"down_blocks.{(i - 1) // 3}.downsamplers.0.conv."),
-    (r"^input_blocks\.(\d+)\.0\.", lambda i: f"down_blocks.{(i - 1) // 3}.resnets.{(i - 1) % 3}."),
-    (r"^input_blocks\.(\d+)\.1\.", lambda i: f"down_blocks.{(i - 1) // 3}.attentions.{(i - 1) % 3}."),
+    # The UNet's and ControlNet's levels: three input_blocks each, two layers and the downsampling
+    (r"^input_blocks\.(\d+)\.", lambda i: f"down_blocks.{(i - 1) // 3}.{(i - 1) % 3}."),
+    # and three output_blocks, the last one with the upsampling
+    (r"^output_blocks\.(\d+)\.", lambda i: f"up_blocks.{i // 3}.{i % 3}."),
+    (r"^(down_blocks\.\d)\.2\.0\.op\.", r"\1.downsamplers.0.conv."),
+    (r"^(up_blocks\.\d)\.2\.[12]\.conv\.", r"\1.upsamplers.0.conv."),
+    (r"^((?:down|up)_blocks\.\d)\.(\d)\.0\.", r"\1.resnets.\2."),
+    (r"^((?:down|up)_blocks\.\d)\.(\d)\.1\.", r"\1.attentions.\2."),
     (r"^middle_block\.([02])\.", lambda i: f"mid_block.resnets.{i // 2}."),
     (r"^middle_block\.1\.", "mid_block.attentions.0."),
-    # three output_blocks a level, the last one with the upsampling
-    (r"^output_blocks\.(\d+)\.[12]\.conv\.", lambda i: f"up_blocks.{i // 3}.upsamplers.0.conv."),
-    (r"^output_blocks\.(\d+)\.0\.", lambda i: f"up_blocks.{i // 3}.resnets.{i % 3}."),
-    (r"^output_blocks\.(\d+)\.1\.", lambda i: f"up_blocks.{i // 3}.attentions.{i % 3}."),
     (r"^out\.0\.", "conv_norm_out."),
     (r"^out\.2\.", "conv_out."),
     # within a residual block
@@ -93,21 +93,15 @@ RENAMES = [(re.compile(pattern), name) for pattern, name in (
 )]
 
 
-def our_name(name: str, renames: list[tuple] = RENAMES) -> str:
-    """Our name for a tensor, from its name in a public file (without the prefix of a single file)."""
-    for pattern, new in renames:
-        name = pattern.sub(new if isinstance(new, str) else lambda match, f=new: f(int(match[1])), name)
-    return name
-
-
 def under_our_names(tensors: dict[str, Tensor], renames: list[tuple] = RENAMES) -> dict[str, Tensor]:
-    """Tensors under our names. A matrix of queries, keys and values is split into three.
+    """Tensors of a public file under our names. A matrix of queries, keys and values is split into three.
 
     A tensor that is there by an older and a newer name keeps the second under a name that no network has.
     """
     named = {}
     for name, tensor in tensors.items():
-        name = our_name(name, renames)
+        for pattern, new in renames:
+            name = pattern.sub(new if isinstance(new, str) else lambda match, f=new: f(int(match[1])), name)
         for letter, part in zip("qkv", tensor.chunk(3) if "{}" in name else [tensor]):
             new = name.replace("{}", letter)
             named[f"a second {new}" if new in named else new] = part
@@ -241,8 +235,9 @@ def allows(allowed: object, value: object) -> bool:
 
 def check_config(config: dict, file: Path, supported: dict[str, object] = SUPPORTED) -> None:
     """Raises BadInput for a configuration that our networks don't support."""
-    towers = [value for value in config.values() if isinstance(value, dict)]  # in a CLIP's configuration
-    for name, value in [field for part in (config, *towers) for field in part.items()]:
+    for name, value in config.items():
+        if isinstance(value, dict):  # a tower in a CLIP's configuration
+            check_config(value, file, supported)
         if name in supported and not allows(supported[name], value):
             raise BadInput(f"{file}: {name} {json.dumps(value)[:60]} is not supported: it differs from Stable "
                            "Diffusion's; choose another model or configuration")

@@ -4,10 +4,8 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
@@ -26,8 +24,8 @@ def embed_pictures(clip: nn.Module, pictures: list[tuple[Path, Item | None]], fo
     """CLIP embeddings of pictures, not normalised: (n, d), computed once and kept in `folder`. Processes share
     the work.
 
-    With the item that it was painted for, a picture's background alone is embedded, I ⊗ (1 − M). A picture that can't
-    be read is reported, and its embedding is NaN.
+    With the item that it was painted for, a picture's background alone is embedded, I ⊗ (1 − M). The embedding of a
+    picture that is missing or can't be read is NaN; the latter is reported.
     """
     parts = [pictures[start : start + PART] for start in range(0, len(pictures), PART)]
     device = clip.visual_projection.weight.device
@@ -38,7 +36,8 @@ def embed_pictures(clip: nn.Module, pictures: list[tuple[Path, Item | None]], fo
             if item:
                 picture *= 1 - load_masked(item.image, item.mask, "image", MASK_OF_ITEM, item.inverted)[1]
         except BadInput as error:
-            print(f"skipped: {error}", file=sys.stderr)
+            if path.exists():
+                print(f"skipped: {error}", file=sys.stderr)
             picture = torch.full((3, 8, 8), math.nan)
         return clip.preprocess(picture[None].to(device))
 
@@ -51,11 +50,6 @@ def embed_pictures(clip: nn.Module, pictures: list[tuple[Path, Item | None]], fo
     keys = [[weights, [[item and item.inverted, *map(file_fingerprint, (path, item and item.image, item and item.mask))]
                        for path, item in part]] for part in parts]
     return torch.cat([part["embeddings"] for part in compute_parts(folder, keys, compute)])
-
-
-def similarity(x: Tensor, y: Tensor) -> Tensor:
-    """CLIP similarity of pairs of pictures: 100 times the cosine of their embeddings. (n, d), (n, d) -> (n,)"""
-    return 100 * F.cosine_similarity(x, y, dim=1)
 
 
 def frechet(x: Tensor, y: Tensor) -> Tensor:
@@ -109,46 +103,6 @@ def markdown_table(rows: list[list[str]]) -> list[str]:
 def plus_minus(pair: tuple[float, float]) -> str:
     """A figure and half of its interval, as from `interval`, in print."""
     return "{:.2f} ± {:.2f}".format(*pair)
-
-
-class Measured(NamedTuple):
-    """A method's pictures of the items `kept`, as embeddings. A metric takes the rows (n,) to use -> ()."""
-
-    kept: list[int]
-    similarities: Tensor  # (n,): to the originals (Table 1) or to the references
-    painted: Tensor  # (n, d)
-    originals: Tensor  # (n, d)
-    categories: Tensor  # (n, C), one-hot
-
-    def similarity(self, rows: Tensor) -> Tensor:
-        return self.similarities[rows].mean()
-
-    def frechet(self, rows: Tensor) -> Tensor:
-        return frechet(self.painted[rows], self.originals[rows])
-
-    def joint(self, rows: Tensor) -> Tensor:
-        return joint_frechet(self.painted[rows], self.originals[rows], self.categories[rows])
-
-    def of_items(self, items: list[int]) -> "Measured":
-        """The same for some of the kept items."""
-        rows = [self.kept.index(item) for item in items]
-        return Measured(items, *(x[rows] for x in self[1:]))
-
-
-def compare(theirs: Measured, ours: Measured, metrics: list[str]) -> dict:
-    """A method's metrics with their intervals, and how far ours is ahead.
-
-    That is the paired difference between the two methods. It varies less than either, because both are measured on the
-    same items.
-    """
-    both, ahead = sorted({*theirs.kept} & {*ours.kept}), {}
-    for metric in metrics:
-        a, b = (getattr(measured.of_items(both), metric) for measured in (ours, theirs))
-        if metric != "similarity":  # a smaller distance is better
-            a, b = b, a
-        ahead[metric] = interval(lambda rows, a=a, b=b: a(rows) - b(rows), len(both))
-    n = len(theirs.kept)
-    return {"n": n, **{metric: interval(getattr(theirs, metric), n) for metric in metrics}, "ours_ahead": ahead}
 
 
 # ---------------------------------------------------------------- rankings

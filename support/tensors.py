@@ -128,7 +128,7 @@ def weights_fingerprint(module: nn.Module) -> str:
 
 def file_fingerprint(path: Path | None) -> list:
     """A fingerprint that changes whenever the file does: its path, size and time; [] without a file."""
-    return [str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns] if path else []
+    return [str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns] if path and path.exists() else []
 
 
 def model_fingerprint(path: Path) -> list[list]:

@@ -38,7 +38,7 @@ from support import metrics, tensors as cache
 from support.datasets import Item, read_items
 from support.files import read_json
 from support.images import load_masked, open_image, to_tensor
-from support.metrics import embed_pictures, frechet, interval, joint_frechet, similarity
+from support.metrics import embed_pictures, frechet, interval, joint_frechet
 from support.plots import COLOURS, choose, draw_curves
 from toy.products import PRODUCTS
 from toy.world import TOY_DATA, write_world
@@ -88,9 +88,10 @@ def sd() -> StableDiffusion:
 # ---------------------------------------------------------------- metrics
 
 
-def test_similarity_is_100_times_the_cosine_of_each_pair():
-    found = similarity(torch.eye(2), torch.tensor([[2.0, 0.0], [1.0, 1.0]])).tolist()
-    assert found == pytest.approx([100, 100 / math.sqrt(2)])
+def test_similarity_is_100_times_the_mean_cosine_of_each_picture_and_its_target():
+    measured = evaluate.Measured(None, torch.eye(2), None, torch.tensor([[2.0, 0.0], [1.0, 1.0]]), None)
+    found = [measured.similarity(torch.tensor(rows)).item() for rows in ([0], [1], [0, 1])]
+    assert found == pytest.approx([100, 100 / math.sqrt(2), 50 + 50 / math.sqrt(2)])
 
 
 def test_processes_embed_a_share_each(ads, tiny, tmp_path, monkeypatch):
@@ -305,7 +306,7 @@ def results(ads, tiny, tmp_path_factory):
     out = tmp_path_factory.mktemp("results")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(methods, "load", noise)
-        patch.setattr(metrics, "interval", partial(interval, resamples=5))
+        patch.setattr(evaluate, "interval", partial(interval, resamples=5))
         for what in evaluate.TABLES:
             with (out / f"{what}.printed").open("w") as printed, redirect_stdout(printed):
                 command(ads, out, tiny, what)
@@ -346,7 +347,7 @@ def test_the_figures_are_those_of_the_pictures(results, ads, tiny, tmp_path):
     x, y = (embed_pictures(load_clip(tiny["--clip"]), [(path, None) for path in paths], tmp_path)
             for paths in (sorted(painted.glob("*.png")), [item.image for item in read_items(ads, "bg1k")[0]]))
     figures = rows_of(results, "table1")["CG"]
-    assert figures["similarity"][0] == pytest.approx(similarity(x, y).mean().item(), rel=1e-4)
+    assert figures["similarity"][0] == pytest.approx(100 * F.cosine_similarity(x, y).mean().item(), rel=1e-4)
 
 
 def test_tables_and_figures_share_pictures_and_nothing_is_painted_twice(results, ads, tiny, monkeypatch):
@@ -501,7 +502,7 @@ def test_training_takes_the_command_that_makes_a_network(name, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ("table9", "table9: must be one of table1, table2"),
+    ("table9", "invalid choice: 'table9' .choose from .?table1.?, .?table2"),
     ("table1 --data nowhere", "no such data set"),
     ("table1 --limit 1", "must be a whole number from 2"),
     ("table1 --weights {toy}/base --cg {toy}/cg --controlnet {tiny}/controlnet", "--clip is missing"),

@@ -55,6 +55,7 @@ def test_the_real_reader_reads_every_split(world, split, count):
 def test_every_layout_and_element_that_a_scene_names_is_painted(scene):
     """Each of the four words paints something of its own, other than an unknown one."""
     entry = SCENES[scene]
+    all_layouts, all_elements = entry.layouts.split(), entry.elements.split()
 
     def picture(layout, elements):
         canvas = Canvas(64, 64)
@@ -64,8 +65,8 @@ def test_every_layout_and_element_that_a_scene_names_is_painted(scene):
             return None
         return canvas.image.tobytes()
 
-    assert len({picture(layout, entry.elements[0]) for layout in (*entry.layouts, "unknown")}) == 5
-    assert len({picture(entry.layouts[0], elements) for elements in (*entry.elements, "unknown")}) == 5
+    assert len({picture(layout, all_elements[0]) for layout in (*all_layouts, "unknown")}) == 5
+    assert len({picture(all_layouts[0], elements) for elements in (*all_elements, "unknown")}) == 5
 
 
 def test_a_new_category_is_an_entry_and_so_is_its_scene(tmp_path):

@@ -52,9 +52,9 @@ def barrel(colour: tuple) -> Across:
     return Across(shades(colour, 0.62, 1.0, 1.22, 1.05, 0.95, 0.62))
 
 
-def another_colour(colour: tuple, names: tuple, rng: random.Random) -> tuple:
+def another_colour(colour: tuple, names: str, rng: random.Random) -> tuple:
     """One of the named colours, but not this one."""
-    return rng.choice([COLOURS[name] for name in names if COLOURS[name] != colour])
+    return rng.choice([COLOURS[name] for name in names.split() if COLOURS[name] != colour])
 
 
 def gradient(colours: list, size: tuple) -> Image.Image:
@@ -83,9 +83,7 @@ def arched(x0: float, y0: float, x1: float, y1: float) -> list:
 
 
 # The shape of every pool of light: from 255 in the middle smoothly to 0 at the rim. Pillow's gradient ends at 181.
-FALLOFF = Image.radial_gradient("L").point(
-    [round(255 * (0.5 + 0.5 * math.cos(math.pi * min(v / 180, 1)))) for v in range(256)]
-)
+FALLOFF = Image.radial_gradient("L").point(lambda v: 255 * (0.5 + 0.5 * math.cos(math.pi * min(v / 180, 1))))
 
 
 def soften(image: Image.Image, radius: float) -> Image.Image:
@@ -128,19 +126,26 @@ class Canvas:
             window.paste(clip[0], (clip[1][0] - left, clip[1][1] - top))
             mask = ImageChops.multiply(mask, window)
         if alpha < 1:
-            mask = mask.point([round(v * alpha) for v in range(256)])
+            mask = mask.point(lambda v: v * alpha)
         if (box := mask.getbbox()) is None:
             return mask, (left, top)
         mask, left, top = mask.crop(box), left + box[0], top + box[1]
         if isinstance(fill, list):
             fill = gradient(fill, mask.size)
-        corners = (left, top, left + mask.width, top + mask.height)
-        self.image.paste(fill, corners, mask)
-        self.cover.paste(255, corners, mask)
+        self.image.paste(fill, (left, top), mask)
+        self.cover.paste(255, (left, top), mask)
         return mask, (left, top)
+
+    def pen(self, width):
+        """The width of a pen in pixels."""
+        return max(1, round(width * self.width))
 
     def polygon(self, points, fill, **how):
         return self._paint(points, lambda draw, p: draw.polygon(p, fill=255), fill, **how)
+
+    def trapezium(self, y0, left0, right0, y1, left1, right1, fill, **how):
+        """Four corners: the ends of a level edge at y0, and of one at y1."""
+        return self.polygon([(left0, y0), (right0, y0), (right1, y1), (left1, y1)], fill, **how)
 
     def blob(self, points, fill, **how):
         """A closed smooth curve through the points."""
@@ -154,17 +159,14 @@ class Canvas:
         """A rectangle from edge to edge, and beyond the frame."""
         return self.rectangle(-0.1, y0, 1.1, y1, fill)
 
-    def ellipse(self, x0, y0, x1, y1, fill, **how):
-        return self._paint([(x0, y0), (x1, y1)], lambda draw, p: draw.ellipse(p, fill=255), fill, **how)
+    def ellipse(self, x0, y0, x1, y1, fill, rim=None, **how):
+        """Filled, or with a `rim` of this width only the rim."""
+        pen = {"outline": 255, "width": self.pen(rim)} if rim else {"fill": 255}
+        return self._paint([(x0, y0), (x1, y1)], lambda draw, p: draw.ellipse(p, **pen), fill, **how)
 
     def circle(self, x, y, radius, fill, **how):
         tall = radius * self.width / self.height
         return self.ellipse(x - radius, y - tall, x + radius, y + tall, fill, **how)
-
-    def ring(self, x, y, radius, fill, width, **how):
-        tall, pen = radius * self.width / self.height, max(1, round(width * self.width))
-        corners = [(x - radius, y - tall), (x + radius, y + tall)]
-        return self._paint(corners, lambda draw, p: draw.ellipse(p, outline=255, width=pen), fill, **how)
 
     def line(self, x0, y0, x1, y1, fill, width, **how):
         return self.stroke([(x0, y0), (x1, y1)], fill, width, **how)
@@ -175,7 +177,7 @@ class Canvas:
 
     def stroke(self, points, fill, width, **how):
         """A pen stroke through the points with round ends."""
-        pen = max(1, round(width * self.width))
+        pen = self.pen(width)
 
         def stencil(draw, p):
             draw.line(p, fill=255, width=pen, joint="curve")
@@ -188,12 +190,12 @@ class Canvas:
         """A soft pool of light."""
         left, top, right, bottom = (round(v) for v in ((x - radius_x) * self.width, (y - radius_y) * self.height,
                                                        (x + radius_x) * self.width, (y + radius_y) * self.height))
-        pool = FALLOFF.resize((right - left, bottom - top)).point([round(v * strength) for v in range(256)])
-        self.image.paste(colour, (left, top, right, bottom), pool)
+        pool = FALLOFF.resize((right - left, bottom - top)).point(lambda v: v * strength)
+        self.image.paste(colour, (left, top), pool)
 
     def glow(self, tubes: "Canvas"):
         """Light up neon tubes, which are drawn on a canvas of their own: bright glass and a wide halo."""
-        wide = soften(tubes.image, 0.05).point([min(255, round(2.2 * v)) for v in range(256)] * 3)
+        wide = soften(tubes.image, 0.05).point(lambda v: min(255, 2.2 * v))
         self.image = ImageChops.add(self.image, ImageChops.add(soften(tubes.image, 0.015), wide))
         glass = Image.blend(tubes.image, Image.new("RGB", tubes.image.size, WHITE), 0.5)
         self.image.paste(glass, mask=tubes.cover)

@@ -20,9 +20,9 @@ class Brand:
 
     def __init__(self, seed: int):
         rng = random.Random(f"brand {seed}")
-        first = rng.randrange(len(HUES))
+        names, first = [*HUES], rng.randrange(len(HUES))
         second = (first + rng.randrange(2, len(HUES) - 1)) % len(HUES)  # at least 60 degrees away
-        self.hue_names = tuple(list(HUES)[i] for i in (first, second))
+        self.hue_names = names[first], names[second]
         self.hue, self.accent = (HUES[name] + rng.uniform(-0.012, 0.012) for name in self.hue_names)
         self.layout, self.elements = rng.randrange(4), rng.randrange(4)
         self.horizon = rng.uniform(0.57, 0.66)
@@ -50,7 +50,7 @@ def plant(canvas, x, foot, size, pot, green=(70, 150, 90)):
     for i, angle in enumerate((-1.1, 1.1, -0.55, 0.55, 0.0)):
         leaf(canvas, x, foot - 0.35 * size, 0.7 * size, angle, shade(green, (0.8, 0.9, 1.0, 1.1, 1.2)[i]))
     top, rim, base = foot - 0.42 * size, 0.24 * size, 0.17 * size
-    canvas.polygon([(x - rim, top), (x + rim, top), (x + base, foot), (x - base, foot)], barrel(pot))
+    canvas.trapezium(top, x - rim, x + rim, foot, x - base, x + base, barrel(pot))
 
 
 def shadow(canvas, x0, x1, foot):
@@ -68,7 +68,7 @@ def ball(canvas, x, foot, radius, colour):
 def cube(canvas, x, foot, side, colour):
     shadow(canvas, x - 0.55 * side, x + 0.75 * side, foot)
     left, right, top, d = x - side / 2, x + side / 2, foot - side, 0.24 * side
-    canvas.polygon([(left, top), (left + d, top - d), (right + d, top - d), (right, top)], mix(colour, WHITE, 0.4))
+    canvas.trapezium(top - d, left + d, right + d, top, left, right, mix(colour, WHITE, 0.4))
     canvas.polygon([(right, top), (right + d, top - d), (right + d, foot - d), (right, foot)], shade(colour, 0.62))
     canvas.rectangle(left, top, right, foot, shades(colour, 1.05, 0.85))
 
@@ -77,8 +77,7 @@ def lamp(canvas, x, drop, colour):
     """A lamp hanging from the ceiling."""
     canvas.line(x, -0.1, x, drop, (60, 60, 66), 0.008)
     canvas.ellipse(x - 0.075, drop + 0.06, x + 0.075, drop + 0.12, (255, 246, 205))
-    rim = drop + 0.095
-    canvas.polygon([(x - 0.03, drop), (x + 0.03, drop), (x + 0.1, rim), (x - 0.1, rim)], barrel(colour))
+    canvas.trapezium(drop, x - 0.03, x + 0.03, drop + 0.095, x - 0.1, x + 0.1, barrel(colour))
     canvas.light(x, drop + 0.12, 0.2, 0.18, (255, 246, 205), 0.3)
 
 
@@ -140,8 +139,8 @@ def neon_room(canvas, brand, layout, elements):
             x, colour = 0.14 + 0.26 * i, (first, second)[i % 2]
             tubes.line(x, horizon - 0.06, x - 0.12, 0.05, colour, 0.018)
     elif layout == "rings":
-        tubes.ring(0.5, 0.32, 0.3, first, 0.018)
-        tubes.ring(0.5, 0.32, 0.2, second, 0.018)
+        tubes.circle(0.5, 0.32, 0.3, first, rim=0.018)
+        tubes.circle(0.5, 0.32, 0.2, second, rim=0.018)
     if elements == "tiles":
         for x in (-0.9, -0.25, 0.25, 0.9):
             tubes.line(0.5 + 0.45 * x, horizon, 0.5 + 1.1 * x, 1.1, shade(second, 0.6), 0.008)
@@ -164,7 +163,7 @@ def neon_room(canvas, brand, layout, elements):
 def wooden_table(canvas, brand, layout, elements):
     horizon, wall, accent = brand.horizon, tint(brand.hue, 0.42, 0.88), tint(brand.accent, 0.6, 0.85)
     canvas.band(-0.1, horizon + 0.1, shades(wall, 1.05, 0.88))
-    bottom = horizon - 0.08
+    bottom, frame = horizon - 0.08, (252, 250, 246)
     windows = {
         "wide": [[(0.16, 0.08), (0.84, 0.08), (0.84, bottom), (0.16, bottom)]],
         "arch": [arched(0.26, 0.05, 0.74, bottom)],
@@ -177,16 +176,15 @@ def wooden_table(canvas, brand, layout, elements):
         canvas.circle(x0 + 0.06, y1 + 0.04, 0.2, (150, 196, 140), clip=glass)
         canvas.circle(x1 - 0.04, y1 + 0.06, 0.19, (122, 180, 128), clip=glass)
         middle, bar = (x0 + x1) / 2, y0 + 0.4 * (y1 - y0)
-        canvas.line(middle, y0, middle, y1, (252, 250, 246), 0.016)
-        canvas.line(x0, bar, x1, bar, (252, 250, 246), 0.016)
-        canvas.stroke([*outline, outline[0]], (252, 250, 246), 0.026)
+        canvas.line(middle, y0, middle, y1, frame, 0.016)
+        canvas.line(x0, bar, x1, bar, frame, 0.016)
+        canvas.stroke([*outline, outline[0]], frame, 0.026)
     wood = mix((186, 124, 74), tint(brand.accent, 0.55, 0.72), 0.35)
     canvas.band(horizon, 1.1, shades(wood, 1.12, 0.82))
     for y in (0.07, 0.16, 0.28):
         canvas.level(horizon + y, shade(wood, 0.76), 0.008)
     canvas.level(horizon, shade(wood, 1.35), 0.016)
-    sunlight = [(0.3, horizon + 0.03), (0.7, horizon + 0.03), (0.95, 1.1), (0.35, 1.1)]
-    canvas.polygon(sunlight, (255, 250, 225), alpha=0.25, blur=0.02)
+    canvas.trapezium(horizon + 0.03, 0.3, 0.7, 1.1, 0.35, 0.95, (255, 250, 225), alpha=0.25, blur=0.02)
     if elements == "plant":
         plant(canvas, 0.13, horizon + 0.08, 0.32, accent)
     elif elements == "lamp":
@@ -206,8 +204,9 @@ def kitchen(canvas, brand, layout, elements):
     canvas.band(-0.1, 1.1, shades(wall, 1.05, 0.9))
     if elements == "tiles":
         for i in range(-1, 9):
-            canvas.level(0.02 + 0.1 * i, mix(wall, WHITE, 0.6), 0.01)
-            canvas.line(0.06 + 0.125 * i, -0.1, 0.06 + 0.125 * i, horizon, mix(wall, WHITE, 0.6), 0.01)
+            x, joint = 0.06 + 0.125 * i, mix(wall, WHITE, 0.6)
+            canvas.level(0.02 + 0.1 * i, joint, 0.01)
+            canvas.line(x, -0.1, x, horizon, joint, 0.01)
     elif elements == "clock":
         clear = {"left": (0.7, 0.17), "right": (0.3, 0.17), "sides": (0.32, 0.17), "counter": (0.2, 0.3)}
         x, y = clear[layout]  # free of cupboards and product
@@ -245,9 +244,8 @@ def kitchen(canvas, brand, layout, elements):
     rows = [horizon + (1.1 - horizon) * t for t in (0.0, 0.16, 0.4, 1.0)]
     for row, (y0, y1) in enumerate(zip(rows, rows[1:])):
         for k in range(row % 2 - 6, 6, 2):
-            spread = [0.14 + 0.4 * (y - horizon) for y in (y0, y1)]
-            canvas.polygon([(0.5 + k * spread[0], y0), (0.5 + (k + 1) * spread[0], y0),
-                            (0.5 + (k + 1) * spread[1], y1), (0.5 + k * spread[1], y1)], dark)
+            far, near = (0.14 + 0.4 * (y - horizon) for y in (y0, y1))
+            canvas.trapezium(y0, 0.5 + k * far, 0.5 + (k + 1) * far, y1, 0.5 + k * near, 0.5 + (k + 1) * near, dark)
     canvas.level(horizon, (252, 250, 246), 0.022)
     return Floor(horizon + 0.08, 0.95)
 
@@ -278,14 +276,15 @@ def podium(canvas, brand, layout, elements):
         ball(canvas, 0.91, horizon + 0.12, 0.08, mix(base, WHITE, 0.5))
     top = horizon + 0.02
     stone = mix(tint(brand.accent, 0.2, 1.0), WHITE, 0.25)
+    side = barrel(shade(stone, 0.9))
     tiers = [(0.38, top, top + 0.16)]
     if elements == "steps":
         tiers = [(0.45, top + 0.13, top + 0.26), (0.34, top, top + 0.13)]
     for reach, y, foot in tiers:
         x0, x1 = 0.5 - reach, 0.5 + reach
         canvas.ellipse(x0 - 0.02, foot, x1 + 0.06, foot + 0.16, shade(base, 0.5), alpha=0.35, blur=0.02)
-        canvas.ellipse(x0, foot, x1, foot + 0.13, barrel(shade(stone, 0.9)))
-        canvas.rectangle(x0, y + 0.065, x1, foot + 0.065, barrel(shade(stone, 0.9)))
+        canvas.ellipse(x0, foot, x1, foot + 0.13, side)
+        canvas.rectangle(x0, y + 0.065, x1, foot + 0.065, side)
         canvas.ellipse(x0, y, x1, y + 0.13, [shade(stone, 0.97), mix(stone, WHITE, 0.6)])
     for x, y, angle in ((0.08, 0.3, 0.6), (0.2, 0.12, 2.2), (0.9, 0.2, -0.5),
                         (0.8, 0.42, 1.0), (0.07, 0.95, 1.3), (0.93, 0.93, -0.9)):
@@ -327,8 +326,7 @@ def running_track(canvas, brand, layout, elements):
     lanes = canvas.band(horizon + 0.06, 1.1, shades(track, 1.15, 0.88))
     for i in (-3, -2, -1, 0, 1, 2, 3):
         x0, x1, far = 0.5 + 0.05 * (i + 0.5), 0.5 + 0.42 * (i + 0.5), horizon - 0.04
-        edges = [(x0 - 0.003, far), (x0 + 0.003, far), (x1 + 0.022, 1.1), (x1 - 0.022, 1.1)]
-        canvas.polygon(edges, (254, 252, 248), clip=lanes)
+        canvas.trapezium(far, x0 - 0.003, x0 + 0.003, 1.1, x1 - 0.022, x1 + 0.022, (254, 252, 248), clip=lanes)
     return Floor(horizon + 0.22, 0.93)
 
 
@@ -340,8 +338,9 @@ def dark_marble(canvas, brand, layout, elements):
                                ((0.72, -0.1), (0.84, 0.14), (1.1, 0.24)), ((1.1, 0.42), (0.9, 0.46), (0.8, 0.68))):
         canvas.stroke([start, middle, end], vein, 0.012, alpha=0.55)
     metal = tint(brand.accent, 0.5, 0.92)
+    polished = [mix(metal, WHITE, 0.4), metal, shade(metal, 0.7)]
     if layout == "rings":
-        canvas.ring(0.5, 0.36, 0.32, [mix(metal, WHITE, 0.4), metal, shade(metal, 0.7)], 0.022)
+        canvas.circle(0.5, 0.36, 0.32, polished, rim=0.022)
     elif layout == "columns":
         for x in (0.04, 0.8):
             canvas.rectangle(x, -0.1, x + 0.16, horizon, barrel(shade(metal, 0.62)))
@@ -350,14 +349,13 @@ def dark_marble(canvas, brand, layout, elements):
         canvas.light(0.5, 0.36, 0.5, 0.5, metal, 0.5)
         canvas.circle(0.5, 0.36, 0.28, shades(metal, 1, 0.5))
     elif layout == "arch":
-        canvas.stroke(arched(0.2, 0.06, 0.8, horizon), [mix(metal, WHITE, 0.4), metal, shade(metal, 0.7)], 0.022)
+        canvas.stroke(arched(0.2, 0.06, 0.8, horizon), polished, 0.022)
     if elements == "curtains":
         curtains(canvas, horizon, shade(metal, 0.5))
     canvas.band(horizon, 1.1, [tint(hue, 0.6, 0.34), tint(hue, 0.7, 0.12)])
     canvas.reflect(horizon, 0.4)
     lit = mix(metal, (255, 248, 230), 0.65)
-    beam = [(0.46, -0.1), (0.54, -0.1), (0.86, horizon + 0.16), (0.14, horizon + 0.16)]
-    canvas.polygon(beam, lit, alpha=0.16, blur=0.02)
+    canvas.trapezium(-0.1, 0.46, 0.54, horizon + 0.16, 0.14, 0.86, lit, alpha=0.16, blur=0.02)
     if elements == "cubes":
         cube(canvas, 0.1, horizon + 0.14, 0.18, shade(metal, 0.75))
         cube(canvas, 0.86, horizon + 0.12, 0.13, tint(hue, 0.55, 0.6))
@@ -392,7 +390,7 @@ def beach(canvas, brand, layout, elements):
         x, y = 0.8, horizon + 0.02
         canvas.polygon([(x, y - 0.27), (x, y - 0.02), (x - 0.17, y - 0.02)], WHITE)
         canvas.polygon([(x + 0.02, y - 0.22), (x + 0.02, y - 0.02), (x + 0.13, y - 0.02)], tint(brand.hue, 0.6, 0.9))
-        canvas.polygon([(x - 0.18, y), (x + 0.16, y), (x + 0.1, y + 0.06), (x - 0.12, y + 0.06)], (150, 92, 60))
+        canvas.trapezium(y, x - 0.18, x + 0.16, y + 0.06, x - 0.12, x + 0.1, (150, 92, 60))
     sand = mix((252, 234, 198), tint(brand.hue, 0.3, 0.95), 0.2)  # pale, to differ from a yellow sea
     for lift, colours in ((0.03, [WHITE, WHITE]), (0.0, shades(sand, 1.04, 0.9))):
         waves = [(x, shore - lift + 0.014 * math.sin(9 * x)) for x in np.linspace(-0.1, 1.1, 25)]
@@ -403,8 +401,8 @@ def beach(canvas, brand, layout, elements):
             leaf(canvas, 0.18, 0.16, 0.3, angle, shade((66, 150, 84), k), width=0.34)
     elif layout == "umbrella":
         canvas.line(0.86, 0.1, 0.86, 0.84, (250, 246, 238), 0.02)
-        for reach, colour in ((0.28, tint(brand.hue, 0.75, 0.9)), (0.18, WHITE), (0.07, tint(brand.hue, 0.75, 0.9))):
-            half = np.linspace(0, math.pi, 25)
+        cloth, half = tint(brand.hue, 0.75, 0.9), np.linspace(0, math.pi, 25)
+        for reach, colour in ((0.28, cloth), (0.18, WHITE), (0.07, cloth)):
             canvas.polygon([(0.86 - reach * math.cos(a), 0.34 - 0.26 * math.sin(a)) for a in half], colour)
     if elements == "ball":
         x, y = 0.5 - side * 0.36, 0.88
@@ -497,33 +495,33 @@ class Scene(NamedTuple):
 
     paint: Callable[[Canvas, Brand, str, str], Floor]
     phrase: str
-    layouts: tuple[str, str, str, str]  # a brand has one of them
-    elements: tuple[str, str, str, str]  # and one of these
+    layouts: str  # four words; a brand has one of them
+    elements: str  # and one of these four
 
     def words(self, brand: Brand) -> tuple[str, str]:
         """The words of a brand's layout and elements in this scene."""
-        return self.layouts[brand.layout], self.elements[brand.elements]
+        return self.layouts.split()[brand.layout], self.elements.split()[brand.elements]
 
 
 SCENES = {
-    "neon room": Scene(neon_room, "a dark room with neon lights", ("bars", "frames", "stripes", "rings"),
-                       ("tiles", "cubes", "spheres", "plants")),
-    "wooden table": Scene(wooden_table, "a wooden table by a window", ("wide", "arch", "twin", "round"),
-                          ("plant", "lamp", "curtains", "fruit")),
-    "kitchen": Scene(kitchen, "a kitchen with tiled floor", ("left", "right", "sides", "counter"),
-                     ("tiles", "lamps", "plants", "clock")),
-    "podium": Scene(podium, "a pastel podium with petals", ("disc", "arch", "columns", "stripes"),
-                    ("steps", "leaves", "spheres", "curtains")),
-    "running track": Scene(running_track, "a running track under the sky", ("city", "hills", "trees", "stands"),
-                           ("sun", "clouds", "flags", "balloons")),
-    "dark marble": Scene(dark_marble, "dark marble with a spotlight", ("rings", "columns", "disc", "arch"),
-                         ("steps", "cubes", "spheres", "curtains")),
-    "beach": Scene(beach, "a beach by the sea", ("palm", "umbrella", "rocks", "boat"),
-                   ("sun", "clouds", "ball", "starfish")),
-    "nursery": Scene(nursery, "a nursery with toy blocks", ("dots", "stripes", "rainbow", "clouds"),
-                     ("flags", "balloons", "lamp", "bear")),
-    "plain wall": Scene(plain_wall, "a plain wall", ("skirting", "sweep", "panels", "edge"),
-                        ("daylight", "dusk", "boards", "rug")),  # of no category
+    "neon room": Scene(neon_room, "a dark room with neon lights",
+                       "bars frames stripes rings", "tiles cubes spheres plants"),
+    "wooden table": Scene(wooden_table, "a wooden table by a window",
+                          "wide arch twin round", "plant lamp curtains fruit"),
+    "kitchen": Scene(kitchen, "a kitchen with tiled floor",
+                     "left right sides counter", "tiles lamps plants clock"),
+    "podium": Scene(podium, "a pastel podium with petals",
+                    "disc arch columns stripes", "steps leaves spheres curtains"),
+    "running track": Scene(running_track, "a running track under the sky",
+                           "city hills trees stands", "sun clouds flags balloons"),
+    "dark marble": Scene(dark_marble, "dark marble with a spotlight",
+                         "rings columns disc arch", "steps cubes spheres curtains"),
+    "beach": Scene(beach, "a beach by the sea",
+                   "palm umbrella rocks boat", "sun clouds ball starfish"),
+    "nursery": Scene(nursery, "a nursery with toy blocks",
+                     "dots stripes rainbow clouds", "flags balloons lamp bear"),
+    "plain wall": Scene(plain_wall, "a plain wall",
+                        "skirting sweep panels edge", "daylight dusk boards rug"),  # of no category
 }
 
 

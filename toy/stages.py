@@ -122,8 +122,7 @@ def vae_task(settings: Settings) -> Task:
             raise BadInput("--decoder-only goes with --init: name the VAE whose encoder is kept")
         for part in (vae.encoder, vae.quant_conv):
             part.requires_grad_(False)
-    if settings.size % 8:
-        raise BadInput(f"--size {settings.size}: must be a multiple of 8: the VAE is trained on crops of half the side")
+    canvas_size(1, 1, settings.size, 8)  # refuses a size that does not fit: crops have half the side
     ads = AdDataset(items, settings.size)
     some = torch.stack([ads[i]["image"] for i in range(0, len(items), max(1, len(items) // 256))])
     values, axes = torch.linalg.eigh(torch.cov(2 * some.transpose(0, 1).flatten(1)[:, ::16]))
@@ -192,8 +191,7 @@ def clip_task(settings: Settings) -> Task:
         raise BadInput("stage clip compares the pictures in a batch and needs all at once: one process, and no "
                        "--micro-batch")
     texts = [whole for whole, *_ in captions]
-    if settings.size % TOY_VISION["patch_size"]:
-        raise BadInput(f"--size {settings.size}: must be a multiple of {TOY_VISION['patch_size']}")
+    canvas_size(1, 1, settings.size, TOY_VISION["patch_size"])
     if not settings.resume:  # the vocabulary needs the identifiers' words, which are in no caption
         words = [IDENTIFIER.format(" ".join("0123456789"))] * len(texts)
         train_tokenizer(texts + words, TOY_VOCABULARY, TOY_TEXT["max_position_embeddings"], out / "tokenizer")
@@ -263,6 +261,7 @@ class UNetLoss:
         return (self.sd.unet(z_t, t, P) - eps).square().mean(dim=(1, 2, 3))
 
 
+@dataclass
 class TwoSizes(Dataset):
     """Samples of the same pictures at two sizes.
 
@@ -270,8 +269,8 @@ class TwoSizes(Dataset):
     SECOND_PASS least noisy timesteps, and `z_first`, the latent that the pass starts from.
     """
 
-    def __init__(self, small: TrainingSamples, large: TrainingSamples):
-        self.small, self.large = small, large
+    small: TrainingSamples
+    large: TrainingSamples
 
     def __len__(self) -> int:
         return len(self.small)
@@ -285,40 +284,32 @@ class TwoSizes(Dataset):
 def first_passes(sd: StableDiffusion, small: TrainingSamples, size: int, settings: Settings) -> list[dict[str, Tensor]]:
     """A first pass's version of each picture, enlarged to `size` pixels and encoded again: "z_first" (n, 4, h, w).
 
-    They are computed once, in the same parts as the latents of `small`.
+    They are computed once, in float16, in the same parts as the latents of `small`. Pictures from a real first pass
+    have no counterpart among the drawn ones. So each drawn picture is noised to a timestep in FIRST_PASS, and the
+    UNet's guess ẑ_0 from there, with the caption, is decoded and enlarged.
     """
-    items = small.ads.items
+    items, device = small.ads.items, settings.device
     networks = [weights_fingerprint(module) for module in (sd.vae, sd.unet, sd.text_encoder)]
     texts = [[caption_texts(item)[0] for item in items[i : i + PART]] for i in range(0, len(items), PART)]
 
+    @torch.no_grad()
     def encode(k: int) -> dict[str, Tensor]:
         means, latents = small.latents[k]["mean"], []
         for i in tqdm(range(0, len(means), 8), "first passes", disable=None):
-            z_0 = means[i : i + 8].float() * small.scale
-            latents.append(first_pass(sd, z_0, texts[k][i : i + 8], size, k * PART + i, settings))
+            z_0, generator = means[i : i + 8].float() * small.scale, torch.Generator().manual_seed(k * PART + i)
+            eps = torch.randn(z_0.shape, generator=generator)
+            t = torch.randint(*FIRST_PASS, (len(z_0),), generator=generator)
+            t, a = t.to(device), sd.schedule.alpha_bar[t].view(-1, 1, 1, 1).to(device)
+            z_t = sd.schedule.add_noise(z_0.to(device), eps.to(device), t)
+            with settings.autocast():
+                guess = (z_t - (1 - a).sqrt() * sd.unet(z_t, t, sd.prompts(texts[k][i : i + 8]))) / a.sqrt()
+                pictures = torch.stack([resize(picture, size, size) for picture in sd.decode(guess)])
+                latents.append(sd.encode(pictures).to("cpu", torch.float16))
         return {"z_first": torch.cat(latents)}
 
     parts = zip(latent_keys(sd, items, small.ads.size, settings.amp), texts)
     keys = [["first pass", *networks, size, str(settings.amp), *part] for part in parts]
     return compute_parts(settings.cache, keys, encode)
-
-
-@torch.no_grad()
-def first_pass(sd: StableDiffusion, z_0: Tensor, texts: list[str], size: int, seed: int,
-               settings: Settings) -> Tensor:
-    """Latents (n, 4, h, w) of drawn pictures -> float16 latents of a first pass's versions of them, at `size` pixels.
-
-    Pictures from a real first pass have no counterpart among the drawn ones. So each drawn picture is noised to a
-    timestep in FIRST_PASS, and the UNet's guess ẑ_0 from there, with the caption, is decoded and enlarged.
-    """
-    generator, device = torch.Generator().manual_seed(seed), settings.device
-    eps, t = torch.randn(z_0.shape, generator=generator), torch.randint(*FIRST_PASS, (len(z_0),), generator=generator)
-    t, a = t.to(device), sd.schedule.alpha_bar[t].view(-1, 1, 1, 1).to(device)
-    z_t = sd.schedule.add_noise(z_0.to(device), eps.to(device), t)
-    with settings.autocast():
-        pictures = sd.decode((z_t - (1 - a).sqrt() * sd.unet(z_t, t, sd.prompts(texts))) / a.sqrt())
-        z = sd.encode(torch.stack([resize(picture, size, size) for picture in pictures]))
-    return z.to("cpu", torch.float16)
 
 
 def unet_task(settings: Settings) -> Task:
@@ -379,14 +370,13 @@ def train_tokenizer(texts: list[str], size: int, length: int, folder: Path) -> N
     single = [c + end for end in ("", "</w>") for c in sorted(pre_tokenizers.ByteLevel.alphabet())]
     bpe.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=size - len(single) - 2, end_of_word_suffix="</w>", show_progress=False, special_tokens=[]))
-    grown = json.loads(bpe.to_str())["model"]
-    merges = [m if isinstance(m, list) else m.split(" ") for m in grown["merges"]]
+    folder.mkdir(parents=True, exist_ok=True)
+    bpe.model.save(str(folder))  # merges.txt, and a vocab.json in another order than CLIP's
+    merges = (folder / "merges.txt").read_text("utf-8").splitlines()[1:]
     # CLIP's order: single bytes, the same as ends of words, merges; the two special tokens get the largest ids
-    tokens = [*single, *dict.fromkeys("".join(m) for m in merges), "<|startoftext|>", "<|endoftext|>"]
-
+    tokens = [*single, *dict.fromkeys(m.replace(" ", "") for m in merges), "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     write_text(json.dumps(vocabulary, ensure_ascii=False), folder / "vocab.json")
-    write_text("\n".join(["#version: 0.2", *(f"{a} {b}" for a, b in merges)]) + "\n", folder / "merges.txt")
     settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": length, "do_lower_case": True,
                 "bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>",
                 "unk_token": "<|endoftext|>"}

@@ -103,7 +103,8 @@ class Job(NamedTuple):
 
 
 def render(job: Job) -> None:
-    for pixels, path in zip(draw_picture(job.product, job.scene, job.brand, job.seed, job.size), (job.image, job.mask)):
+    *arguments, image, mask = job
+    for pixels, path in zip(draw_picture(*arguments), (image, mask)):
         Image.fromarray(pixels).save(path, compress_level=1)
 
 
@@ -113,15 +114,14 @@ def base_jobs(root: Path, count: int, size: int, rng: random.Random) -> list[Job
     Writes metadata.jsonl, with captions in halves, and returns the pictures to draw.
     """
     jobs, lines = [], []
-    scenes = [product.scene for product in PRODUCTS.values()]
     for i in range(count):
-        category, scene = rng.choice(list(PRODUCTS)), rng.choice(scenes)
-        scene = "plain wall" if rng.random() < PLAIN_SHARE else scene
+        category, other = (rng.choice([*PRODUCTS]) for _ in range(2))
+        scene = "plain wall" if rng.random() < PLAIN_SHARE else PRODUCTS[other].scene
         brand, seed = rng.randrange(BRANDS_PER_CATEGORY * len(PRODUCTS)), rng.randrange(2**31)
         image, mask = f"images/{i:06}.png", f"masks/{i:06}.png"
         jobs.append(Job(category, scene, brand, seed, size, root / image, root / mask))
-        item = {"file_name": image, "mask": mask, "category": category}
-        item |= {"product": product_caption(category, seed), "scene": scene_caption(scene, Brand(brand))}
+        item = {"file_name": image, "mask": mask, "category": category, "product": product_caption(category, seed),
+                "scene": scene_caption(scene, Brand(brand))}
         lines.append(json.dumps(item) + "\n")
     root.mkdir(parents=True)
     (root / "metadata.jsonl").write_text("".join(lines))
@@ -142,29 +142,28 @@ def ads_jobs(root: Path, ads: int, bg1k: int, pairs: int, size: int, rng: random
         return Job(product, PRODUCTS[category].scene, brand, seed, size, image, mask)
 
     categories, others = list(PRODUCTS), random.Random("other products")
-    train, test, references = [], [], []
-    rows = {"bg60k": [], "bg1k": [], "bgpair": []}
+    jobs, rows = [], {"bg60k": [], "bg1k": [], "bgpair": []}
     for i in range(ads):
         name, which = f"{i:06}.png", i % len(categories)
         category, brand = categories[which], which * BRANDS_PER_CATEGORY + rng.randrange(BRANDS_PER_CATEGORY)
         product = others.choice(list(OTHERS)) if others.random() < OTHERS_SHARE else category
-        train.append(job("bg60k", name, i, product, category, brand, rng.randrange(2**31)))
+        jobs.append(job("bg60k", name, i, product, category, brand, rng.randrange(2**31)))
         rows["bg60k"].append((name, category))
     for i in range(bg1k):
         name, category = f"{i:06}.png", categories[i % len(categories)]
-        test.append(job("bg1k", name, i, category, category, HELD_OUT_BRANDS + i, rng.randrange(2**31)))
+        jobs.append(job("bg1k", name, i, category, category, HELD_OUT_BRANDS + i, rng.randrange(2**31)))
         rows["bg1k"].append((name, category))
     for k in range(pairs):
-        name, own = f"ref_{k:06}.png", test[k % bg1k]
+        name, own = f"ref_{k:06}.png", jobs[ads + k % bg1k]
         seed = rng.randrange(2**31)
         while product_colour(own.product, seed) == product_colour(own.product, own.seed):
             seed = rng.randrange(2**31)
-        references.append(job("bg1k", name, bg1k + k, own.product, own.product, own.brand, seed))
+        jobs.append(job("bg1k", name, bg1k + k, own.product, own.product, own.brand, seed))
         rows["bgpair"].append((own.image.name, name, own.product))
     root.mkdir(parents=True)
     for split, lines in rows.items():
         (root / f"{split}_info.txt").write_text("".join("\t".join(line) + "\n" for line in lines))
-    return [*train, *test, *references]
+    return jobs
 
 
 def write_world(
@@ -215,41 +214,33 @@ def draw_on_first_use(wanted: Path) -> None:
 # ---------------------------------------------------------------- pictures to look at and to try
 
 
-class Sample(NamedTuple):
-    """A product that the repository ships as a picture, and the ad that serves as its reference, if any."""
-
-    product: str
-    seed: int
-    brand: int  # the reference's; it is in no data set
-    reference_seed: int | None = None
-
-
-SAMPLES = {  # by file name
-    "laptop": Sample("laptop", 103, 1_000_507, 107), "rice_cooker": Sample("rice cooker", 104, 1_000_603, 103),
-    "refrigerator": Sample("refrigerator", 104, 1_000_705, 105), "sneaker": Sample("sneaker", 105, 1_000_902, 102),
-    "watch": Sample("watch", 103, 1_001_007, 107), "sunscreen": Sample("sunscreen", 101, 1_001_103, 103),
-    "toy_car": Sample("toy car", 108, 1_001_209, 109), "perfume": Sample("perfume", 106, 1_000_808, 108),
-    "perfume_2": Sample("perfume", 102, 1_000_801, 101), "perfume_3": Sample("perfume", 104, 1_000_800, 100),
-    "perfume_4": Sample("perfume", 108, 1_000_804, 104), "mug": Sample("mug", 0, 0),
+# The products that the repository ships as pictures, by file name: a product, its seed, and the brand of the ad that
+# serves as its reference, which is in no data set; 0 if there is none.
+SAMPLES = {
+    "laptop": ("laptop", 103, 1_000_507), "rice_cooker": ("rice cooker", 104, 1_000_603),
+    "refrigerator": ("refrigerator", 104, 1_000_705), "sneaker": ("sneaker", 105, 1_000_902),
+    "watch": ("watch", 103, 1_001_007), "sunscreen": ("sunscreen", 101, 1_001_103),
+    "toy_car": ("toy car", 108, 1_001_209), "perfume": ("perfume", 106, 1_000_808),
+    "perfume_2": ("perfume", 102, 1_000_801), "perfume_3": ("perfume", 104, 1_000_800),
+    "perfume_4": ("perfume", 108, 1_000_804), "mug": ("mug", 0, 0),
 }
 
 
-def write_samples(folder: str | Path, size: int = 256) -> None:
+def write_samples(folder: Path, size: int) -> None:
     """Writes cut-out products, NAME.png, and ads whose alpha channel is their product's mask, NAME_reference.png."""
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, (product, seed, brand, reference_seed) in SAMPLES.items():
+    for name, (product, seed, brand) in SAMPLES.items():
         scene = ALL_PRODUCTS[product].scene
         _, placed = draw_layers(product, scene, brand, seed, size)
         placed.reduce(SUPERSAMPLE).save(folder / f"{name}.png", optimize=True)
-        if reference_seed is not None:
-            image, mask = draw_picture(product, scene, brand, reference_seed, size)
+        if brand:
+            image, mask = draw_picture(product, scene, brand, 100 + brand % 100, size)
             Image.fromarray(np.dstack([image, mask])).save(folder / f"{name}_reference.png", optimize=True)
 
 
-def write_sheet(path: str | Path, size: int = 256, columns: int = 10) -> None:
+def write_sheet(path: Path, size: int) -> None:
     """Writes ads side by side: a row per category, a column per brand."""
-    rows = [np.hstack([draw_picture(category, product.scene, 100 * row + i, i, size)[0] for i in range(columns)])
+    rows = [np.hstack([draw_picture(category, product.scene, 100 * row + i, i, size)[0] for i in range(10)])
             for row, (category, product) in enumerate(PRODUCTS.items())]
     save_image(Image.fromarray(np.vstack(rows)), path)
 
@@ -273,7 +264,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         ("--seed", 0, whole_number(0, 2**32 - 1), "decides which pictures are drawn"),
         ("--workers", 2, whole_number(1, 256), "processes that draw"),
     ):
-        parser.add_argument(name, metavar="N", type=kind, default=default, help=f"{text} [{default}]")
+        parser.add_argument(name, type=kind, default=default, help=f"{text} [{default}]")
     return parser.parse_args(arguments)
 
 
