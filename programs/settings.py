@@ -98,7 +98,7 @@ class Settings:
     workers: int = option("processes that load samples [0 up to 128 px; else one a core, at most 8]",
                           whole_number(0, 256))
     out: Path = option("where models, log, sheets and checkpoints go; latents: in cache/ beside it [runs/STAGE]", Path)
-    resume: bool = option("go on from the newest checkpoint in --out")
+    resume: bool = option("go on from the newest checkpoint in --out; start if there is none")
     log_every: int = option("steps between lines of the log", POSITIVE, default=20)
     save_every: int = option("steps between checkpoints; the newest two are kept", POSITIVE, default=250)
     sample_every: int = option("steps between sheets and saved models", POSITIVE, default=500)
@@ -185,14 +185,17 @@ def begin(settings: Settings) -> Settings:
     """Checks what --out holds, joins the other processes under torchrun, and settles what --amp without a value means:
     bfloat16 if this machine multiplies it faster than float32. A resumed run keeps its earlier choice.
 
-    Raises BadInput if --resume is missing, or finds no run.
+    --resume without a run starts one. Raises BadInput if there is one, and --resume is missing.
     """
     if [*settings.folder.glob("checkpoint_*.safetensors")]:
         raise BadInput(f"{settings.folder} holds a run of an earlier version: finish it with that (git checkout "
                        "09b292d), or name another --out")
-    if bool(settings.resume) != bool(settings.checkpoints()):
-        wrong = "nothing to resume; leave out" if settings.resume else "a run of this stage; to go on, add"
-        raise BadInput(f"--out {settings.out} holds {wrong} --resume, or name another folder")
+    if settings.checkpoints() and not settings.resume:
+        raise BadInput(f"--out {settings.out} holds a run of this stage; to go on, add --resume, or name another")
+    if settings.resume and not settings.checkpoints():
+        settings = replace(settings, resume=False)
+        if processes()[0] == 0:
+            print(f"--resume: --out {settings.out} holds no run to go on with; a new one starts", file=sys.stderr)
     cuda = settings.device.startswith("cuda")
     if cuda:
         torch.cuda.set_device(settings.device)

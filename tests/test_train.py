@@ -193,6 +193,18 @@ def test_a_finished_run_that_is_resumed_says_that_it_is_done_and_changes_nothing
     assert before == files()
 
 
+def test_resume_without_a_checkpoint_starts_the_run_and_says_so_also_over_what_a_killed_one_has_left(tmp_path, capsys):
+    """So that a batch system can give one command again and again."""
+    line = Line()
+    line.faults[2] = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        line.train(tmp_path, "--resume")
+    Line().train(tmp_path, "--resume")
+    said = f"--resume: --out {tmp_path} holds no run to go on with; a new one starts\n"
+    assert capsys.readouterr().err.count(said) == 2
+    assert [line["step"] for line in log_of(tmp_path)] == [1, 2, 3, 4, 5]
+
+
 @pytest.mark.parametrize("faster", [True, False])
 def test_amp_alone_means_bfloat16_where_it_is_faster_and_a_resumed_run_keeps_its_choice(faster, tmp_path, monkeypatch,
                                                                                         capsys):
@@ -463,7 +475,7 @@ def test_a_category_that_is_added_gets_the_next_identifier_and_the_others_keep_t
 
     with pytest.raises(BadInput, match="category anvil was not in CG's training set; train CG on this data first"):
         branch("pg", b, "--data", data, "--cg", a / "cg")
-    branch("cg", b, "--data", data, "--init-control", a / "cg", "--lr", 1e-9)
+    branch("cg", b, "--data", data, "--init-control", a / "cg", "--lr", 1e-9, "--resume")  # which starts a run
     torch.testing.assert_close(weights_of(a / "cg"), weights_of(b / "cg"), rtol=0, atol=1e-6)
     branch("cg", a, "--data", data, "--steps", 2, "--resume", "--identifier", "sks {}")
     for out in (a, b):
@@ -574,7 +586,6 @@ def test_a_base_whose_vae_is_broken_is_named_before_training(branch, toy, tmp_pa
     "cg --theta 0": "--theta belongs to stage pg and joint",
     "pg --attention plain": "--attention belongs to stage cg and joint",
     "paint": "argument stage: invalid choice: 'paint' .*vae",
-    "cg --resume": "nothing to resume",
     "vae --decoder-only": "--decoder-only goes with --init",
     "vae --size 100": "--size 100: must be a multiple of 8",
     "cg --size 100": "--size 100",
