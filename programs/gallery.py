@@ -29,6 +29,7 @@ LARGEST = 4096  # pixels: the longest side that is painted
 # The toy's second pass. Only the base was trained at 256 px, on little noise and without prompts. From 201 it sharpens
 # as much as from 301, where arches and rims begin to lose their shape
 TOY_REFINE = {"refine": 2, "refine_from": 201, "refine_alone": True}
+from support.machine import sum_over_processes
 
 # ---------------------------------------------------------------- from options to pictures
 
@@ -264,7 +265,7 @@ def generate_data(args: Namespace, paint_ads: Callable) -> None:
     painted, there, broken = paint_items(jobs, texts, paint_all, record, args.batch, args.keep_first)
     save_data_sheet(jobs)  # the last of several processes has all pictures
     print(f"{args.out}: {painted:,} painted, {there:,} were there, {broken:,} broken")
-    if broken > BROKEN * (painted + there + broken):
+    if (broken := sum_over_processes(broken)) > BROKEN * len(jobs):
         raise BadInput(f"{args.data}: {broken:,} items can't be used, more than {BROKEN:.0%}; they are named above")
     say_next(f"look at {args.out / SHEET}; {args.out / 'manifest.jsonl'} says what each was painted from")
 

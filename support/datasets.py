@@ -3,6 +3,8 @@
 import argparse
 import json
 import os
+import shutil
+import signal
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -268,7 +270,10 @@ def check_ads(ads: Dataset, count: int, where: Path) -> list[Item]:
     background is blank. Raises BadInput if more than 1% can't be used.
     """
     broken, blank = [], []
-    loader = DataLoader(ads, batch_size=None, num_workers=min(8, cores()))
+    workers, memory = min(8, cores()), Path("/dev/shm")  # through it workers send ads; where it is full, they hang
+    if memory.is_dir():  # in a container it may be small; a worker has two ads ready, and two are in use
+        workers = min(workers, shutil.disk_usage(memory).free // (4 * 16 * ads.size**2))
+    loader = DataLoader(ads, batch_size=None, num_workers=workers)
     for i, sample in enumerate(tqdm(loader, desc="loading", disable=None)):
         if sample["index"] != i:  # another was taken in its place
             broken.append(str(ads.items[i].image))
@@ -297,23 +302,24 @@ def check_data_set(arguments: list[str] | None, dataset: type[Dataset], product_
     args = parse(arguments)
     if args.sheet:
         check_folder(args.sheet.parent, "--sheet")  # before loading, which may take an hour
-    if args.list:
-        print(list_folder(args.dir))
+    listed = [list_folder(args.dir)] if args.list else []
     file = list_of(args.dir, args.split)
     try:
+        if args.list:
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # as an interrupt
         items, notes = read_items(args.dir, args.split)
-        print("\n".join(notes))
+        print("\n".join(listed + notes))
         references = [replace(item, image=item.reference, mask=item.reference_mask) for item in items if item.reference]
         ads = dataset(items + references, args.size)
         blank = check_ads(ads, len(items), file)
         if args.sheet:
             save_sheet(ads, len(items), product_hint, perturb, args.sheet)
+        if args.drop_blank and blank:
+            print(f"dropped them from {file}; the whole list is {drop_lines(file, blank)}")
     except BaseException:  # also an interrupt
         if args.list:
             file.unlink()  # so that the same command can run again
         raise
-    if args.drop_blank and blank:
-        print(f"dropped them from {file}; the whole list is {drop_lines(file, blank)}")
     if args.split == "bg60k":
         print(f"next, train CG on it: python train.py cg --data {args.dir} --weights SD15")
     else:

@@ -83,6 +83,8 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, UnicodeError):
         return f"{text}; rename the file, or write the text as UTF-8"
     if isinstance(error, OSError):
+    if re.search(r"\(shm\)|</torch_|Bus error", text):  # as a DataLoader's workers report it
+        return "/dev/shm, shared memory, is full; make it larger, as by docker run --shm-size 16g, or give --workers 0"
         return f"{text}; {REMEDY}"
     return None
 

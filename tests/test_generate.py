@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import write_tiny_toy
 from PIL import Image, ImageOps
@@ -423,7 +424,21 @@ def test_two_processes_share_a_data_set_and_the_last_draws_the_sheet_of_all(run,
     assert (pixels("out/sheet.png") == sheet).all()
 
 
-def test_data_with_an_unknown_category_stops_before_painting(run, refused, items, toy):
+def test_too_many_broken_items_are_those_of_the_whole_data_set_and_all_processes(run, refused, items, monkeypatch):
+    """In a torchrun, which ends all processes when one fails, each waits for the others."""
+    (items / "1.png").write_bytes(b"no image")  # one of two in this process's share
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(gallery, "BROKEN", 0.25)
+    out, _ = run("--data", items)
+    assert str(out[-1]) == "out: 1 painted, 0 were there, 1 broken"
+    monkeypatch.setattr(dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(dist, "all_reduce", lambda number: number.add_(1))  # the other process's
+    assert "2 items can't be used" in refused("--data", items, said="out: 0 painted, 1 were there, 1 broken\n")
+
+
+def test_data_with_an_unknown_category_or_a_seed_of_more_than_32_bits_stops_before_painting(run, refused, items, toy):
     lines = items / "metadata.jsonl"
     lines.write_text(lines.read_text().replace("watch", "teapot"))
     assert refused("--data", items) == (

@@ -291,6 +291,18 @@ def test_sigterm_saves_and_leaves_and_the_run_goes_on(tmp_path, capsys):
     assert len(resumed.noise) == 2
 
 
+class Unreadable(Line):
+    def __getitem__(self, key):
+        raise BadInput("a.png is broken")
+
+
+def test_no_worker_outlives_an_error_whose_traceback_is_kept(tmp_path):
+    """Python waits for them at its exit, and they ignore SIGTERM."""
+    with pytest.raises(BadInput, match="a.png is broken"):
+        Unreadable().train(tmp_path, "--workers", 1)  # pytest keeps the traceback
+    assert multiprocessing.active_children() == []
+
+
 KILLED = """
 import os, signal, sys, torch
 sys.path[:0] = ["tests", "."]
