@@ -220,7 +220,7 @@ def load(args: Namespace, items: list[Item], paint_ads: Callable) -> tuple[dict,
     and the record of both.
     """
     settings = sampler_settings(args, from_reference=args.start == "reference")
-    choice = ModelChoice(args.weights, args.tokenizer, args.cg, args.pg, args.controlnet, args.device, args.dtype)
+    choice = ModelChoice(**{name: vars(args)[name] for name in ModelChoice.__dataclass_fields__})
     models = load_models(choice, args.size, {item.category for item in items}, any(item.reference for item in items),
                          args.plain_prompt)
     if (side := settings.refine * models.size) > LARGEST:

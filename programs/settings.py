@@ -48,6 +48,7 @@ class Settings:
                            ("unet", *BRANCHES))
     tokenizer: Path = option("folder with its vocab.json and merges.txt [in --weights; beside a single file]", Path,
                              BRANCHES)
+    vae: Path = option("VAE in place of the base's own, folder or single file", Path, BRANCHES)
     cg: Path = option("stage pg: the trained CG [toy/cg]", Path, ("pg",))
     init: Path = option("stages vae and unet: start from these weights [random]", Path, ("vae", "unet"))
     decoder_only: bool = option("stage vae: keep the encoder, and so all latents, as they are", None, ("vae",))
@@ -244,7 +245,7 @@ def number_categories(names: list[str], template: str, known: dict[str, str]) ->
 
 def next_commands(settings: Settings, trained: list[str]) -> list[list[str]]:
     """Commands to go on with: after CG train PG, and paint."""
-    paths = {name: getattr(settings, name) for name in ("weights", "tokenizer", "cg")}
+    paths = {name: getattr(settings, name) for name in ("weights", "tokenizer", "vae", "cg")}
     paths |= {name: settings.out / name for name in trained}
 
     def command(*program: str, **paths: Path) -> list[str]:

@@ -192,7 +192,8 @@ class Lab:
         share the folder of the whole split.
         """
         method = METHODS[name]
-        used = [model_fingerprint(self.networks.path(network)) for network in method.networks()]
+        used = [*map(self.networks.path, method.networks()), self.choice.vae]
+        used = [model_fingerprint(path) for path in used if path]
         settings = replace(self.settings, **method.settings)
         if not method.controlnet:
             settings = replace(settings, hint="product")  # --hint is --controlnet's
@@ -288,7 +289,7 @@ def lab_of(args: argparse.Namespace, out: Path, limit: int | None = None) -> Lab
     """The lab that these options describe; it keeps its pictures in `out`. Raises BadInput for options that clash."""
     device = pick_device(args.device)
     networks = Networks({name.replace("_", "-"): value for name, value in vars(args).items()}, device)
-    choice = ModelChoice(args.weights, args.tokenizer, device=device, dtype=args.dtype)
+    choice = ModelChoice(args.weights, args.tokenizer, device=device, dtype=args.dtype, vae=args.vae)
     return Lab(args.data.absolute(), limit, networks, choice, sampler_settings(args, refine=1), args.size, args.seed,
                args.batch, out)
 

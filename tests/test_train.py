@@ -581,13 +581,14 @@ def test_latents_are_encoded_once_and_again_where_something_changed(world, toy, 
     assert encoded(size=32)[1] == 24, "another size"
 
 
-def test_a_base_whose_vae_is_broken_is_named_before_training(branch, toy, tmp_path):
+def test_a_base_whose_vae_is_broken_is_named_before_training_and_another_can_be_given(branch, toy, tmp_path):
     file = shutil.copytree(toy / "base", tmp_path / "base") / "vae" / UNET_FILE
     tensors = load_file(file)
     tensors["quant_conv.bias"][0] = math.inf
     save_file(tensors, file)
     with pytest.raises(BadInput, match="the VAE's latents are not finite; its weights are broken"):
         branch("cg", tmp_path / "out", "--weights", tmp_path / "base")
+    branch("cg", tmp_path / "out", "--weights", tmp_path / "base", "--vae", toy / "base" / "vae")
 
 
 # ---------------------------------------------------------------- bad use
