@@ -330,7 +330,17 @@ def test_a_new_option_is_part_of_the_record_unless_it_is_listed_as_harmless():
     assert record["sparkle"] == 3 and not record.keys() & gallery.HARMLESS
     assert {*vars(args)} - gallery.HARMLESS == {
         "steps", "sampler", "guidance", "eta", "size", "refine", "refine_from", "start", "plain_prompt", "weights",
-        "tokenizer", "cg", "pg", "controlnet", "hint", "dtype", "prompt", "sparkle"}
+        "tokenizer", "vae", "cg", "pg", "controlnet", "hint", "dtype", "no_metadata", "prompt", "sparkle"}
+
+
+def test_a_pictures_text_names_files_from_where_the_command_ran_and_can_be_left_out(run, items, toy, tmp_path):
+    """A whole path may hold the user's name."""
+    own = "--cg", shutil.copytree(toy / "cg", tmp_path / "own")
+    [path], _ = run("--product", items / "0.png", "--category", "mug", *own)
+    how = json.loads(Image.open(path).text["how"])
+    assert (how["image"], how["how"]["cg"]) == ("set/0.png", "own")
+    [path], _ = run("--prompt", "a mug", "--no-metadata")
+    assert not Image.open(path).text
 
 
 # ---------------------------------------------------------------- data sets
@@ -444,6 +454,8 @@ def test_data_with_an_unknown_category_or_a_seed_of_more_than_32_bits_stops_befo
     assert refused("--data", items) == (
         f"error: CG was not trained on category 'teapot'; choose one from {toy / 'cg' / 'categories.json'}, such "
         "as mug, running shoe, watch, perfume; generate.py --plain-prompt paints others too\n")
+    assert "--seed: the last picture's seed would be 4294967296, more than 4294967295" in refused(
+        "--data", items, "--seed", 2**32 - 4)
     assert not Path("out").exists()
 
 
@@ -500,6 +512,7 @@ BAD = {  # options: what the line says
     "--product mug.png cup.png --category rice cooker mug": "--category: 3 given for 2 of --product",
     "--product mug.png cup.png --category mug --mask mask.png": "--mask: 1 given for 2 of --product",
     "--product mug.png folder/mug.png --category mug": "two pictures would be named mug_0.png; rename a file",
+    "--product mug.png folder/Mug.png --category mug": "would be named Mug_0.png",  # on macOS and Windows one file
     "--product mug.png --category rice-cooker rice_cooker": "would be named mug_rice_cooker_0.png",
     "--reference mug.png": "--reference goes with --product",
     "--product mug.png --category mug --reference rgb.png": "by --reference-mask",
@@ -524,6 +537,8 @@ BAD = {  # options: what the line says
     "--prompt mug --weights model.ckpt": "model.ckpt is a pickle",
     "--prompt mug --tokenizer folder": "folder holds no tokenizer",
     "--prompt mug --steps 501": "--steps: '501' must be a whole number from 1 to 500",
+    "--prompt mug --seed 4294967295 --num 2": "--seed: the last picture's seed would be 4294967296",
+    "--prompt mug --vae folder": "folder holds no diffusion_pytorch_model.safetensors",
     "--prompt mug --size 65": "--size 65: must be a multiple of 32, such as 64",
     "--prompt mug --eta 0.5 --sampler dpm++": "--eta goes with --sampler ddim",
     "--prompt mug --refine 9": "--refine: '9' must be a whole number from 1 to 8",
