@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 from torch.utils.data import Dataset
 
-from support.datasets import Item, check_data_set, load_square, refuse_many_broken
+from support.checks import check_data_set
+from support.datasets import Item, load_square, refuse_many_broken
 from support.files import BadInput, one_line_errors
 
 # Background perturbation, section 5.1

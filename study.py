@@ -22,6 +22,16 @@ import torch
 from torch import Tensor
 
 from rivals.lab import METHODS, ORIGINALS, Lab, add_lab_options, lab_of
+from rivals.metrics import (
+    RESAMPLES,
+    half_width,
+    kendalls_w,
+    markdown_table,
+    plus_minus,
+    rank_scores,
+    resampled_means,
+    wins,
+)
 from support.datasets import Item
 from support.files import (
     BadInput,
@@ -36,16 +46,6 @@ from support.files import (
 )
 from support.images import open_image, thumbnail
 from support.machine import processes
-from support.metrics import (
-    RESAMPLES,
-    half_width,
-    kendalls_w,
-    markdown_table,
-    plus_minus,
-    rank_scores,
-    resampled_means,
-    wins,
-)
 from support.options import Parser, whole_number
 from support.plots import choose, cutout_of
 from toy.world import draw_on_first_use

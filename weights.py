@@ -27,6 +27,7 @@ from model import BRANCHES, ControlNet, UNet, UNetEncoder
 from sampler import Schedule
 from support.convert import convert
 from support.files import BadInput, one_line_errors, read_json, write_atomic, write_json
+from support.images import note
 from support.layouts import (
     IGNORED,
     IMAGE_TOWER,
@@ -105,20 +106,21 @@ class StableDiffusion:
 
 
 def load_stable_diffusion(path: Path | str, device="cpu", dtype=torch.float32,
-                          tokenizer: Path | str | None = None) -> StableDiffusion:
-    """Loads a Stable Diffusion folder or single file. `tokenizer` names a folder if the tokenizer is elsewhere.
+                          tokenizer: Path | str | None = None, vae: Path | str | None = None) -> StableDiffusion:
+    """Loads a Stable Diffusion folder or single file. `tokenizer` names a folder if the tokenizer is elsewhere, `vae` a
+    folder or single file in place of the VAE.
 
     Raises BadInput if a file is missing or broken, or does not fit the others.
     """
-    path = Path(path)
+    path, vae = Path(path), vae and load_network(VAE, Path(vae), "VAE", vae_config, device, dtype)
     if path.is_dir():
         text_encoder = load_module(TextEncoder, path / "text_encoder", TEXT_FILE, device, dtype)
         unet = load_module(UNet, path / "unet", UNET_FILE, device, dtype)
-        vae = load_module(VAE, path / "vae", VAE_FILE, device, dtype)
+        vae = vae or load_module(VAE, path / "vae", VAE_FILE, device, dtype)
         schedule = read_schedule(path / "scheduler" / "scheduler_config.json", unet)
         folder, pad = Path(tokenizer or path / "tokenizer"), None
     else:
-        text_encoder, unet, vae, schedule = load_single_file(path, device, dtype)
+        text_encoder, unet, vae, schedule = load_single_file(path, device, dtype, vae)
         folder, pad = Path(tokenizer or path.parent), "!" if unet.config["use_linear_projection"] else None
     sd = StableDiffusion(load_tokenizer(folder, pad), text_encoder, unet, vae, schedule)
     check_together(sd, path, folder)
@@ -151,20 +153,26 @@ def read_schedule(file: Path, unet: UNet) -> Schedule:
     return Schedule()
 
 
-def load_single_file(path: Path, device, dtype) -> tuple[TextEncoder, UNet, VAE, Schedule]:
-    """Loads SD 1.x or 2.x from one file in the original layout, whole or pruned. Raises BadInput for another file."""
+def load_single_file(path: Path, device, dtype, vae: VAE | None = None) -> tuple[TextEncoder, UNet, VAE, Schedule]:
+    """Loads SD 1.x or 2.x from one file in the original layout, whole or pruned; with `vae` in place of its own, if it
+    has one. Raises BadInput for another file.
+    """
     tensors = read_weights(path)
+    if any(name.startswith("model_ema.") for name in tensors):
+        note(f"{path} also holds moving averages of its weights, model_ema.*: they are not used, the weights are")
     predicts_v = tensors.pop("v_pred", None) is not None  # a marker that some tools add
     parts = split_by_model(tensors)
-    missing = [part for part in ("unet", "vae", "text_encoder") if not parts[part]]
+    missing = [part for part in ("unet", "text_encoder") if not parts[part]]
     if missing or parts[""]:
         what = f"it holds no {missing[0]}" if missing else f"{', '.join(list(parts[''])[:3])} are not part of one"
         raise BadInput(f"{path} is not {SINGLE_FILE}: {what}{looks_like(tensors, SINGLE_FILE)}")
+    if not vae and not parts["vae"]:
+        raise BadInput(f"{path} holds no VAE; give one by --vae, such as the public sd-vae-ft-mse")
     openclip = any(name.startswith("transformer.resblocks.") for name in parts["text_encoder"])  # SD 2.x
-    text_encoder, unet, vae = (
-        build_from_shapes(build, configure, parts[part], path, device, dtype) for build, configure, part in (
-            (TextEncoder, partial(text_config, activation="gelu" if openclip else "quick_gelu"), "text_encoder"),
-            (UNet, unet_config, "unet"), (VAE, vae_config, "vae")))
+    text_encoder = build_from_shapes(TextEncoder, partial(text_config, activation="gelu" if openclip else "quick_gelu"),
+                                     parts["text_encoder"], path, device, dtype)
+    unet = build_from_shapes(UNet, unet_config, parts["unet"], path, device, dtype)
+    vae = vae or build_from_shapes(VAE, vae_config, parts["vae"], path, device, dtype)
     schedule, beside = Schedule(), path.parent / "scheduler_config.json"
     if openclip and (beside.is_file() or not predicts_v):
         schedule = read_schedule(beside, unet)
@@ -182,17 +190,7 @@ def load_control(path: Path | str, kind: str = "controlnet", device="cpu", dtype
 
     Raises BadInput if it is missing, broken or no ControlNet.
     """
-    path = Path(path)
-    if path.is_dir():
-        return load_module(BRANCHES[kind], path, CONTROL_FILE, device, dtype)
-    tensors, config = read_weights(path), path.parent / "config.json"
-    if path.name.startswith("diffusion_pytorch_model.") and config.is_file():  # a folder's file
-        return build_module(BRANCHES[kind], read_json(config), under_our_names(tensors), path, device, dtype, config)
-    parts = split_by_model(tensors)
-    own = parts["control"] or parts[""]
-    if not own:
-        raise BadInput(f"{path} holds no ControlNet{looks_like(tensors, 'a ControlNet')}")
-    return build_from_shapes(BRANCHES[kind], unet_config, own, path, device, dtype)
+    return load_network(BRANCHES[kind], Path(path), "ControlNet", unet_config, device, dtype)
 
 
 def save_control(control: ControlNet, folder: Path | str, dtype=None, categories: dict[str, str] | None = None) -> None:
@@ -273,6 +271,21 @@ def assign_weights(module: nn.Module, tensors: dict[str, Tensor], source: Path, 
     if dtype in (torch.float16, torch.bfloat16):
         module.to(memory_format=torch.channels_last)  # where convolutions in half precision are fastest
     return module.eval().requires_grad_(False)
+
+
+def load_network(build: type[nn.Module], path: Path, kind: str, configure: Callable[[dict], dict], device,
+                 dtype) -> nn.Module:
+    """Loads a network of a kind, "ControlNet" or "VAE", from a folder or a single file. Raises BadInput."""
+    if path.is_dir():
+        return load_module(build, path, CONTROL_FILE, device, dtype)
+    tensors, config = read_weights(path), path.parent / "config.json"
+    if path.name.startswith("diffusion_pytorch_model.") and config.is_file():  # a folder's file
+        return build_module(build, read_json(config), under_our_names(tensors), path, device, dtype, config)
+    parts = split_by_model(tensors)
+    own = parts[kind.lower()] or parts[""]
+    if not own:
+        raise BadInput(f"{path} holds no {kind}{looks_like(tensors, f'a {kind}')}")
+    return build_from_shapes(build, configure, own, path, device, dtype)
 
 
 def load_module(build: type[nn.Module], folder: Path, name: str, device, dtype, renames: list = RENAMES) -> nn.Module:

@@ -17,7 +17,7 @@ from data import AdInputs, Canvas
 from programs.models import Models
 from sampler import SamplerSettings, Schedule
 from support.datasets import MASK_OF_ITEM, Item
-from support.files import BadInput, append_line, read_log, result_name
+from support.files import BadInput, append_line, from_here, read_log, result_name
 from support.images import load_cutout, load_masked, resize, save_image, sheet
 from support.machine import processes
 from support.plots import picture_of
@@ -33,8 +33,15 @@ class Job(NamedTuple):
     seed: int
 
 
+def check_last_seed(seed: int) -> None:
+    """Raises BadInput for a seed of more than 32 bits: torch's CPU generator would repeat a small seed's noise."""
+    if seed >= 2**32:
+        raise BadInput(f"--seed: the last picture's seed would be {seed}, more than {2**32 - 1}; give a lower one")
+
+
 def jobs_of_items(items: list[Item], out: Path, seed: int) -> list[Job]:
-    """A job for each item of a data set; item i is painted with seed + i."""
+    """A job for each item of a data set; item i is painted with seed + i. Raises BadInput for seeds above 32 bits."""
+    check_last_seed(seed + len(items) - 1)
     return [Job(out / result_name(f"{i:06}_{item.image.stem}", ".png"), item, seed + i) for i, item in enumerate(items)]
 
 
@@ -43,19 +50,20 @@ def first_path(path: Path) -> Path:
     return path.with_name(result_name(f"{path.stem}_first", ".png"))
 
 
-def line_of(job: Job, record: dict) -> dict:
-    """A picture's line in the manifest: what it was painted from, and how. Its PNG holds the same line as text."""
+def line_of(job: Job, record: dict, name: Callable[[Path], str] = str) -> dict:
+    """A picture's line in the manifest: what it was painted from, and how. name: how files are named in it."""
     line = vars(job.item) | {"seed": job.seed, "how": record}
-    return json.loads(json.dumps(line, default=str))  # as it comes back from the manifest
+    return json.loads(json.dumps(line, default=name))  # as it comes back from the manifest
 
 
 def save_pictures(pictures: list[Tensor], job: Job, record: dict) -> list[Path]:
     """Saves a job's picture and, if it was kept, the first pass's, whose line is that of a picture painted without a
-    second pass. Returns their paths.
+    second pass. The PNGs hold their lines as text, unless record["no_metadata"]. Returns their paths.
     """
     paths = [job.path, first_path(job.path)][: len(pictures)]
     for path, picture, how in zip(paths, pictures, (record, record | {"refine": 1, "refine_from": None})):
-        save_image(picture, path, {"how": json.dumps(line_of(job, how))})
+        text = {"how": json.dumps(line_of(job, how, from_here))}
+        save_image(picture, path, None if record.get("no_metadata") else text)
     return paths
 
 

@@ -14,12 +14,22 @@ from PIL import Image
 from torch import Tensor
 
 from data import AdInputs, prompts_by_category
-from programs.batch import Job, count_steps, jobs_of_items, load_ads, paint_items, save_data_sheet, save_pictures
+from programs.batch import (
+    Job,
+    check_last_seed,
+    count_steps,
+    jobs_of_items,
+    load_ads,
+    paint_items,
+    save_data_sheet,
+    save_pictures,
+)
 from programs.models import TOY, ModelChoice, Models, add_model_options, load_models
 from sampler import SAMPLERS, SamplerSettings
 from support.datasets import BROKEN, Item, read_items
-from support.files import BadInput, locked, result_name
+from support.files import BadInput, locked, nfc, result_name
 from support.images import grow_frame, save_image, sheet, thumbnail
+from support.machine import sum_over_processes
 from support.options import Parser, check_together, one_for_each, ratio, real_number, unicode_text, whole_number
 from support.plots import picture_of
 
@@ -38,9 +48,10 @@ def jobs_of(args: Namespace) -> list[Job]:
 
     Every product is painted in the style of every reference, where there are any, for every seed; a single product in
     the scene of each category. Without a product: a sample, by CG alone and in the style of a reference.
-    Raises BadInput if two pictures would have the same name.
+    Raises BadInput if two pictures would have the same name, as some file systems compare them: case does not count.
     """
     seeds = range(args.seed, args.seed + (args.num or 1))
+    check_last_seed(seeds[-1])
     if args.prompt is not None:
         return [Job(args.out / f"prompt_{seed}.png", Item(None, None, None), seed) for seed in seeds]
     products, categories, references = args.product, args.category, args.reference or []
@@ -60,10 +71,10 @@ def jobs_of(args: Namespace) -> list[Job]:
             scene = "_" + re.sub(r"\W+", "_", category) if len(names) > 1 else ""
             like = f"_like_{item.reference.stem}" if item.reference else ""
             path = args.out / result_name(f"{product.stem}{scene}{like}_{seed}", ".png")
-            if path in jobs:
+            if (key := nfc(path.name).casefold()) in jobs:
                 raise BadInput(f"two pictures would be named {path.name}; rename a file of --product or --reference, "
                                "or leave out a --category")
-            jobs[path] = Job(path, item, seed)
+            jobs[key] = Job(path, item, seed)
     return [*jobs.values()]
 
 
@@ -212,6 +223,8 @@ def options(description: str) -> Parser:
     add_model_options(add)
     add("--batch", type=whole_number(1, 1024), default=4, help="pictures painted at once [4]")
     add("--out", type=Path, default=Path("out"), help="where the pictures go [out]")
+    add("--no-metadata", action="store_true", default=None,
+        help="leave out the PNGs' text: the options and file names, which --how reads")
     return parser
 
 
@@ -231,7 +244,7 @@ def load(args: Namespace, items: list[Item], paint_ads: Callable) -> tuple[dict,
     and the record of both.
     """
     settings = sampler_settings(args, from_reference=args.start == "reference")
-    choice = ModelChoice(args.weights, args.tokenizer, args.cg, args.pg, args.controlnet, args.device, args.dtype)
+    choice = ModelChoice(**{name: vars(args)[name] for name in ModelChoice.__dataclass_fields__})
     models = load_models(choice, args.size, {item.category for item in items}, any(item.reference for item in items),
                          args.plain_prompt)
     if args.spacing:
@@ -287,7 +300,7 @@ def generate_data(args: Namespace, paint_ads: Callable) -> None:
     painted, there, broken = paint_items(jobs, texts, paint_all, record, args.batch, args.keep_first)
     save_data_sheet(jobs)  # the last of several processes has all pictures
     print(f"{args.out}: {painted:,} painted, {there:,} were there, {broken:,} broken")
-    if broken > BROKEN * (painted + there + broken):
+    if (broken := sum_over_processes(broken)) > BROKEN * len(jobs):
         raise BadInput(f"{args.data}: {broken:,} items can't be used, more than {BROKEN:.0%}; they are named above")
     say_next(f"look at {args.out / SHEET}; {args.out / 'manifest.jsonl'} says what each was painted from")
 

@@ -34,7 +34,7 @@ def load_base_and_ads(settings: Settings) -> tuple[StableDiffusion, list[Item], 
     """The base, the ads, those that are held out, and their categories' identifiers; None in stage controlnet, which
     reads captions instead. Raises BadInput if they can't be read, or do not fit the settings.
     """
-    sd = load_stable_diffusion(settings.weights, settings.device, tokenizer=settings.tokenizer)
+    sd = load_stable_diffusion(settings.weights, settings.device, tokenizer=settings.tokenizer, vae=settings.vae)
     canvas_size(1, 1, settings.size, sd.multiple)  # raises BadInput if the size does not fit the base
     items, notes = read_items(settings.data)
     captions = settings.stage == "controlnet"
@@ -198,7 +198,8 @@ def sheet_painter(paint: Callable, sd: StableDiffusion, cg: ControlNet, pg: Cont
 def draw_branches(paint: Callable, unet: UNet, cg: ControlNet, pg: ControlNet | None, canvas: Canvas,
                   label: str, settings: Settings) -> Image.Image:
     """A sheet with a column per ad: the product, for PG also the reference, the painted picture, the original ad."""
-    base = load_stable_diffusion(settings.weights, "cpu", tokenizer=settings.tokenizer)  # training dropped its VAE
+    # training dropped its VAE
+    base = load_stable_diffusion(settings.weights, "cpu", tokenizer=settings.tokenizer, vae=settings.vae)
     vae, text_encoder = base.vae.to(settings.device), base.text_encoder.to(settings.device)
     sd = replace(base, unet=unet, vae=vae, text_encoder=text_encoder)
     canvas = canvas._replace(generators=seeded(settings.seed, len(canvas.texts)))

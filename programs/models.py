@@ -22,6 +22,7 @@ class ModelChoice:
 
     weights: Path | None = None
     tokenizer: Path | None = None
+    vae: Path | None = None
     cg: Path | None = None
     pg: Path | None = None
     controlnet: Path | None = None  # in CG's place
@@ -59,12 +60,13 @@ def load_models(choice: ModelChoice, size: int | None, categories: set[str] = fr
         check_identifiers(cg, pg)
     device = pick_device(choice.device)
     dtype = pick_dtype(choice.dtype, device)
-    sd = load_stable_diffusion(base, device, dtype, choice.tokenizer)
+    sd = load_stable_diffusion(base, device, dtype, choice.tokenizer, choice.vae)
     size = size or sd.size
     canvas_size(1, 1, size, sd.multiple)  # refuses a size that does not fit the base
     return Models(sd, cg and load_branch("controlnet" if choice.controlnet else "category", cg, sd),
                   pg and load_branch("personality", pg, sd), identifiers, size, sd.multiple,
-                  str(dtype).removeprefix("torch."), [model_fingerprint(path) for path in (base, cg, pg) if path])
+                  str(dtype).removeprefix("torch."),
+                  [model_fingerprint(path) for path in (base, choice.vae, cg, pg) if path])
 
 
 def branch_path(option: str, given: Path | None, weights: Path | None) -> Path:
@@ -132,6 +134,7 @@ def add_model_options(add: Callable) -> None:
     paths = {
         "--weights": "Stable Diffusion, a folder or a single file [toy/base; the paper's: SD 1.5]",
         "--tokenizer": "folder with vocab.json and merges.txt [tokenizer/ in --weights; beside a single file]",
+        "--vae": "VAE in place of the base's own, a folder or a single file",
         "--cg": "Category-Wise Generator, trained on the base [toy/cg]",
         "--pg": "Personality-Wise Generator, trained on the base; used if there is a reference [toy/pg]",
         "--controlnet": "a plain ControlNet in place of CG, with the plain prompt 'A photo of CATEGORY': the paper's "

@@ -48,6 +48,7 @@ class Settings:
                            ("unet", *BRANCHES))
     tokenizer: Path = option("folder with its vocab.json and merges.txt [in --weights; beside a single file]", Path,
                              BRANCHES)
+    vae: Path = option("VAE in place of the base's own, folder or single file", Path, BRANCHES)
     cg: Path = option("stage pg: the trained CG [toy/cg]", Path, ("pg",))
     init: Path = option("stages vae and unet: start from these weights [random]", Path, ("vae", "unet"))
     decoder_only: bool = option("stage vae: keep the encoder, and so all latents, as they are", None, ("vae",))
@@ -98,7 +99,7 @@ class Settings:
     workers: int = option("processes that load samples [0 up to 128 px; else one a core, at most 8]",
                           whole_number(0, 256))
     out: Path = option("where models, log, sheets and checkpoints go; latents: in cache/ beside it [runs/STAGE]", Path)
-    resume: bool = option("go on from the newest checkpoint in --out")
+    resume: bool = option("go on from the newest checkpoint in --out; start if there is none")
     log_every: int = option("steps between lines of the log", POSITIVE, default=20)
     save_every: int = option("steps between checkpoints; the newest two are kept", POSITIVE, default=250)
     sample_every: int = option("steps between sheets and saved models", POSITIVE, default=500)
@@ -185,14 +186,17 @@ def begin(settings: Settings) -> Settings:
     """Checks what --out holds, joins the other processes under torchrun, and settles what --amp without a value means:
     bfloat16 if this machine multiplies it faster than float32. A resumed run keeps its earlier choice.
 
-    Raises BadInput if --resume is missing, or finds no run.
+    --resume without a run starts one. Raises BadInput if there is one, and --resume is missing.
     """
     if [*settings.folder.glob("checkpoint_*.safetensors")]:
         raise BadInput(f"{settings.folder} holds a run of an earlier version: finish it with that (git checkout "
                        "09b292d), or name another --out")
-    if bool(settings.resume) != bool(settings.checkpoints()):
-        wrong = "nothing to resume; leave out" if settings.resume else "a run of this stage; to go on, add"
-        raise BadInput(f"--out {settings.out} holds {wrong} --resume, or name another folder")
+    if settings.checkpoints() and not settings.resume:
+        raise BadInput(f"--out {settings.out} holds a run of this stage; to go on, add --resume, or name another")
+    if settings.resume and not settings.checkpoints():
+        settings = replace(settings, resume=False)
+        if processes()[0] == 0:
+            print(f"--resume: --out {settings.out} holds no run to go on with; a new one starts", file=sys.stderr)
     cuda = settings.device.startswith("cuda")
     if cuda:
         torch.cuda.set_device(settings.device)
@@ -241,7 +245,7 @@ def number_categories(names: list[str], template: str, known: dict[str, str]) ->
 
 def next_commands(settings: Settings, trained: list[str]) -> list[list[str]]:
     """Commands to go on with: after CG train PG, and paint."""
-    paths = {name: getattr(settings, name) for name in ("weights", "tokenizer", "cg")}
+    paths = {name: getattr(settings, name) for name in ("weights", "tokenizer", "vae", "cg")}
     paths |= {name: settings.out / name for name in trained}
 
     def command(*program: str, **paths: Path) -> list[str]:

@@ -11,6 +11,7 @@ import shlex
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -157,7 +158,10 @@ class Trainer:
         handler = signal.signal(signal.SIGTERM, self.note_sigterm)
         try:
             yield
-        except (BadInput, OSError) as error:
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)  # which keep the loader's workers, and they ignore SIGTERM
+            if not isinstance(error, BadInput | OSError):
+                raise
             kept = [f"; {path} is whole: --resume goes on from it" for path in self.settings.checkpoints()[-1:]]
             raise BadInput(explain(error) + "".join(kept)) from None
         finally:

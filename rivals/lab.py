@@ -39,6 +39,7 @@ from programs.models import (
 )
 from rivals.baselines import STRENGTH, blended_diffusion, stable_diffusion
 from rivals.lama import load_lama
+from rivals.metrics import embed_pictures
 from rivals.networks import Networks
 from rivals.paint_by_example import GUIDANCE, load_paint_by_example
 from rivals.stages import RIVAL_STAGES
@@ -47,7 +48,6 @@ from support.datasets import Item, read_items
 from support.files import BadInput, locked, one_line_errors, read_json
 from support.images import canvas_size, load_cutout, open_image, resize, to_tensor
 from support.machine import barrier, pick_device, pick_dtype
-from support.metrics import embed_pictures
 from support.options import Parser, check_together, whole_number
 from support.tensors import file_fingerprint, fingerprint, model_fingerprint
 from toy.world import TOY_DATA
@@ -192,7 +192,8 @@ class Lab:
         share the folder of the whole split.
         """
         method = METHODS[name]
-        used = [model_fingerprint(self.networks.path(network)) for network in method.networks()]
+        used = [*map(self.networks.path, method.networks()), self.choice.vae]
+        used = [model_fingerprint(path) for path in used if path]
         settings = replace(self.settings, **method.settings)
         if not method.controlnet:
             settings = replace(settings, hint="product")  # --hint is --controlnet's
@@ -288,7 +289,7 @@ def lab_of(args: argparse.Namespace, out: Path, limit: int | None = None) -> Lab
     """The lab that these options describe; it keeps its pictures in `out`. Raises BadInput for options that clash."""
     device = pick_device(args.device)
     networks = Networks({name.replace("_", "-"): value for name, value in vars(args).items()}, device)
-    choice = ModelChoice(args.weights, args.tokenizer, device=device, dtype=args.dtype)
+    choice = ModelChoice(args.weights, args.tokenizer, device=device, dtype=args.dtype, vae=args.vae)
     return Lab(args.data.absolute(), limit, networks, choice, sampler_settings(args, refine=1), args.size, args.seed,
                args.batch, out)
 

@@ -49,6 +49,11 @@ def one_line(text: str) -> str:
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda c: c[0].encode("unicode_escape").decode(), text)
 
 
+def from_here(path: Path) -> str:
+    """A path, relative to the current folder if it lies below: the whole path may hold the user's name."""
+    return str(path).removeprefix(f"{Path.cwd()}{os.sep}")
+
+
 def result_name(stem: str, suffix: str) -> str:
     """A file's name, stem + suffix, cut to the 255 bytes that file systems take, which are 85 Chinese characters.
 
@@ -78,6 +83,8 @@ def explain(error: Exception) -> str | None:
         return text.split("BadInput: ")[-1].strip()  # a DataLoader's worker puts its traceback in front
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
         return "the memory is full; lower --batch (in training --micro-batch) or --size"
+    if re.search(r"\(shm\)|</torch_|Bus error", text):  # as a DataLoader's workers report it
+        return "/dev/shm, shared memory, is full; make it larger, as by docker run --shm-size 16g, or give --workers 0"
     if isinstance(error, RuntimeError) and re.search("gloo|NCCL", text):
         return "another process of this run has ended; its own message says why"
     if isinstance(error, UnicodeError):

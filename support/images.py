@@ -29,6 +29,9 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # de
 
 SRGB = ImageCms.createProfile("sRGB")
 THUMBNAIL, GAP = 256, 4  # pixels: the largest cells of a sheet, and what lies between them
+# Display P3's red, green and blue as a profile holds them: X, Y, Z under D50, each as a 32-bit integer times 2⁻¹⁶
+DISPLAY_P3 = {b"rXYZ": "000083df 00003dbf ffffffbb", b"gXYZ": "00004abf 0000b137 00000ab9",
+              b"bXYZ": "00002838 0000110b 0000c8b9"}  # fmt: skip
 LARGE = 4_000_000  # pixels; larger PNGs are compressed a little less, in a third of the time
 
 
@@ -49,6 +52,8 @@ def decode(path: AnyPath) -> Image.Image:
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise Image.DecompressionBombError
             image.load()
+            if image.format == "PNG":
+                take_cicp(image, path)
             ImageOps.exif_transpose(image, in_place=True)
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
@@ -61,6 +66,26 @@ def decode(path: AnyPath) -> Image.Image:
             fault = "HEIC, as phones write it" if file.read(12)[8:] in HEIC else error
         raise BadInput(f"{path}: not a readable image ({fault}); save it as PNG or JPEG") from error
     return eight_bits(image, path) if image.mode.startswith(("I", "F")) else image
+
+
+def take_cicp(image: Image.Image, path: AnyPath) -> None:
+    """Turns a PNG's cICP chunk, which Pillow leaves out and which goes before a profile, into the image's profile. Only
+    sRGB and Display P3 are known; others, such as HDR's PQ and HLG, are named in a note.
+    """
+    chunks = Path(path).read_bytes().partition(b"IDAT")[0]
+    code = chunks.partition(b"\0\0\0\4cICP")[2][:2]  # primaries, transfer
+    if code == b"\1\r":
+        image.info.pop("icc_profile", None)
+    elif code == b"\f\r":
+        profile = bytearray(ImageCms.ImageCmsProfile(SRGB).tobytes())  # it has the same curve
+        for tag, xyz in DISPLAY_P3.items():
+            start = profile.index(tag) + 4  # of the offset to its data, whose first 8 bytes are a heading
+            start = int.from_bytes(profile[start : start + 4], "big") + 8
+            profile[start : start + 12] = bytes.fromhex(xyz)
+        image.info["icc_profile"] = bytes(profile)
+    elif code:
+        note(f"{path}: its cICP chunk names the colours {[*code]} (PQ is 16, HLG 18), which are not converted; for the "
+             "right ones save it as sRGB")
 
 
 def eight_bits(image: Image.Image, path: AnyPath) -> Image.Image:

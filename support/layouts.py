@@ -19,7 +19,7 @@ PREFIXES = {
     "first_stage_model.": "vae",
     "cond_stage_model.transformer.": "text_encoder",  # CLIP, as transformers names it: SD 1.x
     "cond_stage_model.model.": "text_encoder",  # OpenCLIP: SD 2.x
-    "control_model.": "control",
+    "control_model.": "controlnet",
 }
 
 # Tensors in public files that are not read. A tensor that the network does have is never left out.

@@ -4,6 +4,7 @@ import os
 import sys
 import time
 import timeit
+from datetime import timedelta
 from functools import cache
 
 import torch
@@ -49,6 +50,17 @@ def barrier() -> None:
     """Waits until all processes of a torchrun have come here."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def sum_over_processes(number: int) -> int:
+    """The sum of a number over the processes of a torchrun. Each waits here for the others' work, since a torchrun ends
+    all processes when one fails.
+    """
+    if dist.is_torchelastic_launched():
+        dist.init_process_group("gloo", timeout=timedelta(days=99))
+        dist.all_reduce(total := torch.tensor(number))
+        number = total.item()
+    return number
 
 
 # ---------------------------------------------------------------- precision

@@ -3,25 +3,19 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import unicodedata
+from unittest.mock import Mock
 
 import pytest
 import torch
 from PIL import Image
 
 import data
-from support.datasets import (
-    Item,
-    categories_of,
-    drop_lines,
-    hold_out,
-    list_folder,
-    load_square,
-    read_identifiers,
-    read_items,
-)
+from support.checks import check_ads, drop_lines, hold_out, list_folder
+from support.datasets import Item, categories_of, load_square, read_identifiers, read_items
 from support.files import BadInput
 from support.images import save_image
 
@@ -386,17 +380,19 @@ def test_what_a_listing_takes_and_what_it_leaves_out_is_said_in_one_note(tmp_pat
 
 
 def test_a_listing_that_fails_leaves_nothing_and_can_be_given_again(tmp_path, monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
+    def terminate(*_):
+        signal.getsignal(signal.SIGTERM)(signal.SIGTERM, None)
 
     put(tmp_path / "mug" / "a.png")
     put(tmp_path / GBK / "a.png")
     with pytest.raises(BadInput, match="not UTF-8 text; convert the list, or rename"):
         check(tmp_path, "--list")
     shutil.rmtree(tmp_path / GBK)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("support.datasets.check_ads", interrupt)
-        check(tmp_path, "--list")
+    monkeypatch.setattr("support.datasets.is_blank", lambda *_: True)
+    for name in ("check_ads", "drop_lines"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(f"support.datasets.{name}", terminate)
+            check(tmp_path, "--list", "--drop-blank")
     (tmp_path / "mug" / "b.png").write_text("broken")
     with pytest.raises(BadInput, match="b.png: not a readable image"):
         check(tmp_path, "--list")
@@ -404,6 +400,17 @@ def test_a_listing_that_fails_leaves_nothing_and_can_be_given_again(tmp_path, mo
     put(tmp_path / "mug" / "b.png")
     check(tmp_path, "--list")
     assert len(read_items(tmp_path)[0]) == 2
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="no shared memory of this kind")
+def test_checking_starts_no_more_workers_than_have_room_in_shared_memory(tmp_path, monkeypatch):
+    """A container by Docker has 64 MB. An ad of 512 pixels takes 4 MB with its mask, and each worker holds four."""
+    loader = Mock(return_value=[])
+    monkeypatch.setattr("support.datasets.DataLoader", loader)
+    monkeypatch.setattr("support.datasets.cores", lambda: 8)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Mock(free=64 * 2**20))
+    check_ads(data.AdDataset([], 512), 0, tmp_path)
+    assert loader.call_args.kwargs["num_workers"] == 4
 
 
 def test_blank_backgrounds_are_reported_and_dropped_and_the_whole_list_is_kept(tmp_path, capsys):

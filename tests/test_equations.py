@@ -21,7 +21,7 @@ from programs.latents import category_prompts
 from programs.settings import number_categories
 from programs.trainer import batches_of_keys, update_averages
 from sampler import Conditions, SamplerSettings, Schedule, ddim, ddim_step, sample, seeded
-from support.datasets import list_folder
+from support.checks import list_folder
 from support.images import save_image
 from weights import control_config
 

@@ -30,6 +30,7 @@ from programs.settings import parser, settle
 from rivals import eq3, lab as methods, networks
 from rivals.baselines import blended_diffusion, stable_diffusion
 from rivals.lama import LAMA_FILE
+from rivals.metrics import embed_pictures, frechet, interval, joint_frechet
 from rivals.networks import Networks
 from rivals.stages import RIVAL_STAGES
 from rivals.tsne import neighbour_probabilities, scatter, tsne, tsne_loss
@@ -38,7 +39,6 @@ from support import metrics, tensors as cache
 from support.datasets import Item, read_items
 from support.files import read_json
 from support.images import load_masked, open_image, to_tensor
-from support.metrics import embed_pictures, frechet, interval, joint_frechet
 from support.plots import COLOURS, choose, draw_curves
 from toy.products import PRODUCTS
 from toy.world import TOY_DATA, write_world

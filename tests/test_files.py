@@ -260,6 +260,7 @@ def test_a_long_name_is_cut_between_characters_keeps_its_end_and_its_difference(
 
 # ---------------------------------------------------------------- errors of use
 
+SHM = "error: /dev/shm, shared memory, is full; make it larger, as by docker run --shm-size 16g, or give --workers 0"
 FULL = "error: the memory is full; lower --batch (in training --micro-batch) or --size"
 
 
@@ -272,6 +273,8 @@ FULL = "error: the memory is full; lower --batch (in training --micro-batch) or 
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), FULL),
     (RuntimeError("[../gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer"),
      "error: another process of this run has ended; its own message says why"),
+    (RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)"), SHM),
+    (RuntimeError("DataLoader worker (pid 1) is killed by signal: Bus error. "), SHM),
     (UnicodeDecodeError("utf-8", b"\xb1", 0, 1, "invalid start byte"),
      "error: 'utf-8' codec can't decode byte 0xb1 in position 0: invalid start byte; rename the file, or write the "
      "text as UTF-8"),

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import write_tiny_toy
 from PIL import Image, ImageOps
@@ -376,8 +377,18 @@ def test_a_new_option_is_part_of_the_record_unless_it_is_listed_as_harmless():
     assert record["sparkle"] == 3 and not record.keys() & gallery.HARMLESS
     assert {*vars(args)} - gallery.HARMLESS == {
         "steps", "sampler", "guidance", "eta", "size", "refine", "refine_from", "start", "plain_prompt", "weights",
-        "tokenizer", "cg", "pg", "controlnet", "hint", "dtype", "prompt", "negative", "cg_scale", "pg_scale", "spacing",
-        "margin", "aspect", "sparkle"}
+        "tokenizer", "vae", "cg", "pg", "controlnet", "hint", "dtype", "no_metadata", "prompt", "negative", "cg_scale",
+        "pg_scale", "spacing", "margin", "aspect", "sparkle"}
+
+
+def test_a_pictures_text_names_files_from_where_the_command_ran_and_can_be_left_out(run, items, toy, tmp_path):
+    """A whole path may hold the user's name."""
+    own = "--cg", shutil.copytree(toy / "cg", tmp_path / "own")
+    [path], _ = run("--product", items / "0.png", "--category", "mug", *own)
+    how = json.loads(Image.open(path).text["how"])
+    assert (how["image"], how["how"]["cg"]) == ("set/0.png", "own")
+    [path], _ = run("--prompt", "a mug", "--no-metadata")
+    assert not Image.open(path).text
 
 
 # ---------------------------------------------------------------- data sets
@@ -471,12 +482,28 @@ def test_two_processes_share_a_data_set_and_the_last_draws_the_sheet_of_all(run,
     assert (pixels("out/sheet.png") == sheet).all()
 
 
-def test_data_with_an_unknown_category_stops_before_painting(run, refused, items, toy):
+def test_too_many_broken_items_are_those_of_the_whole_data_set_and_all_processes(run, refused, items, monkeypatch):
+    """In a torchrun, which ends all processes when one fails, each waits for the others."""
+    (items / "1.png").write_bytes(b"no image")  # one of two in this process's share
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(gallery, "BROKEN", 0.25)
+    out, _ = run("--data", items)
+    assert str(out[-1]) == "out: 1 painted, 0 were there, 1 broken"
+    monkeypatch.setattr(dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(dist, "all_reduce", lambda number: number.add_(1))  # the other process's
+    assert "2 items can't be used" in refused("--data", items, said="out: 0 painted, 1 were there, 1 broken\n")
+
+
+def test_data_with_an_unknown_category_or_a_seed_of_more_than_32_bits_stops_before_painting(run, refused, items, toy):
     lines = items / "metadata.jsonl"
     lines.write_text(lines.read_text().replace("watch", "teapot"))
     assert refused("--data", items) == (
         f"error: CG was not trained on category 'teapot'; choose one from {toy / 'cg' / 'categories.json'}, such "
         "as mug, running shoe, watch, sneaker; generate.py --plain-prompt paints others too\n")
+    assert "--seed: the last picture's seed would be 4294967296, more than 4294967295" in refused(
+        "--data", items, "--seed", 2**32 - 4)
     assert not Path("out").exists()
 
 
@@ -540,6 +567,7 @@ BAD = {  # options: what the line says
     "--product mug.png cup.png --category rice cooker mug": "--category: 3 given for 2 of --product",
     "--product mug.png cup.png --category mug --mask mask.png": "--mask: 1 given for 2 of --product",
     "--product mug.png folder/mug.png --category mug": "two pictures would be named mug_0.png; rename a file",
+    "--product mug.png folder/Mug.png --category mug": "would be named Mug_0.png",  # on macOS and Windows one file
     "--product mug.png --category rice-cooker rice_cooker": "would be named mug_rice_cooker_0.png",
     "--reference mug.png": "--reference goes with --product",
     "--product mug.png --category mug --reference rgb.png": "by --reference-mask",
@@ -564,6 +592,8 @@ BAD = {  # options: what the line says
     "--prompt mug --weights model.ckpt": "model.ckpt is a pickle",
     "--prompt mug --tokenizer folder": "folder holds no tokenizer",
     "--prompt mug --steps 501": "--steps: '501' must be a whole number from 1 to 500",
+    "--prompt mug --seed 4294967295 --num 2": "--seed: the last picture's seed would be 4294967296",
+    "--prompt mug --vae folder": "folder holds no diffusion_pytorch_model.safetensors",
     "--prompt mug --size 65": "--size 65: must be a multiple of 32, such as 64",
     "--prompt mug --eta 0.5 --sampler dpm++": "--eta goes with --sampler ddim",
     "--prompt mug --refine 9": "--refine: '9' must be a whole number from 1 to 8",

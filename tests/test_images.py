@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageCms
+from PIL.PngImagePlugin import PngInfo
 
 from support import images
 from support.files import BadInput
@@ -92,6 +93,16 @@ def test_srgbs_own_profile_changes_no_number(tmp_path):
     x = torch.randint(0, 256, (3, 32, 32)) / 255
     images.to_image(x).save(tmp_path / "x.png", icc_profile=SRGB)
     assert torch.equal(images.to_tensor(images.open_image(tmp_path / "x.png")), x)
+
+
+@pytest.mark.parametrize("code, red", [(b"\1\r\0\1", 200), (b"\f\r\0\1", 217), (b"\t\x10\0\1", 40)])
+def test_a_cicp_chunk_of_srgb_or_display_p3_goes_before_the_profile_and_hdrs_is_named(code, red, tmp_path, capsys):
+    """Display P3's (200, 40, 40): in linear light its red is 1.2249 * 0.578 - 0.2249 * 0.0212 = 0.703, sRGB's 217."""
+    chunks = PngInfo()
+    chunks.add(b"cICP", code)
+    Image.fromarray(COLOURS).save(tmp_path / "x.png", pnginfo=chunks, icc_profile=SWAPPED)
+    assert abs(opened(tmp_path / "x.png")[0, 0, 0] - red) <= 1
+    assert capsys.readouterr().err.count("its cICP chunk names the colours [9, 16]") == (red == 40)
 
 
 @pytest.mark.parametrize("profile", [b"no profile", SWAPPED[:200], LINEAR_GREY, press_profile()])

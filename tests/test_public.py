@@ -93,7 +93,7 @@ def test_each_tensor_of_a_single_file_lands_on_one_parameter_and_shapes_imply_th
     parts = split_by_model(tensors)
     for part, kind in (("unet", UNet), ("vae", VAE), ("text_encoder", TextEncoder)):
         fill(kind, config(f"{folder}/{part}/config.json"), parts[part])
-    assert not parts[""] and not parts["control"]
+    assert not parts[""] and not parts["controlnet"]
     not_read = [key for key in tensors if key.startswith("model_ema.") or key in SCHEDULE_BUFFERS | {POSITIONS}]
     assert len(tensors) == len(not_read) + sum(map(len, parts.values()))
 
@@ -113,7 +113,7 @@ def test_each_tensor_of_a_single_file_lands_on_one_parameter_and_shapes_imply_th
     ("clip_vit_l14", CLIP, "clip_vit_l14/config.json")])
 def test_each_tensor_of_a_folder_lands_on_one_parameter_and_shapes_imply_the_configuration(name, kind, path):
     tensors = layout(name)
-    fill(kind, config(path), split_by_model(tensors)["control"] or tensors)
+    fill(kind, config(path), split_by_model(tensors)["controlnet"] or tensors)
 
 
 # ---------------------------------------------------------------- the original code's names
@@ -260,6 +260,20 @@ def test_the_marker_v_pred_says_what_a_single_file_predicts_and_prefixes_of_trai
     assert (sd.schedule.config["prediction_type"], sd.size) == ("v_prediction", size)
 
 
+@pytest.mark.parametrize("form", ["folder", "whole.safetensors", "own.safetensors"])
+def test_another_vae_can_be_given_as_a_folder_or_a_single_file_to_a_file_without_one(single, tmp_path, form, capsys):
+    """And if a file also holds averages of its weights, it is said that they are not read."""
+    file, (unet, *_), tensors = single(1)
+    other, bare = randomise(VAE(WIDE_VAE), seed=9), tmp_path / "bare.safetensors"
+    save_module(other, tmp_path / "folder", UNET_FILE)
+    save_file(original_vae(other), tmp_path / "whole.safetensors")
+    save_file(other.state_dict(), tmp_path / "own.safetensors")
+    save_file({name: x for name, x in tensors.items() if not name.startswith("first_stage_model.")}, bare)
+    sd = load_stable_diffusion(bare, tokenizer=file.parent / "tokenizer", vae=tmp_path / form)
+    assert equal_weights(sd.vae, other) and equal_weights(sd.unet, unet)
+    assert f"{bare} also holds moving averages of its weights, model_ema.*: they" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("prefix", ["control_model.", ""])
 def test_a_controlnet_in_one_file_with_and_without_prefix(single, tmp_path, prefix):
     utils = pytest.importorskip("diffusers.loaders.single_file_utils")
@@ -310,7 +324,7 @@ def test_a_base_given_as_controlnet_is_named_as_what_it_is(single):
     ("model.diffusion_model.out.2.weight", None, "does not hold a whole UNet .*conv_out.weight"),
     ("first_stage_model.extra", 1, "does not fit a VAE: extra is not part"),
     ("extra", 1, "extra .*not part of one"),
-    ("first_stage_model.", None, "it holds no vae"),
+    ("first_stage_model.", None, "sd.safetensors holds no VAE; give one by --vae"),
 ])
 def test_what_does_not_fit_in_a_single_file_is_named(single, tmp_path, name, shape, words):
     """shape: that of the tensor in the file, or None if all that begin with the name are missing."""

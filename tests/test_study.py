@@ -14,11 +14,11 @@ import evaluate
 import study
 from rivals import lab as methods
 from rivals.lab import lab_of
+from rivals.metrics import half_width, resampled_means
 from study import Pair, balanced_orders, plan, write_handout
 from support.datasets import Item
 from support.files import read_json, write_json
 from support.images import to_image
-from support.metrics import half_width, resampled_means
 from toy.world import write_world
 
 FIVE = ["controlnet", "blended-diffusion", "paint-by-example", "cg", "cg+pg"]

@@ -309,6 +309,22 @@ def test_two_people_share_a_browser_and_keep_their_answers_apart(visit, tmp_path
     assert question(page).endswith("question 2 of 2") and ranking(page) == "a----"
 
 
+def test_a_second_tab_of_a_rater_goes_on_with_the_answers_of_the_first(visit):
+    first = visit("tabs")
+    begin(first)
+    with first.expect_popup() as popup:
+        first.evaluate("Object.assign(document.createElement('a'), {href: location, target: '_blank'}).click()")
+    second = popup.value
+    press(first, "1 2 3 4 Enter 2 1 3 4")
+    second.wait_for_function("!places().includes(null)")  # it shows what the first has answered
+    assert ranking(second) == "abcde"
+    press(second, "Enter")
+    assert question(second).endswith("question 2 of 2") and ranking(second) == "bacde"
+    press(second, "Enter 5")
+    press(first, "Enter")
+    assert ranking(first) == "e----"
+
+
 def test_where_the_browser_keeps_nothing_it_says_so_and_the_study_can_be_finished(visit, tmp_path):
     page = visit()
     page.evaluate("() => { Storage.prototype.setItem = () => { throw new Error('blocked'); }; }")

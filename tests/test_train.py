@@ -197,6 +197,18 @@ def test_a_finished_run_that_is_resumed_says_that_it_is_done_and_changes_nothing
     assert before == files()
 
 
+def test_resume_without_a_checkpoint_starts_the_run_and_says_so_also_over_what_a_killed_one_has_left(tmp_path, capsys):
+    """So that a batch system can give one command again and again."""
+    line = Line()
+    line.faults[2] = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        line.train(tmp_path, "--resume")
+    Line().train(tmp_path, "--resume")
+    said = f"--resume: --out {tmp_path} holds no run to go on with; a new one starts\n"
+    assert capsys.readouterr().err.count(said) == 2
+    assert [line["step"] for line in log_of(tmp_path)] == [1, 2, 3, 4, 5]
+
+
 @pytest.mark.parametrize("faster", [True, False])
 def test_amp_alone_means_bfloat16_where_it_is_faster_and_a_resumed_run_keeps_its_choice(faster, tmp_path, monkeypatch,
                                                                                         capsys):
@@ -281,6 +293,18 @@ def test_sigterm_saves_and_leaves_and_the_run_goes_on(tmp_path, capsys):
     assert stop.value.code == 128 + signal.SIGTERM and "stopped at step 3; --resume" in capsys.readouterr().err
     resumed.train(tmp_path, "--resume")
     assert len(resumed.noise) == 2
+
+
+class Unreadable(Line):
+    def __getitem__(self, key):
+        raise BadInput("a.png is broken")
+
+
+def test_no_worker_outlives_an_error_whose_traceback_is_kept(tmp_path):
+    """Python waits for them at its exit, and they ignore SIGTERM."""
+    with pytest.raises(BadInput, match="a.png is broken"):
+        Unreadable().train(tmp_path, "--workers", 1)  # pytest keeps the traceback
+    assert multiprocessing.active_children() == []
 
 
 KILLED = """
@@ -538,7 +562,7 @@ def test_a_category_that_is_added_gets_the_next_identifier_and_the_others_keep_t
 
     with pytest.raises(BadInput, match="category anvil was not in CG's training set; train CG on this data first"):
         branch("pg", b, "--data", data, "--cg", a / "cg")
-    branch("cg", b, "--data", data, "--init-control", a / "cg", "--lr", 1e-9)
+    branch("cg", b, "--data", data, "--init-control", a / "cg", "--lr", 1e-9, "--resume")  # which starts a run
     torch.testing.assert_close(weights_of(a / "cg"), weights_of(b / "cg"), rtol=0, atol=1e-6)
     branch("cg", a, "--data", data, "--steps", 2, "--resume", "--identifier", "sks {}")
     for out in (a, b):
@@ -632,13 +656,14 @@ def test_latents_are_encoded_once_and_again_where_something_changed(world, toy, 
     assert encoded(size=32)[1] == 24, "another size"
 
 
-def test_a_base_whose_vae_is_broken_is_named_before_training(branch, toy, tmp_path):
+def test_a_base_whose_vae_is_broken_is_named_before_training_and_another_can_be_given(branch, toy, tmp_path):
     file = shutil.copytree(toy / "base", tmp_path / "base") / "vae" / UNET_FILE
     tensors = load_file(file)
     tensors["quant_conv.bias"][0] = math.inf
     save_file(tensors, file)
     with pytest.raises(BadInput, match="the VAE's latents are not finite; its weights are broken"):
         branch("cg", tmp_path / "out", "--weights", tmp_path / "base")
+    branch("cg", tmp_path / "out", "--weights", tmp_path / "base", "--vae", toy / "base" / "vae")
 
 
 # ---------------------------------------------------------------- bad use
@@ -649,7 +674,6 @@ def test_a_base_whose_vae_is_broken_is_named_before_training(branch, toy, tmp_pa
     "cg --theta 0": "--theta belongs to stage pg and joint",
     "pg --attention plain": "--attention belongs to stage cg and joint",
     "paint": "argument stage: invalid choice: 'paint' .*vae",
-    "cg --resume": "nothing to resume",
     "vae --decoder-only": "--decoder-only goes with --init",
     "vae --size 100": "--size 100: must be a multiple of 8",
     "cg --size 100": "--size 100",

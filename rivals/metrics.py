@@ -1,4 +1,4 @@
-"""Support: embeddings, CLIP similarity, Fréchet distance, rankings, intervals; not needed to understand the paper."""
+"""Rivals: embeddings, CLIP similarity, Fréchet distance, rankings, intervals; not needed to understand the paper."""
 
 import math
 import sys
