@@ -201,15 +201,9 @@ def paint_items(jobs: list[Job], texts: dict, paint_all: Callable, record: dict,
 
 
 def save_data_sheet(jobs: list[Job]) -> None:
-    """Writes sheet.png beside the pictures: the first 32, each above its reference if it has one. Again if another
-    process has painted one meanwhile: the last that writes has all.
-    """
-    drawn, there = None, [job for job in jobs[:32] if job.path.exists()]
-    while drawn != there:
-        drawn = there
-        pictures = [picture_of(job.path) for job in jobs[:32]]
-        references = [picture and picture_of(job.item.reference) for picture, job in zip(pictures, jobs)]
-        rows = [row for k in range(0, 32, 8) for cells in (pictures, references) if any(row := cells[k : k + 8])]
-        if rows:
-            save_image(sheet(rows), jobs[0].path.with_name("sheet.png"))
-        there = [job for job in jobs[:32] if job.path.exists()]
+    """Writes sheet.png beside the pictures: the first 32, each above its reference if it has one."""
+    pictures = [picture_of(job.path) for job in jobs[:32]]
+    references = [picture and picture_of(job.item.reference) for picture, job in zip(pictures, jobs)]
+    rows = [row for k in range(0, 32, 8) for cells in (pictures, references) if any(row := cells[k : k + 8])]
+    if rows:
+        save_image(sheet(rows), jobs[0].path.with_name("sheet.png"))

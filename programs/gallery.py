@@ -29,7 +29,7 @@ from sampler import SAMPLERS, SamplerSettings
 from support.datasets import BROKEN, Item, read_items
 from support.files import BadInput, locked, nfc, result_name
 from support.images import grow_frame, save_image, sheet, thumbnail
-from support.machine import sum_over_processes
+from support.machine import processes, sum_over_processes
 from support.options import Parser, check_together, one_for_each, ratio, real_number, unicode_text, whole_number
 from support.plots import picture_of
 
@@ -298,9 +298,11 @@ def generate_data(args: Namespace, paint_ads: Callable) -> None:
     texts, paint_all, record = load(args, items, paint_ads)
     print("\n".join(notes), file=sys.stderr)
     painted, there, broken = paint_items(jobs, texts, paint_all, record, args.batch, args.keep_first)
-    save_data_sheet(jobs)  # the last of several processes has all pictures
     print(f"{args.out}: {painted:,} painted, {there:,} were there, {broken:,} broken")
-    if (broken := sum_over_processes(broken)) > BROKEN * len(jobs):
+    broken = sum_over_processes(broken)  # when all have painted
+    if processes()[0] == 0:
+        save_data_sheet(jobs)
+    if broken > BROKEN * len(jobs):
         raise BadInput(f"{args.data}: {broken:,} items can't be used, more than {BROKEN:.0%}; they are named above")
     say_next(f"look at {args.out / SHEET}; {args.out / 'manifest.jsonl'} says what each was painted from")
 

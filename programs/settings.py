@@ -188,9 +188,6 @@ def begin(settings: Settings) -> Settings:
 
     --resume without a run starts one. Raises BadInput if there is one, and --resume is missing.
     """
-    if [*settings.folder.glob("checkpoint_*.safetensors")]:
-        raise BadInput(f"{settings.folder} holds a run of an earlier version: finish it with that (git checkout "
-                       "09b292d), or name another --out")
     if settings.checkpoints() and not settings.resume:
         raise BadInput(f"--out {settings.out} holds a run of this stage; to go on, add --resume, or name another")
     if settings.resume and not settings.checkpoints():

@@ -388,10 +388,10 @@ def test_a_listing_that_fails_leaves_nothing_and_can_be_given_again(tmp_path, mo
     with pytest.raises(BadInput, match="not UTF-8 text; convert the list, or rename"):
         check(tmp_path, "--list")
     shutil.rmtree(tmp_path / GBK)
-    monkeypatch.setattr("support.datasets.is_blank", lambda *_: True)
+    monkeypatch.setattr("support.checks.is_blank", lambda *_: True)
     for name in ("check_ads", "drop_lines"):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(f"support.datasets.{name}", terminate)
+            patch.setattr(f"support.checks.{name}", terminate)
             check(tmp_path, "--list", "--drop-blank")
     (tmp_path / "mug" / "b.png").write_text("broken")
     with pytest.raises(BadInput, match="b.png: not a readable image"):
@@ -406,8 +406,8 @@ def test_a_listing_that_fails_leaves_nothing_and_can_be_given_again(tmp_path, mo
 def test_checking_starts_no_more_workers_than_have_room_in_shared_memory(tmp_path, monkeypatch):
     """A container by Docker has 64 MB. An ad of 512 pixels takes 4 MB with its mask, and each worker holds four."""
     loader = Mock(return_value=[])
-    monkeypatch.setattr("support.datasets.DataLoader", loader)
-    monkeypatch.setattr("support.datasets.cores", lambda: 8)
+    monkeypatch.setattr("support.checks.DataLoader", loader)
+    monkeypatch.setattr("support.checks.cores", lambda: 8)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Mock(free=64 * 2**20))
     check_ads(data.AdDataset([], 512), 0, tmp_path)
     assert loader.call_args.kwargs["num_workers"] == 4
