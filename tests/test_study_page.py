@@ -316,11 +316,13 @@ def test_a_second_tab_of_a_rater_goes_on_with_the_answers_of_the_first(visit):
         first.evaluate("Object.assign(document.createElement('a'), {href: location, target: '_blank'}).click()")
     second = popup.value
     press(first, "1 2 3 4 Enter 2 1 3 4")
-    second.wait_for_function("!places().includes(null)")  # it shows what the first has answered
+    ranked = "Object.values(answers).flatMap(Object.values).flat().filter((name) => name).length === {}".format
+    second.wait_for_function(ranked(10))  # the browser has brought what the first has stored
     assert ranking(second) == "abcde"
     press(second, "Enter")
     assert question(second).endswith("question 2 of 2") and ranking(second) == "bacde"
     press(second, "Enter 5")
+    first.wait_for_function(ranked(11))
     press(first, "Enter")
     assert ranking(first) == "e----"
 
