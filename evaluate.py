@@ -31,9 +31,9 @@ from torch import Generator, Tensor
 from programs.gallery import save
 from rivals.eq3 import swapped
 from rivals.lab import METHODS, PROTOCOLS, Lab, add_lab_options, lab_of
-from rivals.metrics import RESAMPLES, frechet, interval, joint_frechet, markdown_table, plus_minus
+from rivals.metrics import RESAMPLES, frechet, interval, joint_frechet, markdown_table, plus_minus, similarity
 from rivals.tsne import scatter, tsne
-from support.datasets import Item, read_items
+from support.datasets import Item
 from support.files import BadInput, locked, one_line_errors, write_json, write_text
 from support.images import load_masked, sheet
 from support.machine import processes
@@ -99,8 +99,7 @@ class Measured(NamedTuple):
     categories: Tensor  # (n, C), one-hot
 
     def similarity(self, rows: Tensor) -> Tensor:
-        """CLIP similarity: 100 times the mean cosine of the embeddings of each picture and its target."""
-        return 100 * F.cosine_similarity(self.painted[rows], self.targets[rows]).mean()
+        return similarity(self.painted[rows], self.targets[rows]).mean()
 
     def frechet(self, rows: Tensor) -> Tensor:
         return frechet(self.painted[rows], self.originals[rows])
@@ -157,7 +156,7 @@ def measure(lab: Lab, name: str, protocol: str) -> Measured:
 def other_ads(lab: Lab, items: list[Item]) -> list[Path]:
     """For each item another ad of its category, from the training set; a path to nothing where there are too few."""
     left = defaultdict(list)
-    for ad in read_items(lab.data)[0]:
+    for ad in lab.other_ads:
         left[ad.category].append(ad.image)
     return [left[item.category].pop() if left[item.category] else lab.out / "no other ad" for item in items]
 
@@ -192,7 +191,7 @@ def table(lab: Lab, name: str) -> None:
 def available(lab: Lab, method: str) -> bool:
     """Whether there is what a row needs. With --weights, networks that not every table needs must be given."""
     if method == "others":
-        return not (lab.data / "metadata.jsonl").is_file()  # without splits there are no others
+        return bool(lab.other_ads)
     optional = {"lama", "paint-by-example", "cg-plain", "pg-controlnet"} & {*METHODS[method].networks()}
     return lab.networks.options["weights"] is None or all(lab.networks.options[name] for name in optional)
 

@@ -97,15 +97,15 @@ def canvas_of(ads: list[AdInputs], h: int, w: int, generators: list[torch.Genera
     return canvas._replace(reference=references, reference_mask=masks), boxes
 
 
-def paint_ads(ads: list[AdInputs], models: Models, settings: SamplerSettings, painter: Callable | None = None,
-              keep_first: bool = False) -> list[list[Tensor]]:
-    """Paints ads -> for each a picture (3, H, W) uint8 in its product's frame; with keep_first also the first pass's.
+def paint_ads(ads: list[AdInputs], models: Models, settings: SamplerSettings,
+              painter: Callable | None = None) -> list[Tensor]:
+    """Paints ads -> for each a picture (3, H, W) uint8 in its product's frame.
 
     Ads with the same canvas size, and all with or all without a reference, are painted as one batch.
     painter(canvas, on_step=...) -> (B, 3, h, w) paints the first pass in place of our networks.
     """
     painter = painter or partial(paint, models.sd, settings=settings, cg=models.cg, pg=models.pg)
-    batches, results = defaultdict(list), [[] for _ in ads]
+    batches, results = defaultdict(list), {}
     for i, ad in enumerate(ads):
         size = canvas_size(*ad.mask.shape[1:], models.size, models.multiple)
         batches[size, ad.reference is not None].append(i)
@@ -118,10 +118,9 @@ def paint_ads(ads: list[AdInputs], models: Models, settings: SamplerSettings, pa
                 paint_pass = painter if painted is None else partial(second_pass, paint, models, settings, painted)
                 painted = paint_pass(canvas, on_step=lambda *_: bar.update()).cpu()
                 refuse_not_finite(painted)
-                if n == settings.refine or keep_first:
-                    for i, ad, picture, mask, box in zip(batch, chosen, painted, canvas.mask, boxes):
-                        results[i].insert(0, paste_back(picture, mask, box, ad.rgb, ad.mask, spread=n))
-    return results
+        for i, ad, picture, mask, box in zip(batch, chosen, painted, canvas.mask, boxes):
+            results[i] = paste_back(picture, mask, box, ad.rgb, ad.mask, spread=settings.refine)
+    return [results[i] for i in range(len(ads))]
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -45,26 +45,16 @@ def jobs_of_items(items: list[Item], out: Path, seed: int) -> list[Job]:
     return [Job(out / result_name(f"{i:06}_{item.image.stem}", ".png"), item, seed + i) for i, item in enumerate(items)]
 
 
-def first_path(path: Path) -> Path:
-    """Where --keep-first saves the first pass's picture, beside the finished one. No other name ends in _first."""
-    return path.with_name(result_name(f"{path.stem}_first", ".png"))
-
-
 def line_of(job: Job, record: dict, name: Callable[[Path], str] = str) -> dict:
     """A picture's line in the manifest: what it was painted from, and how. name: how files are named in it."""
     line = vars(job.item) | {"seed": job.seed, "how": record}
     return json.loads(json.dumps(line, default=name))  # as it comes back from the manifest
 
 
-def save_pictures(pictures: list[Tensor], job: Job, record: dict) -> list[Path]:
-    """Saves a job's picture and, if it was kept, the first pass's, whose line is that of a picture painted without a
-    second pass. The PNGs hold their lines as text, unless record["no_metadata"]. Returns their paths.
-    """
-    paths = [job.path, first_path(job.path)][: len(pictures)]
-    for path, picture, how in zip(paths, pictures, (record, record | {"refine": 1, "refine_from": None})):
-        text = {"how": json.dumps(line_of(job, how, from_here))}
-        save_image(picture, path, None if record.get("no_metadata") else text)
-    return paths
+def save_picture(picture: Tensor, job: Job, record: dict) -> None:
+    """Saves a job's picture; the PNG holds its line as text, unless record["no_metadata"]."""
+    text = {"how": json.dumps(line_of(job, record, from_here))}
+    save_image(picture, job.path, None if record.get("no_metadata") else text)
 
 
 # ---------------------------------------------------------------- the manifest: the lines of a folder's pictures
@@ -152,13 +142,13 @@ def refuse_not_finite(painted: Tensor) -> None:
                        "weights are broken")
 
 
-def paint_items(jobs: list[Job], texts: dict, paint_all: Callable, record: dict, batch: int,
-                keep_first: bool = False) -> tuple[int, int, int]:
+def paint_items(jobs: list[Job], texts: dict, paint_all: Callable, record: dict,
+                batch: int) -> tuple[int, int, int]:
     """Paints the jobs of a data set whose pictures are not there yet. Returns how many were painted, how many were
     there, and how many are broken; broken ones are reported and skipped.
 
-    texts: the texts for P, P_fg and P_bg, by category. paint_all(ads) -> the pictures of each, see generate.paint_ads.
-    record: how pictures are painted, see gallery.record_of. keep_first: save the first pass's pictures too.
+    texts: the texts for P, P_fg and P_bg, by category. paint_all(ads) -> their pictures, see generate.paint_ads.
+    record: how pictures are painted, see gallery.record_of.
     Under torchrun each process paints its share. If one picture of a batch is missing, the whole batch is painted
     again: rounding may depend on the batch, and an interruption must not change a byte. Raises BadInput if the folder
     holds pictures of these names that were painted from other items or with other settings.
@@ -167,8 +157,7 @@ def paint_items(jobs: list[Job], texts: dict, paint_all: Callable, record: dict,
     there = names_of_painted(manifest, jobs, record)
     rank, world = processes()
     share = jobs[rank::world]
-    todo = {job for job in share if job.path.name not in there or not job.path.exists()
-            or keep_first and not first_path(job.path).exists()}
+    todo = {job for job in share if job.path.name not in there or not job.path.exists()}
     chunks = [chunk for k in range(0, len(share), batch) if todo.intersection(chunk := share[k : k + batch])]
     count, written = 0, ()
 
@@ -178,10 +167,10 @@ def paint_items(jobs: list[Job], texts: dict, paint_all: Callable, record: dict,
         except BadInput as error:
             tqdm.write(f"skipped: {error}", file=sys.stderr)
 
-    def write(painted: dict[Job, list[Tensor]]) -> None:
-        for job, pictures in painted.items():
+    def write(painted: dict[Job, Tensor]) -> None:
+        for job, picture in painted.items():
             if job in todo:
-                save_pictures(pictures, job, record)
+                save_picture(picture, job, record)
                 append_line({"file": job.path.name, **line_of(job, record)}, manifest)
 
     # Each thread computes on one core: torch's teams of threads would take the cores away from the painting

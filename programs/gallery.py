@@ -22,7 +22,7 @@ from programs.batch import (
     load_ads,
     paint_items,
     save_data_sheet,
-    save_pictures,
+    save_picture,
 )
 from programs.models import TOY, ModelChoice, Models, add_model_options, load_models
 from sampler import SAMPLERS, SamplerSettings
@@ -82,8 +82,9 @@ def paint_jobs(jobs: list[Job], ads: list[AdInputs], paint_all: Callable, record
     """Paints the jobs, `batch` at once, saves the pictures and prints their paths."""
     jobs[0].path.with_name(SHEET).unlink(missing_ok=True)  # it shows an earlier command's pictures
     for k in range(0, len(jobs), batch):
-        for job, pictures in zip(jobs[k:], paint_all(ads[k : k + batch])):
-            print(*save_pictures(pictures, job, record), sep="\n")
+        for job, picture in zip(jobs[k:], paint_all(ads[k : k + batch])):
+            save_picture(picture, job, record)
+            print(job.path)
 
 
 def draw_sheet(jobs: list[Job], ads: list[AdInputs], name: str) -> Image.Image:
@@ -118,14 +119,14 @@ def sampler_settings(args: Namespace, **others) -> SamplerSettings:
         raise BadInput("--negative goes with guidance; leave it out, or give a --guidance above 1")
     if settings.hint == "inpaint" and not args.controlnet:
         raise BadInput("--hint goes with --controlnet; add that one")
-    if settings.refine == 1 and (args.refine_from or vars(args).get("keep_first")):
-        raise BadInput("--refine-from and --keep-first go with a second pass; add --refine 2")
+    if settings.refine == 1 and args.refine_from:
+        raise BadInput("--refine-from goes with a second pass; add --refine 2")
     return settings
 
 
 # Options left out of the record: what is painted is recorded for each picture, and the machine changes none
 HARMLESS = {"product", "mask", "category", "reference", "reference_mask", "data", "split", "limit", "num", "seed",
-            "batch", "device", "out", "how", "keep_first"}
+            "batch", "device", "out", "how"}
 
 
 def record_of(args: Namespace, settings: SamplerSettings, models: Models) -> dict:
@@ -214,7 +215,6 @@ def options(description: str) -> Parser:
     add("--margin", type=real_number(0, 0.45), default=0.0,
         help="widen the frame until so large a part of it is free on each side of the product [0]")
     add("--aspect", type=ratio, help="widen the frame to this ratio of width to height, such as 16:9 [the photo's]")
-    add("--keep-first", action="store_true", help="save the picture of the first pass too, as NAME_first.png")
     add("--start", choices=["reference", "noise"], default="reference",
         help="z_T: the reference's latent, noised, or pure noise [reference, the paper's; noise without a reference]")
     add("--plain-prompt", action="store_true",
@@ -256,11 +256,11 @@ def load(args: Namespace, items: list[Item], paint_ads: Callable) -> tuple[dict,
         if branch:
             branch.scale = scale
 
-    def paint_all(ads: list[AdInputs]) -> list[list[Tensor]]:
+    def paint_all(ads: list[AdInputs]) -> list[Tensor]:
         if args.margin or args.aspect:
             frames = [grow_frame(ad.rgb, ad.mask, args.margin, args.aspect) for ad in ads]
             ads = [ad._replace(rgb=rgb, mask=mask) for ad, (rgb, mask) in zip(ads, frames)]
-        return paint_ads(ads, models, settings, keep_first=args.keep_first)
+        return paint_ads(ads, models, settings)
 
     return prompts_by_category(models.identifiers, models.sd.tokenizer), paint_all, record_of(args, settings, models)
 
@@ -297,7 +297,7 @@ def generate_data(args: Namespace, paint_ads: Callable) -> None:
     jobs = jobs_of_items(items, args.out, args.seed)
     texts, paint_all, record = load(args, items, paint_ads)
     print("\n".join(notes), file=sys.stderr)
-    painted, there, broken = paint_items(jobs, texts, paint_all, record, args.batch, args.keep_first)
+    painted, there, broken = paint_items(jobs, texts, paint_all, record, args.batch)
     print(f"{args.out}: {painted:,} painted, {there:,} were there, {broken:,} broken")
     broken = sum_over_processes(broken)  # when all have painted
     if processes()[0] == 0:

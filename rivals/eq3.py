@@ -20,7 +20,7 @@ from programs.gallery import save
 from programs.models import identifiers_of
 from rivals.lab import Lab
 from rivals.metrics import interval, markdown_table, plus_minus
-from support.datasets import Item, categories_of, read_items
+from support.datasets import Item, categories_of
 from support.files import BadInput, write_text
 from support.images import sheet, to_tensor
 from support.plots import choose, cutout_of, picture_of
@@ -152,9 +152,10 @@ def tested_probe(lab: Lab, categories: list[str]) -> tuple[Callable[[Tensor], li
     """
     held_out = lab.all_items("bg1k")
     if lab.networks.options["weights"]:
-        held_out = choose(held_out, len(held_out) // 2)  # a folder without splits leaves the other half to fit
-        ads = [item for item in read_items(lab.data)[0] if item.category in categories]
-        known = views([item for item in ads if item not in held_out])
+        ads = lab.other_ads
+        if not ads:  # none is held out: one half is
+            ads, held_out = held_out, choose(held_out, len(held_out) // 2)
+        known = views([ad for ad in ads if ad.category in categories and ad not in held_out])
     else:
         known = drawn_views()
     probe = fit_probe(backgrounds(known, twice=True), [scene for *_, scene in known])

@@ -95,7 +95,7 @@ METHODS = {
 
 
 def load(method: Method, networks: Networks, choice: ModelChoice, size: int | None, settings: SamplerSettings,
-         categories: set[str]) -> tuple[Models, Callable[[list[AdInputs]], list[list[Tensor]]]]:
+         categories: set[str]) -> tuple[Models, Callable[[list[AdInputs]], list[Tensor]]]:
     """A method's models, and what paints ads with them. choice: the base, and where it runs; size: the canvas's longer
     side in pixels [the base's]. Raises BadInput for wrong weights, dtype or size.
     """
@@ -123,7 +123,7 @@ def load_rival(name: str, path: Path, choice: ModelChoice, size: int | None,
     models = Models(None, None, None, {}, size, rival.multiple, str(dtype).removeprefix("torch."),
                     [model_fingerprint(path)])
 
-    def paint_all(ads: list[AdInputs]) -> list[list[Tensor]]:
+    def paint_all(ads: list[AdInputs]) -> list[Tensor]:
         if side := rival.exemplar:
             ads = [ad._replace(reference=(resize(ad.reference[0], side, side), None)) for ad in ads]
         return paint_ads(ads, models, settings, partial(rival.paint, settings=settings))
@@ -182,6 +182,12 @@ class Lab:
         if items := [item for item in items if item.reference]:
             return items
         raise BadInput(f"{self.data}: no item has a reference, which this command needs; choose another data set")
+
+    @cached_property
+    def other_ads(self) -> list[Item]:
+        """The ads of the training set that BG1k does not show; none where a list marks no ads as held out."""
+        shown = {item.image for item in self.all_items("bg1k")}
+        return [ad for ad in read_items(self.data)[0] if ad.image not in shown]
 
     def pictures(self, name: str, items: list[Item], folder: str, chosen: list[int] | None = None,
                  texts: Texts | None = None) -> list[Path]:

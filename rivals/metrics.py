@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
@@ -50,6 +51,11 @@ def embed_pictures(clip: nn.Module, pictures: list[tuple[Path, Item | None]], fo
     keys = [[weights, [[item and item.inverted, *map(file_fingerprint, (path, item and item.image, item and item.mask))]
                        for path, item in part]] for part in parts]
     return torch.cat([part["embeddings"] for part in compute_parts(folder, keys, compute)])
+
+
+def similarity(x: Tensor, y: Tensor) -> Tensor:
+    """CLIP similarity of pairs of pictures: 100 times the cosine of their embeddings. (n, d), (n, d) -> (n,)"""
+    return 100 * F.cosine_similarity(x, y, dim=1)
 
 
 def frechet(x: Tensor, y: Tensor) -> Tensor:

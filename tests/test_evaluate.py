@@ -27,7 +27,7 @@ from data import Canvas, background_hint, load_ad, prompt_texts
 from model import CategoryGenerator, ControlNet, PersonalityGenerator, Prompts, UNet
 from programs.models import TOY
 from programs.settings import parser, settle
-from rivals import eq3, lab as methods, networks
+from rivals import eq3, lab as methods, metrics, networks
 from rivals.baselines import blended_diffusion, stable_diffusion
 from rivals.lama import LAMA_FILE
 from rivals.metrics import embed_pictures, frechet, interval, joint_frechet
@@ -35,7 +35,7 @@ from rivals.networks import Networks
 from rivals.stages import RIVAL_STAGES
 from rivals.tsne import neighbour_probabilities, scatter, tsne, tsne_loss
 from sampler import SamplerSettings, seeded
-from support import metrics, tensors as cache
+from support import tensors as cache
 from support.datasets import Item, read_items
 from support.files import read_json
 from support.images import load_masked, open_image, to_tensor
@@ -292,7 +292,7 @@ def noise(method, *_):
     """In place of a method's models, which load slowly: pictures of noise, others for each method and ad."""
     seed = 1000 * [*methods.METHODS.values()].index(method)
     return SimpleNamespace(sd=None, dtype="float32"), lambda ads: [
-        [(255 * random(*ad.rgb.shape, seed=seed + ad.seed).sigmoid()).byte()] for ad in ads]
+        (255 * random(*ad.rgb.shape, seed=seed + ad.seed).sigmoid()).byte() for ad in ads]
 
 
 @pytest.fixture
@@ -447,7 +447,7 @@ def test_a_product_is_painted_with_its_own_words_and_another_category_s_identifi
     for line in text.splitlines()[2:4]:
         shares = [*map(float, re.findall(r"([\d.]+) ±", line))]
         assert len(shares) == 4 and sum(shares) == pytest.approx(100, abs=0.02)
-    assert "5 products, each with 4 identifiers" in text and re.search(r"right for [012] of 2 held-out ads", text)
+    assert "5 products, each with 4 identifiers" in text and re.search(r"right for [0-5] of 5 held-out ads", text)
     assert open_image(tmp_path / "swapped.png").width > 7 * 64, "a product, and three identifiers for each equation"
     with refused("swapped needs products of two categories; raise --limit"):
         eq3.swapped(SimpleNamespace(data=ads, items=lambda _: read_items(ads, "bg1k")[0][:1]))
@@ -607,5 +607,5 @@ def test_table_2_has_the_references_themselves(results):
 def test_other_ads_are_a_category_s_each_once_and_then_a_path_to_nothing(ads, tmp_path):
     item = read_items(ads, "bg1k")[0][0]
     its = [ad.image for ad in read_items(ads)[0] if ad.category == item.category]
-    *others, nothing = evaluate.other_ads(SimpleNamespace(data=ads, out=tmp_path), [item] * (len(its) + 1))
+    *others, nothing = evaluate.other_ads(lab_with(ads, tmp_path, {}), [item] * (len(its) + 1))
     assert sorted(others) == its and not nothing.exists()

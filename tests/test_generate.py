@@ -188,7 +188,7 @@ def test_every_product_is_painted_after_every_reference_or_one_in_several_catego
 
 
 @pytest.mark.parametrize("options, sides", [
-    ("", [64]), ("--size 96 --num 2", [96, 96]), ("--refine 2 --refine-from 400 --keep-first", [128, 128])])
+    ("", [64]), ("--size 96 --num 2", [96, 96]), ("--refine 2 --refine-from 400", [128])])
 def test_a_prompt_paints_at_the_bases_size_or_the_given_or_as_much_larger(run, options, sides):
     paths, _ = run("--prompt", "a photo of a mug", *options.split())
     assert [pixels(path).shape for path in paths] == [(side, side, 3) for side in sides]
@@ -281,24 +281,10 @@ def test_a_scale_multiplies_a_branchs_outputs_and_a_negative_prompt_stands_for_t
 
 # ---------------------------------------------------------------- the second pass
 
-REFINED = "--refine", 2, "--refine-from", 400  # begins at the last of two steps
 
 
 def test_another_base_has_no_second_pass_by_itself():
     assert gallery.sampler_settings(gallery.options("").parse_args(["--weights", "sd"])) == SamplerSettings()
-
-
-def test_keep_first_saves_the_picture_that_a_first_pass_alone_paints(run):
-    cutout("mug.png", 60, 90)
-    [alone], _ = run(*MUG, "--out", "alone")
-    [final, first], _ = run(*MUG, *REFINED, "--keep-first")
-    assert [p.name for p in (final, first)] == ["mug_0.png", "mug_0_first.png"]
-    assert (pixels(first) == pixels(alone)).all() and (pixels(final) != pixels(first)).any()
-    solid = pixels("mask.png") == 255
-    assert (pixels(final)[solid] == pixels("rgb.png")[solid]).all()
-    [line], _ = run("--how", first)
-    [again], _ = run(*shlex.split(str(line))[2:], "--out", "again")
-    assert (pixels(again) == pixels(alone)).all()
 
 
 @pytest.fixture
@@ -343,9 +329,9 @@ def test_a_rivals_picture_gets_the_second_pass_too(toy, encoded):
     base = models.load_models(models.ModelChoice(toy / "base", dtype="float32", device="cpu"), None)
     ad = AdInputs(torch.zeros(3, 64, 64), torch.zeros(1, 64, 64), ("",) * 3, 0)
     how = SamplerSettings(steps=2, refine=2, refine_from=600)
-    [[final, first]] = generate.paint_ads([ad], base, how, lambda canvas, on_step: canvas.rgb + 0.5, keep_first=True)
+    [picture] = generate.paint_ads([ad], base, how, lambda canvas, on_step: canvas.rgb + 0.5)
     torch.testing.assert_close(encoded[0], torch.full((1, 3, 128, 128), 0.5))
-    assert (first == 128).all() and (final != 128).any()
+    assert (picture != 128).any()
 
 
 # ---------------------------------------------------------------- a picture says how it was painted
@@ -437,17 +423,6 @@ def test_data_goes_on_where_it_stopped_and_paints_an_interrupted_batch_again_as_
     assert {path for path in before if before[path] != after[path]} == {Path("out/000001_1.png")}
     assert all(after[path][0] == before[path][0] for path in before)
     assert {line["file"] for line in manifest()} == {path.name for path in before}
-
-
-def test_data_with_keep_first_has_both_pictures_and_one_line_an_item(run, items):
-    run("--data", items, "--limit", 2, *REFINED)
-    before = {path: path.read_bytes() for path in Path("out").glob("*.png")}
-    for painted, there in ((2, 0), (0, 2)):  # the first time again, because their first pictures were not kept
-        out, _ = run("--data", items, "--limit", 2, *REFINED, "--keep-first")
-        assert str(out[-1]) == f"out: {painted} painted, {there} were there, 0 broken"
-    assert {*Path("out").glob("*.png")} - before.keys() == {Path(f"out/{i:06}_{i}_first.png") for i in range(2)}
-    assert all(path.read_bytes() == before[path] for path in before)
-    assert {line["file"] for line in manifest()} == {f"{i:06}_{i}.png" for i in range(2)}
 
 
 def test_pictures_painted_in_another_way_are_not_taken_for_done(run, refused, items, toy, tmp_path):
@@ -600,8 +575,7 @@ BAD = {  # options: what the line says
     "--prompt mug --refine 8 --size 1024": "--refine 8: paints 8192 pixels, more than 4096; lower it, or --size",
     "--prompt mug --refine 2 --refine-from 0": "--refine-from: '0' must be a whole number from 1 to 999",
     "--prompt mug --refine 2 --sampler dpm++ --steps 1 --weights trailing": "none of the 1 steps is that late",
-    "--prompt mug --refine-from 300": "--refine-from and --keep-first go with a second pass; add --refine 2",
-    "--prompt mug --keep-first": "--keep-first go with a second pass; add --refine 2",
+    "--prompt mug --refine-from 300": "--refine-from goes with a second pass; add --refine 2",
     "--prompt mug --steps 2.5": "--steps: '2.5' must be a whole number",
     "--prompt mug --guidance nan": "--guidance: 'nan' must be a number from 1 to 30",
     "--prompt mug --out mug.png/new": "mug.png is not a folder that can be written to; choose another",
