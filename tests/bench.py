@@ -7,7 +7,6 @@
     python tests/bench.py vae            # SD 1.5's VAE alone at 1024 px: memory
     python tests/bench.py rivals         # LaMa and Paint by Example at full size, beside reference implementations
     python tests/bench.py photo          # a photo of 49 megapixels on one core: time and memory beside the painting
-    python tests/bench.py batch          # the toy: pictures per second by batch size, or with a process for each
     python tests/bench.py samplers       # the toy: how far DDIM and DPM-Solver++ are from 250 steps, by steps
 
 All work on large things is done by programs of three pieces of code, for imports, load and work, in processes of their
@@ -422,24 +421,6 @@ def toy(out: Path, steps: int) -> None:
         print(f"{name:45} {seconds:6.2f} s {memory:6.0f} MB")
 
 
-def batch(out: Path, steps: int) -> None:
-    """Pictures per second by batch size: the toy's BG1k, CG alone, 50 steps."""
-    import generate
-    from toy.world import draw_on_first_use
-
-    data = ROOT / "toy" / "data" / "ads"
-    draw_on_first_use(data)
-    for size, count in ((1, 16), (4, 32), (16, 64)):
-        options = ["--data", str(data), "--out", str(out / str(size)), "--batch", str(size), "--limit"]
-        generate.main([*options, str(size)])  # reads and warms up
-        start = time.perf_counter()
-        generate.main([*options, str(size + count)])
-        print(f"batches of {size}: {count / (time.perf_counter() - start):.2f} pictures/s")
-    sample = ROOT / "toy" / "samples" / "perfume.png"
-    seconds, _ = process("generate.py", "--product", sample, "--category", "perfume", "--out", out)
-    print(f"a process for each picture: {1 / seconds:.2f} pictures/s")
-
-
 def samplers(_: Path, steps: int) -> None:
     """The distance to the picture of 250 DDIM steps from the same noise, in levels of 255, before the second pass.
 
@@ -477,7 +458,7 @@ def samplers(_: Path, steps: int) -> None:
         print(f"| {steps} | " + " | ".join(f"{x:.1f}" for x in far) + " |", flush=True)
 
 
-WHAT = {measure.__name__: measure for measure in (toy, sd15, train, refine, vae, rivals, photo, batch, samplers)}
+WHAT = {measure.__name__: measure for measure in (toy, sd15, train, refine, vae, rivals, photo, samplers)}
 
 
 def main() -> None:

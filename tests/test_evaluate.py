@@ -609,3 +609,9 @@ def test_other_ads_are_a_category_s_each_once_and_then_a_path_to_nothing(ads, tm
     its = [ad.image for ad in read_items(ads)[0] if ad.category == item.category]
     *others, nothing = evaluate.other_ads(lab_with(ads, tmp_path, {}), [item] * (len(its) + 1))
     assert sorted(others) == its and not nothing.exists()
+    for name in "ab":
+        shutil.copy(TOY / "samples" / "mug.png", tmp_path / f"{name}.png")
+    lines = ['{"file_name": "a.png", "category": "mug"}', '{"file_name": "b.png", "category": "mug", "split": "%s"}']
+    for split, others in ("test", 1), ("train", 0):  # without test lines BG1k is the whole list
+        (tmp_path / "metadata.jsonl").write_text("\n".join(lines) % split)
+        assert len(lab_with(tmp_path, tmp_path / "out", {}).other_ads) == others
