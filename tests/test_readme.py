@@ -2,11 +2,14 @@
 their lengths, their links.
 """
 
+import argparse
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,7 @@ from test_paint_by_example import (
 
 from rivals.lama import LAMA_FILE
 from support.images import open_image
+from support.options import Parser
 from weights import save_module
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,6 +63,24 @@ def test_every_command_of_the_pages_runs(example, tmp_path):  # noqa: F811
         assert done.returncode == 0, f"{command}\n{done.stderr}"
         for path in re.findall(r"^out[^: \n]*", done.stdout, re.M) if program == "generate.py" else ():
             assert (tmp_path / path).exists(), f"{command} says that it wrote {path}"
+
+
+def test_commands_with_placeholders_are_ones_that_their_programs_take(monkeypatch):
+    class Taken(Exception):
+        pass
+
+    def parse(parser, arguments):
+        argparse.ArgumentParser.parse_args(parser, arguments)
+        raise Taken
+
+    monkeypatch.setattr(Parser, "parse_args", parse)
+    code = "".join(block for page in PAGES for block in blocks(page, "sh")).replace("\\\n", " ").replace("$seed", "1")
+    commands = [line.strip() for line in code.splitlines() if line.strip().startswith("python ")]
+    assert len(commands) > 10
+    for command in commands:
+        _, program, *arguments = shlex.split(command, comments=True)
+        with pytest.raises(Taken):
+            import_module(program.removesuffix(".py").replace("/", ".")).main(arguments)
 
 
 def test_the_eleven_lines_of_python_paint_a_picture(tmp_path, monkeypatch):
