@@ -109,10 +109,10 @@ def read_identifiers(file: Path) -> dict[str, str]:
     return {nfc(name): identifier for name, identifier in read_json(file).items()}
 
 
-def load_square(item: Item, size: int) -> tuple[Tensor, Tensor, float]:
+def load_square(item: Item, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """An ad and its mask, (3, size, size) and (1, size, size), cropped to a square of the shorter side; ours. It holds
     as much of the product as it can, its centroid as near to the middle as that allows. Also returns the part of the
-    product that it holds. Raises BadInput.
+    product that it holds, (). Raises BadInput.
     """
     image, mask = load_masked(item.image, item.mask, "image", MASK_OF_ITEM, item.inverted)
     (rows, cols), side = (mask[0].sum(1), mask[0].sum(0)), min(mask.shape[1:])
@@ -121,7 +121,7 @@ def load_square(item: Item, size: int) -> tuple[Tensor, Tensor, float]:
     return *square, kept_y * kept_x
 
 
-def best_window(line: Tensor, length: int) -> tuple[float, float]:
+def best_window(line: Tensor, length: int) -> tuple[float, Tensor]:
     """The middle of the window of a line of weights (n,) that holds the most, and the part that it holds. Of equal ones
     the nearest to the centroid.
     """
@@ -131,7 +131,7 @@ def best_window(line: Tensor, length: int) -> tuple[float, float]:
     middles = torch.arange(len(held)) + length / 2
     distance = (middles - line @ position / total).abs()
     best = int(distance.where(held > held.max() - 1e-4, torch.inf).argmin())
-    return float(middles[best]), float(held[best])
+    return float(middles[best]), held[best]
 
 
 # ---------------------------------------------------------------- the two formats

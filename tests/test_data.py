@@ -267,7 +267,7 @@ def test_a_wide_ad_is_cropped_to_what_holds_most_of_its_product_and_the_check_sa
     save_image(mask, tmp_path / "m.png")
     save_image(torch.rand(3, 20, 100), tmp_path / "x.png")
     _, cropped, kept = load_square(Item(tmp_path / "x.png", tmp_path / "m.png", "mug"), 20)
-    assert torch.equal(cropped, mask[:, :, 78:98]) and kept == pytest.approx(18 / 28)
+    assert torch.equal(cropped, mask[:, :, 78:98]) and kept.item() == pytest.approx(18 / 28)
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "x.png", "mask": "m.png", "category": "mug"}')
     check(tmp_path)
     assert "cuts 1 products, and leaves 64% to 64% of them" in capsys.readouterr().out
