@@ -30,7 +30,7 @@ from torch import Generator, Tensor
 
 from programs.gallery import save
 from rivals.eq3 import swapped
-from rivals.lab import METHODS, PROTOCOLS, Lab, add_lab_options, lab_of
+from rivals.lab import METHODS, PROTOCOLS, Lab, add_lab_options, choose, cutout_of, lab_of
 from rivals.metrics import RESAMPLES, frechet, interval, joint_frechet, markdown_table, plus_minus, similarity
 from rivals.tsne import scatter, tsne
 from support.datasets import Item
@@ -38,7 +38,7 @@ from support.files import BadInput, locked, one_line_errors, write_json, write_t
 from support.images import load_masked, sheet
 from support.machine import processes
 from support.options import Parser, whole_number
-from support.plots import choose, cutout_of, picture_of
+from support.plots import picture_of
 from toy.world import draw_on_first_use
 
 # ---------------------------------------------------------------- the tables as data

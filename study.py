@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rivals.lab import METHODS, ORIGINALS, Lab, add_lab_options, lab_of
+from rivals.lab import METHODS, ORIGINALS, Lab, add_lab_options, choose, cutout_of, lab_of
 from rivals.metrics import (
     RESAMPLES,
     half_width,
@@ -47,7 +47,6 @@ from support.files import (
 from support.images import open_image, thumbnail
 from support.machine import processes
 from support.options import Parser, whole_number
-from support.plots import choose, cutout_of
 from toy.world import draw_on_first_use
 
 

@@ -98,6 +98,7 @@ def train(task: Task, settings: Settings) -> None:
             run.record(step)
             if run.due(step, s.sample_every):
                 run.save_models()
+                run.check_held_out(step)
                 run.draw(step)
             if run.due(step, 1 if run.stopping else s.save_every):
                 run.save_checkpoint(step)  # last: a run that is killed before does the step again
@@ -130,7 +131,7 @@ def branch_task(settings: Settings) -> Task:
     """Stages cg, pg, joint and controlnet: Eq. 1 over the parameters of CG, of PG beside a frozen CG, of both, or of an
     ordinary ControlNet that reads captions.
     """
-    sd, *both, identifiers = load_base_and_ads(settings)  # both: ads to train on, and held-out ones
+    sd, items, held_out, identifiers = load_base_and_ads(settings)
     trained = build_branches(sd, settings)
     frozen = [load_branch("category", settings.cg, sd)] if settings.stage == "pg" else []
     cg = frozen[0] if frozen else next(iter(trained.values()))  # in stage controlnet the ControlNet in its place
@@ -140,11 +141,12 @@ def branch_task(settings: Settings) -> Task:
     for network in (sd.unet, *trained.values()) if settings.checkpointing else ():
         recompute_activations(network)
 
-    samples, held_out = (latent_samples(sd, ads, settings.size, settings, perturbed=pg is not None) for ads in both)
+    samples, checked = (latent_samples(sd, ads, settings.size, settings, perturbed=pg is not None)
+                        for ads in (items, held_out))
     branches = [(cg, "product")] + ([(pg, "background")] if pg else [])
     weight = timestep_weights(sd.schedule, settings.weighting).to(settings.device)
     loss, check = (Eq1(sd.unet, sd.schedule, branches, batch_prompts(sd, ads, identifiers, settings),
-                       settings.prompt_dropout, weight) for ads in both)
+                       settings.prompt_dropout, weight) for ads in (items, held_out))
 
     def save(out: Path) -> None:
         for folder, branch in trained.items():
@@ -152,8 +154,8 @@ def branch_task(settings: Settings) -> Task:
 
     name = " and ".join({"cg": "CG", "pg": "PG"}.get(name, "a ControlNet") for name in trained)
     return Task(name, trained, samples, lambda batch, generator: loss(batch),
-                sheet_painter(paint, sd, cg, pg, both[0], identifiers, settings), save,
-                next_commands(settings, [*trained]), identifiers, held_out, check)
+                sheet_painter(paint, sd, cg, pg, items, identifiers, settings), save,
+                next_commands(settings, [*trained]), identifiers, checked, check)
 
 
 STAGES = BASE_STAGES | {  # on the toy CG must rely on the prompt to choose the scene: only a tenth is dropped

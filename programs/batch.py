@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 from data import AdInputs, Canvas
 from programs.models import Models
-from sampler import SamplerSettings, Schedule
+from sampler import SamplerSettings
 from support.datasets import MASK_OF_ITEM, Item
 from support.files import BadInput, append_line, from_here, read_log, result_name
-from support.images import load_cutout, load_masked, resize, save_image, sheet
+from support.images import grow_frame, load_cutout, load_masked, resize, save_image, sheet
 from support.machine import processes
 from support.plots import picture_of
 
@@ -89,15 +89,21 @@ def names_of_painted(manifest: Path, jobs: list[Job], record: dict) -> set[str]:
 # ---------------------------------------------------------------- painting
 
 
-def load_ads(jobs: list[Job], texts: dict, mask: str = "--mask",
+def load_ads(jobs: list[Job], texts: dict, record: dict, mask: str = "--mask",
              reference_mask: str = "--reference-mask") -> list[AdInputs]:
-    """What the jobs' pictures are painted from; each file is read once.
+    """What the jobs' pictures are painted from, in the frame that record's margin and aspect ask for; each file is read
+    once.
 
     texts: the texts for P, P_fg and P_bg, by category. mask, reference_mask: where messages say that masks belong.
     Raises BadInput if a file can't be used.
     """
-    cutout, masked = cache(load_cutout), cache(load_masked)
-    return [AdInputs(*cutout(item.image, item.mask, "product", mask, item.inverted), texts[item.category], seed,
+    @cache
+    def cutout(item: Item) -> tuple[Tensor, Tensor]:
+        rgb, M = load_cutout(item.image, item.mask, "product", mask, item.inverted)
+        return grow_frame(rgb, M, record.get("margin") or 0, record.get("aspect"), item.image)
+
+    masked = cache(load_masked)
+    return [AdInputs(*cutout(item), texts[item.category], seed,
                item.reference and masked(item.reference, item.reference_mask, "reference", reference_mask,
                                          item.inverted))
             for _, item, seed in jobs]
@@ -108,13 +114,9 @@ def count_steps(models: Models, settings: SamplerSettings) -> int:
     if not models.sd:  # another painter's
         return settings.steps
     schedule = models.sd.schedule
-    second = schedule.timesteps(settings.steps, second_start(schedule, settings)) if settings.refine > 1 else []
-    return len(schedule.timesteps(settings.steps)) + len(second)
-
-
-def second_start(schedule: Schedule, settings: SamplerSettings) -> int:
-    """T', the timestep at which the second pass starts."""
-    return settings.refine_from * schedule.T // 1000
+    second = settings.refine_from * schedule.T // 1000  # T', the timestep at which the second pass starts
+    steps = len(schedule.timesteps(settings.steps))
+    return steps if settings.refine == 1 else steps + len(schedule.timesteps(settings.steps, second))
 
 
 def second_pass(paint: Callable, models: Models, settings: SamplerSettings, first: Tensor, canvas: Canvas,
@@ -132,7 +134,7 @@ def second_pass(paint: Callable, models: Models, settings: SamplerSettings, firs
     enlarged = torch.stack([resize(picture, *canvas.rgb.shape[2:]) for picture in first])
     initial = canvas.rgb.lerp(enlarged, 1 - canvas.mask)
     return paint(models.sd, canvas, settings=settings, cg=cg, pg=pg, on_step=on_step, initial=initial,
-                 start=second_start(models.sd.schedule, settings))
+                 start=settings.refine_from * models.sd.schedule.T // 1000)
 
 
 def refuse_not_finite(painted: Tensor) -> None:
@@ -163,7 +165,7 @@ def paint_items(jobs: list[Job], texts: dict, paint_all: Callable, record: dict,
 
     def read(job: Job) -> AdInputs | None:
         try:
-            return load_ads([job], texts, MASK_OF_ITEM, MASK_OF_ITEM)[0]
+            return load_ads([job], texts, record, MASK_OF_ITEM, MASK_OF_ITEM)[0]
         except BadInput as error:
             tqdm.write(f"skipped: {error}", file=sys.stderr)
 

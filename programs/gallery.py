@@ -7,11 +7,12 @@ import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from data import AdInputs, prompts_by_category
 from programs.batch import (
@@ -25,10 +26,10 @@ from programs.batch import (
     save_picture,
 )
 from programs.models import TOY, ModelChoice, Models, add_model_options, load_models
-from sampler import SAMPLERS, SamplerSettings
+from sampler import SAMPLERS, SamplerSettings, Schedule
 from support.datasets import BROKEN, Item, read_items
 from support.files import BadInput, locked, nfc, result_name
-from support.images import grow_frame, save_image, sheet, thumbnail
+from support.images import save_image, sheet, thumbnail
 from support.machine import processes, sum_over_processes
 from support.options import Parser, check_together, one_for_each, ratio, real_number, unicode_text, whole_number
 from support.plots import picture_of
@@ -155,8 +156,8 @@ def command_of(file: Path) -> str:
         value, option = values.get(name), f"--{name.replace('_', '-')}"
         if value is True:
             words.append(option)
-        elif value not in (None, False, default):
-            words += [option, str(value)]
+        elif value is not None and value is not False and value != default:
+            words += [f"{option}={value}"] if str(value).startswith("-") else [option, str(value)]
     return shlex.join(words)
 
 
@@ -205,14 +206,14 @@ def options(description: str) -> Parser:
     add_walk_options(add)
     add("--eta", type=real_number(0, 1), default=SamplerSettings.eta,
         help="DDIM's η: part of DDPM's noise that is added at each step [0: none, the paper's]")
-    add("--negative", type=unicode_text, default="", help="prompt that guidance leads away from, in place of ''")
-    add("--cg-scale", type=real_number(0, 4), default=1.0,
+    add("--negative", type=unicode_text, help="prompt that guidance leads away from, in place of ''")
+    add("--cg-scale", type=real_number(0, 4),
         help="factor of CG's or --controlnet's outputs: how strongly product and category count [1]")
-    add("--pg-scale", type=real_number(0, 4), default=1.0,
+    add("--pg-scale", type=real_number(0, 4),
         help="factor of PG's outputs: how strongly the reference counts [1]")
     add("--spacing", choices=["leading", "trailing", "linspace"],
         help="which timesteps are visited; trailing for few steps of dpm++ [the base's, in the toy and SD 1.5 leading]")
-    add("--margin", type=real_number(0, 0.45), default=0.0,
+    add("--margin", type=real_number(0, 0.45),
         help="widen the frame until so large a part of it is free on each side of the product [0]")
     add("--aspect", type=ratio, help="widen the frame to this ratio of width to height, such as 16:9 [the photo's]")
     add("--start", choices=["reference", "noise"], default="reference",
@@ -230,8 +231,8 @@ def options(description: str) -> Parser:
 
 def check(args: Namespace) -> None:
     """Raises BadInput for options that do not go together."""
-    check_together(args, [("product", "data", "prompt"), ("prompt", "controlnet", "cg"), ("prompt", "pg"),
-                          ("data", "num"), ("prompt", "margin"), ("prompt", "aspect")],
+    check_together(args, [("product", "data", "prompt"), ("prompt", "controlnet", "cg"), ("data", "num"),
+                          *(("prompt", name) for name in ("pg", "cg_scale", "pg_scale", "margin", "aspect"))],
                    [("product", "category"), ("mask", "product"), ("category", "product"), ("reference", "product"),
                     ("reference_mask", "reference"), ("split", "data"), ("limit", "data")])
 
@@ -248,20 +249,15 @@ def load(args: Namespace, items: list[Item], paint_ads: Callable) -> tuple[dict,
     models = load_models(choice, args.size, {item.category for item in items}, any(item.reference for item in items),
                          args.plain_prompt)
     if args.spacing:
-        models.sd.schedule.config["timestep_spacing"] = args.spacing
+        spaced = Schedule(models.sd.schedule.config | {"timestep_spacing": args.spacing})
+        models = models._replace(sd=replace(models.sd, schedule=spaced))
     if (side := settings.refine * models.size) > LARGEST:
         raise BadInput(f"--refine {settings.refine}: paints {side} pixels, more than {LARGEST}; lower it, or --size")
     count_steps(models, settings)  # raises BadInput for impossible ones
     for branch, scale in (models.cg, args.cg_scale), (models.pg, args.pg_scale):
         if branch:
-            branch.scale = scale
-
-    def paint_all(ads: list[AdInputs]) -> list[Tensor]:
-        if args.margin or args.aspect:
-            frames = [grow_frame(ad.rgb, ad.mask, args.margin, args.aspect) for ad in ads]
-            ads = [ad._replace(rgb=rgb, mask=mask) for ad, (rgb, mask) in zip(ads, frames)]
-        return paint_ads(ads, models, settings)
-
+            branch.scale = 1.0 if scale is None else scale
+    paint_all = partial(paint_ads, models=models, settings=settings)
     return prompts_by_category(models.identifiers, models.sd.tokenizer), paint_all, record_of(args, settings, models)
 
 
@@ -282,10 +278,11 @@ def generate_product(args: Namespace, paint_ads: Callable) -> None:
     """
     jobs = jobs_of(args)
     texts, paint_all, record = load(args, [job.item for job in jobs], paint_ads)
-    ads = load_ads(jobs, texts)
+    ads = load_ads(jobs, texts, record)
     paint_jobs(jobs, ads, paint_all, record, args.batch)
     if len(jobs) > 1:
-        save(draw_sheet(jobs, ads, "ControlNet" if args.controlnet else "CG"), args.out / SHEET)
+        save_image(draw_sheet(jobs, ads, "ControlNet" if args.controlnet else "CG"), args.out / SHEET)
+        print(args.out / SHEET)
     say_next("--product CUTOUT --category NAME paints around a product of your own" if args.product is None else
              "--reference AD paints in its style; --how FILE prints the command that paints a picture again")
 
@@ -305,12 +302,6 @@ def generate_data(args: Namespace, paint_ads: Callable) -> None:
     if broken > BROKEN * len(jobs):
         raise BadInput(f"{args.data}: {broken:,} items can't be used, more than {BROKEN:.0%}; they are named above")
     say_next(f"look at {args.out / SHEET}; {args.out / 'manifest.jsonl'} says what each was painted from")
-
-
-def save(image, path: Path) -> None:
-    """Writes a PNG and prints its path."""
-    save_image(image, path)
-    print(path)
 
 
 def say_next(text: str) -> None:

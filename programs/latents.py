@@ -19,7 +19,7 @@ from data import AdDataset, Canvas, TrainingSamples, caption_texts, load_ad, pro
 from model import ControlNet, Prompts, UNet
 from programs.settings import Settings, category_identifiers
 from sampler import SamplerSettings, seeded
-from support.datasets import Item, read_items
+from support.datasets import Item, list_of, read_items
 from support.files import BadInput
 from support.images import canvas_size, sheet
 from support.machine import processes
@@ -42,11 +42,11 @@ def load_base_and_ads(settings: Settings) -> tuple[StableDiffusion, list[Item], 
         raise BadInput(f"{settings.data}: stage controlnet trains on captions, which this data set lacks; to train an "
                        "ordinary ControlNet on these ads, give train.py cg --attention plain")
     identifiers = None if captions else category_identifiers(items, settings)
-    held_out = held_out_ads(settings, "bg1k", items, identifiers, CHECKED)
+    held_out = [ad for ad, *_ in loadable(held_out_ads(settings, "bg1k", items, identifiers), CHECKED, settings.size)]
+    if not held_out:
+        notes.append("no ads are held out to check the training with; data.py --hold-out marks some in metadata.jsonl")
     if processes()[0] == 0:
         print(*notes, sep="\n", file=sys.stderr)
-    if processes()[0] == 0 and not held_out:
-        print(f"no ads are held out; python data.py {settings.data} --hold-out 0.02 does that", file=sys.stderr)
     return sd, items, held_out, identifiers
 
 
@@ -89,7 +89,7 @@ def encode_items(sd: StableDiffusion, items: list[Item], size: int, folder: Path
 
 def latent_keys(sd: StableDiffusion, items: list[Item], size: int, amp: torch.dtype | None) -> list:
     """What the latents of each part depend on."""
-    network = [weights_fingerprint(sd.vae), size, str(amp), sd.unet.config["in_channels"]]
+    network = [weights_fingerprint(sd.vae), size, "load_square", str(amp), sd.unet.config["in_channels"]]
     files = [[file_fingerprint(item.image), file_fingerprint(item.mask), item.inverted] for item in items]
     return [network + files[start : start + PART] for start in range(0, len(items), PART)]
 
@@ -141,40 +141,40 @@ def batch_prompts(sd: StableDiffusion, items: list[Item], identifiers: dict[str,
     return category_prompts(prompt_table(sd, texts, settings), [rows[item.category] for item in items], settings.device)
 
 
-def usable(item: Item, identifiers: dict[str, str] | None, settings: Settings) -> bool:
-    """Whether a run's branches can paint an ad: its category has an identifier or, where they are read, captions."""
-    return item.category in identifiers if identifiers else settings.stage != "controlnet" or bool(caption_texts(item))
+def held_out_ads(settings: Settings, split: str, items: list[Item], identifiers: dict[str, str] | None) -> list[Item]:
+    """The ads of a test split, if there is one, whose pictures are not among `items`, the training set, and which a
+    run's branches can paint: their category has an identifier or, where these are read, they have captions.
+    """
+    if not list_of(settings.data, split).is_file():
+        return []
+    trained, captions = {item.image for item in items}, settings.stage == "controlnet"
+    return [item for item in read_items(settings.data, split)[0] if item.image not in trained and (
+        item.category in identifiers if identifiers else caption_texts(item) or not captions)]
 
 
-def held_out_ads(settings: Settings, split: str, items: list[Item], identifiers: dict[str, str] | None,
-                 count: int) -> list[Item]:
-    """The first `count` usable ads of a test split that load and are not among `items`, the training set."""
-    test, trained, ads = [], {*items}, []
-    with suppress(BadInput):  # if there is no such split
-        test = read_items(settings.data, split)[0]
-    for item in test:
-        if len(ads) < count and item not in trained and usable(item, identifiers, settings):
-            with suppress(BadInput):  # reported when it is read as part of the data set
-                load_ad(item, settings.size)
-                ads.append(item)
-    return ads
+def loadable(items: list[Item], count: int, size: int) -> list[tuple]:
+    """The first `count` ads that load: each with its image, its mask, its reference's and the reference's mask. An ad
+    without a reference is its own reference.
+    """
+    loaded = []
+    for item in items:
+        if len(loaded) < count:
+            reference = replace(item, image=item.reference, mask=item.reference_mask) if item.reference else item
+            with suppress(BadInput):  # data.py reports it
+                loaded.append((item, *load_ad(item, size), *load_ad(reference, size)))
+    return loaded
 
 
 def sheet_ads(settings: Settings, split: str, items: list[Item],
-              identifiers: dict[str, str] | None = None) -> tuple[str, list[Item], list[Tensor]]:
-    """The ads on a run's sheets: the first of a test split, or else the last ones of the training set.
+              identifiers: dict[str, str] | None = None) -> tuple[str, tuple[Item, ...], list[Tensor]]:
+    """The ads on a run's sheets: the first of a test split that load, or else the last ones of the training set.
 
     Returns what they are called, the ads, and their images, masks, references and references' masks, all (n, 3 or 1,
-    size, size). An ad without a reference is its own reference.
+    size, size); see loadable.
     """
-    held_out, ads, pictures = held_out_ads(settings, split, items, identifiers, ON_SHEET), [], []
-    for item in held_out or items[::-1]:
-        if len(ads) < ON_SHEET and usable(item, identifiers, settings):
-            reference = replace(item, image=item.reference, mask=item.reference_mask) if item.reference else item
-            with suppress(BadInput):
-                pictures.append((*load_ad(item, settings.size), *load_ad(reference, settings.size)))
-                ads.append(item)
-    return "held-out ads" if held_out else "training ads", ads, [torch.stack(parts) for parts in zip(*pictures)]
+    held_out = loadable(held_out_ads(settings, split, items, identifiers), ON_SHEET, settings.size)
+    ads, *pictures = zip(*(held_out or loadable(items[::-1], ON_SHEET, settings.size)))
+    return "held-out ads" if held_out else "training ads", ads, [torch.stack(parts) for parts in pictures]
 
 
 def sheet_of(rows: dict[str, Tensor]) -> Image.Image:

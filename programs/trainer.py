@@ -8,6 +8,7 @@ import json
 import math
 import random
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -144,6 +145,9 @@ class Trainer:
         self.loss, self.losses, self.clock = 0.0, [], time.perf_counter()
         self.log = s.folder / "log.jsonl"
         if self.rank == 0:
+            if self.start == 0:  # without what a run left that was killed before its first checkpoint
+                for folder in (s.folder, *(s.out / "best" / name for name in task.modules)):
+                    shutil.rmtree(folder, ignore_errors=True)
             lines = [json.dumps(line) + "\n" for line in read_log(self.log) if line["step"] <= self.start]
             write_text("".join(lines), self.log)  # without those that an interrupted run wrote after `start`
             print(f"training {task.name}, {sum(p.numel() for p in self.parameters):,} parameters, on "
@@ -179,6 +183,7 @@ class Trainer:
         loader = DataLoader(self.task.samples, batch_sampler=keys, num_workers=s.workers,
                             pin_memory=s.device.startswith("cuda"), worker_init_fn=ignore_sigterm)
         if self.start == 0 and self.rank == 0:
+            self.check_held_out(-1)
             self.draw(-1)  # what the modules do at first
         bar = tqdm(loader, initial=self.start, total=s.steps, unit="step", disable=self.rank > 0 or None)
         return enumerate(bar, self.start)
@@ -196,13 +201,9 @@ class Trainer:
                 rows = slice(i, i + s.micro_batch)
                 yield {name: x[rows].to(s.device, non_blocking=True) for name, x in batch.items()}
 
-    @property
-    def part_count(self) -> int:
-        return self.settings.batch // self.world // self.settings.micro_batch
-
     def share(self, loss: Tensor) -> Tensor:
         """A part's loss -> its share of the batch's, which adds up in `self.loss`."""
-        share = loss / (self.part_count * self.world)
+        share = loss / (self.settings.batch // self.settings.micro_batch)
         self.loss += share.item()
         return share
 
@@ -313,34 +314,34 @@ class Trainer:
 
     def draw(self, step: int) -> None:
         """Draws the loss as a curve, beside it that of held-out ads, and a sheet that shows what the modules do now."""
-        folder, held_out = self.settings.folder, self.check_held_out(step)
-        curves = {"loss": [(line["step"], line["loss"]) for line in read_log(self.log) if "loss" in line]}
-        if curves["loss"]:
-            curves |= {"held-out ads": held_out} if held_out else {}
+        folder, log, began = self.settings.folder, read_log(self.log), time.perf_counter()
+        curves = {name: points for name, key in (("loss", "loss"), ("held-out ads", "held_out_loss"))
+                  if (points := [(line["step"], line[key]) for line in log if key in line])}
+        if "loss" in curves:
             save_image(draw_curves(curves, f"loss of {self.task.name}", "step"), folder / "loss.png")
         try:
             with self.averaged():
                 save_image(self.task.draw(), folder / f"sheet_{step + 1:06}.png")
         except torch.OutOfMemoryError:
             print("no sheet: painting it does not fit the GPU's memory", file=sys.stderr)
+        self.clock += time.perf_counter() - began  # the log's speed is that of steps
 
-    def check_held_out(self, step: int) -> list[tuple[int, float]]:
-        """Adds the loss of held-out ads, always with the same noise and timesteps, to the log; while it is the lowest,
-        the models are kept in OUT/best. Returns its curve; [] if no ads are held out.
+    def check_held_out(self, step: int) -> None:
+        """Logs the loss of held-out ads, always with the same noise and timesteps; while it is the lowest, the models
+        are kept in OUT/best. The log's "ads" is another number where others are held out.
         """
         s, held_out = self.settings, self.task.held_out
         if not held_out:
-            return []
+            return
         batch = default_collate([held_out[i, seed_of(s.seed, "held out", i)] for i in range(len(held_out))])
+        ads = float(sum(x.double().sum() for x in batch.values()))
+        before = [line["held_out_loss"] for line in read_log(self.log) if line.get("ads") == ads]
         with self.averaged():
-            losses = [(self.task.held_out_loss(part).item(), len(part["index"]))
-                      for part in self.parts(batch)]
-            loss = sum(mean * count for mean, count in losses) / len(held_out)
-            append_line({"step": step + 1, "held_out_loss": loss}, self.log)
-            curve = [(line["step"], line["held_out_loss"]) for line in read_log(self.log) if "held_out_loss" in line]
-            if loss <= min(loss for _, loss in curve):
+            loss = sum(self.task.held_out_loss(part).item() * len(part["index"]) for part in self.parts(batch))
+            loss /= len(held_out)
+            append_line({"step": step + 1, "held_out_loss": loss, "ads": ads}, self.log)
+            if loss <= min(before, default=loss):
                 self.task.save(s.out / "best")
-        return curve
 
     def leave_if_stopped(self, step: int) -> None:
         """If any process has received SIGTERM, ends all of them with status 143."""
@@ -356,10 +357,10 @@ class Trainer:
             s, out = self.settings, self.settings.out
             print(f"trained {self.task.name}: {', '.join(str(out / name) for name in self.task.modules)}; "
                   f"{s.folder} holds the loss as a curve, sheets and the log")
-            if self.task.held_out:
+            if (out / "best").exists():
                 print(f"{out / 'best'} holds the models at the lowest loss of held-out ads")
-            if s.stage in BRANCHES:
-                film = draw_film(sorted(s.folder.glob("sheet_*.png")), s.size, s.folder / "loss.png")
-                save_image(film, s.folder / "film.png")
+            sheets, loss = sorted(s.folder.glob("sheet_*.png")), s.folder / "loss.png"
+            if s.stage in BRANCHES and sheets and loss.exists():
+                save_image(draw_film(sheets, s.size, loss), s.folder / "film.png")
             for command in self.task.next_commands:
                 print("next:", shlex.join(command))

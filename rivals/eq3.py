@@ -18,12 +18,12 @@ from torch import Tensor
 from data import AdDataset, prompt_texts
 from programs.gallery import save
 from programs.models import identifiers_of
-from rivals.lab import Lab
+from rivals.lab import Lab, choose, cutout_of
 from rivals.metrics import interval, markdown_table, plus_minus
 from support.datasets import Item, categories_of
 from support.files import BadInput, write_text
 from support.images import sheet, to_tensor
-from support.plots import choose, cutout_of, picture_of
+from support.plots import picture_of
 from toy.products import PRODUCTS
 from toy.world import BRANDS_PER_CATEGORY, draw_picture
 

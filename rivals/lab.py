@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Generator, Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python rivals/lab.py`: the repository's root
 
@@ -46,7 +46,7 @@ from rivals.stages import RIVAL_STAGES
 from sampler import SamplerSettings
 from support.datasets import Item, read_items
 from support.files import BadInput, locked, one_line_errors, read_json
-from support.images import canvas_size, load_cutout, open_image, resize, to_tensor
+from support.images import canvas_size, load_cutout, load_masked, open_image, resize, to_tensor
 from support.machine import barrier, pick_device, pick_dtype
 from support.options import Parser, check_together, whole_number
 from support.tensors import file_fingerprint, fingerprint, model_fingerprint
@@ -256,6 +256,20 @@ class Lab:
         categories = sorted({item.category for item in items})
         own = torch.tensor([categories.index(item.category) for item in items])
         return categories, F.normalize(torch.stack([x[own == k].mean(dim=0) for k in range(len(categories))]), dim=1)
+
+
+def cutout_of(item: Item) -> Tensor:
+    """An item's product on white, (3, H, W)."""
+    rgb, mask = load_masked(item.image, item.mask, inverted=item.inverted)
+    return rgb * mask + 1 - mask
+
+
+def choose(items: list, count: int, seed: int = 0) -> list:
+    """`count` of the items, drawn at random by the seed and kept in order. Evenly spaced ones would not do: lists often
+    go round the categories.
+    """
+    chosen = torch.randperm(len(items), generator=Generator().manual_seed(seed))[:count]
+    return [items[i] for i in sorted(chosen.tolist())]
 
 
 def check_attention(option: str, cg: Path) -> None:

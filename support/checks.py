@@ -1,7 +1,6 @@
 """Support: what data.py does: lists a folder, checks a data set, holds ads out; not needed to understand the paper."""
 
 import argparse
-import hashlib
 import json
 import shutil
 import signal
@@ -21,6 +20,7 @@ from support.files import BadInput, check_folder, is_hidden, nfc, one_line, writ
 from support.images import FORMATS, save_image, sheet
 from support.machine import cores
 from support.options import Parser, real_number, whole_number
+from support.tensors import fingerprint
 
 # ---------------------------------------------------------------- a folder of categories
 
@@ -49,9 +49,14 @@ def list_folder(root: Path) -> str:
         *left_out[:5]])
     if not lines:
         raise BadInput(f"{root}: {note}; expected {root / 'mug' / 'any_name.png'} and others")
-    texts = [json.dumps(line, ensure_ascii=False, default=Path.as_posix) + "\n" for line in lines]
-    write_text("".join(texts), file)
+    write_list(lines, file)
     return f"{file}: {note}"
+
+
+def write_list(lines: list[dict], file: Path) -> None:
+    """Writes metadata.jsonl."""
+    texts = (json.dumps(line, ensure_ascii=False, default=Path.as_posix) + "\n" for line in lines)
+    write_text("".join(texts), file)
 
 
 # ---------------------------------------------------------------- checking a data set
@@ -105,18 +110,17 @@ def drop_lines(file: Path, items: list[Item]) -> Path:
 
 
 def hold_out(file: Path, part: float) -> str:
-    """Marks the ads of a list whose name's hash falls in the lowest `part` as "split": "test"; they stay the same when
-    others are added. A category's last ad stays in the training set. Returns what was done.
+    """Marks the ads of a list whose name's hash falls in the lowest `part` as "split": "test", a category's last one as
+    "train"; ads that are marked already stay so, also when others are added. Returns what was done.
     """
     entries = [json.loads(line) for _, line in read_lines(file)]
-    train = [entry for entry in entries if entry.get("split") != "test"]
-    left = Counter(entry["category"] for entry in train)
-    for entry in train:
-        name = hashlib.blake2b(entry["file_name"].encode("utf-8", "surrogateescape"), digest_size=4)
-        if int(name.hexdigest(), 16) < part * 2**32 and left[entry["category"]] > 1:
-            entry["split"] = "test"
-            left[entry["category"]] -= 1
-    write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries), file, "surrogateescape")
+    left = Counter(entry["category"] for entry in entries if entry.get("split") != "test")
+    for entry in entries:
+        place = int(fingerprint(entry["file_name"])[:8], 16) / 2**32
+        if place < part and "split" not in entry:
+            entry["split"] = "test" if left[entry["category"]] > 1 else "train"
+            left[entry["category"]] -= entry["split"] == "test"
+    write_list(entries, file)
     held_out = len(entries) - left.total()
     return f"{file}: {held_out:,} of {len(entries):,} ads are held out" + ("" if held_out else "; raise --hold-out")
 
@@ -137,7 +141,8 @@ def check_data_set(arguments: list[str] | None, dataset: type[Dataset], product_
         items, notes = read_items(args.dir, args.split)
         print("\n".join(listed + notes))
         references = [replace(item, image=item.reference, mask=item.reference_mask) for item in items if item.reference]
-        ads = dataset(items + references, args.size)
+        test = read_items(args.dir, "bg1k")[0] if file.suffix == ".jsonl" else []  # held-out ads must load, too
+        ads = dataset(items + references + [*{*test} - {*items}], args.size)
         blank = check_ads(ads, len(items), file)
         if args.sheet:
             save_sheet(ads, len(items), product_hint, perturb, args.sheet)

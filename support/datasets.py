@@ -56,7 +56,7 @@ def read_items(root: Path | str, split: str = "bg60k") -> tuple[list[Item], list
     items, missing = read_imagefolder(file, split) if own_format else read_bg60k(file, split)
     refuse_many_broken(missing, len(items) + len(missing), root)
     if not items:
-        raise BadInput(f"{root}: the data set is empty; add lines to its list")
+        raise BadInput(f"{root}: the data set, or this split of it, is empty; add lines to its list")
     for item in items:
         if not is_unicode(f"{item.category}{item.product}{item.scene}"):
             raise BadInput(f"{file}:{item.line}: not UTF-8 text; convert the list, or rename {item.image.parent}")
@@ -152,7 +152,7 @@ def check_name(name: str, where: str) -> None:
 
 def read_imagefolder(file: Path, split: str) -> tuple[list[Item], list[str]]:
     """Items and missing files, from metadata.jsonl: one JSON object a line, its paths relative to the folder."""
-    train, test, missing = [], [], []
+    train, test = ([], []), ([], [])  # items, missing files
     for number, line in read_lines(file):
         where = f"{file}:{number}"
         try:
@@ -166,15 +166,16 @@ def read_imagefolder(file: Path, split: str) -> tuple[list[Item], list[str]]:
             raise BadInput(f"{where}: not a JSON object of strings ({error}); fix the line") from None
         if not names[0] or not category:
             raise BadInput(f"{where}: needs a file_name and a category; add them")
+        if (part := entry.get("split", "train")) not in ("train", "test"):
+            raise BadInput(f"{where}: split {part} is neither train nor test; make it one of them")
+        items, missing = test if part == "test" else train
         if absent := [name for name, path in zip(names, paths) if name and not path]:
             missing.append(f"{where}: no file {absent[0]}")
         else:
-            chosen = test if entry.get("split") == "test" else train
-            chosen.append(Item(*paths[:2], category, *paths[2:], *words, line=number))
-    if split == "bg60k" or not test:
-        return train, missing
-    pairs = [item for item in test if item.reference] if split == "bgpair" else []
-    return pairs or test, missing
+            items.append(Item(*paths[:2], category, *paths[2:], *words, line=number))
+    items, missing = test if split != "bg60k" and any(test) else train
+    pairs = [item for item in items if item.reference] if split == "bgpair" else []
+    return pairs or items, missing
 
 
 def find_file(root: Path, name: str, where: str) -> Path | None:

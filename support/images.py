@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageChops, ImageCms, ImageDraw, ImageFont, ImageOps
-from PIL.PngImagePlugin import PngInfo
+from PIL.PngImagePlugin import PngInfo, PngStream
 from torch import Tensor
 from tqdm import tqdm
 
@@ -52,8 +52,7 @@ def decode(path: AnyPath) -> Image.Image:
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise Image.DecompressionBombError
             image.load()
-            if image.format == "PNG":
-                take_cicp(image, path)
+            take_cicp(image, path)
             ImageOps.exif_transpose(image, in_place=True)
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
@@ -68,12 +67,20 @@ def decode(path: AnyPath) -> Image.Image:
     return eight_bits(image, path) if image.mode.startswith(("I", "F")) else image
 
 
+def keep_cicp(stream: PngStream, position: int, length: int) -> bytes:
+    """Keeps a PNG's cICP chunk, which Pillow would skip, in the image's info."""
+    stream.im_info["cicp"] = chunk = stream.fp.read(length)
+    return chunk
+
+
+PngStream.chunk_cICP = keep_cicp
+
+
 def take_cicp(image: Image.Image, path: AnyPath) -> None:
-    """Turns a PNG's cICP chunk, which Pillow leaves out and which goes before a profile, into the image's profile. Only
-    sRGB and Display P3 are known; others, such as HDR's PQ and HLG, are named in a note.
+    """Turns the colours that a cICP chunk names, which go before a profile, into the image's profile. Only sRGB and
+    Display P3 are known; others, such as HDR's PQ and HLG, are named in a note.
     """
-    chunks = Path(path).read_bytes().partition(b"IDAT")[0]
-    code = chunks.partition(b"\0\0\0\4cICP")[2][:2]  # primaries, transfer
+    code = image.info.pop("cicp", b"")[:2]  # primaries, transfer
     if code == b"\1\r":
         image.info.pop("icc_profile", None)
     elif code == b"\f\r":
@@ -298,11 +305,12 @@ def canvas_size(height: int, width: int, size: int, multiple: int) -> tuple[int,
     return -(-height * size // longer) * multiple, -(-width * size // longer) * multiple  # -(-a // b): a / b rounded up
 
 
-def grow_frame(rgb: Tensor, mask: Tensor, margin: float, aspect: Fraction | None) -> tuple[Tensor, Tensor]:
+def grow_frame(rgb: Tensor, mask: Tensor, margin: float, aspect: Fraction | None,
+               name: AnyPath) -> tuple[Tensor, Tensor]:
     """Adds pixels around a picture (3, H, W) and its mask (1, H, W) until on each side of the product's box at least
     `margin` of the frame is free, and the width is `aspect` of the height. Nothing is cut off or resampled.
 
-    Raises BadInput if the frame would be larger than pictures may be.
+    Raises BadInput, with the file's name, if the frame would be larger than pictures may be.
     """
     left, right = missing_room(mask[0].amax(0), margin)
     top, bottom = missing_room(mask[0].amax(1), margin)
@@ -311,11 +319,10 @@ def grow_frame(rgb: Tensor, mask: Tensor, margin: float, aspect: Fraction | None
         wider, higher = max(0, round(h * aspect) - w), max(0, round(w / aspect) - h)
         left, right = left + wider // 2, right + (wider + 1) // 2
         top, bottom = top + higher // 2, bottom + (higher + 1) // 2
-        h, w = h + higher, w + wider
-    if h * w > Image.MAX_IMAGE_PIXELS:
-        raise BadInput(f"--margin: the frame would have {w} x {h} pixels, over {Image.MAX_IMAGE_PIXELS:,}; lower it "
-                       "or give a smaller picture")
     pad = (left, right, top, bottom)
+    if (mask.shape[1] + top + bottom) * (mask.shape[2] + left + right) > Image.MAX_IMAGE_PIXELS:
+        raise BadInput(f"{name}: --margin and --aspect would make over {Image.MAX_IMAGE_PIXELS:,} pixels of it; give a "
+                       "smaller picture")
     return F.pad(rgb, pad, mode="replicate"), F.pad(mask, pad)
 
 
@@ -323,7 +330,7 @@ def missing_room(line: Tensor, margin: float) -> tuple[int, int]:
     """How many pixels to add before and after a line of mask values (n,), so that both sides of the product in it are
     at least `margin` of the whole.
     """
-    n, inside = len(line), (line > 0.1).nonzero().flatten().tolist() or [0, len(line) - 1]
+    n, inside = len(line), (line > 0.1).nonzero().flatten().tolist()
     before, after = inside[0], n - 1 - inside[-1]
     # the longest that is needed if no side grows, the one, the other, or both
     whole = max(n, (n - before) / (1 - margin), (n - after) / (1 - margin), (n - before - after) / (1 - 2 * margin))

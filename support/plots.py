@@ -2,12 +2,9 @@
 
 from pathlib import Path
 
-import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch import Generator, Tensor
 
-from support.datasets import Item
-from support.images import GAP, THUMBNAIL, load_masked, open_image, sheet, thumbnail
+from support.images import GAP, THUMBNAIL, open_image, sheet, thumbnail
 
 COLOURS = ("#1f4e8c", "#c2521a")
 
@@ -66,17 +63,3 @@ def draw_film(sheets: list[Path], side: int, curve: Path) -> Image.Image:
 def picture_of(path: Path | None) -> Image.Image | None:
     """The picture in a file as a thumbnail; None if there is no file."""
     return thumbnail(open_image(path).convert("RGB")) if path and path.exists() else None
-
-
-def cutout_of(item: Item) -> Tensor:
-    """An item's product on white, (3, H, W)."""
-    rgb, mask = load_masked(item.image, item.mask, inverted=item.inverted)
-    return rgb * mask + 1 - mask
-
-
-def choose(items: list, count: int, seed: int = 0) -> list:
-    """`count` of the items, drawn at random by the seed and kept in order. Evenly spaced ones would not do: lists often
-    go round the categories.
-    """
-    chosen = torch.randperm(len(items), generator=Generator().manual_seed(seed))[:count]
-    return [items[i] for i in sorted(chosen.tolist())]

@@ -4,10 +4,8 @@
     python tests/bench.py sd15           # SD 1.5's size, random weights, beside diffusers: load, memory, steps
     python tests/bench.py train          # training steps of that size, beside diffusers: time, memory
     python tests/bench.py refine         # that size: the second pass, 512 -> 1024 px: time, peak memory
-    python tests/bench.py vae            # SD 1.5's VAE alone at 1024 px: memory
     python tests/bench.py rivals         # LaMa and Paint by Example at full size, beside reference implementations
     python tests/bench.py photo          # a photo of 49 megapixels on one core: time and memory beside the painting
-    python tests/bench.py samplers       # the toy: how far DDIM and DPM-Solver++ are from 250 steps, by steps
 
 All work on large things is done by programs of three pieces of code, for imports, load and work, in processes of their
 own: on Linux a process inherits the peak memory of the one that starts it.
@@ -204,22 +202,6 @@ def refine(folder: Path, steps: int) -> None:
     measured(launch(WRITE_SD15, folder))
     compare(f"the second pass, from {steps} steps; the reference is bfloat16", *(
         measured(launch(REFINE, folder, dtype, steps)) for dtype in ("float32", "bfloat16")))
-
-
-VAE_AT_1024 = (SIZES + "from vae import VAE as Autoencoder", "network = Autoencoder(VAE).eval()", """
-with torch.inference_mode():
-    if folder == "decode":
-        network.decode(torch.randn(1, 4, 128, 128))
-    else:
-        network.encode(torch.randn(1, 3, 1024, 1024))
-""")
-
-
-def vae(folder: Path, steps: int) -> None:
-    """The memory beside the weights."""
-    for part in ("decode", "encode"):
-        run = measured(launch(VAE_AT_1024, part))
-        print(f"{part} 1024 px, float32: {run['peak, GB'] - run['peak when ready, GB']:.2f} GB (aim for decode: 3.8)")
 
 
 # ---------------------------------------------------------------- training at SD 1.5's size
@@ -421,44 +403,7 @@ def toy(out: Path, steps: int) -> None:
         print(f"{name:45} {seconds:6.2f} s {memory:6.0f} MB")
 
 
-def samplers(_: Path, steps: int) -> None:
-    """The distance to the picture of 250 DDIM steps from the same noise, in levels of 255, before the second pass.
-
-    It is the root mean square over four held-out products by the toy's CG. With steps spaced as SD 1.5's config says
-    ("leading"), walks of different lengths also begin at different timesteps: 20 steps at 951, 250 at 997. With
-    "trailing" all begin at 999.
-    """
-    from dataclasses import replace
-
-    import torch
-
-    from data import Canvas, prompts_by_category
-    from generate import paint
-    from programs.models import ModelChoice, load_models
-    from sampler import SamplerSettings, Schedule, seeded
-    from support.images import fit, load_cutout
-
-    names = ["perfume", "laptop", "sneaker", "watch"]
-    models = load_models(ModelChoice(dtype="float32"), None, {*names})
-    texts = prompts_by_category(models.identifiers, models.sd.tokenizer)
-    rgb, mask = zip(*(load_cutout(ROOT / "toy" / "samples" / f"{name}.png") for name in names))
-    rgb, mask = (torch.stack([fit(x, models.size, models.size, "contain")[0] for x in xs]) for xs in (rgb, mask))
-
-    def pictures(steps: int, sampler: str, spacing: str) -> torch.Tensor:
-        canvas = Canvas(rgb, mask, [texts[name] for name in names], seeded(0, len(names)))
-        sd = replace(models.sd, schedule=Schedule(models.sd.schedule.config | {"timestep_spacing": spacing}))
-        return paint(sd, canvas, SamplerSettings(steps, sampler=sampler), models.cg)
-
-    exact = {spacing: pictures(250, "ddim", spacing) for spacing in ("leading", "trailing")}
-    print("| steps | DDIM, leading | DPM-Solver++ (2M), leading | DDIM, trailing | DPM-Solver++ (2M), trailing |")
-    print("| --- | --- | --- | --- | --- |")
-    for steps in (5, 10, 15, 20, 25, 50):
-        far = [255 * (pictures(steps, sampler, spacing) - exact[spacing]).square().mean().sqrt()
-               for spacing in exact for sampler in ("ddim", "dpm++")]
-        print(f"| {steps} | " + " | ".join(f"{x:.1f}" for x in far) + " |", flush=True)
-
-
-WHAT = {measure.__name__: measure for measure in (toy, sd15, train, refine, vae, rivals, photo, samplers)}
+WHAT = {measure.__name__: measure for measure in (toy, sd15, train, refine, rivals, photo)}
 
 
 def main() -> None:

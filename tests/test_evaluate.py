@@ -39,7 +39,7 @@ from support import tensors as cache
 from support.datasets import Item, read_items
 from support.files import read_json
 from support.images import load_masked, open_image, to_tensor
-from support.plots import COLOURS, choose, draw_curves
+from support.plots import COLOURS, draw_curves
 from toy.products import PRODUCTS
 from toy.world import TOY_DATA, write_world
 from weights import (
@@ -255,9 +255,9 @@ def test_a_curve_falls_with_the_loss_and_one_bad_batch_does_not_flatten_it():
 
 def test_the_same_items_are_chosen_every_time_in_their_order():
     items = [*range(100)]
-    chosen = choose(items, 8)
-    assert chosen == choose(items, 8) == sorted({*chosen}) and len(chosen) == 8
-    assert choose([1, 2], 8) == [1, 2]
+    chosen = methods.choose(items, 8)
+    assert chosen == methods.choose(items, 8) == sorted({*chosen}) and len(chosen) == 8
+    assert methods.choose([1, 2], 8) == [1, 2]
 
 
 # ---------------------------------------------------------------- the command line

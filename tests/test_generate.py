@@ -253,8 +253,14 @@ def test_a_margin_and_an_aspect_widen_the_frame_and_resample_nothing(run):
 def test_a_frame_grows_only_where_a_margin_is_missing(box, margin, pads):
     mask, (left, top, right, bottom) = torch.zeros(1, 100, 100), box
     mask[:, top:bottom, left:right] = 1
-    rgb, grown = grow_frame(torch.rand(3, 100, 100), mask, margin, None)
+    rgb, grown = grow_frame(torch.rand(3, 100, 100), mask, margin, None, "mug.png")
     assert torch.equal(grown, F.pad(mask, pads)) and rgb.shape[1:] == grown.shape[1:]
+
+
+def test_a_frame_that_would_be_too_large_is_named_and_the_others_are_painted(refused, items, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 25_000)
+    err = refused("--data", items, "--margin", 0.4, said="out: 3 painted, 0 were there, 2 broken\n")
+    assert err.count("png: --margin and --aspect would make over 25,000 pixels of it") == 2
 
 
 def test_a_scale_multiplies_a_branchs_outputs_and_a_negative_prompt_stands_for_the_empty_one(run, monkeypatch):
@@ -341,6 +347,7 @@ def test_a_rivals_picture_gets_the_second_pass_too(toy, encoded):
     "--product mug.png --category watch --reference 'my ad.png' --start noise --guidance 3.5",
     "--product rgb.png --mask mask.png --category teapot --plain-prompt --eta 0.5 --size 96 --seed 3",
     "--product mug.png --category mug --sampler dpm++ --refine 2 --refine-from 600",
+    "--product mug.png --category mug --cg-scale 0 --negative=-blurred --spacing trailing --margin 0.3 --aspect 3:2",
     "--prompt 'a photo of a mug'",
     "--data set --seed 7 --batch 1 --limit 3"])
 def test_how_prints_the_command_that_paints_a_picture_again(run, items, options):
@@ -446,9 +453,9 @@ def test_a_line_of_a_manifest_that_does_not_say_how_is_refused(line, refused, it
     assert "error: out/manifest.jsonl:1 does not say how a picture was painted; remove" in refused("--data", items)
 
 
-def test_two_processes_share_a_data_set_and_the_last_draws_the_sheet_of_all(run, items, monkeypatch):
+def test_two_processes_share_a_data_set_and_the_first_draws_the_sheet_of_all(run, items, monkeypatch):
     """They are started as by torchrun, but one after the other. One process then finds nothing to do."""
-    for world, rank, painted, there in ("2", "0", 3, 0), ("2", "1", 2, 0), ("1", "0", 0, 5):
+    for world, rank, painted, there in ("2", "1", 2, 0), ("2", "0", 3, 0), ("1", "0", 0, 5):
         monkeypatch.setenv("WORLD_SIZE", world)
         monkeypatch.setenv("RANK", rank)
         sheet = Path("out/sheet.png").exists() and pixels("out/sheet.png")
@@ -561,7 +568,7 @@ BAD = {  # options: what the line says
     "--how mug.png": "mug.png: no command paints it again",
     "--how text.png": "text.png: no command paints it again",
     "--data gone": "gone: no such data set",
-    "--data nothing": "nothing: the data set is empty",
+    "--data nothing": "nothing: the data set, or this split of it, is empty",
     "--data folder --split bg2k": "--split bg2k",
     "--data folder --num 2": "--num",
     "--prompt mug --weights model.ckpt": "model.ckpt is a pickle",

@@ -493,7 +493,7 @@ def test_held_out_ads_change_no_bit_of_a_training_and_their_loss_is_eq1_on_the_s
     monkeypatch.setattr(latents, "draw_branches", draw)
     for held_out in (False, True):
         branch("cg", tmp_path / str(held_out), "--steps", 2, "--data", own_ads(held_out), "--sample-every", 1)
-        assert ("no ads are held out; python data.py" in capsys.readouterr().err) != held_out
+        assert ("no ads are held out to check the training with" in capsys.readouterr().err) != held_out
     assert labels == ["training ads"] * 3 + ["held-out ads"] * 3
     without, beside = (state(checkpoints(tmp_path / run, "cg")[-1]) for run in ("False", "True"))
     identical(without, beside)
@@ -508,12 +508,12 @@ def test_held_out_ads_change_no_bit_of_a_training_and_their_loss_is_eq1_on_the_s
 @pytest.mark.parametrize("losses, best", [([3, 2, 1, 5], 2), ([3, 2, 4, 1], 3)])
 def test_the_models_of_the_lowest_loss_of_held_out_ads_are_kept(losses, best, tmp_path, capsys):
     """The ten held-out samples are seen in parts of 4, 4 and 2, which count by their number."""
-    line, parts = Line(), iter([loss for loss in losses for _ in range(3)])
-    task = line.task
+    held_out = line = Line()
+    task, parts = line.task, iter([loss for loss in losses for _ in range(3)])
 
     def with_held_out(settings):
         loss = lambda batch: next(parts) + batch["index"].float().mean()  # noqa: E731
-        return replace(task(settings), held_out=line, held_out_loss=loss)
+        return replace(task(settings), held_out=held_out, held_out_loss=loss)
 
     line.task = with_held_out
     line.train(tmp_path, "--sample-every", 1, steps=3, ema=0)
@@ -523,6 +523,20 @@ def test_the_models_of_the_lowest_loss_of_held_out_ads_are_kept(losses, best, tm
     assert [entry["held_out_loss"] for entry in log_of(tmp_path) if "loss" not in entry] == [x + 4.5 for x in losses]
     assert f"{tmp_path / 'best'} holds the models at the lowest loss of held-out ads" in capsys.readouterr().out
     assert Image.open(tmp_path / "training" / "line" / "loss.png").size == (900, 450)
+    held_out, parts = type("Others", (Line,), {"__len__": lambda self: 6})(), iter([9, 9])
+    line.train(tmp_path, "--sample-every", 1, "--resume", steps=4, ema=0)
+    best, last = (weights_of(tmp_path / name)["weight"] for name in ("best/line", "line"))
+    assert best == last, "of other held-out ads the lowest loss is looked for anew"
+
+
+def test_what_a_run_left_that_was_killed_before_its_first_checkpoint_is_cleared(tmp_path):
+    for name in ("training/line/log.jsonl", "training/line/sheet_000009.png", "best/line/old", "best/pg/another"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text('{"step": 0, "loss": 7}\n')
+    Line().train(tmp_path, "--resume")
+    assert [line["step"] for line in log_of(tmp_path)] == [1, 2, 3, 4, 5]
+    assert not [path for path in tmp_path.rglob("*") if path.name in ("sheet_000009.png", "old")]
+    assert (tmp_path / "best" / "pg" / "another").exists(), "another stage's"
 
 
 def test_a_film_has_a_column_for_the_first_the_last_and_steps_between(tmp_path):
