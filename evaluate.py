@@ -28,9 +28,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from programs.gallery import save
 from rivals.eq3 import swapped
-from rivals.lab import METHODS, PROTOCOLS, Lab, add_lab_options, choose, cutout_of, lab_of
+from rivals.lab import METHODS, PROTOCOLS, Lab, add_lab_options, choose, cutout_of, lab_of, save
 from rivals.metrics import RESAMPLES, frechet, interval, joint_frechet, markdown_table, plus_minus, similarity
 from rivals.tsne import scatter, tsne
 from support.datasets import Item

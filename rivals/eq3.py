@@ -16,9 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import AdDataset, prompt_texts
-from programs.gallery import save
 from programs.models import identifiers_of
-from rivals.lab import Lab, choose, cutout_of
+from rivals.lab import Lab, choose, cutout_of, save
 from rivals.metrics import interval, markdown_table, plus_minus
 from support.datasets import Item, categories_of
 from support.files import BadInput, write_text

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Generator, Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python rivals/lab.py`: the repository's root
@@ -46,7 +47,7 @@ from rivals.stages import RIVAL_STAGES
 from sampler import SamplerSettings
 from support.datasets import Item, read_items
 from support.files import BadInput, locked, one_line_errors, read_json
-from support.images import canvas_size, load_cutout, load_masked, open_image, resize, to_tensor
+from support.images import canvas_size, load_cutout, load_masked, open_image, resize, save_image, to_tensor
 from support.machine import barrier, pick_device, pick_dtype
 from support.options import Parser, check_together, whole_number
 from support.tensors import file_fingerprint, fingerprint, model_fingerprint
@@ -256,6 +257,12 @@ class Lab:
         categories = sorted({item.category for item in items})
         own = torch.tensor([categories.index(item.category) for item in items])
         return categories, F.normalize(torch.stack([x[own == k].mean(dim=0) for k in range(len(categories))]), dim=1)
+
+
+def save(picture: Image.Image, path: Path) -> None:
+    """Writes a PNG and prints its path."""
+    save_image(picture, path)
+    print(path)
 
 
 def cutout_of(item: Item) -> Tensor:
