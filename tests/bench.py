@@ -3,9 +3,9 @@
     python tests/bench.py                # the toy: generate.py from start to end, imports
     python tests/bench.py sd15           # SD 1.5's size, random weights, beside diffusers: load, memory, steps
     python tests/bench.py train          # training steps of that size, beside diffusers: time, memory
-    python tests/bench.py refine         # that size: the second pass, 512 -> 1024 px: time, peak memory
     python tests/bench.py rivals         # LaMa and Paint by Example at full size, beside reference implementations
     python tests/bench.py photo          # a photo of 49 megapixels on one core: time and memory beside the painting
+    python tests/bench.py samplers       # the toy: how far DDIM and DPM-Solver++ are from 250 steps, by steps
 
 All work on large things is done by programs of three pieces of code, for imports, load and work, in processes of their
 own: on Linux a process inherits the peak memory of the one that starts it.
@@ -178,30 +178,6 @@ def sd15(folder: Path, steps: int) -> None:
     for dtype in {default: 0, auto: 0}:
         ours = measured(launch(OURS, folder, dtype, steps))
         compare(f"{dtype} beside {default}, {steps} steps; aims 0.5 for the load, 0.7 for bfloat16", ours, theirs)
-
-
-REFINE = (OURS[0], OURS[1], """
-painted, generators = None, seeded(0)
-how = SamplerSettings(steps, refine=2, refine_from=999)  # all steps, both times
-for size in (512, 1024):
-    rgb, mask = torch.rand(1, 3, size, size), torch.zeros(1, 1, size, size)
-    mask[..., size // 4 : 3 * size // 4, size // 4 : 3 * size // 4] = 1
-    canvas = Canvas(rgb, mask, [("a photo of a mug", "mug", "sks 0")], generators, rgb, mask)
-    marks, begin = [], time.perf_counter()
-    painted = paint(sd, canvas, how, cg, pg, first=painted, on_step=mark).cpu()
-    step = min(b - a for a, b in zip(marks, marks[1:]))
-    count = len(Schedule().timesteps(50, *[SamplerSettings.refine_from] * (size == 1024)))
-    seconds = time.perf_counter() - begin + (count - steps) * step
-    out |= {f"a step at {size} px, s": step, f"{count} steps, s": seconds, f"peak after {size} px, GB": gigabytes()}
-marks = []
-""")
-
-
-def refine(folder: Path, steps: int) -> None:
-    """Works out the time of 50 steps, and of the second pass's share of them, from a few steps' time."""
-    measured(launch(WRITE_SD15, folder))
-    compare(f"the second pass, from {steps} steps; the reference is bfloat16", *(
-        measured(launch(REFINE, folder, dtype, steps)) for dtype in ("float32", "bfloat16")))
 
 
 # ---------------------------------------------------------------- training at SD 1.5's size
@@ -403,13 +379,47 @@ def toy(out: Path, steps: int) -> None:
         print(f"{name:45} {seconds:6.2f} s {memory:6.0f} MB")
 
 
-WHAT = {measure.__name__: measure for measure in (toy, sd15, train, refine, rivals, photo)}
+def samplers(_: Path, steps: int) -> None:
+    """The root mean square distance to the pictures of 250 DDIM steps from the same noise and with the same spacing, in
+    levels of 255, over four held-out products by the toy's CG.
+    """
+    from dataclasses import replace
+
+    import torch
+
+    from data import Canvas, prompts_by_category
+    from generate import paint
+    from programs.models import ModelChoice, load_models
+    from sampler import SamplerSettings, Schedule, seeded
+    from support.images import fit, load_cutout
+
+    names = ["perfume", "laptop", "sneaker", "watch"]
+    models = load_models(ModelChoice(dtype="float32"), None, {*names})
+    texts = prompts_by_category(models.identifiers, models.sd.tokenizer)
+    products = zip(*(load_cutout(ROOT / "toy" / "samples" / f"{name}.png") for name in names))
+    rgb, mask = (torch.stack([fit(x, models.size, models.size, "contain")[0] for x in xs]) for xs in products)
+
+    for spacing in ("leading", "trailing"):
+        sd = replace(models.sd, schedule=Schedule(models.sd.schedule.config | {"timestep_spacing": spacing}))
+
+        def pictures(count: int, sampler: str = "ddim", sd=sd) -> torch.Tensor:
+            canvas = Canvas(rgb, mask, [texts[name] for name in names], seeded(0, len(names)))
+            return paint(sd, canvas, SamplerSettings(count, sampler=sampler), models.cg)
+
+        exact = pictures(250)
+        for sampler in ("ddim", "dpm++"):
+            for count in (5, 10, 20, 50):
+                far = 255 * (pictures(count, sampler) - exact).square().mean().sqrt()
+                print(f"{spacing:9} {sampler:6} {count:3} steps {far:5.1f}", flush=True)
+
+
+WHAT = {measure.__name__: measure for measure in (toy, sd15, train, rivals, photo, samplers)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", default="toy", choices=WHAT)
-    parser.add_argument("--steps", type=int, default=4, help="sd15, refine, rivals: steps of the pictures [4]")
+    parser.add_argument("--steps", type=int, default=4, help="sd15, rivals: steps of the pictures [4]")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         WHAT[args.what](Path(folder), args.steps)
