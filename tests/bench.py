@@ -1,6 +1,6 @@
 """Tests: measures times and memory for the README, once each on this machine. Nothing else may run meanwhile.
 
-    python tests/bench.py                # the toy: generate.py from start to end, imports
+    python tests/bench.py                # the toy: generate.py from start to end
     python tests/bench.py sd15           # SD 1.5's size, random weights, beside diffusers: load, memory, steps
     python tests/bench.py train          # training steps of that size, beside diffusers: time, memory
     python tests/bench.py rivals         # LaMa and Paint by Example at full size, beside reference implementations
@@ -370,10 +370,6 @@ def toy(out: Path, steps: int) -> None:
     for name, arguments in {
         "generate.py, 50 steps (aims 15 s, 1000 MB)": ("generate.py", "--out", out),
         "    --sampler dpm++ --steps 20 (aim 8 s)": ("generate.py", "--out", out, "--sampler", "dpm++", "--steps", 20),
-        "import torch": ("-c", "import torch"),
-        "import generate, torch included": ("-c", "import generate"),
-        "import train, torch included": ("-c", "import train"),
-        "generate.py --help": ("generate.py", "--help"),
     }.items():
         seconds, memory = process(*arguments)
         print(f"{name:45} {seconds:6.2f} s {memory:6.0f} MB")

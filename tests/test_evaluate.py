@@ -253,13 +253,6 @@ def test_a_curve_falls_with_the_loss_and_one_bad_batch_does_not_flatten_it():
     assert draw_curves({"one point": [(1, 0.0)]}, "", "").size == page.size
 
 
-def test_the_same_items_are_chosen_every_time_in_their_order():
-    items = [*range(100)]
-    chosen = methods.choose(items, 8)
-    assert chosen == methods.choose(items, 8) == sorted({*chosen}) and len(chosen) == 8
-    assert methods.choose([1, 2], 8) == [1, 2]
-
-
 # ---------------------------------------------------------------- the command line
 
 
