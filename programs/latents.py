@@ -19,9 +19,9 @@ from data import AdDataset, Canvas, TrainingSamples, caption_texts, load_ad, pro
 from model import ControlNet, Prompts, UNet
 from programs.settings import Settings, category_identifiers
 from sampler import SamplerSettings, seeded
-from support.datasets import Item, list_of, read_items
+from support.datasets import Item, read_items
 from support.files import BadInput
-from support.images import canvas_size, sheet
+from support.images import canvas_size, note, sheet
 from support.machine import processes
 from support.tensors import compute_parts, file_fingerprint, not_finite, weights_fingerprint
 from weights import StableDiffusion, load_stable_diffusion
@@ -142,13 +142,16 @@ def batch_prompts(sd: StableDiffusion, items: list[Item], identifiers: dict[str,
 
 
 def held_out_ads(settings: Settings, split: str, items: list[Item], identifiers: dict[str, str] | None) -> list[Item]:
-    """The ads of a test split, if there is one, whose pictures are not among `items`, the training set, and which a
-    run's branches can paint: their category has an identifier or, where these are read, they have captions.
+    """The ads of a test split whose pictures are not among `items`, the training set, and which a run's branches can
+    paint: their category has an identifier or, where these are read, they have captions. A note says why there is none.
     """
-    if not list_of(settings.data, split).is_file():
+    try:
+        test = read_items(settings.data, split)[0]
+    except BadInput as error:
+        note(f"no held-out ads: {error}")
         return []
     trained, captions = {item.image for item in items}, settings.stage == "controlnet"
-    return [item for item in read_items(settings.data, split)[0] if item.image not in trained and (
+    return [item for item in test if item.image not in trained and (
         item.category in identifiers if identifiers else caption_texts(item) or not captions)]
 
 

@@ -194,6 +194,10 @@ def test_a_prompt_paints_at_the_bases_size_or_the_given_or_as_much_larger(run, o
     assert [pixels(path).shape for path in paths] == [(side, side, 3) for side in sides]
 
 
+def test_another_base_has_no_second_pass_by_itself():
+    assert gallery.sampler_settings(gallery.options("").parse_args(["--weights", "sd"])) == SamplerSettings()
+
+
 def test_with_plain_prompt_known_categories_keep_their_identifier_and_others_do_without(toy):
     assert models.identifiers_of({"mug", "teapot"}, toy / "cg", plain_prompt=True) == {"mug": "sks 0", "teapot": None}
     assert prompt_texts("teapot", None) == ("A photo of teapot",) * 3
@@ -287,10 +291,6 @@ def test_a_scale_multiplies_a_branchs_outputs_and_a_negative_prompt_stands_for_t
 
 # ---------------------------------------------------------------- the second pass
 
-
-
-def test_another_base_has_no_second_pass_by_itself():
-    assert gallery.sampler_settings(gallery.options("").parse_args(["--weights", "sd"])) == SamplerSettings()
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -529,6 +530,13 @@ def test_the_models_of_the_lowest_loss_of_held_out_ads_are_kept(losses, best, tm
     assert best == last, "of other held-out ads the lowest loss is looked for anew"
 
 
+def test_a_test_split_that_cannot_be_read_is_named_and_does_not_stop_a_training(world, tmp_path, capsys):
+    """As where only the training set was downloaded."""
+    shutil.copy(world / "ads" / "bg1k_info.txt", tmp_path)
+    assert latents.held_out_ads(SimpleNamespace(data=tmp_path, stage="cg"), "bg1k", [], {}) == []
+    assert "note: no held-out ads: " in capsys.readouterr().err
+
+
 def test_what_a_run_left_that_was_killed_before_its_first_checkpoint_is_cleared(tmp_path):
     for name in ("training/line/log.jsonl", "training/line/sheet_000009.png", "best/line/old", "best/pg/another"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -541,8 +549,7 @@ def test_what_a_run_left_that_was_killed_before_its_first_checkpoint_is_cleared(
 
 def test_a_film_has_a_column_for_the_first_the_last_and_steps_between(tmp_path):
     """Four products in rows, cut from the row above the last; each column skips half of the sheets before the next."""
-    steps = [*range(0, 4501, 250)]
-    for step in steps:
+    for step in range(0, 4501, 250):
         cells = [[Image.new("RGB", (64, 64), (step // 18, column, row)) for column in range(8)] for row in range(3)]
         save_image(sheet(cells, row_labels=["product", "painted", "held-out ads"]), tmp_path / f"sheet_{step:06}.png")
     Image.new("RGB", (900, 450)).save(tmp_path / "loss.png")
