@@ -243,11 +243,6 @@ def test_a_broken_file_of_a_cache_is_named(tmp_path):
 # ---------------------------------------------------------------- names
 
 
-def test_a_results_name_is_as_it_was_where_it_fits():
-    for stem in ("n" * 251, GBK * 125):
-        assert result_name(stem, ".png") == stem + ".png"
-
-
 @pytest.mark.parametrize("stem", ["杯" * 45 + "_like_" + "壶" * 45 + "_12", "a" + "杯" * 100 + "_12", "😀" * 80 + "_12",
                                   "n" * 100 + GBK * 100 + "_12"])
 def test_a_long_name_is_cut_between_characters_keeps_its_end_and_its_difference(stem, tmp_path):
@@ -337,11 +332,6 @@ def test_auto_is_bfloat16_where_it_is_clearly_faster_and_only_there(ratio, dtype
     assert pick_dtype("auto", "mps") == torch.float32
     assert pick_dtype("auto", "cuda:0") == torch.float16 and pick_dtype("bfloat16", "cpu") == torch.bfloat16
     bfloat16_is_faster.cache_clear()
-
-
-def test_the_measurement_leaves_the_threads_as_they_were():
-    threads = torch.get_num_threads()
-    assert machine.bfloat16_speedup() > 0 and torch.get_num_threads() == threads
 
 
 def test_under_torchrun_cuda_is_this_processs_own_gpu(monkeypatch):

@@ -303,6 +303,19 @@ def test_a_single_file_that_is_no_paint_by_example_is_refused_in_one_line(single
         load_paint_by_example(file)
 
 
+@pytest.mark.parametrize("change, words", [
+    (lambda f: (f / "image_encoder").rename(f / "text_encoder"), "holds no image_encoder/; it looks like Stable Diff"),
+    (lambda f: save_module(randomise(UNet(SD1)), f / "unet", UNET_FILE), "its UNet reads 4 channels"),
+    (lambda f: save_module(randomise(UNet(NINE | {"cross_attention_dim": 32})), f / "unet", UNET_FILE),
+     "tokens of width 24, its UNet reads 32"),
+], ids=["inpainting", "text to image", "widths"])
+def test_a_folder_that_is_no_paint_by_example_is_refused_in_one_line(folder, tmp_path, change, words):
+    copy = shutil.copytree(folder, tmp_path / "pbe")
+    change(copy)
+    with refused(words, copy):
+        load_paint_by_example(copy)
+
+
 def test_paint_by_example_given_as_the_base_is_named_as_what_it_is(single):
     with refused("is not a whole Stable Diffusion: .* are not part of one"):
         load_stable_diffusion(single[0])
