@@ -140,8 +140,8 @@ def second_pass(paint: Callable, models: Models, settings: SamplerSettings, firs
 def refuse_not_finite(painted: Tensor) -> None:
     """Raises BadInput for pixels that are not finite."""
     if not painted.isfinite().all():
-        raise BadInput("--dtype: the painted pixels are not finite; add --dtype float32; if they still are not, the "
-                       "weights are broken")
+        raise BadInput("--dtype: the painted pixels are not finite; add --dtype float32, or train without --amp; if "
+                       "they still are not, the weights are broken")
 
 
 def paint_items(jobs: list[Job], texts: dict, paint_all: Callable, record: dict,

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from data import AdDataset, Canvas, TrainingSamples, caption_texts, load_ad, product_hint, prompts_by_category
 from model import ControlNet, Prompts, UNet
+from programs.batch import refuse_not_finite
 from programs.settings import Settings, category_identifiers
 from sampler import SamplerSettings, seeded
 from support.datasets import Item, read_items
@@ -207,5 +208,6 @@ def draw_branches(paint: Callable, unet: UNet, cg: ControlNet, pg: ControlNet | 
     sd = replace(base, unet=unet, vae=vae, text_encoder=text_encoder)
     canvas = canvas._replace(generators=seeded(settings.seed, len(canvas.texts)))
     painted = paint(sd, canvas, SamplerSettings(steps=25), cg, pg)
+    refuse_not_finite(painted)
     rows = {"product": product_hint(canvas.rgb, canvas.mask)} | ({"reference": canvas.reference} if pg else {})
     return sheet_of(rows | {"painted": painted, label: canvas.rgb})

@@ -319,10 +319,11 @@ def grow_frame(rgb: Tensor, mask: Tensor, margin: float, aspect: Fraction | None
         wider, higher = max(0, round(h * aspect) - w), max(0, round(w / aspect) - h)
         left, right = left + wider // 2, right + (wider + 1) // 2
         top, bottom = top + higher // 2, bottom + (higher + 1) // 2
-    pad = (left, right, top, bottom)
-    if (mask.shape[1] + top + bottom) * (mask.shape[2] + left + right) > Image.MAX_IMAGE_PIXELS:
+        h, w = h + higher, w + wider
+    if h * w > Image.MAX_IMAGE_PIXELS:
         raise BadInput(f"{name}: --margin and --aspect would make over {Image.MAX_IMAGE_PIXELS:,} pixels of it; give a "
                        "smaller picture")
+    pad = (left, right, top, bottom)
     return F.pad(rgb, pad, mode="replicate"), F.pad(mask, pad)
 
 
