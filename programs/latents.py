@@ -90,6 +90,7 @@ def encode_items(sd: StableDiffusion, items: list[Item], size: int, folder: Path
 
 def latent_keys(sd: StableDiffusion, items: list[Item], size: int, amp: torch.dtype | None) -> list:
     """What the latents of each part depend on."""
+    # "load_square" stands for the rule of the crop: a change of that rule is to change this word
     network = [weights_fingerprint(sd.vae), size, "load_square", str(amp), sd.unet.config["in_channels"]]
     files = [[file_fingerprint(item.image), file_fingerprint(item.mask), item.inverted] for item in items]
     return [network + files[start : start + PART] for start in range(0, len(items), PART)]
@@ -144,7 +145,8 @@ def batch_prompts(sd: StableDiffusion, items: list[Item], identifiers: dict[str,
 
 def held_out_ads(settings: Settings, split: str, items: list[Item], identifiers: dict[str, str] | None) -> list[Item]:
     """The ads of a test split whose pictures are not among `items`, the training set, and which a run's branches can
-    paint: their category has an identifier or, where these are read, they have captions. A note says why there is none.
+    paint: their category has an identifier or, where these are read, they have captions. A split that can't be read has
+    none, and a note says why.
     """
     try:
         test = read_items(settings.data, split)[0]
