@@ -63,6 +63,7 @@ class Run:
             port = free.getsockname()[1]
         self.processes = [FORK.Process(target=become, args=(program, arguments, self.log, limits or {}, {
             "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+            **({"TORCHELASTIC_RUN_ID": "faults"} if world > 1 else {}),  # as torchrun: processes wait for one another
         })) for rank in range(world)]
         for process in self.processes:
             process.start()
