@@ -62,8 +62,8 @@ class Run:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         self.processes = [FORK.Process(target=become, args=(program, arguments, self.log, limits or {}, {
-            "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-            **({"TORCHELASTIC_RUN_ID": "faults"} if world > 1 else {}),  # as torchrun: processes wait for one another
+            "RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+            "TORCHELASTIC_RUN_ID": "faults",  # as under torchrun, processes wait for one another at the end
         })) for rank in range(world)]
         for process in self.processes:
             process.start()
