@@ -7,7 +7,6 @@ import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from programs.batch import (
     save_picture,
 )
 from programs.models import TOY, ModelChoice, Models, add_model_options, load_models
-from sampler import SAMPLERS, SamplerSettings, Schedule
+from sampler import SAMPLERS, SamplerSettings
 from support.datasets import BROKEN, Item, read_items
 from support.files import BadInput, locked, nfc, result_name
 from support.images import save_image, sheet, thumbnail
@@ -249,14 +248,15 @@ def load(args: Namespace, items: list[Item], paint_ads: Callable) -> tuple[dict,
     models = load_models(choice, args.size, {item.category for item in items}, any(item.reference for item in items),
                          args.plain_prompt)
     if args.spacing:
-        spaced = Schedule(models.sd.schedule.config | {"timestep_spacing": args.spacing})
-        models = models._replace(sd=replace(models.sd, schedule=spaced))
+        models.sd.schedule.config["timestep_spacing"] = args.spacing
     if (side := settings.refine * models.size) > LARGEST:
         raise BadInput(f"--refine {settings.refine}: paints {side} pixels, more than {LARGEST}; lower it, or --size")
     count_steps(models, settings)  # raises BadInput for impossible ones
+    if args.pg_scale and not models.pg:
+        raise BadInput("--pg-scale goes with a reference; add --reference, or leave it out")
     for branch, scale in (models.cg, args.cg_scale), (models.pg, args.pg_scale):
-        if branch:
-            branch.scale = 1.0 if scale is None else scale
+        if scale is not None:
+            branch.scale = scale
     paint_all = partial(paint_ads, models=models, settings=settings)
     return prompts_by_category(models.identifiers, models.sd.tokenizer), paint_all, record_of(args, settings, models)
 

@@ -60,7 +60,7 @@ def latent_samples(sd: StableDiffusion, items: list[Item], size: int, settings: 
                            settings.theta, settings.sigma, settings.noise_offset)
 
 
-def encode_items(sd: StableDiffusion, items: list[Item], size: int, folder: Path, batch: int = 8,
+def encode_items(sd: StableDiffusion, items: list[Item], size: int, folder: Path, batch: int,
                  amp: torch.dtype | None = None, workers: int = 0) -> list[dict[str, Tensor]]:
     """The frozen VAE's encodings of a data set's pictures, cut to squares of `size` pixels: a dict for PART items each.
 

@@ -100,11 +100,14 @@ def check_ads(ads: Dataset, count: int, where: Path) -> list[Item]:
 
 
 def drop_lines(file: Path, items: list[Item]) -> Path:
-    """Takes items out of a data set's list. Returns FILE.all, which keeps every line that the list ever had."""
+    """Takes items out of a data set's list. Returns FILE.all, which keeps every ad that the list ever had, as it was
+    listed last.
+    """
     kept, lines = file.with_name(file.name + ".all"), read_lines(file)
-    ever = dict.fromkeys(line for _, line in (read_lines(kept) if kept.exists() else []) + lines)
+    ever = {json.dumps(json.loads(line) | {"split": None}) if file.suffix == ".jsonl" else line: line
+            for _, line in (read_lines(kept) if kept.exists() else []) + lines}
     dropped = {item.line for item in items}
-    for path, texts in (kept, ever), (file, [line for number, line in lines if number not in dropped]):
+    for path, texts in (kept, ever.values()), (file, [line for number, line in lines if number not in dropped]):
         write_text("".join(f"{text}\n" for text in texts), path, "surrogateescape")
     return kept
 
