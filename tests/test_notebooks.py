@@ -12,6 +12,7 @@ SHORTER = {  # lecture 3 trains for fewer steps, lecture 6 paints fewer pictures
     "STEPS, BATCH = 120, 8": "STEPS, BATCH = 12, 8",
     "n = 64": "n = 24",
     "steps=15": "steps=2",
+    "HOW = SamplerSettings(steps=10)": "HOW = SamplerSettings(steps=2)",
     "SamplerSettings(steps=25": "SamplerSettings(steps=2",
 }
 
