@@ -183,7 +183,7 @@ def random_masks(h: int, w: int, generator: Generator) -> Tensor:
 class TrainingSamples(Dataset):
     """Training samples by (index, seed). The seed decides all that is random in a sample, whichever worker makes it.
 
-    Each has "index". `pictures` adds "image" and "mask". `perturbed` adds PG's hint, "background" (Eq. 5, 6), with
+    Each has "index". `pictures` adds "image", "mask", "kept". `perturbed` adds PG's hint, "background" (Eq. 5, 6), with
     `theta` and `sigma` as in `perturb`. `latents` adds what one step of Eq. 1 draws: "z_0", "eps" and "t" (see
     `diffuse`), and "drop" in [0, 1), which decides whether the prompt is dropped; for an inpainting UNet also
     "inpainting" (5, h, w). latents: equally many ads in each part (programs/latents.py), unscaled; z is `scale` larger.

@@ -365,8 +365,8 @@ class PersonalityGenerator(ControlNet):
 BRANCHES = {"controlnet": ControlNet, "category": CategoryGenerator, "personality": PersonalityGenerator}
 
 
-def predict_noise(unet: UNet, z: Tensor, t: Tensor, prompts: Prompts, branches=(), mask: Tensor | None = None,
-                  inpainting: Tensor | None = None) -> Tensor:
+def predict_noise(unet: UNet, z: Tensor, t: Tensor, prompts: Prompts, branches: list[tuple[ControlNet, Tensor]],
+                  mask: Tensor | None, inpainting: Tensor | None = None) -> Tensor:
     """Fig. 2: SD, CG and PG run in parallel; SD's decoder adds the branches' outputs -> ε or v (B, 4, h, w).
 
     branches: pairs (branch, branch.hint_features(hint)). mask: M (B, 1, H, W), the product's. inpainting (B, 5, h, w):

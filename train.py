@@ -98,7 +98,6 @@ def train(task: Task, settings: Settings) -> None:
             run.record(step)
             if run.due(step, s.sample_every):
                 run.save_models()
-                run.check_held_out(step)
                 run.draw(step)
             if run.due(step, 1 if run.stopping else s.save_every):
                 run.save_checkpoint(step)  # last: a run that is killed before does the step again
@@ -170,9 +169,10 @@ def main(arguments: list[str] | None = None, stages: dict[str, Stage] = STAGES) 
     options = vars(parser(__doc__, stages).parse_args(arguments))
     stage = stages[options["stage"]]
     toy = TOY_DATA / stage.data
-    settings = begin(settle(options, stage.preset(options, toy), toy))
-    draw_on_first_use(settings.data)
+    settings = settle(options, stage.preset(options, toy), toy)
     with locked(settings.out):
+        settings = begin(settings)
+        draw_on_first_use(settings.data)
         train(stage.task(settings), settings)
 
 

@@ -98,12 +98,12 @@ def load_ads(jobs: list[Job], texts: dict, record: dict, mask: str = "--mask",
     Raises BadInput if a file can't be used.
     """
     @cache
-    def cutout(item: Item) -> tuple[Tensor, Tensor]:
-        rgb, M = load_cutout(item.image, item.mask, "product", mask, item.inverted)
-        return grow_frame(rgb, M, record.get("margin") or 0, record.get("aspect"), item.image)
+    def cutout(image: Path, *options) -> tuple[Tensor, Tensor]:
+        rgb, M = load_cutout(image, *options)
+        return grow_frame(rgb, M, record.get("margin") or 0, record.get("aspect"), image)
 
     masked = cache(load_masked)
-    return [AdInputs(*cutout(item), texts[item.category], seed,
+    return [AdInputs(*cutout(item.image, item.mask, "product", mask, item.inverted), texts[item.category], seed,
                item.reference and masked(item.reference, item.reference_mask, "reference", reference_mask,
                                          item.inverted))
             for _, item, seed in jobs]

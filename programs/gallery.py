@@ -155,7 +155,7 @@ def command_of(file: Path) -> str:
         value, option = values.get(name), f"--{name.replace('_', '-')}"
         if value is True:
             words.append(option)
-        elif value is not None and value is not False and value != default:
+        elif value is not None and value != default:
             words += [f"{option}={value}"] if str(value).startswith("-") else [option, str(value)]
     return shlex.join(words)
 
@@ -252,7 +252,7 @@ def load(args: Namespace, items: list[Item], paint_ads: Callable) -> tuple[dict,
     if (side := settings.refine * models.size) > LARGEST:
         raise BadInput(f"--refine {settings.refine}: paints {side} pixels, more than {LARGEST}; lower it, or --size")
     count_steps(models, settings)  # raises BadInput for impossible ones
-    if args.pg_scale and not models.pg:
+    if args.pg_scale is not None and not models.pg:
         raise BadInput("--pg-scale goes with a reference; add --reference, or leave it out")
     for branch, scale in (models.cg, args.cg_scale), (models.pg, args.pg_scale):
         if scale is not None:

@@ -3,11 +3,11 @@ needed to understand the paper.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
+from itertools import islice
 
 import torch
 from PIL import Image
@@ -43,7 +43,8 @@ def load_base_and_ads(settings: Settings) -> tuple[StableDiffusion, list[Item], 
         raise BadInput(f"{settings.data}: stage controlnet trains on captions, which this data set lacks; to train an "
                        "ordinary ControlNet on these ads, give train.py cg --attention plain")
     identifiers = None if captions else category_identifiers(items, settings)
-    held_out = [ad for ad, *_ in loadable(held_out_ads(settings, "bg1k", items, identifiers), CHECKED, settings.size)]
+    ads = loadable(held_out_ads(settings, "bg1k", items, identifiers), settings.size)
+    held_out = [ad for ad, *_ in islice(ads, CHECKED)]
     if not held_out:
         notes.append("no ads are held out to check the training with; data.py --hold-out marks some in metadata.jsonl")
     if processes()[0] == 0:
@@ -54,29 +55,27 @@ def load_base_and_ads(settings: Settings) -> tuple[StableDiffusion, list[Item], 
 def latent_samples(sd: StableDiffusion, items: list[Item], size: int, settings: Settings, perturbed: bool = False,
                    pictures: bool = True) -> TrainingSamples:
     """Training samples with latents, which are encoded first if settings.cache lacks them."""
-    latents = encode_items(sd, items, size, settings.cache, min(8, settings.micro_batch), settings.amp,
-                           settings.workers)
+    latents = encode_items(sd, items, size, settings)
     return TrainingSamples(items, size, latents, sd.vae.scaling_factor, sd.schedule.T, pictures, perturbed,
                            settings.theta, settings.sigma, settings.noise_offset)
 
 
-def encode_items(sd: StableDiffusion, items: list[Item], size: int, folder: Path, batch: int,
-                 amp: torch.dtype | None = None, workers: int = 0) -> list[dict[str, Tensor]]:
+def encode_items(sd: StableDiffusion, items: list[Item], size: int, settings: Settings) -> list[dict[str, Tensor]]:
     """The frozen VAE's encodings of a data set's pictures, cut to squares of `size` pixels: a dict for PART items each.
 
     It holds the posterior's "mean" and "logvar", unscaled, (n, 4, h, w), and "inpainting" (n, 5, h, w), what an
-    inpainting UNet reads beside z_t. All are float16, memory-mapped from files in `folder`. Processes share the work,
+    inpainting UNet reads beside z_t. All are float16, memory-mapped from settings.cache. Processes share the work,
     and existing files are reused. Raises BadInput if a file is broken or a latent is not finite.
     """
-    ads, keys, weight = AdDataset(items, size), latent_keys(sd, items, size, amp), sd.vae.quant_conv.weight
+    ads, keys, weight = AdDataset(items, size), latent_keys(sd, items, size, settings.amp), sd.vae.quant_conv.weight
 
     @torch.no_grad()
     def encode(k: int) -> dict[str, Tensor]:
         part, encoded = Subset(ads, range(k * PART, min((k + 1) * PART, len(items)))), []
-        for ad in tqdm(DataLoader(part, batch, num_workers=workers), f"encoding {k + 1} of {len(keys)}", unit="batch",
-                       disable=None):
+        loader = DataLoader(part, min(8, settings.micro_batch), num_workers=settings.workers)
+        for ad in tqdm(loader, f"encoding {k + 1} of {len(keys)}", unit="batch", disable=None):
             image = ad["image"].to(weight)
-            with torch.autocast(weight.device.type, amp, amp is not None):
+            with settings.autocast():
                 mean, logvar = sd.vae.encode(2 * image - 1)
                 latents = {"mean": mean, "logvar": logvar, "inpainting": sd.inpainting(image.to(mean), ad["mask"])}
             encoded.append({name: x.to("cpu", torch.float16) for name, x in latents.items() if x is not None})
@@ -85,7 +84,7 @@ def encode_items(sd: StableDiffusion, items: list[Item], size: int, folder: Path
                                "overflow with --amp float16, leave it out")
         return {name: torch.cat([latents[name] for latents in encoded]) for name in encoded[0]}
 
-    return compute_parts(folder, keys, encode)
+    return compute_parts(settings.cache, keys, encode)
 
 
 def latent_keys(sd: StableDiffusion, items: list[Item], size: int, amp: torch.dtype | None) -> list:
@@ -158,17 +157,14 @@ def held_out_ads(settings: Settings, split: str, items: list[Item], identifiers:
         item.category in identifiers if identifiers else caption_texts(item) or not captions)]
 
 
-def loadable(items: list[Item], count: int, size: int) -> list[tuple]:
-    """The first `count` ads that load: each with its image, its mask, its reference's and the reference's mask. An ad
-    without a reference is its own reference.
+def loadable(items: list[Item], size: int) -> Iterator[tuple]:
+    """Yields the ads that load: each with its image, its mask, its reference's and the reference's mask. An ad without
+    a reference is its own reference.
     """
-    loaded = []
     for item in items:
-        if len(loaded) < count:
-            reference = replace(item, image=item.reference, mask=item.reference_mask) if item.reference else item
-            with suppress(BadInput):  # data.py reports it
-                loaded.append((item, *load_ad(item, size), *load_ad(reference, size)))
-    return loaded
+        reference = replace(item, image=item.reference, mask=item.reference_mask) if item.reference else item
+        with suppress(BadInput):  # data.py reports it
+            yield item, *load_ad(item, size), *load_ad(reference, size)
 
 
 def sheet_ads(settings: Settings, split: str, items: list[Item],
@@ -178,8 +174,8 @@ def sheet_ads(settings: Settings, split: str, items: list[Item],
     Returns what they are called, the ads, and their images, masks, references and references' masks, all (n, 3 or 1,
     size, size); see loadable.
     """
-    held_out = loadable(held_out_ads(settings, split, items, identifiers), ON_SHEET, settings.size)
-    ads, *pictures = zip(*(held_out or loadable(items[::-1], ON_SHEET, settings.size)))
+    held_out = [*islice(loadable(held_out_ads(settings, split, items, identifiers), settings.size), ON_SHEET)]
+    ads, *pictures = zip(*(held_out or islice(loadable(items[::-1], settings.size), ON_SHEET)))
     return "held-out ads" if held_out else "training ads", ads, [torch.stack(parts) for parts in pictures]
 
 

@@ -43,7 +43,7 @@ class Models(NamedTuple):
     fingerprints: list  # of the weights' files
 
 
-def load_models(choice: ModelChoice, size: int | None, categories: set[str] = frozenset(), with_pg: bool = False,
+def load_models(choice: ModelChoice, size: int | None, categories: set[str], with_pg: bool = False,
                 plain_prompt: bool = False) -> Models:
     """Loads the base; for `categories` also CG, or the plain ControlNet in its place; with_pg also PG.
 

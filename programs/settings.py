@@ -190,6 +190,8 @@ def begin(settings: Settings) -> Settings:
     """
     if settings.checkpoints() and not settings.resume:
         raise BadInput(f"--out {settings.out} holds a run of this stage; to go on, add --resume, or name another")
+    if not settings.checkpoints() and (settings.folder / "film.png").exists():
+        raise BadInput(f"--out {settings.out} holds a finished run whose checkpoints are gone; name another")
     if settings.resume and not settings.checkpoints():
         settings = replace(settings, resume=False)
         if processes()[0] == 0:

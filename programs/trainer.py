@@ -78,8 +78,8 @@ def seed_of(*parts: object) -> int:
     return random.Random(" ".join(map(str, parts))).getrandbits(32)
 
 
-def batches_of_keys(count: int, batch: int, seed: int, start: int, steps: int, rank: int = 0,
-                    world: int = 1) -> Iterator[list[tuple[int, int]]]:
+def batches_of_keys(count: int, batch: int, seed: int, start: int, steps: int, rank: int,
+                    world: int) -> Iterator[list[tuple[int, int]]]:
     """Batches of (index, seed): every index once per epoch, in random order, from step `start` on.
 
     Each of several processes gets every `world`-th sample in a batch, from its rank on.
@@ -183,7 +183,6 @@ class Trainer:
         loader = DataLoader(self.task.samples, batch_sampler=keys, num_workers=s.workers,
                             pin_memory=s.device.startswith("cuda"), worker_init_fn=ignore_sigterm)
         if self.start == 0 and self.rank == 0:
-            self.check_held_out(-1)
             self.draw(-1)  # what the modules do at first
         bar = tqdm(loader, initial=self.start, total=s.steps, unit="step", disable=self.rank > 0 or None)
         return enumerate(bar, self.start)
@@ -313,8 +312,10 @@ class Trainer:
             self.task.save(self.settings.out)
 
     def draw(self, step: int) -> None:
-        """Draws the loss as a curve, beside it that of held-out ads, and a sheet that shows what the modules do now."""
-        folder, log, began = self.settings.folder, read_log(self.log), time.perf_counter()
+        """Checks the loss of held-out ads, and draws both losses as curves and a sheet of what the modules do now."""
+        began = time.perf_counter()
+        self.check_held_out(step)
+        folder, log = self.settings.folder, read_log(self.log)
         curves = {name: points for name, key in (("loss", "loss"), ("held-out ads", "held_out_loss"))
                   if (points := [(line["step"], line[key]) for line in log if key in line])}
         if "loss" in curves:
@@ -334,13 +335,14 @@ class Trainer:
         if not held_out:
             return
         batch = default_collate([held_out[i, seed_of(s.seed, "held out", i)] for i in range(len(held_out))])
-        ads = float(sum(x.double().sum() for x in batch.values()))
+        ads = f"{sum(x.double().sum() for x in batch.values()):.3f}"
         before = [line["held_out_loss"] for line in read_log(self.log) if line.get("ads") == ads]
         with self.averaged():
             loss = sum(self.task.held_out_loss(part).item() * len(part["index"]) for part in self.parts(batch))
             loss /= len(held_out)
-            append_line({"step": step + 1, "held_out_loss": loss, "ads": ads}, self.log)
-            if loss <= min(before, default=loss):
+            if math.isfinite(loss):
+                append_line({"step": step + 1, "held_out_loss": loss, "ads": ads}, self.log)
+            if loss <= min(before, default=loss):  # never for NaN
                 self.task.save(s.out / "best")
 
     def leave_if_stopped(self, step: int) -> None:
@@ -357,7 +359,7 @@ class Trainer:
             s, out = self.settings, self.settings.out
             print(f"trained {self.task.name}: {', '.join(str(out / name) for name in self.task.modules)}; "
                   f"{s.folder} holds the loss as a curve, sheets and the log")
-            if (out / "best").exists():
+            if self.task.held_out:
                 print(f"{out / 'best'} holds the models at the lowest loss of held-out ads")
             sheets, loss = sorted(s.folder.glob("sheet_*.png")), s.folder / "loss.png"
             if s.stage in BRANCHES and sheets and loss.exists():

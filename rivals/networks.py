@@ -89,10 +89,8 @@ def train_once(name: str, command: list[str], frozen: list[Path], device: str) -
     if processes()[0] == 0 and not out.exists():
         unfinished = out.with_name(f"{out.name}.unfinished")
         program = ["rivals/lab.py", "train"] if command[0] in RIVAL_STAGES else ["train.py"]
-        words = [*program, *command, "--out", str(unfinished), "--device", device, "--amp"]
+        words = [*program, *command, "--out", str(unfinished), "--device", device, "--amp", "--resume"]
         print("training, once: python", *words, file=sys.stderr)
-        if [*unfinished.glob("training/*/checkpoint_*")]:
-            words.append("--resume")
         alone = {name: x for name, x in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS")}
         run = subprocess.run([sys.executable, ROOT / words[0], *words[1:]], env=alone, stdout=2)  # 1 is the table's
         if run.returncode:

@@ -87,7 +87,7 @@ def check_ads(ads: Dataset, count: int, where: Path) -> list[Item]:
             broken.append(str(ads.items[i].image))
             continue
         if sample["kept"] < 0.99:
-            cut.append(sample["kept"])
+            cut.append(float(sample["kept"]))
         if i < count and is_blank(sample["image"], sample["mask"]):
             blank.append(ads.items[i])
     refuse_many_broken(broken, len(ads), where)
@@ -100,8 +100,8 @@ def check_ads(ads: Dataset, count: int, where: Path) -> list[Item]:
 
 
 def drop_lines(file: Path, items: list[Item]) -> Path:
-    """Takes items out of a data set's list. Returns FILE.all, which keeps every ad that the list ever had, as it was
-    listed last.
+    """Takes items out of a data set's list. Returns FILE.all, which keeps every line that the list ever had, with the
+    split that it had last.
     """
     kept, lines = file.with_name(file.name + ".all"), read_lines(file)
     ever = {json.dumps(json.loads(line) | {"split": None}) if file.suffix == ".jsonl" else line: line
@@ -143,12 +143,15 @@ def check_data_set(arguments: list[str] | None, dataset: type[Dataset], product_
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # as an interrupt
         items, notes = read_items(args.dir, args.split)
         print("\n".join(listed + notes))
-        references = [replace(item, image=item.reference, mask=item.reference_mask) for item in items if item.reference]
         test = read_items(args.dir, "bg1k")[0] if file.suffix == ".jsonl" else []  # held-out ads must load, too
-        ads = dataset(items + references + [*{*test} - {*items}], args.size)
+        items = [*dict.fromkeys(items + test)]
+        references = [replace(item, image=item.reference, mask=item.reference_mask) for item in items if item.reference]
+        ads = dataset(items + references, args.size)
         blank = check_ads(ads, len(items), file)
         if args.sheet:
             save_sheet(ads, len(items), product_hint, perturb, args.sheet)
+        if args.drop_blank and len(blank) == len(items):
+            raise BadInput(f"--drop-blank: all {len(items)} backgrounds of {args.dir} are blank; leave it out")
         if args.drop_blank and blank:
             print(f"dropped them from {file}; the whole list is {drop_lines(file, blank)}")
         if args.hold_out:
@@ -176,7 +179,7 @@ def save_sheet(ads: Dataset, count: int, product_hint: Callable, perturb: Callab
     print(f"wrote {path}")
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The options of data.py."""
     parser = Parser(description="Check a data set: report what is in it and what was assumed, load every picture, find "
                     "blank\nbackgrounds, and draw eight items as the networks see them.")

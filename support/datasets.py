@@ -15,7 +15,7 @@ from torch import Tensor
 
 from support.cutouts import covers_border
 from support.files import BadInput, is_hidden, is_unicode, nfc, read_json
-from support.images import FORMATS, fit, load_mask, load_masked
+from support.images import FORMATS, fit, load_masked, open_mask, to_tensor
 
 MASK_OF_ITEM = "'mask' in metadata.jsonl, or in the folders of masks"  # where messages say that a mask belongs
 BROKEN = 0.01  # so large a part may be missing or unreadable, and is skipped; more is an error
@@ -90,12 +90,12 @@ def refuse_many_broken(broken: list[str], total: int, where: Path | str) -> None
                        f"or take them out of the list; the first: {broken[0]}")
 
 
-def masks_inverted(items: list[Item], sample: int = 32) -> bool:
+def masks_inverted(items: list[Item]) -> bool:
     """Whether mask files are 1 on the background: most in a sample cover the border, which few products touch."""
     items, votes = [item for item in items if item.mask], []
-    for item in items[:: len(items) // sample + 1]:  # evenly spaced over the list
+    for item in items[:: len(items) // 32 + 1]:  # evenly spaced over the list
         with suppress(BadInput):  # reported when it is loaded as part of the data set
-            votes.append(covers_border(load_mask(item.mask)))
+            votes.append(covers_border(to_tensor(open_mask(item.mask))))
     return sum(votes) > len(votes) / 2
 
 

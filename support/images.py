@@ -196,11 +196,6 @@ def open_mask(path: AnyPath) -> Image.Image:
     return take_alpha(image) or image.convert("L")
 
 
-def load_mask(path: AnyPath) -> Tensor:
-    """The mask in a file, (1, H, W) in [0, 1]: its alpha channel where it has one, else its luminance."""
-    return to_tensor(open_mask(path))
-
-
 def load_masked(
     image_path: AnyPath, mask_path: AnyPath | None = None, what: str = "product", option: str = "--mask", inverted=False
 ) -> tuple[Tensor, Tensor]:
@@ -229,7 +224,7 @@ def load_masked(
     rgb, mask = to_tensor(image.convert("RGB")), to_tensor(mask)
     if covers_border(mask):
         doubt = ("is it white on the background? It must be white on the product" if mask_path else
-                 "to make room for a background, give generate.py --margin 0.15")
+                 "there is no room for a background; generate.py --margin makes some")
         note(f"{source} covers the picture's border on all sides; {doubt}")
     return rgb, mask.sub_(black / 255).div_((white - black) / 255).clamp_(0, 1)
 
@@ -308,7 +303,7 @@ def canvas_size(height: int, width: int, size: int, multiple: int) -> tuple[int,
 def grow_frame(rgb: Tensor, mask: Tensor, margin: float, aspect: Fraction | None,
                name: AnyPath) -> tuple[Tensor, Tensor]:
     """Adds pixels around a picture (3, H, W) and its mask (1, H, W) until on each side of the product's box at least
-    `margin` of the frame is free, and the width is `aspect` of the height. Nothing is cut off or resampled.
+    `margin` of the frame is free, and the width is `aspect` times the height. Nothing is cut off or resampled.
 
     Raises BadInput, with the file's name, if the frame would be larger than pictures may be.
     """
@@ -331,7 +326,7 @@ def missing_room(line: Tensor, margin: float) -> tuple[int, int]:
     """How many pixels to add before and after a line of mask values (n,), so that both sides of the product in it are
     at least `margin` of the whole.
     """
-    n, inside = len(line), (line > 0.1).nonzero().flatten().tolist()
+    n, inside = len(line), (line > line.max() / 10).nonzero().flatten().tolist()
     before, after = inside[0], n - 1 - inside[-1]
     # the longest that is needed if no side grows, the one, the other, or both
     whole = max(n, (n - before) / (1 - margin), (n - after) / (1 - margin), (n - before - after) / (1 - 2 * margin))

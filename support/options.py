@@ -63,12 +63,13 @@ def one_for_each(values: list | None, others: list | None, option: str, other: s
     return values * count if len(values) == 1 else values
 
 
-def check_together(args: argparse.Namespace, exclusive: list[tuple[str, ...]] = (),
-                   needed: list[tuple[str, str]] = ()) -> None:
+def check_together(args: argparse.Namespace, exclusive: list[tuple[str, ...]],
+                   needed: list[tuple[str, str]]) -> None:
     """Raises BadInput if two options of a group in `exclusive` are given, or the first of a pair in `needed`
     without the second.
     """
-    given = {name: f"--{name.replace('_', '-')}" for name, value in vars(args).items() if value not in (None, False)}
+    given = {name: f"--{name.replace('_', '-')}" for name, value in vars(args).items()
+             if value is not None and value is not False}
     for group in exclusive:
         if len(some := [given[option] for option in group if option in given]) > 1:
             raise BadInput(f"{some[0]} and {some[1]} exclude each other; leave one out")

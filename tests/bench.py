@@ -352,10 +352,10 @@ def photo(folder: Path, steps: int) -> None:
 # ---------------------------------------------------------------- the toy
 
 
-def process(*arguments, repeat: int = 3) -> tuple[float, float]:
+def process(*arguments) -> tuple[float, float]:
     """The best wall-clock seconds of a process, including its start, and its peak memory in MB."""
     best = math.inf
-    for _ in range(repeat):
+    for _ in range(3):
         start = time.perf_counter()
         run = subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL)
@@ -379,14 +379,12 @@ def samplers(_: Path, steps: int) -> None:
     """The root mean square distance to the pictures of 250 DDIM steps from the same noise and with the same spacing, in
     levels of 255, over four held-out products by the toy's CG.
     """
-    from dataclasses import replace
-
     import torch
 
     from data import Canvas, prompts_by_category
     from generate import paint
     from programs.models import ModelChoice, load_models
-    from sampler import SamplerSettings, Schedule, seeded
+    from sampler import SamplerSettings, seeded
     from support.images import fit, load_cutout
 
     names = ["perfume", "laptop", "sneaker", "watch"]
@@ -395,13 +393,12 @@ def samplers(_: Path, steps: int) -> None:
     products = zip(*(load_cutout(ROOT / "toy" / "samples" / f"{name}.png") for name in names))
     rgb, mask = (torch.stack([fit(x, models.size, models.size, "contain")[0] for x in xs]) for xs in products)
 
+    def pictures(count: int, sampler: str = "ddim") -> torch.Tensor:
+        canvas = Canvas(rgb, mask, [texts[name] for name in names], seeded(0, len(names)))
+        return paint(models.sd, canvas, SamplerSettings(count, sampler=sampler), models.cg)
+
     for spacing in ("leading", "trailing"):
-        sd = replace(models.sd, schedule=Schedule(models.sd.schedule.config | {"timestep_spacing": spacing}))
-
-        def pictures(count: int, sampler: str = "ddim", sd=sd) -> torch.Tensor:
-            canvas = Canvas(rgb, mask, [texts[name] for name in names], seeded(0, len(names)))
-            return paint(sd, canvas, SamplerSettings(count, sampler=sampler), models.cg)
-
+        models.sd.schedule.config["timestep_spacing"] = spacing
         exact = pictures(250)
         for sampler in ("ddim", "dpm++"):
             for count in (5, 10, 20, 50):

@@ -395,11 +395,13 @@ def test_a_listing_that_fails_leaves_nothing_and_can_be_given_again(tmp_path, mo
     with pytest.raises(BadInput, match="not UTF-8 text; convert the list, or rename"):
         check(tmp_path, "--list")
     shutil.rmtree(tmp_path / GBK)
-    monkeypatch.setattr("support.checks.is_blank", lambda *_: True)
-    for name in ("check_ads", "drop_lines"):
+    for name in ("check_ads", "hold_out"):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(f"support.checks.{name}", terminate)
-            check(tmp_path, "--list", "--drop-blank")
+            check(tmp_path, "--list", "--hold-out", "0.5")
+    monkeypatch.setattr("support.checks.is_blank", lambda *_: True)
+    with pytest.raises(BadInput, match="all 1 backgrounds of .* are blank"):
+        check(tmp_path, "--list", "--drop-blank")
     (tmp_path / "mug" / "b.png").write_text("broken")
     with pytest.raises(BadInput, match="b.png: not a readable image"):
         check(tmp_path, "--list")

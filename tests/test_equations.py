@@ -385,7 +385,8 @@ def test_the_settings_are_those_of_section_5_1_and_where_it_is_silent_those_of_c
 
 
 def test_every_epoch_has_each_ad_once_in_an_order_of_its_own_and_every_sample_a_seed_of_its_own():
-    keys = [key for batch in batches_of_keys(count=10, batch=4, seed=0, start=0, steps=5) for key in batch]
+    keys = [key for batch in batches_of_keys(count=10, batch=4, seed=0, start=0, steps=5, rank=0, world=1)
+            for key in batch]
     first, second = ([index for index, _ in epoch] for epoch in (keys[:10], keys[10:]))
     assert sorted(first) == sorted(second) == list(range(10)) and first != second
     assert len({seed for _, seed in keys}) == 20

@@ -257,7 +257,7 @@ def test_a_margin_and_an_aspect_widen_the_frame_and_resample_nothing(run):
     ((0, 0, 100, 100), 0.25, (50, 50, 50, 50)), ((0, 20, 50, 80), 0.2, (25, 0, 0, 0))])
 def test_a_frame_grows_only_where_a_margin_is_missing(box, margin, pads):
     mask, (left, top, right, bottom) = torch.zeros(1, 100, 100), box
-    mask[:, top:bottom, left:right] = 1
+    mask[:, top:bottom, left:right] = 0.05  # faint, as where a mask has little contrast
     rgb, grown = grow_frame(torch.rand(3, 100, 100), mask, margin, None, "mug.png")
     assert torch.equal(grown, F.pad(mask, pads)) and rgb.shape[1:] == grown.shape[1:]
 
@@ -522,9 +522,9 @@ BAD = {  # options: what the line says
     "--product mug.png --category mug --margin 0.5": "'0.5' must be a number from 0 to 0.45",
     "--product mug.png --category mug --aspect 3:0": "--aspect: '3:0' must be a ratio of width to height",
     "--product mug.png --category mug --pg-scale nan": "--pg-scale: 'nan' must be a number",
-    "--product mug.png --category mug --pg-scale 2": "--pg-scale goes with a reference; add --reference",
+    "--product mug.png --category mug --pg-scale 0": "--pg-scale goes with a reference; add --reference",
     "--product mug.png --category mug --guidance 1 --negative x": "--negative goes with guidance",
-    "--prompt mug --margin 0.1": "--prompt and --margin exclude each other",
+    "--prompt mug --margin 0": "--prompt and --margin exclude each other",
     "--product gone.png --category mug": "gone.png: no such file",
     "--product rgb.png --category mug": "by --mask",
     "--product rgb.png --category mug --mask small.png": "small.png is 48 x 40",
@@ -532,7 +532,6 @@ BAD = {  # options: what the line says
     "--product mug.png": "--product goes with --category; add that one",
     "--category mug": "--category goes with --product",
     "--mask mask.png": "--mask goes with --product",
-    "--product mug.png --category rice cooker": "not trained on category 'cooker'",
     "--product mug.png cup.png --category rice cooker mug": "--category: 3 given for 2 of --product",
     "--product mug.png cup.png --category mug --mask mask.png": "--mask: 1 given for 2 of --product",
     # on macOS and Windows one file
@@ -552,7 +551,6 @@ BAD = {  # options: what the line says
     "--product mug.png --category mug --cg other": "belong together",
     "--product mug.png --category mug --reference mug.png --pg renamed": "trained on other categories",
     "--how mug.png": "mug.png: no command paints it again",
-    "--data gone": "gone: no such data set",
     "--data nothing": "nothing: the data set, or this split of it, is empty",
     "--data folder --split bg2k": "--split bg2k",
     "--data folder --num 2": "--num",

@@ -189,12 +189,10 @@ def test_a_finished_run_that_is_resumed_says_that_it_is_done_and_changes_nothing
         return {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
     Line().train(tmp_path)
-    said, before, folder = capsys.readouterr().out, files(), tmp_path / "training" / "line"
-    (folder / ".scratch-abc").mkdir()
-    sweep.cache_clear()
+    said, before = capsys.readouterr().out, files()
     Line().train(tmp_path, "--resume")
     out, err = capsys.readouterr()
-    assert out == said and f"{folder} is done" in err
+    assert out == said and f"{tmp_path / 'training' / 'line'} is done" in err
     assert before == files()
 
 
@@ -208,6 +206,10 @@ def test_resume_without_a_checkpoint_starts_the_run_and_says_so_also_over_what_a
     said = f"--resume: --out {tmp_path} holds no run to go on with; a new one starts\n"
     assert capsys.readouterr().err.count(said) == 2
     assert [line["step"] for line in log_of(tmp_path)] == [1, 2, 3, 4, 5]
+    for file in tmp_path.rglob("checkpoint_*"):
+        file.rename(file.with_name("film.png"))
+    with pytest.raises(BadInput, match="a finished run whose checkpoints are gone"):
+        Line().train(tmp_path, "--resume")
 
 
 @pytest.mark.parametrize("faster", [True, False])
@@ -655,6 +657,7 @@ def test_after_cg_come_pg_and_paintings_by_commands_that_can_be_pasted(branch, w
 
 def test_latents_are_encoded_once_and_again_where_something_changed(world, toy, tmp_path, monkeypatch):
     ads, cache = shutil.copytree(world / "ads", tmp_path / "ads"), tmp_path / "cache"
+    run = settings.Settings("cg", device="cpu", out=tmp_path / "out", micro_batch=4, workers=0)
     sd = load_stable_diffusion(toy / "base")
     counts, encode = [], VAE.encode
     monkeypatch.setattr(latents, "PART", 8)
@@ -663,7 +666,7 @@ def test_latents_are_encoded_once_and_again_where_something_changed(world, toy, 
     def encoded(size=64):
         """The latents of the 24 ads, in parts of eight, and how many pictures the VAE encoded for them."""
         counts.clear()
-        return latents.encode_items(sd, read_items(ads)[0], size, cache, batch=4), sum(counts)
+        return latents.encode_items(sd, read_items(ads)[0], size, run), sum(counts)
 
     parts, count = encoded()
     assert count == 24 and encoded()[1] == 0
