@@ -120,4 +120,4 @@ def test_a_cutout_that_fills_its_frame_is_told_to_leave_room(tmp_path, capsys):
     M = np.ones((SIDE, SIDE, 1))
     M[:9, :9] = 0
     stored(tmp_path, np.multiply(RED, M), M)
-    assert capsys.readouterr().err.endswith("to make room for a background, give generate.py --margin 0.15\n")
+    assert capsys.readouterr().err.endswith("no room for a background; generate.py --margin makes some\n")
