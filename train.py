@@ -169,10 +169,9 @@ def main(arguments: list[str] | None = None, stages: dict[str, Stage] = STAGES) 
     options = vars(parser(__doc__, stages).parse_args(arguments))
     stage = stages[options["stage"]]
     toy = TOY_DATA / stage.data
-    settings = settle(options, stage.preset(options, toy), toy)
+    settings = begin(settle(options, stage.preset(options, toy), toy))
+    draw_on_first_use(settings.data)
     with locked(settings.out):
-        settings = begin(settings)
-        draw_on_first_use(settings.data)
         train(stage.task(settings), settings)
 
 

@@ -85,14 +85,18 @@ class Run:
             if not self.wait(1):
                 self.kill()
 
-    def ends(self, *statuses: int, seconds: float = 120) -> str:
-        """Waits for the end -> the output. The exit status must be one of these; 2 needs one line that says why."""
-        ended = self.wait(seconds)
+    def ends(self, *statuses: int) -> str:
+        """Waits for the end -> the output. The exit status must be one of these; 2 needs one line that says why. If one
+        process fails, the others are ended, as by torchrun.
+        """
+        end = time.monotonic() + 120
+        while not (ended := self.wait(0.1)) and time.monotonic() < end and not any(p.exitcode for p in self.processes):
+            pass
         self.kill()
-        said, ends = self.log.read_text(errors="replace"), [process.exitcode for process in self.processes]
-        assert ended, f"did not end in {seconds} s: {said[-1500:]}"
-        assert set(ends) <= set(statuses) and "Traceback" not in said, f"exit status {ends}: {said[-1500:]}"
-        assert len(re.findall("^error: ", said, re.MULTILINE)) == ends.count(2), f"not one line: {said[-1500:]}"
+        said, ends = self.log.read_text(errors="replace"), {process.exitcode for process in self.processes} - {-9}
+        assert ended or any(ends), f"did not end in 120 s: {said[-1500:]}"
+        assert ends <= {*statuses} and "Traceback" not in said, f"exit status {ends}: {said[-1500:]}"
+        assert (2 in ends) == ("\nerror: " in f"\n{said}"), f"not one line: {said[-1500:]}"
         return said
 
 
@@ -264,7 +268,7 @@ def fuzzed(folder: Path, kind: str, number: int) -> None:
     """A broken file ends in a result or in one line, within 10 s and 2 GB, and nothing else happens."""
     program, arguments = fuzz.broken(folder, kind, random.Random(f"{kind} {number}"))
     limits = {resource.RLIMIT_CPU: 10, resource.RLIMIT_DATA: 2 << 30}
-    assert "memory is full" not in Run(program, arguments, folder, limits=limits).ends(0, 2, seconds=60)
+    assert "memory is full" not in Run(program, arguments, folder, limits=limits).ends(0, 2)
     written = [file for file in folder.iterdir() if not re.match("log_|tiny|in.ckpt|out", file.name)]
     assert not written, f"{program.__module__} {arguments} wrote {written}"
 

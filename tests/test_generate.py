@@ -511,8 +511,6 @@ def files(toy, tmp_path_factory):
             Path(name).mkdir()
         Path("nothing/metadata.jsonl").touch()
         write_json({"mug": "sks 1"}, shutil.copytree(toy / "pg", "renamed") / Path("categories.json"))
-        shutil.copytree(toy / "base", "trailing")
-        write_json({"timestep_spacing": "trailing"}, Path("trailing/scheduler/scheduler_config.json"))
         unet = TOY_UNET | {"block_out_channels": [8, 16, 16, 24], "cross_attention_dim": 32}
         save_control(CategoryGenerator(control_config(unet, 4)), Path("other"), categories=CATEGORIES)
     return folder
@@ -545,8 +543,7 @@ BAD = {  # options: what the line says
     "--product mug.png --category mug --hint inpaint": "--hint goes with --controlnet",
     "--product mug.png --category mug --controlnet gone.safetensors": "gone.safetensors is missing",
     "--product mug.png --category mug --split bg1k": "--split goes with --data",
-    "--product mug.png --category mug --weights trailing": "--cg is missing",
-    "--product mug.png --category mug --weights trailing --cg {toy}/cg --reference mug.png": "--pg is missing",
+    "--product mug.png --category mug --weights gone --cg {toy}/cg --reference mug.png": "--pg is missing",
     "--product mug.png --category mug --cg folder": "categories.json is missing",
     "--product mug.png --category mug --cg other": "belong together",
     "--product mug.png --category mug --reference mug.png --pg renamed": "trained on other categories",
@@ -564,7 +561,7 @@ BAD = {  # options: what the line says
     "--prompt mug --refine 9": "--refine: '9' must be a whole number from 1 to 8",
     "--prompt mug --refine 8 --size 1024": "--refine 8: paints 8192 pixels, more than 4096; lower it, or --size",
     "--prompt mug --refine 2 --refine-from 0": "--refine-from: '0' must be a whole number from 1 to 999",
-    "--prompt mug --refine 2 --sampler dpm++ --steps 1 --weights trailing": "none of the 1 steps is that late",
+    "--prompt mug --refine 2 --sampler dpm++ --steps 1 --spacing trailing": "none of the 1 steps is that late",
     "--prompt mug --refine-from 300": "--refine-from goes with a second pass; add --refine 2",
     "--prompt mug --steps 2.5": "--steps: '2.5' must be a whole number",
     "--prompt mug --guidance nan": "--guidance: 'nan' must be a number from 1 to 30",
