@@ -530,7 +530,6 @@ BAD = {  # options: what the line says
     "--product mug.png": "--product goes with --category; add that one",
     "--category mug": "--category goes with --product",
     "--mask mask.png": "--mask goes with --product",
-    "--product mug.png cup.png --category rice cooker mug": "--category: 3 given for 2 of --product",
     "--product mug.png cup.png --category mug --mask mask.png": "--mask: 1 given for 2 of --product",
     # on macOS and Windows one file
     "--product mug.png folder/Mug.png --category mug": "two pictures would be named Mug_0.png; rename a file",
@@ -538,7 +537,6 @@ BAD = {  # options: what the line says
     "--reference mug.png": "--reference goes with --product",
     "--product mug.png --category mug --reference rgb.png": "by --reference-mask",
     "--product mug.png --category mug --reference-mask mask.png": "--reference-mask goes with --reference",
-    "--product mug.png --category mug --prompt mug": "--product and --prompt exclude each other",
     "--product mug.png --category mug --controlnet c --cg d": "--controlnet and --cg exclude each other",
     "--product mug.png --category mug --hint inpaint": "--hint goes with --controlnet",
     "--product mug.png --category mug --controlnet gone.safetensors": "gone.safetensors is missing",
