@@ -529,7 +529,6 @@ BAD = {  # options: what the line says
     "--product mug.png --category teapot": "such as mug, running shoe, watch, sneaker; generate.py --plain-prompt",
     "--product mug.png": "--product goes with --category; add that one",
     "--category mug": "--category goes with --product",
-    "--mask mask.png": "--mask goes with --product",
     "--product mug.png cup.png --category mug --mask mask.png": "--mask: 1 given for 2 of --product",
     # on macOS and Windows one file
     "--product mug.png folder/Mug.png --category mug": "two pictures would be named Mug_0.png; rename a file",
